@@ -1,0 +1,129 @@
+//! The numbers: quantizing runs of blocks to 4-bit codes, on whatever the machine has.
+//!
+//! [`scalar`] is the specification. Every other kernel gives the same bytes and the same figures, faster. The choice is
+//! made once, as a value ([`Kernel`]), and passed down.
+
+pub mod nested;
+pub mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use crate::format::{BlockSize, Codebook, FloatDtype};
+
+/// What a kernel is given: whole blocks of one tensor, and where they go.
+///
+/// Only the last block of a tensor may be short, so only a run that ends its tensor may end in a short block.
+pub struct Blocks<'a> {
+    /// Elements as they stand in the file: little-endian, without any alignment.
+    pub source: &'a [u8],
+    /// The elements' dtype.
+    pub dtype: FloatDtype,
+    /// Elements in a block.
+    pub block_size: BlockSize,
+    /// The sixteen values and their thresholds.
+    pub codebook: &'static Codebook,
+    /// Out: two codes a byte, the even element's in the high nibble; `ceil(elements / 2)` bytes.
+    pub packed: &'a mut [u8],
+    /// Out: one figure a block; each slice has one entry a block.
+    pub figures: Figures<'a>,
+}
+
+/// Per-block results besides the codes. Slices of one length: the number of blocks.
+pub struct Figures<'a> {
+    /// The block's scale, as stored.
+    pub absmax: &'a mut [f32],
+    /// Sum of t², where t is an element over its block's absmax (the kernels' own scaled element).
+    pub signal: &'a mut [f32],
+    /// Sum of (t − v)², where v is the value that t's code decodes to.
+    pub noise: &'a mut [f32],
+    /// Largest |t − v|.
+    pub worst: &'a mut [f32],
+}
+
+/// A NaN or an infinity stands in the source; the outputs mean nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NonFinite;
+
+/// A way to quantize on this machine's CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kernel(Isa);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Isa {
+    Scalar,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Kernel {
+    /// The specification itself, on any machine.
+    pub const SCALAR: Kernel = Kernel(Isa::Scalar);
+
+    /// The fastest kernel this processor runs.
+    pub fn detect() -> Kernel {
+        Self::available().pop().unwrap_or(Self::SCALAR)
+    }
+
+    /// Every kernel this processor runs, slowest first.
+    pub fn available() -> Vec<Kernel> {
+        #[allow(unused_mut, reason = "other architectures have the scalar kernel only")]
+        let mut kernels = vec![Self::SCALAR];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if x86::avx2_available() {
+                kernels.push(Kernel(Isa::Avx2));
+            }
+            if x86::avx512_available() {
+                kernels.push(Kernel(Isa::Avx512));
+            }
+        }
+        kernels
+    }
+
+    /// The instruction set's name, for people.
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            Isa::Scalar => "scalar",
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => "AVX2",
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => "AVX-512",
+        }
+    }
+
+    /// Quantizes a run of blocks.
+    ///
+    /// # Errors
+    /// [`NonFinite`] when the source holds a NaN or an infinity; what was written then means nothing.
+    ///
+    /// # Panics
+    /// When a slice's length is not what [`Blocks`] says.
+    pub fn quantize(self, blocks: Blocks<'_>) -> Result<(), NonFinite> {
+        blocks.check_lengths();
+        match self.0 {
+            Isa::Scalar => scalar::quantize(blocks),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => x86::quantize_avx2(blocks),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => x86::quantize_avx512(blocks),
+        }
+    }
+}
+
+impl Blocks<'_> {
+    /// The number of elements.
+    pub fn elements(&self) -> usize {
+        self.source.len() / self.dtype.size()
+    }
+
+    fn check_lengths(&self) {
+        let elements = self.elements();
+        let blocks = elements.div_ceil(self.block_size.get());
+        assert_eq!(self.source.len(), elements * self.dtype.size(), "source: not whole elements");
+        assert_eq!(self.packed.len(), elements.div_ceil(2), "packed: length");
+        let Figures { absmax, signal, noise, worst } = &self.figures;
+        assert!([absmax, signal, noise, worst].iter().all(|f| f.len() == blocks), "figures: length");
+    }
+}
