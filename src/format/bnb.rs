@@ -35,7 +35,7 @@ pub struct OutputTensor {
     /// What it holds.
     pub kind: OutputKind,
     /// Appended to the weight's own name.
-    pub suffix: String,
+    pub suffix: &'static str,
     /// True for F32, false for U8.
     pub is_f32: bool,
     /// Its shape.
@@ -46,7 +46,7 @@ pub struct OutputTensor {
 pub fn output_tensors(scheme: &Scheme, dtype: FloatDtype, shape: &[u64]) -> Vec<OutputTensor> {
     let elements: u64 = shape.iter().product();
     let blocks = scheme.block_size.blocks(elements);
-    let tensor = |kind, suffix: &str, is_f32, shape| OutputTensor { kind, suffix: suffix.to_owned(), is_f32, shape };
+    let tensor = |kind, suffix, is_f32, shape| OutputTensor { kind, suffix, is_f32, shape };
     let mut tensors = vec![
         tensor(OutputKind::Packed, "", false, vec![elements.div_ceil(2), 1]),
         tensor(OutputKind::Absmax, ".absmax", !scheme.double_quant, vec![blocks]),
@@ -57,9 +57,8 @@ pub fn output_tensors(scheme: &Scheme, dtype: FloatDtype, shape: &[u64]) -> Vec<
         tensors.push(tensor(OutputKind::NestedAbsmax, ".nested_absmax", true, vec![nested]));
         tensors.push(tensor(OutputKind::NestedQuantMap, ".nested_quant_map", true, vec![256]));
     }
-    let suffix = format!(".quant_state.bitsandbytes__{}", scheme.format.name());
     let length = quant_state_len(scheme, dtype, shape) as u64;
-    tensors.push(tensor(OutputKind::QuantState, &suffix, false, vec![length]));
+    tensors.push(tensor(OutputKind::QuantState, scheme.format.quant_state_suffix(), false, vec![length]));
     tensors
 }
 
@@ -185,7 +184,7 @@ mod tests {
 
     #[test]
     fn floats_are_printed_as_python_prints_them() {
-        let printed = [0.0, 1.0, 0.15671348571777344, 1e-5, 1.5e-7, 1e16, 1e-45, 3.4028235e38].map(python_float);
+        let printed = [0.0, 1.0, 0.156_713_49, 1e-5, 1.5e-7, 1e16, 1e-45, 3.4028235e38].map(python_float);
         let expected = [
             "0.0",
             "1.0",

@@ -37,6 +37,14 @@ impl Format {
         }
     }
 
+    /// The end of the quant_state tensor's name, after the weight's.
+    pub fn quant_state_suffix(self) -> &'static str {
+        match self {
+            Format::Nf4 => ".quant_state.bitsandbytes__nf4",
+            Format::Fp4 => ".quant_state.bitsandbytes__fp4",
+        }
+    }
+
     /// The format's sixteen values and the thresholds between them.
     pub fn codebook(self) -> &'static Codebook {
         match self {
@@ -65,6 +73,11 @@ impl FloatDtype {
             FloatDtype::Bfloat16 | FloatDtype::Float16 => 2,
             FloatDtype::Float32 => 4,
         }
+    }
+
+    /// The dtype that torch calls `name`.
+    pub fn from_torch_name(name: &str) -> Option<FloatDtype> {
+        [FloatDtype::Bfloat16, FloatDtype::Float16, FloatDtype::Float32].into_iter().find(|d| d.torch_name() == name)
     }
 
     /// torch's name, as quant_state and config.json spell it.

@@ -1,0 +1,160 @@
+//! config.json: what the model is, and the place where clients learn that it is quantized.
+
+use std::path::Path;
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use serde_json::{Map, Value};
+
+use crate::error::{Error, IoContext, Result};
+
+/// The largest config that is read: real ones are a few KB.
+const MAX_CONFIG_LEN: u64 = 16 << 20;
+
+/// A model's config: its text, which is written back as it was, and its values.
+#[derive(Clone, Debug)]
+pub struct Config {
+    text: String,
+    values: Map<String, Value>,
+}
+
+impl Config {
+    /// Reads and checks the config at `path`.
+    pub fn read(path: &Path) -> Result<Config> {
+        let len = path.metadata().at(path, "read it")?.len();
+        if len > MAX_CONFIG_LEN {
+            return Err(Error::malformed(path, format!("{len} bytes are too many for a model's config")));
+        }
+        let bytes = std::fs::read(path).at(path, "read it")?;
+        let text = String::from_utf8(bytes).map_err(|_| Error::malformed(path, "not UTF-8 text"))?;
+        let values = serde_json::from_str(&without_python_floats(&text))
+            .map_err(|error| Error::malformed(path, format!("not a JSON object: {error}")))?;
+        Ok(Config { text, values })
+    }
+
+    /// The values, with Python's `Infinity` and `NaN` as any number.
+    pub fn values(&self) -> &Map<String, Value> {
+        &self.values
+    }
+
+    /// `model_type` of the model and of the models nested in it, outermost first, each once.
+    pub fn model_types(&self) -> Vec<&str> {
+        let nested = self.values.values().filter_map(Value::as_object);
+        let all = std::iter::once(&self.values).chain(nested);
+        let mut types = Vec::new();
+        for model_type in all.filter_map(|config| config.get("model_type")?.as_str()) {
+            if !types.contains(&model_type) {
+                types.push(model_type);
+            }
+        }
+        types
+    }
+
+    /// The text with `value` at `key`, in place of what was there. All other values keep their spelling, and the keys
+    /// their order; where they are sorted, they stay so.
+    pub fn with(&self, key: &str, value: &Value) -> Result<String, serde_json::Error> {
+        let parsed = without_python_floats(&self.text);
+        let RawObject(raw) = serde_json::from_str(&parsed)?;
+        // The parsed text differs from the true one inside numbers only, not in where things are.
+        let spelled = |raw: &RawValue| {
+            let begin = raw.get().as_ptr().addr() - parsed.as_ptr().addr();
+            self.text[begin..begin + raw.get().len()].to_owned()
+        };
+        let mut entries: Vec<(String, String)> =
+            raw.into_iter().filter(|(name, _)| name != key).map(|(name, raw)| (name, spelled(raw))).collect();
+        let sorted = entries.is_sorted_by(|a, b| a.0 <= b.0);
+        let place = if sorted { entries.partition_point(|(name, _)| name.as_str() < key) } else { entries.len() };
+        let value = serde_json::to_string_pretty(value)?.replace('\n', "\n  ");
+        entries.insert(place, (key.to_owned(), value));
+
+        let lines: Vec<String> =
+            entries.iter().map(|(name, value)| format!("  {}: {value}", Value::from(name.as_str()))).collect();
+        Ok(format!("{{\n{}\n}}\n", lines.join(",\n")))
+    }
+}
+
+/// An object whose values keep their text.
+struct RawObject<'a>(Vec<(String, &'a RawValue)>);
+
+impl<'de> Deserialize<'de> for RawObject<'de> {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Entries;
+        impl<'de> serde::de::Visitor<'de> for Entries {
+            type Value = RawObject<'de>;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<RawObject<'de>, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(RawObject(entries))
+            }
+        }
+        deserializer.deserialize_map(Entries)
+    }
+}
+
+/// Python writes floats that JSON has no word for; each becomes a number of the same length.
+fn without_python_floats(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len());
+    let (mut rest, mut in_string) = (text, false);
+    while let Some(c) = rest.chars().next() {
+        let taken = match c {
+            '\\' if in_string => 1 + rest[1..].chars().next().map_or(0, char::len_utf8),
+            '"' => {
+                in_string = !in_string;
+                1
+            }
+            'I' if !in_string && rest.starts_with("Infinity") => {
+                plain.push_str("10000000");
+                rest = &rest["Infinity".len()..];
+                continue;
+            }
+            'N' if !in_string && rest.starts_with("NaN") => {
+                plain.push_str("100");
+                rest = &rest["NaN".len()..];
+                continue;
+            }
+            _ => c.len_utf8(),
+        };
+        plain.push_str(&rest[..taken]);
+        rest = &rest[taken..];
+    }
+    plain
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn config(text: &str) -> Config {
+        let values = serde_json::from_str(&without_python_floats(text)).unwrap();
+        Config { text: text.to_owned(), values }
+    }
+
+    #[test]
+    fn values_keep_their_spelling() {
+        let text = "{\n  \"eps\": 1e-06,\n  \"limit\": [\n    0.0,\n    Infinity\n  ],\n  \"name\": \"NaN \\\" Infinity\"\n}\n";
+        let with = config(text).with("quantization_config", &json!({"a": 1})).unwrap();
+        assert_eq!(with, text.replace("\n}\n", ",\n  \"quantization_config\": {\n    \"a\": 1\n  }\n}\n"));
+    }
+
+    #[test]
+    fn a_key_goes_to_its_place_and_replaces_what_was_there() {
+        let with = |text: &str| config(text).with("b", &json!(2)).unwrap();
+        assert_eq!(with(r#"{"a": -Infinity, "c": NaN}"#), "{\n  \"a\": -Infinity,\n  \"b\": 2,\n  \"c\": NaN\n}\n");
+        assert_eq!(with(r#"{"c": 1, "b": null, "a": 3}"#), "{\n  \"c\": 1,\n  \"a\": 3,\n  \"b\": 2\n}\n");
+        assert_eq!(with("{}"), "{\n  \"b\": 2\n}\n");
+    }
+
+    #[test]
+    fn nested_models_are_found_outermost_first() {
+        let config = config(r#"{"text_config": {"model_type": "llama"}, "vision_config": {}, "model_type": "llava"}"#);
+        assert_eq!(config.model_types(), ["llava", "llama"]);
+    }
+}

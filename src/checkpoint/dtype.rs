@@ -1,0 +1,84 @@
+//! The dtypes of the safetensors format.
+
+use std::fmt;
+
+use crate::format::FloatDtype;
+
+macro_rules! dtypes {
+    ($($variant:ident = $name:literal, $bits:literal;)*) => {
+        /// A tensor's dtype. The order is the one in which safetensors lays tensors out, last first.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[allow(missing_docs, reason = "each is the format's own name")]
+        pub enum Dtype { $($variant),* }
+
+        impl Dtype {
+            /// Every dtype.
+            pub const ALL: &[Dtype] = &[$(Dtype::$variant),*];
+
+            /// The name in headers.
+            pub fn name(self) -> &'static str {
+                match self { $(Dtype::$variant => $name),* }
+            }
+
+            /// Bits of one element.
+            pub fn bits(self) -> u64 {
+                match self { $(Dtype::$variant => $bits),* }
+            }
+
+            /// The dtype called `name`.
+            pub fn from_name(name: &str) -> Option<Dtype> {
+                match name { $($name => Some(Dtype::$variant),)* _ => None }
+            }
+        }
+    };
+}
+
+dtypes! {
+    Bool = "BOOL", 8;
+    F4 = "F4", 4;
+    F6E2M3 = "F6_E2M3", 6;
+    F6E3M2 = "F6_E3M2", 6;
+    U8 = "U8", 8;
+    I8 = "I8", 8;
+    F8E5M2 = "F8_E5M2", 8;
+    F8E4M3 = "F8_E4M3", 8;
+    F8E8M0 = "F8_E8M0", 8;
+    F8E4M3Fnuz = "F8_E4M3FNUZ", 8;
+    F8E5M2Fnuz = "F8_E5M2FNUZ", 8;
+    I16 = "I16", 16;
+    U16 = "U16", 16;
+    F16 = "F16", 16;
+    Bf16 = "BF16", 16;
+    I32 = "I32", 32;
+    U32 = "U32", 32;
+    F32 = "F32", 32;
+    C64 = "C64", 64;
+    F64 = "F64", 64;
+    I64 = "I64", 64;
+    U64 = "U64", 64;
+}
+
+impl Dtype {
+    /// The dtype as one that weights are quantized from.
+    pub fn as_float(self) -> Option<FloatDtype> {
+        match self {
+            Dtype::Bf16 => Some(FloatDtype::Bfloat16),
+            Dtype::F16 => Some(FloatDtype::Float16),
+            Dtype::F32 => Some(FloatDtype::Float32),
+            _ => None,
+        }
+    }
+
+    /// Bytes of a tensor of this dtype and `shape`; `None` past u64, or if it is not whole bytes.
+    pub fn byte_len(self, shape: &[u64]) -> Option<u64> {
+        let elements = shape.iter().try_fold(1u64, |product, &dimension| product.checked_mul(dimension))?;
+        let bits = elements.checked_mul(self.bits())?;
+        bits.is_multiple_of(8).then_some(bits / 8)
+    }
+}
+
+impl fmt::Display for Dtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}

@@ -1,0 +1,50 @@
+//! Telling that a checkpoint is quantized already, and with what.
+
+use super::{Config, Dtype, TensorInfo};
+
+/// What ends the names that a method's checkpoints have and others don't.
+const SUFFIXES: &[(&str, &str)] = &[
+    (".quant_state.bitsandbytes__nf4", "bitsandbytes NF4"),
+    (".quant_state.bitsandbytes__fp4", "bitsandbytes FP4"),
+    (".SCB", "bitsandbytes LLM.int8()"),
+    (".weight_packed", "compressed-tensors"),
+    (".weight_scale_inv", "FP8 in blocks"),
+    (".qzeros", "GPTQ or AWQ"),
+    (".qweight", "GPTQ or AWQ"),
+    ("_proj_blocks", "MXFP4 (gpt-oss)"),
+    (".weight_scale_2", "ModelOpt NVFP4"),
+    (".weight_scale", "FP8 or integers with scales"),
+    (".absmax", "bitsandbytes"),
+];
+
+/// The method that config.json names, and where it names it.
+pub fn in_config(config: &Config) -> Option<(String, String)> {
+    let found = ["quantization_config", "compression_config"].into_iter().find_map(|key| {
+        let value = config.values().get(key)?;
+        let method = value.get("quant_method").and_then(|method| method.as_str()).unwrap_or("an unnamed method");
+        value.is_object().then(|| (method.to_owned(), format!("its \"{key}\" says so")))
+    });
+    found.or_else(|| {
+        let value = config.values().get("text_config")?.get("quantization_config")?;
+        let method = value.get("quant_method").and_then(|method| method.as_str()).unwrap_or("an unnamed method");
+        value.is_object().then(|| (method.to_owned(), "its \"text_config\" says so".to_owned()))
+    })
+}
+
+/// The method that a tensor gives away, and how.
+pub fn in_tensors(tensors: &[TensorInfo]) -> Option<(String, String)> {
+    tensors.iter().find_map(|tensor| {
+        let by_name = SUFFIXES.iter().find(|(suffix, _)| tensor.name.ends_with(suffix));
+        let by_dtype = matches!(
+            tensor.dtype,
+            Dtype::F8E4M3 | Dtype::F8E5M2 | Dtype::F8E4M3Fnuz | Dtype::F8E5M2Fnuz | Dtype::F4 | Dtype::F8E8M0
+        );
+        match by_name {
+            Some((_, method)) => Some(((*method).to_owned(), format!("it has a tensor {:?}", tensor.name))),
+            None if by_dtype => {
+                Some((tensor.dtype.name().to_owned(), format!("tensor {:?} has that dtype", tensor.name)))
+            }
+            None => None,
+        }
+    })
+}

@@ -1,0 +1,95 @@
+//! `model.safetensors.index.json`: which file holds which tensor.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::TensorInfo;
+use crate::error::{Error, IoContext, Result};
+
+/// The largest index that is read: a thousand times a common one.
+const MAX_INDEX_LEN: u64 = 200_000_000;
+
+/// An index as it stands in the file; other keys are ignored.
+#[derive(Deserialize)]
+pub struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+#[derive(Serialize)]
+struct OutputIndex<'a> {
+    metadata: Metadata,
+    weight_map: BTreeMap<&'a str, &'a str>,
+}
+
+#[derive(Serialize)]
+struct Metadata {
+    total_size: u64,
+}
+
+impl Index {
+    /// Reads the index at `path`; its file names are plain names without a folder.
+    pub fn read(path: &Path) -> Result<Index> {
+        let len = path.metadata().at(path, "read it")?.len();
+        if len > MAX_INDEX_LEN {
+            return Err(Error::malformed(path, format!("{len} bytes are too many for an index of tensors")));
+        }
+        let text = std::fs::read(path).at(path, "read it")?;
+        let index: Index = serde_json::from_slice(&text)
+            .map_err(|error| Error::malformed(path, format!("not an index of tensors: {error}")))?;
+        for (tensor, file) in &index.weight_map {
+            if file.contains(['/', '\\', '\0']) || matches!(file.as_str(), "" | "." | "..") {
+                let why = format!("tensor {tensor:?} is said to be in {file:?}: expected the name of a file beside it");
+                return Err(Error::malformed(path, why));
+            }
+        }
+        Ok(index)
+    }
+
+    /// The files, by name, each once.
+    pub fn files(&self) -> BTreeSet<&str> {
+        self.weight_map.values().map(String::as_str).collect()
+    }
+
+    /// Holds the index against what the files' headers say: each tensor is where the index has it, and nowhere else.
+    pub fn check<'a>(&self, path: &Path, files: impl Iterator<Item = (&'a str, &'a [TensorInfo])>) -> Result<()> {
+        let mut found = BTreeSet::new();
+        for (file, tensors) in files {
+            for TensorInfo { name, .. } in tensors {
+                let why = match self.weight_map.get(name) {
+                    Some(expected) if expected == file => {
+                        found.insert(name.as_str());
+                        continue;
+                    }
+                    Some(expected) => format!("tensor {name:?} is said to be in {expected:?}, but {file:?} has it"),
+                    None => format!("tensor {name:?} of {file:?} isn't listed"),
+                };
+                return Err(Error::malformed(path, format!("{why}; download the index again")));
+            }
+        }
+        match self.weight_map.iter().find(|(tensor, _)| !found.contains(tensor.as_str())) {
+            Some((tensor, file)) => {
+                let why = format!("tensor {tensor:?} is said to be in {file:?}, which doesn't have it");
+                Err(Error::malformed(path, format!("{why}; download the file again")))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// The name of output file `i` (from 0) of `count`, as the ecosystem has it.
+pub fn shard_name(i: usize, count: usize) -> String {
+    match count {
+        1 => "model.safetensors".to_owned(),
+        _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
+    }
+}
+
+/// An index of tensors and their files, with the sum of the tensors' bytes; as transformers writes it.
+pub fn index_json<'a>(weight_map: impl Iterator<Item = (&'a str, &'a str)>, total_size: u64) -> Vec<u8> {
+    let index = OutputIndex { metadata: Metadata { total_size }, weight_map: weight_map.collect() };
+    let mut json = serde_json::to_vec_pretty(&index).expect("strings and a number");
+    json.push(b'\n');
+    json
+}

@@ -1,0 +1,32 @@
+//! Hugging Face checkpoints on disk: headers, indexes, configs and side files; reading ranges, writing files.
+//!
+//! What is read here comes from strangers: every length, offset and name is checked before it is used, and nothing
+//! outside the source's folder is opened. Nothing here knows what quantization is.
+
+mod config;
+mod dtype;
+mod foreign;
+mod hash;
+mod header;
+mod index;
+mod output;
+mod side_files;
+mod source;
+
+pub use config::Config;
+pub use dtype::Dtype;
+pub use hash::{Sha256Hash, hash_range};
+pub use header::{Described, Header, MAX_HEADER_LEN, TensorInfo, header_bytes, sort_canonically};
+pub use index::{index_json, shard_name};
+pub use output::{OutputFile, Staging, free_space};
+pub use side_files::SideFile;
+pub use source::{Source, SourceFile};
+
+/// The index beside the shards.
+pub const INDEX_NAME: &str = "model.safetensors.index.json";
+/// The model's configuration.
+pub const CONFIG_NAME: &str = "config.json";
+/// Our manifest.
+pub const MANIFEST_NAME: &str = "prequant.json";
+/// Checksums as `sha256sum -c` takes them.
+pub const SUMS_NAME: &str = "SHA256SUMS";

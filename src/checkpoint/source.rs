@@ -1,0 +1,213 @@
+//! Opening a checkpoint: which files it has, and all their headers. No weight is read.
+
+use std::collections::HashMap;
+use std::fs::{File, Metadata};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::index::Index;
+use super::side_files::{self, SideFile};
+use super::{CONFIG_NAME, Config, Header, INDEX_NAME, Sha256Hash, TensorInfo, foreign};
+use crate::error::{Error, IoContext, Result};
+
+/// A checkpoint whose headers are read and checked.
+#[derive(Debug)]
+pub struct Source {
+    /// The path as given.
+    pub path: PathBuf,
+    /// The files of weights, by name.
+    pub files: Vec<SourceFile>,
+    /// config.json, if the source is a folder or has one beside it.
+    pub config: Option<Config>,
+    /// What else is in the folder; none if the source is one file.
+    pub side_files: Vec<SideFile>,
+}
+
+/// A safetensors file.
+#[derive(Clone, Debug)]
+pub struct SourceFile {
+    /// Its name, without the folder.
+    pub name: String,
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its size in bytes.
+    pub len: u64,
+    /// SHA-256 of its header, length field included.
+    pub header_sha256: Sha256Hash,
+    /// Its tensors, in the order of their bytes.
+    pub tensors: Vec<TensorInfo>,
+}
+
+impl Source {
+    /// Opens a checkpoint's folder, or a single safetensors file.
+    ///
+    /// # Errors
+    /// When it isn't there, isn't a checkpoint, is damaged as far as headers tell, or is quantized already.
+    pub fn open(path: &Path) -> Result<Source> {
+        let metadata = match path.metadata() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(Error::SourceMissing { path: path.to_owned() });
+            }
+            other => other.at(path, "open it")?,
+        };
+        let source = if metadata.is_dir() { open_folder(path)? } else { open_file(path, &metadata)? };
+        source.check_not_quantized()?;
+        source.check_names_differ()?;
+        Ok(source)
+    }
+
+    /// All tensors with the file they are in: files by name, tensors in the order of their bytes.
+    pub fn tensors(&self) -> impl Iterator<Item = (usize, &TensorInfo)> {
+        self.files.iter().enumerate().flat_map(|(i, file)| file.tensors.iter().map(move |tensor| (i, tensor)))
+    }
+
+    fn check_not_quantized(&self) -> Result<()> {
+        let config_path = self.path.join(CONFIG_NAME);
+        let in_config = self.config.as_ref().and_then(foreign::in_config).map(|found| (config_path, found));
+        let in_files = || {
+            self.files
+                .iter()
+                .find_map(|file| foreign::in_tensors(&file.tensors).map(|found| (file.path.clone(), found)))
+        };
+        match in_config.or_else(in_files) {
+            Some((path, (method, evidence))) => Err(Error::AlreadyQuantized { path, method, evidence }),
+            None => Ok(()),
+        }
+    }
+
+    fn check_names_differ(&self) -> Result<()> {
+        let mut seen: HashMap<&str, usize> = HashMap::new();
+        for (file, tensor) in self.tensors() {
+            if let Some(other) = seen.insert(&tensor.name, file) {
+                let (name, other) = (&tensor.name, &self.files[other].name);
+                let why = format!("tensor {name:?} is also in {other:?}: are these files of one checkpoint?");
+                return Err(Error::malformed(&self.files[file].path, why));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn open_folder(folder: &Path) -> Result<Source> {
+    let config_path = folder.join(CONFIG_NAME);
+    if !config_path.exists() {
+        let why = "it has no config.json; give the .safetensors file itself to convert weights without a model";
+        return Err(Error::NotACheckpoint { path: folder.to_owned(), why: why.to_owned() });
+    }
+    check_stays_inside(folder, &config_path)?;
+    let config = Config::read(&config_path)?;
+    let index_path = folder.join(INDEX_NAME);
+    let files = if index_path.exists() {
+        check_stays_inside(folder, &index_path)?;
+        let index = Index::read(&index_path)?;
+        let missing = |name: &str| format!("names {name:?}, which isn't beside it: download that file too");
+        if let Some(name) = index.files().into_iter().find(|name| !folder.join(name).exists()) {
+            return Err(Error::malformed(&index_path, missing(name)));
+        }
+        let files = open_all(folder, index.files().into_iter().map(str::to_owned))?;
+        index.check(&index_path, files.iter().map(|file| (file.name.as_str(), file.tensors.as_slice())))?;
+        files
+    } else {
+        open_all(folder, files_without_index(folder)?.into_iter())?
+    };
+    let side_files = side_files::find(folder)?;
+    side_files.iter().try_for_each(|file| check_stays_inside(folder, &file.path))?;
+    Ok(Source { path: folder.to_owned(), files, config: Some(config), side_files })
+}
+
+fn open_file(path: &Path, metadata: &Metadata) -> Result<Source> {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    if !metadata.is_file() || !name.ends_with(".safetensors") {
+        let why = "expected a folder, or a file whose name ends in .safetensors".to_owned();
+        return Err(Error::NotACheckpoint { path: path.to_owned(), why });
+    }
+    let config_path = path.with_file_name(CONFIG_NAME);
+    let config = if config_path.is_file() { Some(Config::read(&config_path)?) } else { None };
+    let file = SourceFile::open(name.to_owned(), path.to_owned())?;
+    Ok(Source { path: path.to_owned(), files: vec![file], config, side_files: Vec::new() })
+}
+
+/// Opens files by name; a link must lead to where this checkpoint's files are.
+fn open_all(folder: &Path, names: impl Iterator<Item = String>) -> Result<Vec<SourceFile>> {
+    names
+        .map(|name| {
+            let path = folder.join(&name);
+            check_stays_inside(folder, &path)?;
+            SourceFile::open(name, path)
+        })
+        .collect()
+}
+
+impl SourceFile {
+    fn open(name: String, path: PathBuf) -> Result<SourceFile> {
+        let mut file = File::open(&path).at(&path, "open it")?;
+        let metadata = file.metadata().at(&path, "look at it")?;
+        if !metadata.is_file() {
+            return Err(Error::malformed(&path, "not a regular file"));
+        }
+        let header = Header::read(&mut file, metadata.len(), &path)?;
+        Ok(SourceFile { name, path, len: metadata.len(), header_sha256: header.sha256, tensors: header.tensors })
+    }
+}
+
+/// A link may lead elsewhere in the folder, or, in the hub's cache, from `snapshots/REVISION` to `blobs`.
+fn check_stays_inside(folder: &Path, path: &Path) -> Result<()> {
+    let target = path.canonicalize().at(path, "open it")?;
+    let root = folder.canonicalize().at(folder, "open it")?;
+    let cache = root.parent().filter(|parent| parent.ends_with("snapshots")).and_then(Path::parent);
+    if target.starts_with(&root) || cache.is_some_and(|cache| target.starts_with(cache.join("blobs"))) {
+        return Ok(());
+    }
+    let why = format!("a link out of the checkpoint's folder, to {}; put the file itself here", target.display());
+    Err(Error::malformed(path, why))
+}
+
+/// The files that make up a checkpoint without an index: `model.safetensors`, or shards, or what there is.
+fn files_without_index(folder: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(folder).at(folder, "list it")? {
+        let name = entry.at(folder, "list it")?.file_name();
+        if let Some(name) = name.to_str().filter(|name| name.ends_with(".safetensors") && !name.starts_with('.')) {
+            names.push(name.to_owned());
+        }
+    }
+    names.sort();
+    if names.iter().any(|name| name == "model.safetensors") {
+        return Ok(vec!["model.safetensors".to_owned()]);
+    }
+    let of_model = |name: &String| name.starts_with("model");
+    // Mistral's own layout of the same weights, and LoRA's, lie beside a model's files at times.
+    let other = |name: &String| name.starts_with("consolidated") || name.starts_with("adapter");
+    if names.iter().any(of_model) {
+        names.retain(of_model);
+    } else {
+        names.retain(|name| !other(name));
+    }
+    if names.is_empty() {
+        let why = "it has no .safetensors file; convert .bin or .pt weights to safetensors first (transformers' \
+                   save_pretrained does)";
+        return Err(Error::NotACheckpoint { path: folder.to_owned(), why: why.to_owned() });
+    }
+    check_all_shards(folder, &names)?;
+    Ok(names)
+}
+
+/// `model-00002-of-00003.safetensors` says how many there are.
+fn check_all_shards(folder: &Path, names: &[String]) -> Result<()> {
+    let expected = names.iter().find_map(|name| {
+        let stem = name.strip_suffix(".safetensors")?;
+        let (_, count) = stem.rsplit_once("-of-")?;
+        count.parse::<usize>().ok()
+    });
+    match expected {
+        Some(expected) if expected != names.len() => {
+            let why = format!(
+                "its shards' names say {expected} files, and {} are there (no {INDEX_NAME} tells more); download the \
+                 others",
+                names.len()
+            );
+            Err(Error::NotACheckpoint { path: folder.to_owned(), why })
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,145 @@
+//! The user's choices on top of the rules.
+
+use regex::Regex;
+
+use super::recipe::Recipe;
+use super::rules::{Rules, Verdict};
+use crate::error::{Error, Result};
+
+/// Decides tensor by tensor: `--exclude` before `--include` before `--only-experts` before the rules.
+pub struct Selection {
+    rules: Rules,
+    only_experts: bool,
+    include: Vec<Pattern>,
+    exclude: Vec<Pattern>,
+}
+
+struct Pattern {
+    flag: &'static str,
+    text: String,
+    regex: Regex,
+    /// A tensor whose name matches was seen.
+    matched: bool,
+    /// One of them could be quantized.
+    of_use: bool,
+}
+
+impl Selection {
+    /// # Errors
+    /// When a pattern is no regular expression.
+    pub fn new(recipe: &Recipe, rules: Rules) -> Result<Selection> {
+        let compile = |flag, texts: &[String]| -> Result<Vec<Pattern>> {
+            texts.iter().map(|text| Pattern::new(flag, text)).collect()
+        };
+        Ok(Selection {
+            rules,
+            only_experts: recipe.only_experts,
+            include: compile("--include", &recipe.include)?,
+            exclude: compile("--exclude", &recipe.exclude)?,
+        })
+    }
+
+    /// The verdict on one tensor.
+    pub fn decide(&mut self, name: &str, shape: &[u64]) -> Verdict {
+        let mut verdict = self.rules.classify(name, shape);
+        let matrix = matches!(shape.len(), 2 | 3) && !shape.contains(&0);
+        let excluded = first_match(&mut self.exclude, name, true);
+        let included = first_match(&mut self.include, name, matrix);
+        if let Some(pattern) = excluded {
+            (verdict.quantize, verdict.reason) = (false, format!("kept by --exclude '{pattern}'").into());
+        } else if let Some(pattern) = included {
+            if matrix && !verdict.quantize {
+                (verdict.quantize, verdict.reason) = (true, format!("quantized by --include '{pattern}'").into());
+            }
+        } else if self.only_experts && verdict.quantize && !verdict.role.is_expert() {
+            (verdict.quantize, verdict.reason) = (false, "kept by --only-experts".into());
+        }
+        verdict
+    }
+
+    /// # Errors
+    /// When a pattern matched no tensor, or none that could be quantized: it can't be what was meant.
+    pub fn check_patterns(&self) -> Result<()> {
+        let error = |pattern: &Pattern, why: &str| {
+            Err(Error::Pattern { flag: pattern.flag, pattern: pattern.text.clone(), why: why.to_owned() })
+        };
+        for pattern in self.include.iter().chain(&self.exclude) {
+            if !pattern.matched {
+                return error(pattern, "matches no tensor's name; --dry-run lists the names");
+            }
+            if !pattern.of_use {
+                return error(pattern, "matches only tensors that can't be quantized: they aren't 2-D or 3-D");
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Pattern {
+    fn new(flag: &'static str, text: &str) -> Result<Pattern> {
+        let regex = Regex::new(text).map_err(|error| Error::Pattern {
+            flag,
+            pattern: text.to_owned(),
+            why: format!("not a regular expression: {error}"),
+        })?;
+        Ok(Pattern { flag, text: text.to_owned(), regex, matched: false, of_use: false })
+    }
+}
+
+/// The first pattern that matches; all that match are marked.
+fn first_match(patterns: &mut [Pattern], name: &str, of_use: bool) -> Option<String> {
+    let mut first = None;
+    for pattern in patterns.iter_mut().filter(|pattern| pattern.regex.is_match(name)) {
+        pattern.matched = true;
+        pattern.of_use |= of_use;
+        first = first.or_else(|| Some(pattern.text.clone()));
+    }
+    first
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn selection(include: &[&str], exclude: &[&str], only_experts: bool) -> Selection {
+        let own = |patterns: &[&str]| patterns.iter().map(|&text| text.to_owned()).collect();
+        let recipe = Recipe { include: own(include), exclude: own(exclude), only_experts, ..Recipe::default() };
+        Selection::new(&recipe, Rules::new(&["qwen3_moe"])).unwrap()
+    }
+
+    const HEAD: (&str, &[u64]) = ("lm_head.weight", &[320, 64]);
+    const QUERY: (&str, &[u64]) = ("model.layers.0.self_attn.q_proj.weight", &[64, 64]);
+    const EXPERT: (&str, &[u64]) = ("model.layers.0.mlp.experts.1.up_proj.weight", &[64, 64]);
+    const NORM: (&str, &[u64]) = ("model.norm.weight", &[64]);
+
+    fn quantized(mut selection: Selection) -> Vec<bool> {
+        [HEAD, QUERY, EXPERT, NORM].map(|(name, shape)| selection.decide(name, shape).quantize).to_vec()
+    }
+
+    #[test]
+    fn exclude_beats_include_beats_only_experts_beats_the_rules() {
+        assert_eq!(quantized(selection(&[], &[], false)), [false, true, true, false]);
+        assert_eq!(quantized(selection(&["."], &[], false)), [true, true, true, false]);
+        assert_eq!(quantized(selection(&[], &[], true)), [false, false, true, false]);
+        assert_eq!(quantized(selection(&["q_proj"], &[], true)), [false, true, true, false]);
+        assert_eq!(quantized(selection(&["_proj"], &["q_proj"], true)), [false, false, true, false]);
+    }
+
+    #[test]
+    fn reasons_name_the_option() {
+        let mut selection = selection(&["lm_head"], &["experts"], false);
+        assert_eq!(selection.decide(HEAD.0, HEAD.1).reason, "quantized by --include 'lm_head'");
+        assert_eq!(selection.decide(EXPERT.0, EXPERT.1).reason, "kept by --exclude 'experts'");
+    }
+
+    #[test]
+    fn patterns_that_do_nothing_are_errors() {
+        for (include, exclude) in [(&["nothing"][..], &[][..]), (&[], &["nothing"]), (&["norm"], &[])] {
+            let mut selection = selection(include, exclude, false);
+            selection.decide(NORM.0, NORM.1);
+            assert!(matches!(selection.check_patterns(), Err(Error::Pattern { .. })));
+        }
+        let recipe = Recipe { include: vec!["(".to_owned()], ..Recipe::default() };
+        assert!(matches!(Selection::new(&recipe, Rules::new(&[])), Err(Error::Pattern { .. })));
+    }
+}

@@ -1,0 +1,129 @@
+//! Output tensors, files and offsets.
+
+use std::ops::Range;
+
+use super::{Decision, PlannedTensor};
+use crate::checkpoint::{Described, Dtype, TensorInfo, header_bytes, shard_name, sort_canonically};
+use crate::format::{OutputKind, Scheme, output_tensors};
+
+/// A tensor to be written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlannedOutput {
+    /// Which part of a quantized weight it is; `None` for a tensor kept as it is.
+    pub kind: Option<OutputKind>,
+    /// Its name, after the source tensor's.
+    pub suffix: &'static str,
+    /// Its dtype.
+    pub dtype: Dtype,
+    /// Its shape.
+    pub shape: Vec<u64>,
+    /// Its size in bytes.
+    pub len: u64,
+    /// Its first byte's offset in the output file.
+    pub offset: u64,
+}
+
+/// A file to be written.
+#[derive(Clone, Debug)]
+pub struct PlannedFile {
+    /// Its name.
+    pub name: String,
+    /// Which of the plan's tensors it holds.
+    pub tensors: Range<usize>,
+    /// Its first bytes.
+    pub header: Vec<u8>,
+    /// Its size in bytes.
+    pub len: u64,
+}
+
+/// What a tensor becomes; offsets are set by [`lay_out`].
+pub fn outputs(info: &TensorInfo, decision: Decision, scheme: &Scheme) -> Vec<PlannedOutput> {
+    let Decision::Quantize(dtype) = decision else {
+        let (shape, len) = (info.shape.clone(), info.len);
+        return vec![PlannedOutput { kind: None, suffix: "", dtype: info.dtype, shape, len, offset: 0 }];
+    };
+    let tensors = output_tensors(scheme, dtype, &info.shape).into_iter();
+    tensors
+        .map(|tensor| {
+            let dtype = if tensor.is_f32 { Dtype::F32 } else { Dtype::U8 };
+            let len = dtype.byte_len(&tensor.shape).expect("less than the source's bytes");
+            PlannedOutput { kind: Some(tensor.kind), suffix: tensor.suffix, dtype, shape: tensor.shape, len, offset: 0 }
+        })
+        .collect()
+}
+
+/// Divides tensors among files, in their order, and gives every output its offset.
+///
+/// A file is closed before the tensor that would take it past `max_shard_size`.
+pub fn lay_out(tensors: &mut [PlannedTensor], max_shard_size: u64) -> Vec<PlannedFile> {
+    let ranges = shard_ranges(tensors, max_shard_size);
+    let count = ranges.len();
+    let files = ranges.into_iter().enumerate();
+    files
+        .map(|(i, range)| {
+            let (header, len) = place(&mut tensors[range.clone()]);
+            PlannedFile { name: shard_name(i, count), tensors: range, header, len }
+        })
+        .collect()
+}
+
+fn shard_ranges(tensors: &[PlannedTensor], max_shard_size: u64) -> Vec<Range<usize>> {
+    let mut ranges = Vec::new();
+    let (mut start, mut size) = (0, 0u64);
+    for (i, tensor) in tensors.iter().enumerate() {
+        let len = tensor.output_len();
+        if i > start && size.saturating_add(len) > max_shard_size {
+            ranges.push(start..i);
+            (start, size) = (i, 0);
+        }
+        size = size.saturating_add(len);
+    }
+    ranges.push(start..tensors.len());
+    ranges
+}
+
+/// An output on its way to its place in a file.
+struct Placed {
+    name: String,
+    tensor: usize,
+    output: usize,
+    dtype: Dtype,
+    shape: Vec<u64>,
+}
+
+impl Described for Placed {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[u64] {
+        &self.shape
+    }
+}
+
+/// Sets the offsets of one file's outputs; returns its header and its size.
+fn place(tensors: &mut [PlannedTensor]) -> (Vec<u8>, u64) {
+    let mut placed = Vec::new();
+    for (i, tensor) in tensors.iter().enumerate() {
+        placed.extend(tensor.outputs.iter().enumerate().map(|(j, output)| Placed {
+            name: format!("{}{}", tensor.info.name, output.suffix),
+            tensor: i,
+            output: j,
+            dtype: output.dtype,
+            shape: output.shape.clone(),
+        }));
+    }
+    sort_canonically(&mut placed);
+    let header = header_bytes(&placed);
+    let mut position = header.len() as u64;
+    for Placed { tensor, output, .. } in placed {
+        let output = &mut tensors[tensor].outputs[output];
+        output.offset = position;
+        position += output.len;
+    }
+    (header, position)
+}

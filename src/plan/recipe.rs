@@ -1,0 +1,59 @@
+//! What the user asks for: all that decides the output's bytes, besides the source.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::format::{BlockSize, Format, Scheme};
+
+/// The choices of a conversion.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Recipe {
+    /// The 4-bit format.
+    pub format: Format,
+    /// Consecutive elements that share one absmax.
+    pub block_size: BlockSize,
+    /// Whether absmax is quantized too, to 8 bits.
+    pub double_quant: bool,
+    /// How the experts of a Mixture-of-Experts model are laid out.
+    pub experts: ExpertLayout,
+    /// Whether everything but experts is kept.
+    pub only_experts: bool,
+    /// Regular expressions: tensors to be quantized against the rules.
+    pub include: Vec<String>,
+    /// Regular expressions: tensors to be kept, whatever else says otherwise.
+    pub exclude: Vec<String>,
+    /// The most bytes of tensors in one file; a weight and its statistics stay together even if they are more.
+    pub max_shard_size: u64,
+}
+
+/// How experts are laid out in the output.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ExpertLayout {
+    /// As the source has them, under the same names.
+    #[default]
+    Keep,
+}
+
+impl Recipe {
+    /// The part that decides a quantized tensor's bytes.
+    pub fn scheme(&self) -> Scheme {
+        Scheme { format: self.format, block_size: self.block_size, double_quant: self.double_quant }
+    }
+}
+
+impl Default for Recipe {
+    /// bitsandbytes' own defaults (but NF4), in shards of 5 GB.
+    fn default() -> Self {
+        Recipe {
+            format: Format::Nf4,
+            block_size: BlockSize::default(),
+            double_quant: false,
+            experts: ExpertLayout::Keep,
+            only_experts: false,
+            include: Vec::new(),
+            exclude: Vec::new(),
+            max_shard_size: 5_000_000_000,
+        }
+    }
+}

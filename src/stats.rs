@@ -1,0 +1,231 @@
+//! What quantizing cost: error statistics of a tensor, gathered block by block.
+//!
+//! The digits are the same for every kernel, chunk size and thread count. Blocks are taken in groups of
+//! [`GROUP`]; each group's figures are added in f64, in order, and the groups' sums exactly.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::exact_sum::ExactSum;
+use crate::kernel::Figures;
+
+/// Blocks whose figures are added in order. What is handed in at once is whole groups, except at a tensor's end.
+pub const GROUP: usize = 16;
+
+/// A quantized tensor's statistics. Errors compare the source with codes times the absmax they were chosen with.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Statistics {
+    /// Quantization blocks.
+    pub blocks: u64,
+    /// Blocks without any element other than zero.
+    pub zero_blocks: u64,
+    /// Of the blocks' absmax.
+    pub absmax: Range,
+    /// Sum of squared errors over sum of squares: 0 is exact, 1 as bad as zeroing everything.
+    pub relative_squared_error: f64,
+    /// Signal-to-noise ratio, -10·log10 of the relative squared error, in decibels; null if there is no error.
+    pub snr_db: Option<f64>,
+    /// The largest |element − decoded element|.
+    pub max_absolute_error: f64,
+    /// What quantizing absmax itself cost, with double quantization.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub double_quantization: Option<AbsmaxError>,
+}
+
+/// Least, mean and greatest.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Range {
+    /// The least.
+    pub min: f32,
+    /// The sum, exact, over the count; rounded to f64.
+    pub mean: f64,
+    /// The greatest.
+    pub max: f32,
+}
+
+/// How far restored absmax are from the true ones.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct AbsmaxError {
+    /// Sum of squared differences over sum of squares.
+    pub relative_squared_error: f64,
+    /// The largest |absmax − restored absmax|.
+    pub max_absolute_error: f64,
+}
+
+/// Statistics in the making.
+#[derive(Clone, Debug)]
+pub struct Gathering {
+    signal: ExactSum,
+    noise: ExactSum,
+    absmax: ExactSum,
+    absmax_min: f32,
+    absmax_max: f32,
+    worst: f64,
+    blocks: u64,
+    zero_blocks: u64,
+}
+
+impl Default for Gathering {
+    fn default() -> Self {
+        Gathering {
+            signal: ExactSum::default(),
+            noise: ExactSum::default(),
+            absmax: ExactSum::default(),
+            absmax_min: f32::INFINITY,
+            absmax_max: 0.0,
+            worst: 0.0,
+            blocks: 0,
+            zero_blocks: 0,
+        }
+    }
+}
+
+impl Gathering {
+    /// Adds a run of blocks that starts at a multiple of [`GROUP`] blocks.
+    pub fn add(&mut self, figures: &Figures<'_>) {
+        let blocks = figures.absmax.len();
+        for start in (0..blocks).step_by(GROUP) {
+            let group = start..blocks.min(start + GROUP);
+            let (mut signal, mut noise, mut absmax) = (0.0f64, 0.0f64, 0.0f64);
+            for i in group {
+                // Products of two f32 are exact in f64.
+                let scale = f64::from(figures.absmax[i]);
+                signal += scale * scale * f64::from(figures.signal[i]);
+                noise += scale * scale * f64::from(figures.noise[i]);
+                absmax += scale;
+                self.worst = self.worst.max(scale * f64::from(figures.worst[i]));
+                self.absmax_min = self.absmax_min.min(figures.absmax[i]);
+                self.absmax_max = self.absmax_max.max(figures.absmax[i]);
+                self.zero_blocks += u64::from(figures.signal[i] == 0.0);
+            }
+            self.signal.add(signal);
+            self.noise.add(noise);
+            self.absmax.add(absmax);
+        }
+        self.blocks += blocks as u64;
+    }
+
+    /// Adds what was gathered elsewhere.
+    pub fn merge(&mut self, other: &Gathering) {
+        self.signal.merge(&other.signal);
+        self.noise.merge(&other.noise);
+        self.absmax.merge(&other.absmax);
+        self.absmax_min = self.absmax_min.min(other.absmax_min);
+        self.absmax_max = self.absmax_max.max(other.absmax_max);
+        self.worst = self.worst.max(other.worst);
+        self.blocks += other.blocks;
+        self.zero_blocks += other.zero_blocks;
+    }
+
+    /// The mean of absmax; 0 if there is none.
+    pub fn mean_absmax(&self) -> f64 {
+        if self.blocks == 0 { 0.0 } else { self.absmax.value() / self.blocks as f64 }
+    }
+
+    /// The statistics so far.
+    pub fn finish(&self) -> Statistics {
+        let error = ratio(&self.noise, &self.signal);
+        Statistics {
+            blocks: self.blocks,
+            zero_blocks: self.zero_blocks,
+            absmax: Range { min: self.absmax_min, mean: self.mean_absmax(), max: self.absmax_max },
+            relative_squared_error: error,
+            snr_db: (error > 0.0).then(|| -10.0 * libm::log10(error)),
+            max_absolute_error: self.worst,
+            double_quantization: None,
+        }
+    }
+}
+
+/// An [`AbsmaxError`] in the making.
+#[derive(Clone, Debug, Default)]
+pub struct AbsmaxGathering {
+    squares: ExactSum,
+    squared_errors: ExactSum,
+    worst: f64,
+}
+
+impl AbsmaxGathering {
+    /// Adds a nested block: true absmax and what they are restored to, summed in order.
+    pub fn add(&mut self, block: impl Iterator<Item = (f32, f32)>) {
+        let (mut squares, mut squared_errors) = (0.0, 0.0);
+        for (absmax, restored) in block {
+            let (absmax, error) = (f64::from(absmax), f64::from(absmax) - f64::from(restored));
+            squares += absmax * absmax;
+            squared_errors += error * error;
+            self.worst = self.worst.max(error.abs());
+        }
+        self.squares.add(squares);
+        self.squared_errors.add(squared_errors);
+    }
+
+    /// Adds what was gathered elsewhere.
+    pub fn merge(&mut self, other: &AbsmaxGathering) {
+        self.squares.merge(&other.squares);
+        self.squared_errors.merge(&other.squared_errors);
+        self.worst = self.worst.max(other.worst);
+    }
+
+    /// The error so far.
+    pub fn finish(&self) -> AbsmaxError {
+        AbsmaxError {
+            relative_squared_error: ratio(&self.squared_errors, &self.squares),
+            max_absolute_error: self.worst,
+        }
+    }
+}
+
+fn ratio(part: &ExactSum, whole: &ExactSum) -> f64 {
+    let whole = whole.value();
+    if whole == 0.0 { 0.0 } else { part.value() / whole }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn add(gathering: &mut Gathering, figures: [&[f32]; 4]) {
+        let [mut absmax, mut signal, mut noise, mut worst] = figures.map(<[f32]>::to_vec);
+        let figures = Figures { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
+        gathering.add(&figures);
+    }
+
+    #[test]
+    fn figures_of_blocks_become_statistics_of_the_tensor() {
+        let mut gathering = Gathering::default();
+        add(&mut gathering, [&[2.0, 0.0], &[10.0, 0.0], &[0.1, 0.0], &[0.25, 0.0]]);
+        add(&mut gathering, [&[4.0], &[1.0], &[0.0], &[0.0]]);
+        let statistics = gathering.finish();
+        assert_eq!((statistics.blocks, statistics.zero_blocks), (3, 1));
+        assert_eq!(statistics.absmax, Range { min: 0.0, mean: 2.0, max: 4.0 });
+        let error = 4.0 * f64::from(0.1f32) / 56.0;
+        assert_eq!(statistics.relative_squared_error, error);
+        assert!((statistics.snr_db.unwrap() + 10.0 * error.log10()).abs() < 1e-12);
+        assert_eq!(statistics.max_absolute_error, 0.5);
+    }
+
+    #[test]
+    fn an_exact_tensor_has_no_error_and_no_ratio() {
+        let mut gathering = Gathering::default();
+        add(&mut gathering, [&[0.0], &[0.0], &[0.0], &[0.0]]);
+        let statistics = gathering.finish();
+        assert_eq!((statistics.relative_squared_error, statistics.snr_db), (0.0, None));
+    }
+
+    #[test]
+    fn statistics_do_not_depend_on_where_the_tensor_is_cut() {
+        let values: Vec<f32> = (0..1000).map(|i| ((i * 7919) % 997) as f32 * 1e-3 + 1e-5).collect();
+        let whole = {
+            let mut gathering = Gathering::default();
+            add(&mut gathering, [&values; 4]);
+            gathering.finish()
+        };
+        for cut in [16, 320, 992] {
+            let (mut left, mut right) = (Gathering::default(), Gathering::default());
+            add(&mut left, [&values[..cut]; 4]);
+            add(&mut right, [&values[cut..]; 4]);
+            right.merge(&left);
+            assert_eq!(right.finish(), whole);
+        }
+    }
+}
