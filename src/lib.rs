@@ -1,9 +1,13 @@
 //! prequant turns a bf16 Hugging Face safetensors checkpoint into a pre-quantized 4-bit one.
 pub mod checkpoint;
+pub mod convert;
 pub mod error;
 mod exact_sum;
 pub mod format;
 pub mod kernel;
+pub mod manifest;
+pub mod pipeline;
 pub mod plan;
 pub mod stats;
+pub mod units;
 pub use error::{Error, Result};

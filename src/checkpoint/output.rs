@@ -204,6 +204,11 @@ impl OutputFile {
         &self.path
     }
 
+    /// Gives the file another name in the same folder.
+    pub fn rename(&self, to: &Path) -> Result<()> {
+        fs::rename(&self.path, to).at(to, "give the finished file its name")
+    }
+
     /// Waits until the file's bytes are on the disk.
     pub fn sync(&self) -> Result<()> {
         self.file.sync_all().at(&self.path, "sync it")

@@ -7,10 +7,14 @@
 
 use std::borrow::Cow;
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
 use super::architectures::{ARCHITECTURES, Architecture, COMPARED};
 
 /// What a tensor is, as far as its name, shape and the checkpoint's `model_type`s tell.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
 pub enum Role {
     /// The 2-D weight of an `nn.Linear` (or of a subclass of it, then kept).
     Linear,

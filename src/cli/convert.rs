@@ -1,0 +1,192 @@
+//! `prequant convert`.
+
+use std::io::{self, Write};
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::{Args, ValueEnum};
+use prequant::Error;
+use prequant::convert::{Options, plan};
+use prequant::format::{BlockSize, Format};
+use prequant::plan::{ExpertLayout, Recipe};
+use prequant::units::Bytes;
+use serde_json::{Value, json};
+
+use super::progress::{Reporter, Style};
+use super::{dry_run, summary};
+
+/// Quantize a checkpoint to 4 bits.
+///
+/// SRC is a folder with config.json and safetensors files, as downloaded from the Hugging Face hub, or one safetensors
+/// file. DST becomes a complete checkpoint that loads as it is: 4-bit weights, config.json, tokenizer and all other
+/// files, a manifest (prequant.json) and SHA256SUMS. Weights of Linear layers and experts are quantized; embeddings,
+/// output heads, norms, biases and routers keep their dtype.
+#[derive(Args)]
+pub struct Arguments {
+    /// The checkpoint's folder, or one .safetensors file
+    #[arg(value_name = "SRC")]
+    source: PathBuf,
+
+    /// The folder to be made
+    #[arg(value_name = "DST")]
+    destination: PathBuf,
+
+    /// The 4-bit format
+    #[arg(long, value_enum, default_value_t = FormatArg::Nf4)]
+    format: FormatArg,
+
+    /// Weights that share one scale: a power of two from 32 to 4096. Fewer is more exact and takes more room
+    #[arg(long, value_name = "N", default_value_t = BlockSize::default())]
+    block_size: BlockSize,
+
+    /// Quantize the scales too, to 8 bits: 0.37 bits a weight less, slightly less exact
+    #[arg(long)]
+    double_quant: bool,
+
+    /// How the experts of a Mixture-of-Experts model are laid out
+    #[arg(long, value_enum, default_value_t = ExpertsArg::Keep)]
+    experts: ExpertsArg,
+
+    /// Keep everything but experts
+    #[arg(long)]
+    only_experts: bool,
+
+    /// Quantize the tensors whose names match, against the rules; may be given more than once
+    #[arg(long, value_name = "REGEX")]
+    include: Vec<String>,
+
+    /// Keep the tensors whose names match, before all other options; may be given more than once
+    #[arg(long, value_name = "REGEX")]
+    exclude: Vec<String>,
+
+    /// The most bytes of tensors in one output file
+    #[arg(long, value_name = "SIZE", default_value = "5GB")]
+    max_shard_size: Bytes,
+
+    /// The most memory to use
+    #[arg(long, value_name = "SIZE", default_value = "256MiB")]
+    memory: Bytes,
+
+    /// Threads to use [default: all cores]
+    #[arg(long, value_name = "N")]
+    threads: Option<NonZeroUsize>,
+
+    /// Put the SHA-256 of the source's files into the manifest; they are read once more for it
+    #[arg(long)]
+    hash_source: bool,
+
+    /// Replace the checkpoint in DST
+    #[arg(long)]
+    force: bool,
+
+    /// Show what would become of every tensor, and why; write nothing
+    #[arg(long)]
+    dry_run: bool,
+
+    /// Print one JSON object at the end, and no other line on standard output
+    #[arg(long)]
+    json: bool,
+
+    /// Print nothing but errors
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum FormatArg {
+    /// 4-bit NormalFloat, as QLoRA uses it
+    Nf4,
+    /// bitsandbytes' 4-bit float
+    Fp4,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ExpertsArg {
+    /// As the source has them, under the same names
+    Keep,
+}
+
+impl Arguments {
+    fn recipe(&self) -> Recipe {
+        Recipe {
+            format: match self.format {
+                FormatArg::Nf4 => Format::Nf4,
+                FormatArg::Fp4 => Format::Fp4,
+            },
+            block_size: self.block_size,
+            double_quant: self.double_quant,
+            experts: match self.experts {
+                ExpertsArg::Keep => ExpertLayout::Keep,
+            },
+            only_experts: self.only_experts,
+            include: self.include.clone(),
+            exclude: self.exclude.clone(),
+            max_shard_size: self.max_shard_size.0,
+        }
+    }
+
+    fn options(&self) -> Options {
+        let default = Options::default();
+        Options {
+            memory: self.memory.0,
+            threads: self.threads.map_or(default.threads, NonZeroUsize::get),
+            hash_source: self.hash_source,
+            force: self.force,
+            ..default
+        }
+    }
+
+    fn style(&self) -> Style {
+        if self.quiet { Style::Silent } else { Style::of_stderr() }
+    }
+}
+
+/// Runs the command; what it has to say goes to standard output, progress and errors to standard error.
+pub fn run(arguments: &Arguments) -> ExitCode {
+    match convert(arguments) {
+        Ok(report) => {
+            let text = if arguments.json { format!("{}\n", report.json) } else { report.text };
+            let wanted = arguments.json || !arguments.quiet;
+            match io::stdout().write_all(if wanted { text.as_bytes() } else { b"" }) {
+                // Whoever read our output has seen enough.
+                Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                    eprintln!("error: can't write to standard output: {error}");
+                    ExitCode::from(4)
+                }
+                _ => ExitCode::SUCCESS,
+            }
+        }
+        Err(error) => {
+            if arguments.json {
+                println!("{}", json!({"error": {"kind": error.kind(), "message": error.to_string()}}));
+            }
+            eprintln!("error: {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+/// What the command has to say at its end.
+pub struct Report {
+    pub text: String,
+    pub json: Value,
+}
+
+fn convert(arguments: &Arguments) -> Result<Report, Error> {
+    let start = Instant::now();
+    let conversion = plan(&arguments.source, arguments.recipe(), arguments.options())?;
+    if arguments.dry_run {
+        return dry_run::report(&conversion, &arguments.destination);
+    }
+    if !arguments.quiet {
+        for warning in &conversion.plan.warnings {
+            eprintln!("warning: {warning}");
+        }
+    }
+    let reporter = Reporter::new(arguments.style(), &conversion);
+    let manifest = conversion.execute(&arguments.destination, &reporter)?;
+    reporter.finish();
+    Ok(summary::report(&conversion, &arguments.destination, &manifest, start.elapsed()))
+}

@@ -1,0 +1,113 @@
+//! `--dry-run`: every decision and its reason, and what the conversion would take.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use prequant::Error;
+use prequant::checkpoint::free_space;
+use prequant::convert::Conversion;
+use prequant::plan::PlannedTensor;
+use prequant::units::Bytes;
+use serde_json::{Value, json};
+
+use super::convert::Report;
+use super::summary::format_name;
+
+/// The plan, after checking that it can be carried out.
+pub fn report(conversion: &Conversion, destination: &Path) -> Result<Report, Error> {
+    conversion.check_destination(destination)?;
+    let free = free_space(destination)?;
+    Ok(Report { text: text(conversion, destination, free), json: json(conversion, destination, free) })
+}
+
+fn text(conversion: &Conversion, destination: &Path, free: u64) -> String {
+    let plan = &conversion.plan;
+    let mut text = String::new();
+    let width = |of: fn(&PlannedTensor) -> usize| plan.tensors.iter().map(of).max().unwrap_or(0);
+    let name_width = width(|tensor| tensor.info.name.len()).min(72);
+    let shape_width = width(|tensor| format!("{:?}", tensor.info.shape).len());
+    for tensor in &plan.tensors {
+        let decision = if tensor.quantized_from().is_some() { plan.recipe.format.name() } else { "keep" };
+        let (info, shape) = (&tensor.info, format!("{:?}", tensor.info.shape));
+        let _ = writeln!(
+            text,
+            "{decision:4}  {:name_width$}  {:4} {shape:shape_width$}  {}",
+            info.name, info.dtype, tensor.reason
+        );
+    }
+    let quantized = plan.quantized().count();
+    let _ = writeln!(
+        text,
+        "\n{} tensors in {}, {} kept",
+        quantized,
+        format_name(&plan.recipe),
+        plan.tensors.len() - quantized
+    );
+    for warning in &plan.warnings {
+        let _ = writeln!(text, "warning: {warning}");
+    }
+    let files = plan.files.len();
+    let _ =
+        writeln!(text, "source:  {} of tensors in {} files", Bytes(plan.source_len()), conversion.source.files.len());
+    let _ = writeln!(
+        text,
+        "output:  {} in {files} file{} of weights and {} side files; {:.2} bits a quantized weight, {:.2} over all",
+        Bytes(plan.output_len()),
+        if files == 1 { "" } else { "s" },
+        conversion.source.side_files.len(),
+        plan.bits_per_quantized_weight(),
+        plan.bits_per_weight(),
+    );
+    let _ = writeln!(
+        text,
+        "disk:    {} needed, {} free at {}",
+        Bytes(conversion.disk_needed()),
+        Bytes(free),
+        destination.display()
+    );
+    let budget = &conversion.budget;
+    let _ = writeln!(
+        text,
+        "memory:  {} at most, {} threads, {} kernel",
+        Bytes(budget.peak),
+        budget.threads,
+        conversion.options.kernel.name()
+    );
+    text + "nothing was written\n"
+}
+
+fn json(conversion: &Conversion, destination: &Path, free: u64) -> Value {
+    let plan = &conversion.plan;
+    let tensor = |tensor: &PlannedTensor| {
+        json!({
+            "name": tensor.info.name,
+            "dtype": tensor.info.dtype.name(),
+            "shape": tensor.info.shape,
+            "role": tensor.role,
+            "decision": if tensor.quantized_from().is_some() { "quantize" } else { "keep" },
+            "reason": tensor.reason,
+            "output_bytes": tensor.output_len(),
+        })
+    };
+    let files: Vec<Value> = plan
+        .files
+        .iter()
+        .map(|file| json!({"name": file.name, "size": file.len, "tensors": file.tensors.len()}))
+        .collect();
+    json!({
+        "destination": destination.display().to_string(),
+        "recipe": plan.recipe,
+        "source_bytes": plan.source_len(),
+        "output_bytes": plan.output_len(),
+        "disk_needed": conversion.disk_needed(),
+        "disk_free": free,
+        "peak_memory": conversion.budget.peak,
+        "threads": conversion.budget.threads,
+        "kernel": conversion.options.kernel.name(),
+        "bits_per_quantized_weight": plan.bits_per_quantized_weight(),
+        "bits_per_weight": plan.bits_per_weight(),
+        "files": files,
+        "warnings": plan.warnings,
+        "tensors": plan.tensors.iter().map(tensor).collect::<Vec<_>>(),
+    })
+}

@@ -1,0 +1,34 @@
+//! The command line: arguments in, words and exit codes out.
+
+mod convert;
+mod dry_run;
+mod progress;
+mod summary;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Turn a bf16 Hugging Face checkpoint into a 4-bit one: once, offline, in constant memory.
+#[derive(Parser)]
+#[command(version, max_term_width = 100, after_help = EXIT_CODES)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Convert(convert::Arguments),
+}
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 done; 1 a check found a difference; 2 wrong usage; 3 bad input; 4 I/O or device failure.";
+
+/// Runs the command that the process was started with.
+pub fn run() -> ExitCode {
+    let Arguments { command } = Arguments::parse();
+    match command {
+        Command::Convert(arguments) => convert::run(&arguments),
+    }
+}

@@ -1,0 +1,229 @@
+//! Converting a checkpoint: open, plan, execute, seal.
+
+use std::fs::File;
+use std::path::Path;
+use std::thread;
+
+use crate::checkpoint::{
+    CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, SUMS_NAME, Sha256Hash, Source, Staging, free_space, hash_range, index_json,
+};
+use crate::error::{Error, IoContext, Result};
+use crate::kernel::Kernel;
+use crate::manifest::{
+    DecisionRecord, FileRecord, Manifest, OutputRecord, SCHEMA_VERSION, SourceFileRecord, SourceRecord,
+    SourceTensorRecord, Summary, TensorRecord, Tool, sha256_sums,
+};
+use crate::pipeline::{self, Budget, Outcome, Progress, TensorOutcome};
+use crate::plan::{Plan, PlannedTensor, Recipe};
+use crate::units::Bytes;
+
+/// How to convert: what decides nothing about the output's bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// The most memory to use, in bytes.
+    pub memory: u64,
+    /// Threads to use.
+    pub threads: usize,
+    /// What quantizes.
+    pub kernel: Kernel,
+    /// Whether the manifest gets the SHA-256 of the source's files.
+    pub hash_source: bool,
+    /// Whether to replace a checkpoint at the destination.
+    pub force: bool,
+}
+
+impl Default for Options {
+    /// 256 MiB, all cores, the fastest kernel.
+    fn default() -> Self {
+        let threads = thread::available_parallelism().map_or(1, usize::from);
+        Options { memory: 256 << 20, threads, kernel: Kernel::detect(), hash_source: false, force: false }
+    }
+}
+
+/// A conversion that is planned to the last byte and not begun.
+#[derive(Debug)]
+pub struct Conversion {
+    /// What is converted.
+    pub source: Source,
+    /// What will be written.
+    pub plan: Plan,
+    /// The memory it takes.
+    pub budget: Budget,
+    /// How it is done.
+    pub options: Options,
+}
+
+/// Opens `source` and plans its conversion; reads headers only, and writes nothing.
+///
+/// # Errors
+/// When the source is no checkpoint or damaged, or the recipe doesn't fit it.
+pub fn plan(source: &Path, recipe: Recipe, options: Options) -> Result<Conversion> {
+    let source = Source::open(source)?;
+    let plan = Plan::new(&source, recipe)?;
+    let budget = Budget::new(&plan, options.memory, options.threads)?;
+    Ok(Conversion { source, plan, budget, options })
+}
+
+impl Conversion {
+    /// Bytes that the destination must have room for: weights, side files, and the manifest by estimate.
+    pub fn disk_needed(&self) -> u64 {
+        let side_files: u64 = self.source.side_files.iter().map(|file| file.len).sum();
+        let outputs: usize = self.plan.tensors.iter().map(|tensor| tensor.outputs.len()).sum();
+        let manifest = (self.plan.tensors.len() * 800 + outputs * 400 + (64 << 10)) as u64;
+        self.plan.output_len() + side_files + manifest
+    }
+
+    /// Whether the conversion can be written to `destination`: it is a place for it, and there is room.
+    pub fn check_destination(&self, destination: &Path) -> Result<()> {
+        Staging::check(destination, &self.source.path, self.options.force)?;
+        let (needed, available) = (self.disk_needed(), free_space(destination)?);
+        if needed <= available {
+            return Ok(());
+        }
+        let (needed, available) = (Bytes(needed).to_string(), Bytes(available).to_string());
+        Err(Error::NoSpace { path: destination.to_owned(), needed, available })
+    }
+
+    /// Writes the checkpoint to `destination` and returns its manifest. Until all of it is written, synced and hashed,
+    /// nothing there can be taken for a checkpoint; after an error nothing is left.
+    pub fn execute(&self, destination: &Path, progress: &dyn Progress) -> Result<Manifest> {
+        self.check_destination(destination)?;
+        let staging = Staging::create(destination, &self.source.path, self.options.force)?;
+        let (Options { kernel, hash_source, .. }, source, plan) = (self.options, &self.source, &self.plan);
+        let (outcome, side_files) = thread::scope(|scope| {
+            let side_files = scope.spawn(|| copy_side_files(source, &staging));
+            let outcome = pipeline::run(source, plan, &staging, kernel, self.budget, hash_source, progress);
+            (outcome, side_files.join().unwrap_or(Err(Error::Stopped)))
+        });
+        let outcome = outcome?;
+        let mut files = side_files?;
+        files.extend(plan.files.iter().zip(&outcome.files).map(|(file, sha256)| FileRecord {
+            name: file.name.clone(),
+            size: file.len,
+            sha256: *sha256,
+        }));
+        if let Some(config) = &plan.config {
+            files.push(write(&staging, CONFIG_NAME, config.as_bytes())?);
+        }
+        if plan.files.len() > 1 {
+            files.push(write(&staging, INDEX_NAME, &self.index())?);
+        }
+        files.sort_by(|a, b| a.name.cmp(&b.name));
+        self.seal(staging, files, outcome)
+    }
+
+    fn index(&self) -> Vec<u8> {
+        let outputs = self.plan.files.iter().flat_map(|file| {
+            let tensors = self.plan.tensors[file.tensors.clone()].iter();
+            tensors.flat_map(move |tensor| output_names(tensor).map(move |name| (name, file.name.as_str())))
+        });
+        let weight_map: Vec<(String, &str)> = outputs.collect();
+        let total_size = self.plan.tensors.iter().map(PlannedTensor::output_len).sum();
+        index_json(weight_map.iter().map(|(tensor, file)| (tensor.as_str(), *file)), total_size)
+    }
+
+    /// Writes manifest and checksums, and puts everything in its place.
+    fn seal(&self, staging: Staging, files: Vec<FileRecord>, outcome: Outcome) -> Result<Manifest> {
+        let manifest = self.manifest(files, outcome);
+        let record = write(&staging, MANIFEST_NAME, &manifest.to_json())?;
+        let all = manifest.files.iter().chain([&record]);
+        let sums = sha256_sums(all.map(|file| (file.name.as_str(), file.sha256)));
+        staging.write(SUMS_NAME, sums.as_bytes())?;
+        let mut names: Vec<String> = manifest.files.iter().map(|file| file.name.clone()).collect();
+        names.extend([MANIFEST_NAME.to_owned(), SUMS_NAME.to_owned()]);
+        staging.publish(&names)?;
+        Ok(manifest)
+    }
+
+    fn manifest(&self, files: Vec<FileRecord>, outcome: Outcome) -> Manifest {
+        let Outcome { tensors, source_files, total, .. } = outcome;
+        let (source, plan) = (&self.source, &self.plan);
+        let elements = |quantized: bool| {
+            let chosen = plan.tensors.iter().filter(move |tensor| tensor.quantized_from().is_some() == quantized);
+            chosen.fold((0, 0), |(tensors, elements), tensor| (tensors + 1, elements + tensor.elements()))
+        };
+        let ((quantized_tensors, quantized_elements), (kept_tensors, kept_elements)) =
+            (elements(true), elements(false));
+        let source_file = |(i, file): (usize, &crate::checkpoint::SourceFile)| SourceFileRecord {
+            name: file.name.clone(),
+            size: file.len,
+            header_sha256: file.header_sha256,
+            sha256: source_files.as_ref().map(|hashes| hashes[i]),
+        };
+        let written = plan.files.iter().flat_map(|file| file.tensors.clone().map(move |i| (i, &file.name)));
+        Manifest {
+            schema_version: SCHEMA_VERSION,
+            tool: Tool::this(),
+            recipe: plan.recipe.clone(),
+            source: SourceRecord {
+                model_type: source.config.as_ref().and_then(|c| c.model_types().first().map(|&name| name.to_owned())),
+                files: source.files.iter().enumerate().map(source_file).collect(),
+            },
+            summary: Summary {
+                quantized_tensors,
+                kept_tensors,
+                quantized_elements,
+                kept_elements,
+                bits_per_quantized_weight: plan.bits_per_quantized_weight(),
+                bits_per_weight: plan.bits_per_weight(),
+                statistics: total,
+            },
+            files,
+            tensors: written
+                .zip(tensors)
+                .map(|((i, file), outcome)| tensor_record(source, &plan.tensors[i], file, outcome))
+                .collect(),
+        }
+    }
+}
+
+fn tensor_record(source: &Source, tensor: &PlannedTensor, file: &str, outcome: TensorOutcome) -> TensorRecord {
+    let outputs = tensor.outputs.iter().zip(output_names(tensor)).zip(outcome.sha256);
+    TensorRecord {
+        sources: vec![SourceTensorRecord {
+            name: tensor.info.name.clone(),
+            file: source.files[tensor.source_file].name.clone(),
+            dtype: tensor.info.dtype.name().to_owned(),
+            shape: tensor.info.shape.clone(),
+        }],
+        role: tensor.role,
+        decision: if tensor.quantized_from().is_some() { DecisionRecord::Quantize } else { DecisionRecord::Keep },
+        reason: tensor.reason.clone().into_owned(),
+        outputs: outputs
+            .map(|((output, name), sha256)| {
+                let (dtype, shape) = (output.dtype.name().to_owned(), output.shape.clone());
+                (name, OutputRecord { file: file.to_owned(), dtype, shape, sha256 })
+            })
+            .collect(),
+        statistics: outcome.statistics,
+    }
+}
+
+fn output_names(tensor: &PlannedTensor) -> impl Iterator<Item = String> {
+    tensor.outputs.iter().map(|output| format!("{}{}", tensor.info.name, output.suffix))
+}
+
+fn write(staging: &Staging, name: &str, content: &[u8]) -> Result<FileRecord> {
+    staging.write(name, content)?;
+    Ok(FileRecord { name: name.to_owned(), size: content.len() as u64, sha256: Sha256Hash::of(content) })
+}
+
+/// Copies what lies beside the weights, as it is.
+fn copy_side_files(source: &Source, staging: &Staging) -> Result<Vec<FileRecord>> {
+    let mut buffer = vec![0; 1 << 16];
+    let files = source.side_files.iter();
+    files
+        .map(|side| {
+            let to = staging.path(&side.name);
+            if let Some(parent) = to.parent() {
+                std::fs::create_dir_all(parent).at(parent, "make it")?;
+            }
+            let mut from = File::open(&side.path).at(&side.path, "open it")?;
+            let mut copy = File::options().read(true).write(true).create_new(true).open(&to).at(&to, "create it")?;
+            let size = std::io::copy(&mut from, &mut copy).at(&to, "copy it")?;
+            let sha256 = hash_range(&copy, 0, size, &mut buffer, || true).at(&to, "read it back")?;
+            copy.sync_all().at(&to, "sync it")?;
+            Ok(FileRecord { name: side.name.clone(), size, sha256: sha256.ok_or(Error::Stopped)? })
+        })
+        .collect()
+}

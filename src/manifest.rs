@@ -1,0 +1,178 @@
+//! `prequant.json`: what a converted checkpoint is, what it was made from, and the hash of every part.
+//!
+//! No time, host or path is in it: the same source and recipe give the same bytes on every machine.
+
+use std::collections::BTreeMap;
+
+use schemars::{JsonSchema, Schema};
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::Sha256Hash;
+use crate::plan::{Recipe, Role};
+use crate::stats::Statistics;
+
+/// The version of this schema; raised when a reader of the last one would misunderstand.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// A converted checkpoint's manifest.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[schemars(title = "prequant.json", description = "The manifest of a checkpoint quantized by prequant.")]
+pub struct Manifest {
+    /// The version of this schema.
+    pub schema_version: u32,
+    /// What made it.
+    pub tool: Tool,
+    /// The choices it was made with.
+    pub recipe: Recipe,
+    /// What it was made from.
+    pub source: SourceRecord,
+    /// The checkpoint in numbers.
+    pub summary: Summary,
+    /// Every file of the checkpoint but this one and SHA256SUMS, by name.
+    pub files: Vec<FileRecord>,
+    /// Every tensor of the source, in its order.
+    pub tensors: Vec<TensorRecord>,
+}
+
+/// A program.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+pub struct Tool {
+    /// Its name.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+}
+
+impl Tool {
+    /// This program.
+    pub fn this() -> Tool {
+        Tool { name: env!("CARGO_PKG_NAME").to_owned(), version: env!("CARGO_PKG_VERSION").to_owned() }
+    }
+}
+
+/// The checkpoint that was converted.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+pub struct SourceRecord {
+    /// config.json's `model_type`, if there is one.
+    pub model_type: Option<String>,
+    /// Its files of weights, by name.
+    pub files: Vec<SourceFileRecord>,
+}
+
+/// A file of the source.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+pub struct SourceFileRecord {
+    /// Its name.
+    pub name: String,
+    /// Its size in bytes.
+    pub size: u64,
+    /// SHA-256 of its safetensors header, the 8-byte length included.
+    pub header_sha256: Sha256Hash,
+    /// SHA-256 of the whole file, if it was asked for.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub sha256: Option<Sha256Hash>,
+}
+
+/// A file of the converted checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct FileRecord {
+    /// Its path below the checkpoint's folder.
+    pub name: String,
+    /// Its size in bytes.
+    pub size: u64,
+    /// SHA-256 of its content: what git-lfs and the hub call its oid.
+    pub sha256: Sha256Hash,
+}
+
+/// The checkpoint in numbers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Summary {
+    /// Tensors of the source that are quantized.
+    pub quantized_tensors: u64,
+    /// Tensors of the source that are copied as they are.
+    pub kept_tensors: u64,
+    /// Elements of the quantized tensors.
+    pub quantized_elements: u64,
+    /// Elements of the kept ones.
+    pub kept_elements: u64,
+    /// Bits that a quantized element takes, its share of the statistics included.
+    pub bits_per_quantized_weight: f64,
+    /// Bits that an element takes over all tensors.
+    pub bits_per_weight: f64,
+    /// Statistics over all quantized tensors together.
+    pub statistics: Statistics,
+}
+
+/// A tensor of the source, and what became of it.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+pub struct TensorRecord {
+    /// The tensors of the source that it is made of.
+    pub sources: Vec<SourceTensorRecord>,
+    /// What the tensor is.
+    pub role: Role,
+    /// What became of it.
+    pub decision: DecisionRecord,
+    /// Why.
+    pub reason: String,
+    /// What was written for it, by name.
+    pub outputs: BTreeMap<String, OutputRecord>,
+    /// What quantizing it cost; absent if it was kept.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub statistics: Option<Statistics>,
+}
+
+/// A tensor as the source has it.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+pub struct SourceTensorRecord {
+    /// Its name.
+    pub name: String,
+    /// The file that holds it.
+    pub file: String,
+    /// Its dtype, in safetensors' spelling.
+    pub dtype: String,
+    /// Its shape.
+    pub shape: Vec<u64>,
+}
+
+/// Keep or quantize.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum DecisionRecord {
+    /// Copied as it is.
+    Keep,
+    /// Quantized as the recipe says.
+    Quantize,
+}
+
+/// A tensor of the converted checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct OutputRecord {
+    /// The file that holds it.
+    pub file: String,
+    /// Its dtype, in safetensors' spelling.
+    pub dtype: String,
+    /// Its shape.
+    pub shape: Vec<u64>,
+    /// SHA-256 of its bytes.
+    pub sha256: Sha256Hash,
+}
+
+impl Manifest {
+    /// The JSON Schema of the manifest; `schemas/prequant.schema.json` holds it.
+    pub fn schema() -> Schema {
+        schemars::schema_for!(Manifest)
+    }
+
+    /// The file's content.
+    pub fn to_json(&self) -> Vec<u8> {
+        let mut json = serde_json::to_vec_pretty(self).expect("string keys and finite numbers");
+        json.push(b'\n');
+        json
+    }
+}
+
+/// `SHA256SUMS`, as `sha256sum --check` takes it, by name.
+pub fn sha256_sums<'a>(files: impl Iterator<Item = (&'a str, Sha256Hash)>) -> String {
+    let by_name: BTreeMap<_, _> = files.collect();
+    by_name.into_iter().map(|(name, hash)| format!("{hash}  {name}\n")).collect()
+}

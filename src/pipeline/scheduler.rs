@@ -1,0 +1,359 @@
+//! Who does what next, and what is finished when.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use super::{Budget, Outcome, TensorOutcome};
+use crate::checkpoint::Sha256Hash;
+use crate::error::{Error, Result};
+use crate::format::NESTED_BLOCK_SIZE;
+use crate::plan::{Plan, PlannedTensor};
+use crate::stats::{AbsmaxGathering, Gathering};
+
+/// Entries of absmax that one [`Task::Nested`] takes: whole nested blocks.
+const NESTED_CHUNK: usize = 256 * NESTED_BLOCK_SIZE;
+
+/// Something for a thread to do.
+#[derive(Clone, Debug)]
+pub enum Task {
+    /// Read, quantize (or keep) and write a run of a tensor's bytes.
+    Chunk { tensor: usize, offset: u64, len: usize },
+    /// Quantize a run of a tensor's absmax.
+    Nested { tensor: usize, absmax: Arc<Vec<f32>>, offset: f32, first: usize, len: usize },
+    /// Hash a finished output file.
+    HashFile { file: usize },
+    /// Hash the outputs of a tensor in a finished output file.
+    HashTensor { tensor: usize },
+    /// Hash a file of the source.
+    HashSource { file: usize },
+    /// Give an output file its name.
+    Seal { file: usize },
+}
+
+/// What came of a task.
+#[derive(Debug)]
+pub enum Done {
+    /// Nothing that must be told.
+    Written,
+    /// A chunk's figures; its absmax too, if double quantization still needs them.
+    Quantized { gathering: Box<Gathering>, absmax: Option<(usize, Vec<f32>)> },
+    /// A run of absmax is quantized.
+    Nested(AbsmaxGathering),
+    /// One hash, or one for each of a tensor's outputs.
+    Hashed(Vec<Sha256Hash>),
+}
+
+/// Hands out tasks and takes results.
+///
+/// Chunks go in the plan's order, so that the source is read from front to back. Whatever finishes an output file goes
+/// before them, so that it happens while the file is still in the page cache.
+pub struct Scheduler<'a> {
+    plan: &'a Plan,
+    /// The output file of each tensor.
+    file_of: Vec<usize>,
+    budget: &'a Budget,
+    source_files: usize,
+    hash_source: bool,
+    state: Mutex<State>,
+    changed: Condvar,
+    stopped: AtomicBool,
+}
+
+#[derive(Default)]
+struct State {
+    /// The next chunk: tensor, and bytes of it already handed out.
+    next: (usize, u64),
+    next_source_hash: usize,
+    ready: VecDeque<Task>,
+    to_sync: VecDeque<usize>,
+    running: usize,
+    finished: bool,
+    /// Tensors of which chunks have been handed out and aren't all done.
+    open: HashMap<usize, OpenTensor>,
+    /// Bytes of absmax held for double quantization.
+    absmax_held: u64,
+    files: Vec<FileState>,
+    /// Files that don't have their name yet.
+    files_left: usize,
+    tensors: Vec<TensorOutcome>,
+    file_hashes: Vec<Option<Sha256Hash>>,
+    source_hashes: Vec<Option<Sha256Hash>>,
+    total: Gathering,
+    total_absmax: AbsmaxGathering,
+    failure: Option<(usize, Error)>,
+}
+
+#[derive(Default)]
+struct OpenTensor {
+    tasks_left: usize,
+    gathering: Gathering,
+    absmax: Vec<f32>,
+    absmax_error: AbsmaxGathering,
+}
+
+#[derive(Clone, Copy, Default)]
+struct FileState {
+    tensors_left: usize,
+    /// Hashing and syncing.
+    steps_left: usize,
+}
+
+impl<'a> Scheduler<'a> {
+    pub fn new(plan: &'a Plan, source_files: usize, budget: &'a Budget, hash_source: bool) -> Scheduler<'a> {
+        let file_of =
+            plan.files.iter().enumerate().flat_map(|(i, file)| file.tensors.clone().map(move |_| i)).collect();
+        let files = plan.files.iter().map(|file| FileState { tensors_left: file.tensors.len(), steps_left: 0 });
+        let state = State {
+            files: files.collect(),
+            files_left: plan.files.len(),
+            tensors: vec![TensorOutcome::default(); plan.tensors.len()],
+            file_hashes: vec![None; plan.files.len()],
+            source_hashes: vec![None; source_files],
+            ..State::default()
+        };
+        Scheduler {
+            plan,
+            file_of,
+            budget,
+            source_files,
+            hash_source,
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            stopped: AtomicBool::new(false),
+        }
+    }
+
+    /// The output file that `tensor` goes to.
+    pub fn file_of(&self, tensor: usize) -> usize {
+        self.file_of[tensor]
+    }
+
+    /// Waits for the next task; `None` once there is none any more.
+    pub fn next(&self) -> Option<Task> {
+        let mut state = self.lock();
+        loop {
+            if state.failure.is_some() || state.finished {
+                return None;
+            }
+            if let Some(task) = self.take(&mut state) {
+                state.running += 1;
+                return Some(task);
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Takes the result of a task that [`Scheduler::next`] gave out.
+    pub fn finish(&self, task: Task, done: Done) {
+        let mut state = self.lock();
+        state.running -= 1;
+        match (task, done) {
+            (Task::Chunk { tensor, .. }, done) => self.finish_chunk(&mut state, tensor, done),
+            (Task::Nested { tensor, absmax, .. }, Done::Nested(error)) => {
+                drop(absmax);
+                self.finish_nested(&mut state, tensor, &error);
+            }
+            (Task::HashFile { file }, Done::Hashed(hashes)) => {
+                state.file_hashes[file] = hashes.first().copied();
+                self.finish_step(&mut state, file);
+            }
+            (Task::HashTensor { tensor }, Done::Hashed(hashes)) => {
+                state.tensors[tensor].sha256 = hashes;
+                self.finish_step(&mut state, self.file_of[tensor]);
+            }
+            (Task::HashSource { file }, Done::Hashed(hashes)) => state.source_hashes[file] = hashes.first().copied(),
+            (Task::Seal { .. }, _) => state.files_left -= 1,
+            (task, done) => unreachable!("{task:?} doesn't give {done:?}"),
+        }
+        self.check_finished(&mut state);
+    }
+
+    /// Notes that `file` is on the disk.
+    pub fn synced(&self, file: usize) {
+        let mut state = self.lock();
+        self.finish_step(&mut state, file);
+    }
+
+    /// Waits for the next file to be synced; `None` once there is none any more.
+    pub fn next_to_sync(&self) -> Option<usize> {
+        let mut state = self.lock();
+        loop {
+            if state.failure.is_some() || state.finished {
+                return None;
+            }
+            if let Some(file) = state.to_sync.pop_front() {
+                return Some(file);
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Has all threads stop. Of several failures, the one that is first in the plan's order is kept.
+    pub fn fail(&self, tensor: usize, error: Error) {
+        let mut state = self.lock();
+        let stopped_only = matches!(error, Error::Stopped);
+        if state.failure.as_ref().is_none_or(|(first, _)| tensor < *first && !stopped_only) {
+            state.failure = Some((tensor, error));
+        }
+        self.stopped.store(true, Ordering::Relaxed);
+        self.changed.notify_all();
+    }
+
+    /// Whether threads should stop what they are doing.
+    pub fn stopped(&self) -> bool {
+        self.stopped.load(Ordering::Relaxed)
+    }
+
+    /// All results, once every thread is done.
+    pub fn into_outcome(self) -> Result<Outcome> {
+        let state = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, error)) = state.failure {
+            return Err(error);
+        }
+        let all =
+            |hashes: Vec<Option<Sha256Hash>>| hashes.into_iter().collect::<Option<Vec<_>>>().ok_or(Error::Stopped);
+        let mut total = state.total.finish();
+        if self.plan.recipe.double_quant {
+            total.double_quantization = Some(state.total_absmax.finish());
+        }
+        Ok(Outcome {
+            tensors: state.tensors,
+            files: all(state.file_hashes)?,
+            source_files: self.hash_source.then(|| all(state.source_hashes)).transpose()?,
+            total,
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self, state: &mut State) -> Option<Task> {
+        if let Some(task) = state.ready.pop_front() {
+            return Some(task);
+        }
+        let reading = self.plan.tensors.get(state.next.0).map_or(self.source_files, |tensor| tensor.source_file + 1);
+        if self.hash_source && state.next_source_hash < reading.min(self.source_files) {
+            state.next_source_hash += 1;
+            return Some(Task::HashSource { file: state.next_source_hash - 1 });
+        }
+        self.take_chunk(state)
+    }
+
+    /// The next chunk in the plan's order, if there is room for what must be held of it.
+    fn take_chunk(&self, state: &mut State) -> Option<Task> {
+        let (tensor, offset) = state.next;
+        let planned = self.plan.tensors.get(tensor)?;
+        let chunk_len = self.chunk_len(planned);
+        if offset == 0 {
+            let absmax = self.absmax_len(planned);
+            if state.absmax_held > 0 && state.absmax_held + absmax > self.budget.absmax {
+                return None;
+            }
+            state.absmax_held += absmax;
+            let tasks_left = planned.info.len.div_ceil(chunk_len).max(1) as usize;
+            let absmax = vec![0.0; absmax as usize / size_of::<f32>()];
+            state.open.insert(tensor, OpenTensor { tasks_left, absmax, ..OpenTensor::default() });
+        }
+        let len = chunk_len.min(planned.info.len - offset);
+        state.next = if offset + len == planned.info.len { (tensor + 1, 0) } else { (tensor, offset + len) };
+        Some(Task::Chunk { tensor, offset, len: len as usize })
+    }
+
+    /// Bytes of the source in one chunk of `tensor`.
+    fn chunk_len(&self, tensor: &PlannedTensor) -> u64 {
+        // A kept tensor's bytes go through the same buffer, which holds this many elements of at least two bytes.
+        (self.budget.chunk_elements * tensor.quantized_from().map_or(2, |dtype| dtype.size())) as u64
+    }
+
+    /// Bytes of absmax to be held while `tensor` is open.
+    fn absmax_len(&self, tensor: &PlannedTensor) -> u64 {
+        let held = self.plan.recipe.double_quant && tensor.quantized_from().is_some();
+        if held { self.plan.recipe.block_size.blocks(tensor.elements()) * size_of::<f32>() as u64 } else { 0 }
+    }
+
+    fn finish_chunk(&self, state: &mut State, tensor: usize, done: Done) {
+        let Some(open) = state.open.get_mut(&tensor) else { return };
+        open.tasks_left -= 1;
+        if let Done::Quantized { gathering, absmax } = done {
+            open.gathering.merge(&gathering);
+            if let Some((first, absmax)) = absmax {
+                open.absmax[first..][..absmax.len()].copy_from_slice(&absmax);
+            }
+        }
+        if open.tasks_left > 0 {
+            return;
+        }
+        if open.absmax.is_empty() {
+            self.finish_tensor(state, tensor);
+        } else {
+            self.queue_nested(state, tensor);
+        }
+    }
+
+    /// All absmax of the tensor are there, and so is their mean: they can be quantized.
+    fn queue_nested(&self, state: &mut State, tensor: usize) {
+        let Some(open) = state.open.get_mut(&tensor) else { return };
+        let offset = open.gathering.mean_absmax() as f32;
+        let absmax = Arc::new(std::mem::take(&mut open.absmax));
+        let starts = (0..absmax.len()).step_by(NESTED_CHUNK);
+        open.tasks_left = starts.len();
+        state.ready.extend(starts.map(|first| {
+            let len = NESTED_CHUNK.min(absmax.len() - first);
+            Task::Nested { tensor, absmax: absmax.clone(), offset, first, len }
+        }));
+        self.changed.notify_all();
+    }
+
+    fn finish_nested(&self, state: &mut State, tensor: usize, error: &AbsmaxGathering) {
+        let Some(open) = state.open.get_mut(&tensor) else { return };
+        open.tasks_left -= 1;
+        open.absmax_error.merge(error);
+        if open.tasks_left == 0 {
+            state.absmax_held -= self.absmax_len(&self.plan.tensors[tensor]);
+            self.finish_tensor(state, tensor);
+            self.changed.notify_all();
+        }
+    }
+
+    fn finish_tensor(&self, state: &mut State, tensor: usize) {
+        if let Some(open) = state.open.remove(&tensor)
+            && self.plan.tensors[tensor].quantized_from().is_some()
+        {
+            let mut statistics = open.gathering.finish();
+            if self.plan.recipe.double_quant {
+                statistics.double_quantization = Some(open.absmax_error.finish());
+            }
+            state.tensors[tensor].statistics = Some(statistics);
+            state.total.merge(&open.gathering);
+            state.total_absmax.merge(&open.absmax_error);
+        }
+        let file = self.file_of[tensor];
+        state.files[file].tensors_left -= 1;
+        if state.files[file].tensors_left == 0 {
+            let tensors = self.plan.files[file].tensors.clone();
+            state.files[file].steps_left = tensors.len() + 2;
+            state.to_sync.push_back(file);
+            state.ready.push_back(Task::HashFile { file });
+            state.ready.extend(tensors.map(|tensor| Task::HashTensor { tensor }));
+            self.changed.notify_all();
+        }
+    }
+
+    fn finish_step(&self, state: &mut State, file: usize) {
+        state.files[file].steps_left -= 1;
+        if state.files[file].steps_left == 0 {
+            state.ready.push_front(Task::Seal { file });
+            self.changed.notify_one();
+        }
+    }
+
+    fn check_finished(&self, state: &mut State) {
+        let hashing = self.hash_source && state.next_source_hash < self.source_files;
+        if state.files_left == 0 && state.running == 0 && !hashing {
+            state.finished = true;
+            self.changed.notify_all();
+        }
+    }
+}
