@@ -1,11 +1,12 @@
 //! Converting a checkpoint: open, plan, execute, seal.
 
 use std::fs::File;
+use std::io;
 use std::path::Path;
 use std::thread;
 
 use crate::checkpoint::{
-    CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, SUMS_NAME, Sha256Hash, Source, Staging, free_space, hash_range, index_json,
+    CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, SUMS_NAME, Source, Staging, free_space, hash_range, write_index,
 };
 use crate::error::{Error, IoContext, Result};
 use crate::kernel::Kernel;
@@ -103,32 +104,32 @@ impl Conversion {
             sha256: *sha256,
         }));
         if let Some(config) = &plan.config {
-            files.push(write(&staging, CONFIG_NAME, config.as_bytes())?);
+            files.push(write(&staging, CONFIG_NAME, |file| file.write_all(config.as_bytes()))?);
         }
         if plan.files.len() > 1 {
-            files.push(write(&staging, INDEX_NAME, &self.index())?);
+            files.push(write(&staging, INDEX_NAME, |file| self.write_index(file))?);
         }
         files.sort_by(|a, b| a.name.cmp(&b.name));
         self.seal(staging, files, outcome)
     }
 
-    fn index(&self) -> Vec<u8> {
+    fn write_index(&self, file: &mut dyn io::Write) -> io::Result<()> {
         let outputs = self.plan.files.iter().flat_map(|file| {
             let tensors = self.plan.tensors[file.tensors.clone()].iter();
             tensors.flat_map(move |tensor| output_names(tensor).map(move |name| (name, file.name.as_str())))
         });
         let weight_map: Vec<(String, &str)> = outputs.collect();
         let total_size = self.plan.tensors.iter().map(PlannedTensor::output_len).sum();
-        index_json(weight_map.iter().map(|(tensor, file)| (tensor.as_str(), *file)), total_size)
+        write_index(weight_map.iter().map(|(tensor, file)| (tensor.as_str(), *file)), total_size, file)
     }
 
     /// Writes manifest and checksums, and puts everything in its place.
     fn seal(&self, staging: Staging, files: Vec<FileRecord>, outcome: Outcome) -> Result<Manifest> {
         let manifest = self.manifest(files, outcome);
-        let record = write(&staging, MANIFEST_NAME, &manifest.to_json())?;
+        let record = write(&staging, MANIFEST_NAME, |file| manifest.write_json(file))?;
         let all = manifest.files.iter().chain([&record]);
         let sums = sha256_sums(all.map(|file| (file.name.as_str(), file.sha256)));
-        staging.write(SUMS_NAME, sums.as_bytes())?;
+        staging.write(SUMS_NAME, |file| file.write_all(sums.as_bytes()))?;
         let mut names: Vec<String> = manifest.files.iter().map(|file| file.name.clone()).collect();
         names.extend([MANIFEST_NAME.to_owned(), SUMS_NAME.to_owned()]);
         staging.publish(&names)?;
@@ -190,9 +191,12 @@ fn tensor_record(source: &Source, tensor: &PlannedTensor, file: &str, outcome: T
         decision: if tensor.quantized_from().is_some() { DecisionRecord::Quantize } else { DecisionRecord::Keep },
         reason: tensor.reason.clone().into_owned(),
         outputs: outputs
-            .map(|((output, name), sha256)| {
-                let (dtype, shape) = (output.dtype.name().to_owned(), output.shape.clone());
-                (name, OutputRecord { file: file.to_owned(), dtype, shape, sha256 })
+            .map(|((output, name), sha256)| OutputRecord {
+                name,
+                file: file.to_owned(),
+                dtype: output.dtype.name().to_owned(),
+                shape: output.shape.clone(),
+                sha256,
             })
             .collect(),
         statistics: outcome.statistics,
@@ -203,9 +207,13 @@ fn output_names(tensor: &PlannedTensor) -> impl Iterator<Item = String> {
     tensor.outputs.iter().map(|output| format!("{}{}", tensor.info.name, output.suffix))
 }
 
-fn write(staging: &Staging, name: &str, content: &[u8]) -> Result<FileRecord> {
-    staging.write(name, content)?;
-    Ok(FileRecord { name: name.to_owned(), size: content.len() as u64, sha256: Sha256Hash::of(content) })
+fn write(
+    staging: &Staging,
+    name: &str,
+    content: impl FnOnce(&mut dyn io::Write) -> io::Result<()>,
+) -> Result<FileRecord> {
+    let (size, sha256) = staging.write(name, content)?;
+    Ok(FileRecord { name: name.to_owned(), size, sha256 })
 }
 
 /// Copies what lies beside the weights, as it is.
@@ -220,7 +228,7 @@ fn copy_side_files(source: &Source, staging: &Staging) -> Result<Vec<FileRecord>
             }
             let mut from = File::open(&side.path).at(&side.path, "open it")?;
             let mut copy = File::options().read(true).write(true).create_new(true).open(&to).at(&to, "create it")?;
-            let size = std::io::copy(&mut from, &mut copy).at(&to, "copy it")?;
+            let size = io::copy(&mut from, &mut copy).at(&to, "copy it")?;
             let sha256 = hash_range(&copy, 0, size, &mut buffer, || true).at(&to, "read it back")?;
             copy.sync_all().at(&to, "sync it")?;
             Ok(FileRecord { name: side.name.clone(), size, sha256: sha256.ok_or(Error::Stopped)? })

@@ -3,6 +3,7 @@
 //! No time, host or path is in it: the same source and recipe give the same bytes on every machine.
 
 use std::collections::BTreeMap;
+use std::io;
 
 use schemars::{JsonSchema, Schema};
 use serde::{Deserialize, Serialize};
@@ -114,8 +115,8 @@ pub struct TensorRecord {
     pub decision: DecisionRecord,
     /// Why.
     pub reason: String,
-    /// What was written for it, by name.
-    pub outputs: BTreeMap<String, OutputRecord>,
+    /// What was written for it.
+    pub outputs: Vec<OutputRecord>,
     /// What quantizing it cost; absent if it was kept.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub statistics: Option<Statistics>,
@@ -147,6 +148,8 @@ pub enum DecisionRecord {
 /// A tensor of the converted checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct OutputRecord {
+    /// Its name.
+    pub name: String,
     /// The file that holds it.
     pub file: String,
     /// Its dtype, in safetensors' spelling.
@@ -163,11 +166,13 @@ impl Manifest {
         schemars::schema_for!(Manifest)
     }
 
-    /// The file's content.
-    pub fn to_json(&self) -> Vec<u8> {
-        let mut json = serde_json::to_vec_pretty(self).expect("string keys and finite numbers");
-        json.push(b'\n');
-        json
+    /// Writes the file's content.
+    ///
+    /// # Errors
+    /// Those of `writer`.
+    pub fn write_json(&self, mut writer: &mut dyn io::Write) -> io::Result<()> {
+        serde_json::to_writer_pretty(&mut writer, self)?;
+        writer.write_all(b"\n")
     }
 }
 

@@ -14,13 +14,6 @@ use sha2::{Digest, Sha256};
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Sha256Hash(pub [u8; 32]);
 
-impl Sha256Hash {
-    /// The hash of `bytes`.
-    pub fn of(bytes: &[u8]) -> Sha256Hash {
-        Sha256Hash(Sha256::digest(bytes).into())
-    }
-}
-
 /// The hash of `len` bytes of `file` from `offset` on, read through `buffer`.
 ///
 /// `keep_going` is asked before each read; once it says no, the answer is `None`.
@@ -46,6 +39,37 @@ pub fn hash_range(
         done += piece as u64;
     }
     Ok(Some(Sha256Hash(hasher.finalize().into())))
+}
+
+/// Counts and hashes what it passes on.
+pub(super) struct HashingWriter<W> {
+    inner: W,
+    len: u64,
+    hasher: Sha256,
+}
+
+impl<W> HashingWriter<W> {
+    pub fn new(inner: W) -> Self {
+        HashingWriter { inner, len: 0, hasher: Sha256::new() }
+    }
+
+    /// Length and hash of what was written so far.
+    pub fn finish(&self) -> (u64, Sha256Hash) {
+        (self.len, Sha256Hash(self.hasher.clone().finalize().into()))
+    }
+}
+
+impl<W: io::Write> io::Write for HashingWriter<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.inner.write(bytes)?;
+        self.hasher.update(&bytes[..written]);
+        self.len += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
 }
 
 impl fmt::Display for Sha256Hash {

@@ -1,6 +1,7 @@
 //! `model.safetensors.index.json`: which file holds which tensor.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -86,10 +87,16 @@ pub fn shard_name(i: usize, count: usize) -> String {
     }
 }
 
-/// An index of tensors and their files, with the sum of the tensors' bytes; as transformers writes it.
-pub fn index_json<'a>(weight_map: impl Iterator<Item = (&'a str, &'a str)>, total_size: u64) -> Vec<u8> {
+/// Writes an index of tensors and their files, with the sum of the tensors' bytes; as transformers writes it.
+///
+/// # Errors
+/// Those of `writer`.
+pub fn write_index<'a>(
+    weight_map: impl Iterator<Item = (&'a str, &'a str)>,
+    total_size: u64,
+    mut writer: &mut dyn io::Write,
+) -> io::Result<()> {
     let index = OutputIndex { metadata: Metadata { total_size }, weight_map: weight_map.collect() };
-    let mut json = serde_json::to_vec_pretty(&index).expect("strings and a number");
-    json.push(b'\n');
-    json
+    serde_json::to_writer_pretty(&mut writer, &index)?;
+    writer.write_all(b"\n")
 }

@@ -17,7 +17,7 @@ pub use config::Config;
 pub use dtype::Dtype;
 pub use hash::{Sha256Hash, hash_range};
 pub use header::{Described, Header, MAX_HEADER_LEN, TensorInfo, header_bytes, sort_canonically};
-pub use index::{index_json, shard_name};
+pub use index::{shard_name, write_index};
 pub use output::{OutputFile, Staging, free_space};
 pub use side_files::SideFile;
 pub use source::{Source, SourceFile};

@@ -5,11 +5,12 @@
 //! a manifest is whole; one without has no manifest to be trusted, and a loader finds no config.json in it.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::{CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, SUMS_NAME};
+use super::hash::HashingWriter;
+use super::{CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, SUMS_NAME, Sha256Hash};
 use crate::error::{Error, IoContext, Result};
 
 /// The folder inside the destination that holds what isn't finished.
@@ -73,14 +74,21 @@ impl Staging {
         self.folder.join(name)
     }
 
-    /// Writes and syncs a small file.
-    pub fn write(&self, name: &str, content: &[u8]) -> Result<()> {
+    /// Writes and syncs a file in one go; returns its size and its hash.
+    pub fn write(
+        &self,
+        name: &str,
+        content: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    ) -> Result<(u64, Sha256Hash)> {
         let path = self.path(name);
         if let Some(parent) = path.parent() {
             fs::create_dir_all(parent).at(parent, "make it")?;
         }
-        fs::write(&path, content).at(&path, "write it")?;
-        File::open(&path).and_then(|file| file.sync_all()).at(&path, "sync it")
+        let file = File::options().write(true).create_new(true).open(&path).at(&path, "create it")?;
+        let mut writer = BufWriter::with_capacity(1 << 16, HashingWriter::new(&file));
+        content(&mut writer).and_then(|()| writer.flush()).at(&path, "write it")?;
+        file.sync_all().at(&path, "sync it")?;
+        Ok(writer.get_ref().finish())
     }
 
     /// Moves the files called `names` to the destination, what marks it as whole last.

@@ -4,11 +4,15 @@ use std::collections::HashMap;
 use std::fs::{File, Metadata};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use super::index::Index;
 use super::side_files::{self, SideFile};
 use super::{CONFIG_NAME, Config, Header, INDEX_NAME, Sha256Hash, TensorInfo, foreign};
 use crate::error::{Error, IoContext, Result};
+
+/// Headers that are read at the same time.
+const OPEN_AT_ONCE: usize = 8;
 
 /// A checkpoint whose headers are read and checked.
 #[derive(Debug)]
@@ -104,11 +108,11 @@ fn open_folder(folder: &Path) -> Result<Source> {
         if let Some(name) = index.files().into_iter().find(|name| !folder.join(name).exists()) {
             return Err(Error::malformed(&index_path, missing(name)));
         }
-        let files = open_all(folder, index.files().into_iter().map(str::to_owned))?;
+        let files = open_all(folder, &index.files().into_iter().map(str::to_owned).collect::<Vec<_>>())?;
         index.check(&index_path, files.iter().map(|file| (file.name.as_str(), file.tensors.as_slice())))?;
         files
     } else {
-        open_all(folder, files_without_index(folder)?.into_iter())?
+        open_all(folder, &files_without_index(folder)?)?
     };
     let side_files = side_files::find(folder)?;
     side_files.iter().try_for_each(|file| check_stays_inside(folder, &file.path))?;
@@ -127,15 +131,22 @@ fn open_file(path: &Path, metadata: &Metadata) -> Result<Source> {
     Ok(Source { path: path.to_owned(), files: vec![file], config, side_files: Vec::new() })
 }
 
-/// Opens files by name; a link must lead to where this checkpoint's files are.
-fn open_all(folder: &Path, names: impl Iterator<Item = String>) -> Result<Vec<SourceFile>> {
-    names
-        .map(|name| {
-            let path = folder.join(&name);
-            check_stays_inside(folder, &path)?;
-            SourceFile::open(name, path)
-        })
-        .collect()
+/// Opens files by name, several at once: on a network disk it is waiting that takes the time.
+fn open_all(folder: &Path, names: &[String]) -> Result<Vec<SourceFile>> {
+    let each = names.len().div_ceil(OPEN_AT_ONCE).max(1);
+    thread::scope(|scope| {
+        let open = |names: &[String]| names.iter().map(|name| open_inside(folder, name)).collect::<Result<Vec<_>>>();
+        let threads: Vec<_> = names.chunks(each).map(|names| scope.spawn(move || open(names))).collect();
+        let parts = threads.into_iter().map(|thread| thread.join().unwrap_or(Err(Error::Stopped)));
+        parts.collect::<Result<Vec<_>>>().map(|parts| parts.into_iter().flatten().collect())
+    })
+}
+
+/// Opens a file of the folder; a link must lead to where this checkpoint's files are.
+fn open_inside(folder: &Path, name: &str) -> Result<SourceFile> {
+    let path = folder.join(name);
+    check_stays_inside(folder, &path)?;
+    SourceFile::open(name.to_owned(), path)
 }
 
 impl SourceFile {

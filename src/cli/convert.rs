@@ -138,6 +138,14 @@ impl Arguments {
         }
     }
 
+    fn audience(&self) -> Audience {
+        match (self.json, self.quiet) {
+            (true, _) => Audience::Machines,
+            (false, true) => Audience::Nobody,
+            (false, false) => Audience::People,
+        }
+    }
+
     fn style(&self) -> Style {
         if self.quiet { Style::Silent } else { Style::of_stderr() }
     }
@@ -145,40 +153,53 @@ impl Arguments {
 
 /// Runs the command; what it has to say goes to standard output, progress and errors to standard error.
 pub fn run(arguments: &Arguments) -> ExitCode {
-    match convert(arguments) {
-        Ok(report) => {
-            let text = if arguments.json { format!("{}\n", report.json) } else { report.text };
-            let wanted = arguments.json || !arguments.quiet;
-            match io::stdout().write_all(if wanted { text.as_bytes() } else { b"" }) {
-                // Whoever read our output has seen enough.
-                Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-                    eprintln!("error: can't write to standard output: {error}");
-                    ExitCode::from(4)
-                }
-                _ => ExitCode::SUCCESS,
-            }
-        }
-        Err(error) => {
-            if arguments.json {
-                println!("{}", json!({"error": {"kind": error.kind(), "message": error.to_string()}}));
-            }
+    let (output, error) = match convert(arguments) {
+        Ok(Report { output, obstacle }) => (output, obstacle),
+        Err(error) if arguments.json => (format!("{}\n", error_json(&error)), Some(error)),
+        Err(error) => (String::new(), Some(error)),
+    };
+    if let Err(error) = io::stdout().write_all(output.as_bytes())
+        && error.kind() != io::ErrorKind::BrokenPipe
+    {
+        eprintln!("error: can't write to standard output: {error}");
+        return ExitCode::from(4);
+    }
+    match error {
+        Some(error) => {
             eprintln!("error: {error}");
             ExitCode::from(error.exit_code())
         }
+        None => ExitCode::SUCCESS,
     }
+}
+
+/// To whom a report is addressed.
+#[derive(Clone, Copy)]
+pub enum Audience {
+    People,
+    Machines,
+    /// `--quiet`.
+    Nobody,
+}
+
+/// An error as machines read it.
+pub fn error_json(error: &Error) -> Value {
+    json!({"error": {"kind": error.kind(), "message": error.to_string(), "exit_code": error.exit_code()}})
 }
 
 /// What the command has to say at its end.
 pub struct Report {
-    pub text: String,
-    pub json: Value,
+    /// For standard output.
+    pub output: String,
+    /// What would keep a dry run's plan from being carried out.
+    pub obstacle: Option<Error>,
 }
 
 fn convert(arguments: &Arguments) -> Result<Report, Error> {
     let start = Instant::now();
     let conversion = plan(&arguments.source, arguments.recipe(), arguments.options())?;
     if arguments.dry_run {
-        return dry_run::report(&conversion, &arguments.destination);
+        return Ok(dry_run::report(&conversion, &arguments.destination, arguments.audience()));
     }
     if !arguments.quiet {
         for warning in &conversion.plan.warnings {
@@ -188,5 +209,6 @@ fn convert(arguments: &Arguments) -> Result<Report, Error> {
     let reporter = Reporter::new(arguments.style(), &conversion);
     let manifest = conversion.execute(&arguments.destination, &reporter)?;
     reporter.finish();
-    Ok(summary::report(&conversion, &arguments.destination, &manifest, start.elapsed()))
+    let done = summary::Done { conversion: &conversion, destination: &arguments.destination, manifest: &manifest };
+    Ok(done.report(start.elapsed(), arguments.audience()))
 }

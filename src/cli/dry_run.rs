@@ -10,14 +10,21 @@ use prequant::plan::PlannedTensor;
 use prequant::units::Bytes;
 use serde_json::{Value, json};
 
-use super::convert::Report;
+use super::convert::{Audience, Report, error_json};
 use super::summary::format_name;
 
-/// The plan, after checking that it can be carried out.
-pub fn report(conversion: &Conversion, destination: &Path) -> Result<Report, Error> {
-    conversion.check_destination(destination)?;
-    let free = free_space(destination)?;
-    Ok(Report { text: text(conversion, destination, free), json: json(conversion, destination, free) })
+/// The plan, and what would keep it from being carried out.
+pub fn report(conversion: &Conversion, destination: &Path, audience: Audience) -> Report {
+    let (free, obstacle) = match (free_space(destination), conversion.check_destination(destination)) {
+        (Ok(free), checked) => (free, checked.err()),
+        (Err(error), _) => (0, Some(error)),
+    };
+    let output = match audience {
+        Audience::People => text(conversion, destination, free),
+        Audience::Machines => format!("{}\n", json(conversion, destination, free, obstacle.as_ref())),
+        Audience::Nobody => String::new(),
+    };
+    Report { output, obstacle }
 }
 
 fn text(conversion: &Conversion, destination: &Path, free: u64) -> String {
@@ -76,7 +83,7 @@ fn text(conversion: &Conversion, destination: &Path, free: u64) -> String {
     text + "nothing was written\n"
 }
 
-fn json(conversion: &Conversion, destination: &Path, free: u64) -> Value {
+fn json(conversion: &Conversion, destination: &Path, free: u64, obstacle: Option<&Error>) -> Value {
     let plan = &conversion.plan;
     let tensor = |tensor: &PlannedTensor| {
         json!({
@@ -108,6 +115,7 @@ fn json(conversion: &Conversion, destination: &Path, free: u64) -> Value {
         "bits_per_weight": plan.bits_per_weight(),
         "files": files,
         "warnings": plan.warnings,
+        "obstacle": obstacle.map(|error| error_json(error)["error"].clone()),
         "tensors": plan.tensors.iter().map(tensor).collect::<Vec<_>>(),
     })
 }

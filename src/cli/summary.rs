@@ -9,47 +9,74 @@ use prequant::manifest::Manifest;
 use prequant::plan::Recipe;
 use prequant::stats::Statistics;
 use prequant::units::Bytes;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::convert::Report;
+use super::convert::{Audience, Report};
 
-/// What was done, for people and for machines.
-pub fn report(conversion: &Conversion, destination: &Path, manifest: &Manifest, elapsed: Duration) -> Report {
-    let read = conversion.plan.source_len();
-    let written: u64 = manifest.files.iter().map(|file| file.size).sum();
-    let seconds = elapsed.as_secs_f64();
-    let rate = read as f64 / seconds.max(1e-9);
-    let summary = &manifest.summary;
-    let text = [
-        format!(
-            "{}: {} tensors in {}, {} kept; {} in {} files",
-            destination.display(),
-            summary.quantized_tensors,
-            format_name(&manifest.recipe),
-            summary.kept_tensors,
-            Bytes(written),
-            manifest.files.len() + 2,
-        ),
-        format!(
-            "{:.2} bits a weight ({:.2} over all tensors); {}",
-            summary.bits_per_quantized_weight,
-            summary.bits_per_weight,
-            errors(&summary.statistics)
-        ),
-        format!("{} in {seconds:.2} s: {:.2} GB/s, hashes included", Bytes(read), rate / 1e9),
-    ];
-    let json = json!({
-        "destination": destination.display().to_string(),
-        "recipe": manifest.recipe,
-        "files": manifest.files,
-        "summary": summary,
-        "warnings": conversion.plan.warnings,
-        "bytes_read": read,
-        "bytes_written": written,
-        "seconds": seconds,
-        "bytes_per_second": rate,
-    });
-    Report { text: text.join("\n") + "\n", json }
+/// A conversion that has come to its end.
+pub struct Done<'a> {
+    pub conversion: &'a Conversion,
+    pub destination: &'a Path,
+    pub manifest: &'a Manifest,
+}
+
+impl Done<'_> {
+    /// What was done, and how long it took.
+    pub fn report(&self, elapsed: Duration, audience: Audience) -> Report {
+        let output = match audience {
+            Audience::People => self.text(elapsed),
+            Audience::Machines => format!("{}\n", self.json(elapsed)),
+            Audience::Nobody => String::new(),
+        };
+        Report { output, obstacle: None }
+    }
+
+    fn text(&self, elapsed: Duration) -> String {
+        let Done { conversion, destination, manifest } = self;
+        let summary = &manifest.summary;
+        let read = conversion.plan.source_len();
+        let rate = read as f64 / elapsed.as_secs_f64() / 1e9;
+        let lines = [
+            format!(
+                "{}: {} tensors in {}, {} kept; {} in {} files",
+                destination.display(),
+                summary.quantized_tensors,
+                format_name(&manifest.recipe),
+                summary.kept_tensors,
+                Bytes(self.written()),
+                manifest.files.len() + 2,
+            ),
+            format!(
+                "{:.2} bits a quantized weight, {:.2} over all; {}",
+                summary.bits_per_quantized_weight,
+                summary.bits_per_weight,
+                errors(&summary.statistics)
+            ),
+            format!("{} in {:.2} s: {rate:.2} GB/s, hashes included", Bytes(read), elapsed.as_secs_f64()),
+        ];
+        lines.join("\n") + "\n"
+    }
+
+    fn json(&self, elapsed: Duration) -> Value {
+        let Done { conversion, destination, manifest } = self;
+        let (read, seconds) = (conversion.plan.source_len(), elapsed.as_secs_f64());
+        json!({
+            "destination": destination.display().to_string(),
+            "recipe": manifest.recipe,
+            "files": manifest.files,
+            "summary": manifest.summary,
+            "warnings": conversion.plan.warnings,
+            "bytes_read": read,
+            "bytes_written": self.written(),
+            "seconds": seconds,
+            "bytes_per_second": read as f64 / seconds,
+        })
+    }
+
+    /// Bytes of all files but the manifest and SHA256SUMS.
+    fn written(&self) -> u64 {
+        self.manifest.files.iter().map(|file| file.size).sum()
+    }
 }
 
 /// The format and its options, in a few words.

@@ -34,16 +34,18 @@ impl Budget {
     /// # Errors
     /// When it is too little.
     pub fn new(plan: &Plan, memory: u64, threads: usize) -> Result<Budget> {
-        let fixed = BASE + plan_len(plan);
         let absmax = largest_absmax(plan);
-        let least = fixed + absmax + buffers_len(plan, CHUNK_STEP);
+        let least = BASE + absmax + buffers_len(plan, CHUNK_STEP);
         if least > memory {
             let hint = match absmax > least / 2 {
                 true => "; double quantization holds one f32 for every block of a tensor: give more, or larger blocks",
-                false => "; it grows with the number of tensors alone",
+                false => "",
             };
             return Err(Error::Memory { available: Bytes(memory).to_string(), needed: Bytes(least).to_string(), hint });
         }
+        // Names and offsets take what they take; buffers shrink for them as far as they can.
+        let plan_len = plan_len(plan);
+        let fixed = BASE + plan_len.min(memory - least);
         let room = memory - fixed - absmax;
         let fitting = usize::try_from(room / buffers_len(plan, CHUNK_STEP)).unwrap_or(usize::MAX);
         let threads = threads.clamp(1, fitting);
@@ -54,7 +56,7 @@ impl Budget {
         let buffers = buffers_len(plan, chunk_elements) * threads as u64;
         // Two tensors' worth, so that one can be read while the other's absmax are quantized.
         let absmax = (2 * absmax).min(memory - fixed - buffers);
-        Ok(Budget { threads, chunk_elements, absmax, peak: fixed + absmax + buffers })
+        Ok(Budget { threads, chunk_elements, absmax, peak: BASE + plan_len + absmax + buffers })
     }
 
     /// The same with chunks of `elements`, rounded to what can be a chunk.

@@ -83,25 +83,24 @@ fn shard_ranges(tensors: &[PlannedTensor], max_shard_size: u64) -> Vec<Range<usi
 }
 
 /// An output on its way to its place in a file.
-struct Placed {
+struct Placed<'a> {
     name: String,
-    tensor: usize,
-    output: usize,
-    dtype: Dtype,
-    shape: Vec<u64>,
+    /// Which output of which tensor it is.
+    index: (usize, usize),
+    output: &'a PlannedOutput,
 }
 
-impl Described for Placed {
+impl Described for Placed<'_> {
     fn name(&self) -> &str {
         &self.name
     }
 
     fn dtype(&self) -> Dtype {
-        self.dtype
+        self.output.dtype
     }
 
     fn shape(&self) -> &[u64] {
-        &self.shape
+        &self.output.shape
     }
 }
 
@@ -111,16 +110,15 @@ fn place(tensors: &mut [PlannedTensor]) -> (Vec<u8>, u64) {
     for (i, tensor) in tensors.iter().enumerate() {
         placed.extend(tensor.outputs.iter().enumerate().map(|(j, output)| Placed {
             name: format!("{}{}", tensor.info.name, output.suffix),
-            tensor: i,
-            output: j,
-            dtype: output.dtype,
-            shape: output.shape.clone(),
+            index: (i, j),
+            output,
         }));
     }
     sort_canonically(&mut placed);
     let header = header_bytes(&placed);
+    let order: Vec<(usize, usize)> = placed.iter().map(|placed| placed.index).collect();
     let mut position = header.len() as u64;
-    for Placed { tensor, output, .. } in placed {
+    for (tensor, output) in order {
         let output = &mut tensors[tensor].outputs[output];
         output.offset = position;
         position += output.len;
