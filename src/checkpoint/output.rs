@@ -30,12 +30,17 @@ impl Staging {
     /// Whether a checkpoint can be put at `destination`; nothing is written.
     ///
     /// # Errors
-    /// When it is a file, is or lies in `source`, or has something in it already and `force` isn't set.
+    /// When it is a file, is `source`, lies in it or holds it, or has something in it already and `force` isn't set.
     pub fn check(destination: &Path, source: &Path, force: bool) -> Result<()> {
         let place = existing_part(destination)?;
         let source = source.canonicalize().at(source, "open it")?;
-        if place.starts_with(&source) {
-            let what = if place == source { "it is the source itself" } else { "it lies in the source" };
+        let overlap = match (place.starts_with(&source), source.starts_with(&place)) {
+            (true, true) => Some("it is the source itself"),
+            (true, false) => Some("it lies in the source"),
+            (false, true) => Some("the source lies in it"),
+            (false, false) => None,
+        };
+        if let Some(what) = overlap {
             return Err(Error::destination(destination, format!("{what}; choose a folder elsewhere")));
         }
         let is_left_over = |entry: io::Result<fs::DirEntry>| entry.is_ok_and(|entry| entry.file_name() == STAGING_NAME);

@@ -51,35 +51,63 @@ pub fn is_weight_file(name: &str) -> bool {
 /// All side files below `root`, sorted by name. Hidden files and folders are left out, and so are links to folders and
 /// what this tool wrote.
 pub fn find(root: &Path) -> Result<Vec<SideFile>> {
-    let mut files = Vec::new();
-    walk(root, "", 0, &mut files)?;
-    files.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(files)
+    let mut walk = Walk { parts: parts_of_pipeline(root)?, files: Vec::new() };
+    walk.folder(root, "", 0)?;
+    walk.files.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(walk.files)
 }
 
-fn walk(folder: &Path, prefix: &str, depth: usize, files: &mut Vec<SideFile>) -> Result<()> {
-    for entry in std::fs::read_dir(folder).at(folder, "list it")? {
-        let entry = entry.at(folder, "list it")?;
-        let path = entry.path();
-        let Ok(name) = entry.file_name().into_string() else {
-            return Err(Error::malformed(&path, "its name is not UTF-8: rename it"));
-        };
-        let ours = depth == 0 && [CONFIG_NAME, MANIFEST_NAME, SUMS_NAME].contains(&name.as_str());
-        if name.starts_with('.') || ours || is_weight_file(&name) {
-            continue;
-        }
-        let is_link = entry.file_type().at(&path, "look at it")?.is_symlink();
-        let metadata = path.metadata().at(&path, "look at it")?;
-        let name = format!("{prefix}{name}");
-        if metadata.is_dir() && !is_link && depth < MAX_DEPTH {
-            walk(&path, &format!("{name}/"), depth + 1, files)?;
-        } else if metadata.is_file() {
-            files.push(SideFile { name, path, len: metadata.len() });
-        }
-        if files.len() > MAX_FILES {
-            let why = format!("more than {MAX_FILES} files lie in it beside the weights: is it the right folder?");
-            return Err(Error::malformed(folder, why));
-        }
+/// The folders that sentence-transformers' `modules.json` names: further modules, whose weights aren't the model's own
+/// in another format.
+fn parts_of_pipeline(root: &Path) -> Result<Vec<String>> {
+    let path = root.join("modules.json");
+    if !path.is_file() {
+        return Ok(Vec::new());
     }
-    Ok(())
+    let text = std::fs::read(&path).at(&path, "read it")?;
+    // Not ours to judge: whatever else it is, it is copied as it is.
+    let modules: Vec<serde_json::Value> = serde_json::from_slice(&text).unwrap_or_default();
+    let folders = modules.iter().filter_map(|module| module.get("path")?.as_str());
+    Ok(folders.filter(|folder| !folder.is_empty()).map(|folder| format!("{folder}/")).collect())
+}
+
+struct Walk {
+    /// Folders whose weights are copied too.
+    parts: Vec<String>,
+    files: Vec<SideFile>,
+}
+
+impl Walk {
+    fn folder(&mut self, folder: &Path, prefix: &str, depth: usize) -> Result<()> {
+        for entry in std::fs::read_dir(folder).at(folder, "list it")? {
+            let entry = entry.at(folder, "list it")?;
+            let path = entry.path();
+            let Ok(name) = entry.file_name().into_string() else {
+                return Err(Error::malformed(&path, "its name is not UTF-8: rename it"));
+            };
+            if name.starts_with('.') || self.is_replaced(prefix, &name) {
+                continue;
+            }
+            let is_link = entry.file_type().at(&path, "look at it")?.is_symlink();
+            let metadata = path.metadata().at(&path, "look at it")?;
+            let name = format!("{prefix}{name}");
+            if metadata.is_dir() && !is_link && depth < MAX_DEPTH {
+                self.folder(&path, &format!("{name}/"), depth + 1)?;
+            } else if metadata.is_file() {
+                self.files.push(SideFile { name, path, len: metadata.len() });
+            }
+            if self.files.len() > MAX_FILES {
+                let why = format!("more than {MAX_FILES} files lie in it beside the weights: is it the right folder?");
+                return Err(Error::malformed(folder, why));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the conversion makes its own file in place of this one, or of the weights in it.
+    fn is_replaced(&self, prefix: &str, name: &str) -> bool {
+        let ours = prefix.is_empty() && [CONFIG_NAME, MANIFEST_NAME, SUMS_NAME].contains(&name);
+        let is_part = self.parts.iter().any(|part| prefix.starts_with(part));
+        ours || (is_weight_file(name) && !is_part)
+    }
 }
