@@ -26,6 +26,9 @@ which outputs CASE/bSIZE hold blocks where backends of bitsandbytes are known to
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import reproducible
@@ -233,12 +236,28 @@ def make(folder: Path) -> None:
     flat = {f"{case}/{part}": tensor for case, parts in doubled.items() for part, tensor in parts.items()}
     save(flat, folder / "double-quant.safetensors")
 
-    tables = {"dynamic": functional.create_dynamic_map()}
+    tables = {"dynamic": dynamic_map()}
     for name in FORMATS:
         tables[name] = functional.get_4bit_type(name, device="cpu")
         thresholds, code_of_rank = _get_4bit_quantize_bounds(name, torch.device("cpu"))
         tables[f"{name}/thresholds"], tables[f"{name}/code_of_rank"] = thresholds, code_of_rank.to(torch.uint8)
     save(tables, folder / "tables.safetensors")
+
+
+def dynamic_map() -> torch.Tensor:
+    """The dynamic map as torch makes it where it has vector units.
+
+    torch.linspace rounds otherwise without them, in some last bits; every client's machine has them, this process
+    (see reproducible.py) does without.
+    """
+    code = """if True:
+        import logging, sys
+        logging.disable(logging.ERROR)
+        from bitsandbytes import functional
+        sys.stdout.buffer.write(functional.create_dynamic_map().numpy())"""
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
+    made = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, check=True)
+    return torch.from_numpy(np.frombuffer(made.stdout, dtype=np.float32).copy())
 
 
 if __name__ == "__main__":
