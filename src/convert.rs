@@ -77,12 +77,14 @@ impl Conversion {
     /// Whether the conversion can be written to `destination`: it is a place for it, and there is room.
     pub fn check_destination(&self, destination: &Path) -> Result<()> {
         Staging::check(destination, &self.source.path, self.options.force)?;
-        let (needed, available) = (self.disk_needed(), free_space(destination)?);
-        if needed <= available {
-            return Ok(());
+        let needed = self.disk_needed();
+        match free_space(destination)? {
+            Some(available) if available < needed => {
+                let (needed, available) = (Bytes(needed).to_string(), Bytes(available).to_string());
+                Err(Error::NoSpace { path: destination.to_owned(), needed, available })
+            }
+            _ => Ok(()),
         }
-        let (needed, available) = (Bytes(needed).to_string(), Bytes(available).to_string());
-        Err(Error::NoSpace { path: destination.to_owned(), needed, available })
     }
 
     /// Writes the checkpoint to `destination` and returns its manifest. Until all of it is written, synced and hashed,

@@ -179,12 +179,13 @@ fn existing_part(path: &Path) -> Result<PathBuf> {
     Ok(absolute)
 }
 
-/// Bytes that may still be written at `path`, or at its nearest ancestor that exists.
-pub fn free_space(path: &Path) -> Result<u64> {
+/// Bytes that may still be written at `path`, or at its nearest ancestor that exists; `None` where the file system keeps
+/// no count.
+pub fn free_space(path: &Path) -> Result<Option<u64>> {
     let place = existing_part(path)?;
     let there = place.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("/"));
     let status = rustix::fs::statvfs(there).at(there, "ask for its free space")?;
-    Ok(status.f_bavail.saturating_mul(status.f_frsize))
+    Ok((status.f_blocks > 0).then(|| status.f_bavail.saturating_mul(status.f_frsize)))
 }
 
 /// A file of weights being written, at any offset from any thread.

@@ -17,7 +17,7 @@ use super::summary::format_name;
 pub fn report(conversion: &Conversion, destination: &Path, audience: Audience) -> Report {
     let (free, obstacle) = match (free_space(destination), conversion.check_destination(destination)) {
         (Ok(free), checked) => (free, checked.err()),
-        (Err(error), _) => (0, Some(error)),
+        (Err(error), _) => (None, Some(error)),
     };
     let output = match audience {
         Audience::People => text(conversion, destination, free),
@@ -27,7 +27,7 @@ pub fn report(conversion: &Conversion, destination: &Path, audience: Audience) -
     Report { output, obstacle }
 }
 
-fn text(conversion: &Conversion, destination: &Path, free: u64) -> String {
+fn text(conversion: &Conversion, destination: &Path, free: Option<u64>) -> String {
     let plan = &conversion.plan;
     let mut text = String::new();
     let width = |of: fn(&PlannedTensor) -> usize| plan.tensors.iter().map(of).max().unwrap_or(0);
@@ -69,7 +69,7 @@ fn text(conversion: &Conversion, destination: &Path, free: u64) -> String {
         text,
         "disk:    {} needed, {} free at {}",
         Bytes(conversion.disk_needed()),
-        Bytes(free),
+        free.map_or("an unknown amount".to_owned(), |free| Bytes(free).to_string()),
         destination.display()
     );
     let budget = &conversion.budget;
@@ -83,7 +83,7 @@ fn text(conversion: &Conversion, destination: &Path, free: u64) -> String {
     text + "nothing was written\n"
 }
 
-fn json(conversion: &Conversion, destination: &Path, free: u64, obstacle: Option<&Error>) -> Value {
+fn json(conversion: &Conversion, destination: &Path, free: Option<u64>, obstacle: Option<&Error>) -> Value {
     let plan = &conversion.plan;
     let tensor = |tensor: &PlannedTensor| {
         json!({
