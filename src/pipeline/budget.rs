@@ -38,7 +38,7 @@ impl Budget {
         let absmax = largest_absmax(plan);
         let least = BASE + absmax + buffers_len(plan, CHUNK_STEP);
         if least > memory {
-            let hint = match absmax > least / 2 {
+            let hint = match absmax > 0 && least - absmax <= memory {
                 true => "; double quantization holds one f32 for every block of a tensor: give more, or larger blocks",
                 false => "",
             };
