@@ -2,8 +2,6 @@
 
 use std::fmt;
 
-use crate::format::FloatDtype;
-
 macro_rules! dtypes {
     ($($variant:ident = $name:literal, $bits:literal;)*) => {
         /// A tensor's dtype. The order is the one in which safetensors lays tensors out, last first.
@@ -59,16 +57,6 @@ dtypes! {
 }
 
 impl Dtype {
-    /// The dtype as one that weights are quantized from.
-    pub fn as_float(self) -> Option<FloatDtype> {
-        match self {
-            Dtype::Bf16 => Some(FloatDtype::Bfloat16),
-            Dtype::F16 => Some(FloatDtype::Float16),
-            Dtype::F32 => Some(FloatDtype::Float32),
-            _ => None,
-        }
-    }
-
     /// Bytes of a tensor of this dtype and `shape`; `None` past u64, or if it is not whole bytes.
     pub fn byte_len(self, shape: &[u64]) -> Option<u64> {
         let elements = shape.iter().try_fold(1u64, |product, &dimension| product.checked_mul(dimension))?;

@@ -6,7 +6,7 @@ use std::path::Path;
 use prequant::Error;
 use prequant::checkpoint::free_space;
 use prequant::convert::Conversion;
-use prequant::plan::PlannedTensor;
+use prequant::plan::{Plan, PlannedTensor};
 use prequant::units::Bytes;
 use serde_json::{Value, json};
 
@@ -28,7 +28,16 @@ pub fn report(conversion: &Conversion, destination: &Path, audience: Audience) -
 }
 
 fn text(conversion: &Conversion, destination: &Path, free: Option<u64>) -> String {
-    let plan = &conversion.plan;
+    let mut text = decisions(&conversion.plan);
+    for line in totals(conversion, destination, free) {
+        text += &line;
+        text.push('\n');
+    }
+    text
+}
+
+/// A line for every tensor.
+fn decisions(plan: &Plan) -> String {
     let mut text = String::new();
     let width = |of: fn(&PlannedTensor) -> usize| plan.tensors.iter().map(of).max().unwrap_or(0);
     let name_width = width(|tensor| tensor.info.name.len()).min(72);
@@ -42,45 +51,37 @@ fn text(conversion: &Conversion, destination: &Path, free: Option<u64>) -> Strin
             info.name, info.dtype, tensor.reason
         );
     }
-    let quantized = plan.quantized().count();
-    let _ = writeln!(
-        text,
-        "\n{} tensors in {}, {} kept",
-        quantized,
-        format_name(&plan.recipe),
-        plan.tensors.len() - quantized
-    );
-    for warning in &plan.warnings {
-        let _ = writeln!(text, "warning: {warning}");
-    }
-    let files = plan.files.len();
-    let _ =
-        writeln!(text, "source:  {} of tensors in {} files", Bytes(plan.source_len()), conversion.source.files.len());
-    let _ = writeln!(
-        text,
-        "output:  {} in {files} file{} of weights and {} side files; {:.2} bits a quantized weight, {:.2} over all",
-        Bytes(plan.output_len()),
-        if files == 1 { "" } else { "s" },
-        conversion.source.side_files.len(),
-        plan.bits_per_quantized_weight(),
-        plan.bits_per_weight(),
-    );
-    let _ = writeln!(
-        text,
-        "disk:    {} needed, {} free at {}",
-        Bytes(conversion.disk_needed()),
-        free.map_or("an unknown amount".to_owned(), |free| Bytes(free).to_string()),
-        destination.display()
-    );
-    let budget = &conversion.budget;
-    let _ = writeln!(
-        text,
-        "memory:  {} at most, {} threads, {} kernel",
-        Bytes(budget.peak),
-        budget.threads,
-        conversion.options.kernel.name()
-    );
-    text + "nothing was written\n"
+    text + "\n"
+}
+
+/// What the whole of it would take.
+fn totals(conversion: &Conversion, destination: &Path, free: Option<u64>) -> Vec<String> {
+    let Conversion { source, plan, budget, options } = conversion;
+    let (quantized, files) = (plan.quantized().count(), plan.files.len());
+    let free = free.map_or("an unknown amount".to_owned(), |free| Bytes(free).to_string());
+    let mut lines =
+        vec![format!("{quantized} tensors in {}, {} kept", format_name(&plan.recipe), plan.tensors.len() - quantized)];
+    lines.extend(plan.warnings.iter().map(|warning| format!("warning: {warning}")));
+    lines.extend([
+        format!("source:  {} of tensors in {} files", Bytes(plan.source_len()), source.files.len()),
+        format!(
+            "output:  {} in {files} file{} of weights and {} side files; {:.2} bits a quantized weight, {:.2} over all",
+            Bytes(plan.output_len()),
+            if files == 1 { "" } else { "s" },
+            source.side_files.len(),
+            plan.bits_per_quantized_weight(),
+            plan.bits_per_weight(),
+        ),
+        format!("disk:    {} needed, {free} free at {}", Bytes(conversion.disk_needed()), destination.display()),
+        format!(
+            "memory:  {} at most, {} threads, {} kernel",
+            Bytes(budget.peak),
+            budget.threads,
+            options.kernel.name()
+        ),
+        "nothing was written".to_owned(),
+    ]);
+    lines
 }
 
 fn json(conversion: &Conversion, destination: &Path, free: Option<u64>, obstacle: Option<&Error>) -> Value {

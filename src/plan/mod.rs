@@ -106,7 +106,7 @@ impl Plan {
         let (mut tensors, mut linear) = (Vec::new(), Vec::new());
         for (source_file, info) in source.tensors() {
             let verdict = selection.decide(&info.name, &info.shape);
-            let decision = match (verdict.quantize, info.dtype.as_float()) {
+            let decision = match (verdict.quantize, float_dtype(info.dtype)) {
                 (false, _) => Decision::Keep,
                 (true, Some(dtype)) => Decision::Quantize(dtype),
                 (true, None) => {
@@ -152,6 +152,16 @@ impl Plan {
     /// Bits that a weight takes over the whole checkpoint.
     pub fn bits_per_weight(&self) -> f64 {
         bits_per_element(self.tensors.iter())
+    }
+}
+
+/// The dtype as one that weights are quantized from.
+fn float_dtype(dtype: Dtype) -> Option<FloatDtype> {
+    match dtype {
+        Dtype::Bf16 => Some(FloatDtype::Bfloat16),
+        Dtype::F16 => Some(FloatDtype::Float16),
+        Dtype::F32 => Some(FloatDtype::Float32),
+        _ => None,
     }
 }
 
