@@ -70,3 +70,30 @@ impl fmt::Display for Dtype {
         f.pad(self.name())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_sizes_and_order_are_the_safetensors_librarys() {
+        let theirs = Dtype::ALL.iter().map(|dtype| {
+            let name = format!("\"{dtype}\"");
+            serde_json::from_str::<safetensors::Dtype>(&name).unwrap_or_else(|error| panic!("{name}: {error}"))
+        });
+        let theirs: Vec<_> = theirs.collect();
+        assert!(theirs.is_sorted());
+        for (ours, theirs) in Dtype::ALL.iter().zip(theirs) {
+            assert_eq!(ours.bits(), theirs.bitsize() as u64, "{ours}");
+            assert_eq!(Dtype::from_name(ours.name()), Some(*ours));
+        }
+    }
+
+    #[test]
+    fn sizes_are_whole_bytes_below_2_to_the_64() {
+        assert_eq!(Dtype::Bf16.byte_len(&[]), Some(2));
+        assert_eq!(Dtype::F32.byte_len(&[3, 0, 5]), Some(0));
+        assert_eq!((Dtype::F4.byte_len(&[4]), Dtype::F4.byte_len(&[3])), (Some(2), None));
+        assert_eq!(Dtype::U8.byte_len(&[1 << 40, 1 << 40]), None);
+    }
+}
