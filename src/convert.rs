@@ -3,19 +3,23 @@
 use std::fs::File;
 use std::io;
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 use std::thread;
 
 use crate::checkpoint::{
-    CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, SUMS_NAME, Source, Staging, free_space, hash_range, write_index,
+    CONFIG_NAME, Disk, INDEX_NAME, MANIFEST_NAME, RealDisk, SUMS_NAME, Source, Staging, free_space, hash_range,
+    write_index,
 };
 use crate::error::{Error, IoContext, Result};
+use crate::journal::Job;
 use crate::kernel::Kernel;
 use crate::manifest::{
     DecisionRecord, FileRecord, Manifest, OutputRecord, SCHEMA_VERSION, SourceFileRecord, SourceRecord,
     SourceTensorRecord, Summary, TensorRecord, Tool, sha256_sums,
 };
-use crate::pipeline::{self, Budget, Outcome, Progress, TensorOutcome};
+use crate::pipeline::{self, Budget, FileOutcome, Means, Outcome, Progress, TensorOutcome};
 use crate::plan::{Plan, PlannedTensor, Recipe};
+use crate::resume;
 use crate::units::Bytes;
 
 /// How to convert: what decides nothing about the output's bytes.
@@ -31,13 +35,22 @@ pub struct Options {
     pub hash_source: bool,
     /// Whether to replace a checkpoint at the destination.
     pub force: bool,
+    /// Whether to discard what an earlier, unfinished run left there.
+    pub restart: bool,
 }
 
 impl Default for Options {
     /// 256 MiB, all cores, the fastest kernel.
     fn default() -> Self {
         let threads = thread::available_parallelism().map_or(1, usize::from);
-        Options { memory: 256 << 20, threads, kernel: Kernel::detect(), hash_source: false, force: false }
+        Options {
+            memory: 256 << 20,
+            threads,
+            kernel: Kernel::detect(),
+            hash_source: false,
+            force: false,
+            restart: false,
+        }
     }
 }
 
@@ -77,7 +90,13 @@ impl Conversion {
     /// Whether the conversion can be written to `destination`: it is a place for it, and there is room.
     pub fn check_destination(&self, destination: &Path) -> Result<()> {
         Staging::check(destination, &self.source.path, self.options.force)?;
-        let needed = self.disk_needed();
+        self.check_space(destination, &[])
+    }
+
+    /// Whether there is room for all but the files that are `sealed` already.
+    fn check_space(&self, destination: &Path, sealed: &[Option<FileOutcome>]) -> Result<()> {
+        let there = self.plan.files.iter().zip(sealed).filter(|(_, sealed)| sealed.is_some());
+        let needed = self.disk_needed() - there.map(|(file, _)| file.len).sum::<u64>();
         match free_space(destination)? {
             Some(available) if available < needed => {
                 let (needed, available) = (Bytes(needed).to_string(), Bytes(available).to_string());
@@ -87,15 +106,57 @@ impl Conversion {
         }
     }
 
-    /// Writes the checkpoint to `destination` and returns its manifest. Until all of it is written, synced and hashed,
-    /// nothing there can be taken for a checkpoint; after an error nothing is left.
+    /// Writes the checkpoint to `destination` and returns its manifest; goes on where an earlier run was stopped. Until all
+    /// of it is written, synced and hashed, nothing there can be taken for a checkpoint.
     pub fn execute(&self, destination: &Path, progress: &dyn Progress) -> Result<Manifest> {
-        self.check_destination(destination)?;
-        let staging = Staging::create(destination, &self.source.path, self.options.force)?;
-        let (Options { kernel, hash_source, .. }, source, plan) = (self.options, &self.source, &self.plan);
+        self.execute_on(&RealDisk, &AtomicBool::new(false), destination, progress)
+    }
+
+    /// As [`Conversion::execute`], through `disk`; stops soon after `interrupt` is set.
+    ///
+    /// # Errors
+    /// Those of reading and writing; [`Error::Interrupted`]. Files that are finished by then are kept for the next run.
+    pub fn execute_on(
+        &self,
+        disk: &dyn Disk,
+        interrupt: &AtomicBool,
+        destination: &Path,
+        progress: &dyn Progress,
+    ) -> Result<Manifest> {
+        let Options { kernel, hash_source, force, .. } = self.options;
+        Staging::check(destination, &self.source.path, force)?;
+        let staging = Staging::take(destination, &self.source.path, force)?;
+        let means = Means { kernel, budget: self.budget, hash_source, disk, interrupt, progress };
+        let files = self.write_files(&staging, means);
+        match files.and_then(|(files, outcome)| self.finish(&staging, files, outcome)) {
+            Ok(manifest) => {
+                staging.publish(&published_names(&manifest))?;
+                Ok(manifest)
+            }
+            Err(error) => {
+                // Another job's files are not ours to tidy.
+                if !matches!(error, Error::JobChanged { .. }) {
+                    progress.kept(staging.abandon());
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Weights, side files, config.json and index, in the staging folder.
+    fn write_files(&self, staging: &Staging, means: Means<'_>) -> Result<(Vec<FileRecord>, Outcome)> {
+        let (source, plan) = (&self.source, &self.plan);
+        let resumed = Job::new(source, &plan.recipe).take_up(staging, self.options.restart)?;
+        staging.remove_partial();
+        staging.unpublish(plan.files.iter().map(|file| file.name.clone()))?;
+        let sealed = match resumed {
+            true => resume::sealed_files(staging, plan, means)?,
+            false => vec![None; plan.files.len()],
+        };
+        self.check_space(staging.destination(), &sealed)?;
         let (outcome, side_files) = thread::scope(|scope| {
-            let side_files = scope.spawn(|| copy_side_files(source, &staging));
-            let outcome = pipeline::run(source, plan, &staging, kernel, self.budget, hash_source, progress);
+            let side_files = scope.spawn(|| copy_side_files(source, staging));
+            let outcome = pipeline::run(source, plan, staging, sealed, means);
             (outcome, side_files.join().unwrap_or(Err(Error::Stopped)))
         });
         let outcome = outcome?;
@@ -106,13 +167,23 @@ impl Conversion {
             sha256: *sha256,
         }));
         if let Some(config) = &plan.config {
-            files.push(write(&staging, CONFIG_NAME, |file| file.write_all(config.as_bytes()))?);
+            files.push(write(staging, CONFIG_NAME, |file| file.write_all(config.as_bytes()))?);
         }
         if plan.files.len() > 1 {
-            files.push(write(&staging, INDEX_NAME, |file| self.write_index(file))?);
+            files.push(write(staging, INDEX_NAME, |file| self.write_index(file))?);
         }
         files.sort_by(|a, b| a.name.cmp(&b.name));
-        self.seal(staging, files, outcome)
+        Ok((files, outcome))
+    }
+
+    /// Manifest and checksums, in the staging folder.
+    fn finish(&self, staging: &Staging, files: Vec<FileRecord>, outcome: Outcome) -> Result<Manifest> {
+        let manifest = self.manifest(files, outcome);
+        let record = write(staging, MANIFEST_NAME, |file| manifest.write_json(file))?;
+        let all = manifest.files.iter().chain([&record]);
+        let sums = sha256_sums(all.map(|file| (file.name.as_str(), file.sha256)));
+        staging.write(SUMS_NAME, |file| file.write_all(sums.as_bytes()))?;
+        Ok(manifest)
     }
 
     fn write_index(&self, file: &mut dyn io::Write) -> io::Result<()> {
@@ -123,19 +194,6 @@ impl Conversion {
         let weight_map: Vec<(String, &str)> = outputs.collect();
         let total_size = self.plan.tensors.iter().map(PlannedTensor::output_len).sum();
         write_index(weight_map.iter().map(|(tensor, file)| (tensor.as_str(), *file)), total_size, file)
-    }
-
-    /// Writes manifest and checksums, and puts everything in its place.
-    fn seal(&self, staging: Staging, files: Vec<FileRecord>, outcome: Outcome) -> Result<Manifest> {
-        let manifest = self.manifest(files, outcome);
-        let record = write(&staging, MANIFEST_NAME, |file| manifest.write_json(file))?;
-        let all = manifest.files.iter().chain([&record]);
-        let sums = sha256_sums(all.map(|file| (file.name.as_str(), file.sha256)));
-        staging.write(SUMS_NAME, |file| file.write_all(sums.as_bytes()))?;
-        let mut names: Vec<String> = manifest.files.iter().map(|file| file.name.clone()).collect();
-        names.extend([MANIFEST_NAME.to_owned(), SUMS_NAME.to_owned()]);
-        staging.publish(&names)?;
-        Ok(manifest)
     }
 
     fn manifest(&self, files: Vec<FileRecord>, outcome: Outcome) -> Manifest {
@@ -209,6 +267,12 @@ fn output_names(tensor: &PlannedTensor) -> impl Iterator<Item = String> {
     tensor.outputs.iter().map(|output| format!("{}{}", tensor.info.name, output.suffix))
 }
 
+/// All files of the checkpoint.
+fn published_names(manifest: &Manifest) -> Vec<String> {
+    let files = manifest.files.iter().map(|file| file.name.clone());
+    files.chain([MANIFEST_NAME.to_owned(), SUMS_NAME.to_owned()]).collect()
+}
+
 fn write(
     staging: &Staging,
     name: &str,
@@ -231,7 +295,7 @@ fn copy_side_files(source: &Source, staging: &Staging) -> Result<Vec<FileRecord>
             let mut from = File::open(&side.path).at(&side.path, "open it")?;
             let mut copy = File::options().read(true).write(true).create_new(true).open(&to).at(&to, "create it")?;
             let size = io::copy(&mut from, &mut copy).at(&to, "copy it")?;
-            let sha256 = hash_range(&copy, 0, size, &mut buffer, || true).at(&to, "read it back")?;
+            let sha256 = hash_range(&RealDisk, &copy, &to, 0, size, &mut buffer, || true).at(&to, "read it back")?;
             copy.sync_all().at(&to, "sync it")?;
             Ok(FileRecord { name: side.name.clone(), size, sha256: sha256.ok_or(Error::Stopped)? })
         })

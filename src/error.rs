@@ -119,6 +119,18 @@ pub enum Error {
         /// What takes it, and what would take less.
         hint: &'static str,
     },
+    /// The staging folder holds the beginning of another conversion.
+    #[error(
+        "{}: an unfinished conversion of something else: {what}; run the command it was begun with, or discard it with \
+         --restart",
+        path.display()
+    )]
+    JobChanged {
+        /// The staging folder.
+        path: PathBuf,
+        /// What is otherwise.
+        what: String,
+    },
     /// The file system has no room for the output.
     #[error(
         "{}: no space: the output takes {needed} and {available} are free; make room, or choose another destination",
@@ -150,6 +162,9 @@ pub enum Error {
         /// The system's error.
         source: io::Error,
     },
+    /// The user asked to stop.
+    #[error("interrupted")]
+    Interrupted,
     /// A worker stopped because another one failed.
     #[error("stopped")]
     Stopped,
@@ -163,7 +178,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Pattern { .. } | Error::SkipEntryClash { .. } | Error::Memory { .. } => 2,
-            Error::NoSpace { .. } | Error::Io { .. } | Error::Stopped => 4,
+            Error::NoSpace { .. } | Error::Io { .. } | Error::Stopped | Error::Interrupted => 4,
             _ => 3,
         }
     }
@@ -185,6 +200,8 @@ impl Error {
             Error::NoSpace { .. } => "no_space",
             Error::SourceChanged { .. } => "source_changed",
             Error::Io { .. } => "io",
+            Error::JobChanged { .. } => "job_changed",
+            Error::Interrupted => "interrupted",
             Error::Stopped => "stopped",
         }
     }
@@ -211,9 +228,7 @@ impl<T, E: Into<io::Error>> IoContext<T> for std::result::Result<T, E> {
 
 fn hint(error: &io::Error) -> &'static str {
     match error.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            "; nothing was left at the destination: make room and run again"
-        }
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "; make room and run the same command again",
         io::ErrorKind::PermissionDenied => "; check who owns it",
         _ => "",
     }

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
 /// Digits of 32 bits that cover every finite f64, and room above for 2^32 of them.
 const DIGITS: usize = (1074 + 1024) / 32 + 3;
 
@@ -87,6 +89,26 @@ fn scaled(integer: u128, exponent: i32) -> f64 {
     kept as f64 * 2f64.powi(half_way) * 2f64.powi(exponent - half_way)
 }
 
+/// As the digits that aren't zero, each with its place.
+impl Serialize for ExactSum {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut sum = self.clone();
+        sum.carry();
+        serializer.collect_seq(sum.digits.iter().enumerate().filter(|(_, digit)| **digit != 0))
+    }
+}
+
+impl<'de> Deserialize<'de> for ExactSum {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut sum = ExactSum::default();
+        for (place, digit) in Vec::<(usize, u32)>::deserialize(deserializer)? {
+            let slot = sum.digits.get_mut(place).ok_or_else(|| serde::de::Error::custom("a digit out of place"))?;
+            *slot = u64::from(digit);
+        }
+        Ok(sum)
+    }
+}
+
 impl Default for ExactSum {
     fn default() -> Self {
         ExactSum { digits: Box::new([0; DIGITS]), pending: 0 }
@@ -127,6 +149,17 @@ mod tests {
         #[test]
         fn one_term_is_itself(bits in 0..0x7ff0_0000_0000_0000u64) {
             prop_assert_eq!(sum(&[f64::from_bits(bits)]).to_bits(), bits);
+        }
+
+        #[test]
+        fn a_sum_is_read_back_as_it_was_written(terms in prop::collection::vec(0..0x7f00_0000_0000_0000u64, 0..9)) {
+            let mut sum = ExactSum::default();
+            terms.iter().for_each(|&bits| sum.add(f64::from_bits(bits)));
+            let json = serde_json::to_string(&sum).unwrap();
+            let mut read: ExactSum = serde_json::from_str(&json).unwrap();
+            read.add(1.5);
+            sum.add(1.5);
+            prop_assert_eq!(read.value(), sum.value());
         }
 
         #[test]

@@ -53,7 +53,7 @@ pub struct AbsmaxError {
 }
 
 /// Statistics in the making.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Gathering {
     signal: ExactSum,
     noise: ExactSum,
@@ -71,7 +71,7 @@ impl Default for Gathering {
             signal: ExactSum::default(),
             noise: ExactSum::default(),
             absmax: ExactSum::default(),
-            absmax_min: f32::INFINITY,
+            absmax_min: f32::MAX,
             absmax_max: 0.0,
             worst: 0.0,
             blocks: 0,
@@ -138,7 +138,7 @@ impl Gathering {
 }
 
 /// An [`AbsmaxError`] in the making.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct AbsmaxGathering {
     squares: ExactSum,
     squared_errors: ExactSum,

@@ -20,22 +20,25 @@ use support::{Folder, LINEAR, Stored, Tensor, contents, llama, read_tensors, ser
 struct Unseen;
 
 impl Progress for Unseen {
+    fn found(&self, _: usize, _: usize) {}
+    fn resumed(&self, _: usize, _: u64) {}
+    fn kept(&self, _: usize) {}
     fn advanced(&self, _: &str, _: u64) {}
     fn sealed(&self, _: &str, _: u64) {}
 }
 
 /// How a conversion is done, which must not matter.
 #[derive(Clone, Copy, Debug)]
-struct Means {
+struct How {
     threads: usize,
     chunk_elements: usize,
     kernel: Kernel,
 }
 
-fn convert(source: &Path, destination: &Path, recipe: &Recipe, means: Means) -> Manifest {
-    let options = Options { threads: means.threads, kernel: means.kernel, ..Options::default() };
+fn convert(source: &Path, destination: &Path, recipe: &Recipe, how: How) -> Manifest {
+    let options = Options { threads: how.threads, kernel: how.kernel, ..Options::default() };
     let mut conversion = plan(source, recipe.clone(), options).unwrap();
-    conversion.budget = conversion.budget.with_chunk_elements(means.chunk_elements);
+    conversion.budget = conversion.budget.with_chunk_elements(how.chunk_elements);
     conversion.execute(destination, &Unseen).unwrap()
 }
 
@@ -157,7 +160,7 @@ proptest! {
         let block_size = BlockSize::try_from(block_size).unwrap();
         let recipe = Recipe { format, block_size, double_quant, max_shard_size, ..Recipe::default() };
 
-        let plain = Means { threads: 1, chunk_elements: 1 << 21, kernel: Kernel::SCALAR };
+        let plain = How { threads: 1, chunk_elements: 1 << 21, kernel: Kernel::SCALAR };
         let manifest = convert(&folder.source(), &folder.destination(), &recipe, plain);
         let stored: BTreeMap<_, _> =
             read_tensors(&folder.destination()).into_iter().map(|(name, (_, stored))| (name, stored)).collect();
@@ -170,7 +173,7 @@ proptest! {
         let reference = contents(&folder.destination());
         for (i, kernel) in Kernel::available().into_iter().enumerate() {
             let other = folder.beside(&format!("other-{i}"));
-            convert(&folder.source(), &other, &recipe, Means { threads, chunk_elements, kernel });
+            convert(&folder.source(), &other, &recipe, How { threads, chunk_elements, kernel });
             let files = contents(&other);
             prop_assert_eq!(files.keys().collect::<Vec<_>>(), reference.keys().collect::<Vec<_>>());
             for (name, content) in &files {

@@ -6,6 +6,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
+use super::Sha256Hash;
 use crate::error::{Error, IoContext, Result};
 
 /// The largest config that is read: real ones are a few KB.
@@ -30,6 +31,11 @@ impl Config {
         let values = serde_json::from_str(&without_python_floats(&text))
             .map_err(|error| Error::malformed(path, format!("not a JSON object: {error}")))?;
         Ok(Config { text, values })
+    }
+
+    /// SHA-256 of the text.
+    pub fn sha256(&self) -> Sha256Hash {
+        Sha256Hash::of(self.text.as_bytes())
     }
 
     /// The values, with Python's `Infinity` and `NaN` as any number.

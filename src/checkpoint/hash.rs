@@ -4,15 +4,24 @@ use std::borrow::Cow;
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::{Digest, Sha256};
 
+use super::disk::{Disk, read_exact_at};
+
 /// A SHA-256, written as 64 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Sha256Hash(pub [u8; 32]);
+
+impl Sha256Hash {
+    /// The hash of `bytes`.
+    pub fn of(bytes: &[u8]) -> Sha256Hash {
+        Sha256Hash(Sha256::digest(bytes).into())
+    }
+}
 
 /// The hash of `len` bytes of `file` from `offset` on, read through `buffer`.
 ///
@@ -21,7 +30,9 @@ pub struct Sha256Hash(pub [u8; 32]);
 /// # Errors
 /// The system's; `UnexpectedEof` if the file ends before.
 pub fn hash_range(
+    disk: &dyn Disk,
     file: &File,
+    path: &Path,
     offset: u64,
     len: u64,
     buffer: &mut [u8],
@@ -34,7 +45,7 @@ pub fn hash_range(
             return Ok(None);
         }
         let piece = buffer.len().min(usize::try_from(len - done).unwrap_or(usize::MAX));
-        file.read_exact_at(&mut buffer[..piece], offset + done)?;
+        read_exact_at(disk, file, path, &mut buffer[..piece], offset + done)?;
         hasher.update(&buffer[..piece]);
         done += piece as u64;
     }

@@ -4,6 +4,7 @@
 //! outside the source's folder is opened. Nothing here knows what quantization is.
 
 mod config;
+mod disk;
 mod dtype;
 mod foreign;
 mod hash;
@@ -12,15 +13,18 @@ mod index;
 mod output;
 mod side_files;
 mod source;
+mod staging;
 
 pub use config::Config;
+pub use disk::{Disk, RealDisk, read_exact_at};
 pub use dtype::Dtype;
 pub use hash::{Sha256Hash, hash_range};
 pub use header::{Described, Header, MAX_HEADER_LEN, TensorInfo, header_bytes, sort_canonically};
 pub use index::{shard_name, write_index};
-pub use output::{OutputFile, Staging, free_space};
+pub use output::OutputFile;
 pub use side_files::SideFile;
 pub use source::{Source, SourceFile};
+pub use staging::{STAGING_NAME, Staging, free_space, partial_name};
 
 /// The index beside the shards.
 pub const INDEX_NAME: &str = "model.safetensors.index.json";

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs::{File, Metadata};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 
@@ -36,6 +37,8 @@ pub struct SourceFile {
     pub path: PathBuf,
     /// Its size in bytes.
     pub len: u64,
+    /// When it was last written to: nanoseconds since 1970.
+    pub modified: i128,
     /// SHA-256 of its header, length field included.
     pub header_sha256: Sha256Hash,
     /// Its tensors, in the order of their bytes.
@@ -157,7 +160,9 @@ impl SourceFile {
             return Err(Error::malformed(&path, "not a regular file"));
         }
         let header = Header::read(&mut file, metadata.len(), &path)?;
-        Ok(SourceFile { name, path, len: metadata.len(), header_sha256: header.sha256, tensors: header.tensors })
+        let modified = i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec());
+        let Header { sha256: header_sha256, tensors, .. } = header;
+        Ok(SourceFile { name, path, len: metadata.len(), modified, header_sha256, tensors })
     }
 }
 

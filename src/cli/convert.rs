@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use prequant::Error;
+use prequant::checkpoint::RealDisk;
 use prequant::convert::{Options, plan};
 use prequant::format::{BlockSize, Format};
 use prequant::plan::{ExpertLayout, Recipe};
@@ -15,7 +16,7 @@ use prequant::units::Bytes;
 use serde_json::{Value, json};
 
 use super::progress::{Reporter, Style};
-use super::{dry_run, summary};
+use super::{dry_run, interrupt, summary};
 
 /// Quantize a checkpoint to 4 bits.
 ///
@@ -81,6 +82,10 @@ pub struct Arguments {
     #[arg(long)]
     force: bool,
 
+    /// Discard what an earlier, unfinished run left in DST, rather than go on with it
+    #[arg(long)]
+    restart: bool,
+
     /// Show what would become of every tensor, and why; write nothing
     #[arg(long)]
     dry_run: bool,
@@ -134,6 +139,7 @@ impl Arguments {
             threads: self.threads.map_or(default.threads, NonZeroUsize::get),
             hash_source: self.hash_source,
             force: self.force,
+            restart: self.restart,
             ..default
         }
     }
@@ -167,7 +173,7 @@ pub fn run(arguments: &Arguments) -> ExitCode {
     match error {
         Some(error) => {
             eprintln!("error: {error}");
-            ExitCode::from(error.exit_code())
+            interrupt::exit_code().unwrap_or(ExitCode::from(error.exit_code()))
         }
         None => ExitCode::SUCCESS,
     }
@@ -207,7 +213,7 @@ fn convert(arguments: &Arguments) -> Result<Report, Error> {
         }
     }
     let reporter = Reporter::new(arguments.style(), &conversion);
-    let manifest = conversion.execute(&arguments.destination, &reporter)?;
+    let manifest = conversion.execute_on(&RealDisk, interrupt::flag(), &arguments.destination, &reporter)?;
     reporter.finish();
     let done = summary::Done { conversion: &conversion, destination: &arguments.destination, manifest: &manifest };
     Ok(done.report(start.elapsed(), arguments.audience()))

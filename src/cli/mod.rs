@@ -2,6 +2,7 @@
 
 mod convert;
 mod dry_run;
+mod interrupt;
 mod progress;
 mod summary;
 
@@ -23,11 +24,16 @@ enum Command {
 }
 
 const EXIT_CODES: &str = "\
-Exit codes: 0 done; 1 a check found a difference; 2 wrong usage; 3 bad input; 4 I/O or device failure.";
+Exit codes: 0 done; 1 a check found a difference; 2 wrong usage; 3 bad input; 4 I/O or device failure;
+130 and 143 interrupted (SIGINT, SIGTERM).";
 
 /// Runs the command that the process was started with.
 pub fn run() -> ExitCode {
     let Arguments { command } = Arguments::parse();
+    if let Err(error) = interrupt::listen() {
+        eprintln!("error: can't listen for signals: {error}");
+        return ExitCode::from(4);
+    }
     match command {
         Command::Convert(arguments) => convert::run(&arguments),
     }

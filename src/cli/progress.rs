@@ -54,6 +54,15 @@ impl Reporter {
         Reporter { style, bar, total, lines: Mutex::new(Lines { start: now, last: now, done: 0 }) }
     }
 
+    /// A line above the bar.
+    fn say(&self, line: &str) {
+        match self.style {
+            Style::Silent => {}
+            Style::Bar if !self.bar.is_finished() => self.bar.println(line),
+            Style::Bar | Style::Lines => eprintln!("{line}"),
+        }
+    }
+
     /// Takes the bar away.
     pub fn finish(&self) {
         self.bar.finish_and_clear();
@@ -67,6 +76,23 @@ impl Drop for Reporter {
 }
 
 impl Progress for Reporter {
+    fn found(&self, files: usize, of: usize) {
+        self.say(&format!("going on: {files} of {of} files were finished by an earlier run; hashing them again"));
+    }
+
+    fn resumed(&self, files: usize, bytes: u64) {
+        self.say(&format!("{files} of them are as they were: skipping {} of the source", Bytes(bytes)));
+        self.bar.inc(bytes);
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner).done += bytes;
+    }
+
+    fn kept(&self, files: usize) {
+        self.bar.finish_and_clear();
+        if files > 0 {
+            self.say(&format!("{files} finished files are kept; run the same command again to go on"));
+        }
+    }
+
     fn advanced(&self, tensor: &str, bytes: u64) {
         match self.style {
             Style::Silent => {}
@@ -94,11 +120,6 @@ impl Progress for Reporter {
     }
 
     fn sealed(&self, file: &str, len: u64) {
-        let line = format!("wrote {file} ({})", Bytes(len));
-        match self.style {
-            Style::Silent => {}
-            Style::Bar => self.bar.println(line),
-            Style::Lines => eprintln!("{line}"),
-        }
+        self.say(&format!("wrote {file} ({})", Bytes(len)));
     }
 }

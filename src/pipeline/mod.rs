@@ -10,25 +10,52 @@ mod nonfinite;
 mod scheduler;
 mod worker;
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
+use serde::{Deserialize, Serialize};
+
 pub use budget::Budget;
 
-use crate::checkpoint::{OutputFile, Sha256Hash, Source, Staging};
+use crate::checkpoint::{Disk, OutputFile, Sha256Hash, Source, Staging, partial_name};
 use crate::error::Result;
+use crate::journal;
 use crate::kernel::Kernel;
 use crate::plan::Plan;
-use crate::stats::Statistics;
+use crate::stats::{AbsmaxGathering, Gathering, Statistics};
 use scheduler::Scheduler;
 use worker::Worker;
 
 /// What is told while a plan is executed, from any thread.
 pub trait Progress: Sync {
+    /// Of `of` files, an earlier run had finished `files`, which are hashed again now.
+    fn found(&self, files: usize, of: usize);
+    /// `files` of them, made from `bytes` of the source, are as they should be and are kept.
+    fn resumed(&self, files: usize, bytes: u64);
     /// `bytes` more of the source are done, all of `tensor`.
     fn advanced(&self, tensor: &str, bytes: u64);
     /// A file is written and hashed.
     fn sealed(&self, file: &str, len: u64);
+    /// After a failure: `files` finished files are kept for the next run.
+    fn kept(&self, files: usize);
+}
+
+/// What a plan is executed with; it decides nothing about the bytes.
+#[derive(Clone, Copy)]
+pub struct Means<'a> {
+    /// What quantizes.
+    pub kernel: Kernel,
+    /// Threads and buffers.
+    pub budget: Budget,
+    /// Whether to hash the source's files.
+    pub hash_source: bool,
+    /// What reads and writes.
+    pub disk: &'a dyn Disk,
+    /// Set from outside to have it stop.
+    pub interrupt: &'a AtomicBool,
+    /// Who is told.
+    pub progress: &'a dyn Progress,
 }
 
 /// What is known once a plan is executed.
@@ -45,7 +72,7 @@ pub struct Outcome {
 }
 
 /// What is known of a tensor once it is written.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct TensorOutcome {
     /// SHA-256 of each of its outputs, in the plan's order.
     pub sha256: Vec<Sha256Hash>,
@@ -53,18 +80,30 @@ pub struct TensorOutcome {
     pub statistics: Option<Statistics>,
 }
 
+/// What is known of a file once it is written: all that is needed to go on without it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct FileOutcome {
+    /// SHA-256 of the file.
+    pub sha256: Sha256Hash,
+    /// Of each of its tensors, in the plan's order.
+    pub tensors: Vec<TensorOutcome>,
+    /// Statistics of its quantized tensors together.
+    pub total: Gathering,
+    /// The same of their absmax, with double quantization.
+    pub total_absmax: AbsmaxGathering,
+}
+
 /// What every thread works from.
 struct Job<'a> {
     source: &'a Source,
     plan: &'a Plan,
     staging: &'a Staging,
-    kernel: Kernel,
-    budget: Budget,
-    progress: &'a dyn Progress,
-    outputs: Vec<Mutex<Option<Arc<OutputFile>>>>,
+    means: Means<'a>,
+    outputs: Vec<Mutex<Option<Arc<OutputFile<'a>>>>>,
 }
 
-/// Executes `plan`: writes its files of weights into `staging`, synced, under their own names.
+/// Executes `plan`: writes its files of weights into `staging`, synced, under their own names. Files of which `sealed`
+/// has the outcome are there already.
 ///
 /// # Errors
 /// The first failure in the plan's order among those met before all threads had stopped.
@@ -75,16 +114,14 @@ pub fn run(
     source: &Source,
     plan: &Plan,
     staging: &Staging,
-    kernel: Kernel,
-    budget: Budget,
-    hash_source: bool,
-    progress: &dyn Progress,
+    sealed: Vec<Option<FileOutcome>>,
+    means: Means<'_>,
 ) -> Result<Outcome> {
     let outputs = plan.files.iter().map(|_| Mutex::default()).collect();
-    let job = Job { source, plan, staging, kernel, budget, progress, outputs };
-    let scheduler = Scheduler::new(plan, source.files.len(), &budget, hash_source);
+    let job = Job { source, plan, staging, means, outputs };
+    let scheduler = Scheduler::new(plan, source.files.len(), sealed, means);
     thread::scope(|scope| {
-        for _ in 0..budget.threads {
+        for _ in 0..means.budget.threads {
             scope.spawn(|| Worker::new(&job).work(&scheduler));
         }
         scope.spawn(|| job.sync_finished_files(&scheduler));
@@ -92,27 +129,29 @@ pub fn run(
     scheduler.into_outcome()
 }
 
-impl Job<'_> {
+impl<'a> Job<'a> {
     /// The output file, created if it isn't yet.
-    fn output(&self, file: usize) -> Result<Arc<OutputFile>> {
+    fn output(&self, file: usize) -> Result<Arc<OutputFile<'a>>> {
         let mut slot = self.outputs[file].lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(output) = &*slot {
             return Ok(output.clone());
         }
         let planned = &self.plan.files[file];
-        let output = OutputFile::create(self.staging.path(&partial_name(&planned.name)), planned.len)?;
+        let path = self.staging.path(&partial_name(&planned.name));
+        let output = OutputFile::create(self.means.disk, path, planned.len)?;
         output.write_at(&planned.header, 0)?;
         Ok(slot.insert(Arc::new(output)).clone())
     }
 
-    /// Gives a written, hashed and synced file its name.
-    fn seal(&self, file: usize) -> Result<()> {
+    /// Notes down what is known of a written, hashed and synced file, and gives it its name.
+    fn seal(&self, file: usize, outcome: &FileOutcome) -> Result<()> {
         let planned = &self.plan.files[file];
+        journal::write_sealed(self.staging, &planned.name, outcome)?;
         let output = self.outputs[file].lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(output) = output {
             output.rename(&self.staging.path(&planned.name))?;
         }
-        self.progress.sealed(&planned.name, planned.len);
+        self.means.progress.sealed(&planned.name, planned.len);
         Ok(())
     }
 
@@ -125,9 +164,4 @@ impl Job<'_> {
             }
         }
     }
-}
-
-/// A file's name while it is written.
-fn partial_name(name: &str) -> String {
-    format!("{name}.partial")
 }

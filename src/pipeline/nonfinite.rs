@@ -1,22 +1,28 @@
 //! Finding what stopped a kernel: where the first NaN or infinity of a tensor is, and how many there are.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use crate::checkpoint::TensorInfo;
+use crate::checkpoint::{Disk, TensorInfo, read_exact_at};
 use crate::error::{Error, IoContext, Result};
 use crate::format::FloatDtype;
 use crate::kernel::scalar::decode;
 
 /// Reads all of the tensor again, through `buffer`, and says what is in it.
-pub fn describe(file: &File, path: &Path, info: &TensorInfo, dtype: FloatDtype, buffer: &mut [u8]) -> Result<Error> {
+pub fn describe(
+    disk: &dyn Disk,
+    file: &File,
+    path: &Path,
+    info: &TensorInfo,
+    dtype: FloatDtype,
+    buffer: &mut [u8],
+) -> Result<Error> {
     let size = dtype.size();
     let step = buffer.len() / size * size;
     let (mut first, mut count, mut done) = (None, 0, 0);
     while done < info.len {
         let piece = &mut buffer[..step.min((info.len - done) as usize)];
-        file.read_exact_at(piece, info.offset + done).at(path, "read it")?;
+        read_exact_at(disk, file, path, piece, info.offset + done).at(path, "read it")?;
         for (i, element) in piece.chunks_exact(size).enumerate() {
             let value = decode(element, dtype);
             if !value.is_finite() {

@@ -3,8 +3,9 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use super::{Budget, Outcome, TensorOutcome};
+use super::{FileOutcome, Means, Outcome, TensorOutcome};
 use crate::checkpoint::Sha256Hash;
 use crate::error::{Error, Result};
 use crate::format::NESTED_BLOCK_SIZE;
@@ -27,8 +28,8 @@ pub enum Task {
     HashTensor { tensor: usize },
     /// Hash a file of the source.
     HashSource { file: usize },
-    /// Give an output file its name.
-    Seal { file: usize },
+    /// Note down what is known of an output file, and give it its name.
+    Seal { file: usize, outcome: Box<FileOutcome> },
 }
 
 /// What came of a task.
@@ -52,9 +53,8 @@ pub struct Scheduler<'a> {
     plan: &'a Plan,
     /// The output file of each tensor.
     file_of: Vec<usize>,
-    budget: &'a Budget,
+    means: Means<'a>,
     source_files: usize,
-    hash_source: bool,
     state: Mutex<State>,
     changed: Condvar,
     stopped: AtomicBool,
@@ -77,10 +77,7 @@ struct State {
     /// Files that don't have their name yet.
     files_left: usize,
     tensors: Vec<TensorOutcome>,
-    file_hashes: Vec<Option<Sha256Hash>>,
     source_hashes: Vec<Option<Sha256Hash>>,
-    total: Gathering,
-    total_absmax: AbsmaxGathering,
     failure: Option<(usize, Error)>,
 }
 
@@ -92,36 +89,47 @@ struct OpenTensor {
     absmax_error: AbsmaxGathering,
 }
 
-#[derive(Clone, Copy, Default)]
+#[derive(Default)]
 struct FileState {
+    /// It was there before, and nothing of it is to be done.
+    was_sealed: bool,
     tensors_left: usize,
     /// Hashing and syncing.
     steps_left: usize,
+    sha256: Option<Sha256Hash>,
+    total: Gathering,
+    total_absmax: AbsmaxGathering,
 }
 
 impl<'a> Scheduler<'a> {
-    pub fn new(plan: &'a Plan, source_files: usize, budget: &'a Budget, hash_source: bool) -> Scheduler<'a> {
+    pub fn new(
+        plan: &'a Plan,
+        source_files: usize,
+        sealed: Vec<Option<FileOutcome>>,
+        means: Means<'a>,
+    ) -> Scheduler<'a> {
         let file_of =
             plan.files.iter().enumerate().flat_map(|(i, file)| file.tensors.clone().map(move |_| i)).collect();
-        let files = plan.files.iter().map(|file| FileState { tensors_left: file.tensors.len(), steps_left: 0 });
-        let state = State {
-            files: files.collect(),
-            files_left: plan.files.len(),
+        let mut state = State {
             tensors: vec![TensorOutcome::default(); plan.tensors.len()],
-            file_hashes: vec![None; plan.files.len()],
             source_hashes: vec![None; source_files],
+            files_left: plan.files.len(),
             ..State::default()
         };
-        Scheduler {
-            plan,
-            file_of,
-            budget,
-            source_files,
-            hash_source,
-            state: Mutex::new(state),
-            changed: Condvar::new(),
-            stopped: AtomicBool::new(false),
+        for (planned, sealed) in plan.files.iter().zip(sealed) {
+            let Some(FileOutcome { sha256, tensors, total, total_absmax }) = sealed else {
+                state.files.push(FileState { tensors_left: planned.tensors.len(), ..FileState::default() });
+                continue;
+            };
+            state.files_left -= 1;
+            state.tensors[planned.tensors.clone()].clone_from_slice(&tensors);
+            let sha256 = Some(sha256);
+            state.files.push(FileState { was_sealed: true, sha256, total, total_absmax, ..FileState::default() });
         }
+        let (state, changed, stopped) = (Mutex::new(state), Condvar::new(), AtomicBool::new(false));
+        let scheduler = Scheduler { plan, file_of, means, source_files, state, changed, stopped };
+        scheduler.check_finished(&mut scheduler.lock());
+        scheduler
     }
 
     /// The output file that `tensor` goes to.
@@ -133,6 +141,7 @@ impl<'a> Scheduler<'a> {
     pub fn next(&self) -> Option<Task> {
         let mut state = self.lock();
         loop {
+            self.heed_interrupt(&mut state);
             if state.failure.is_some() || state.finished {
                 return None;
             }
@@ -140,7 +149,7 @@ impl<'a> Scheduler<'a> {
                 state.running += 1;
                 return Some(task);
             }
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.wait(state);
         }
     }
 
@@ -155,7 +164,7 @@ impl<'a> Scheduler<'a> {
                 self.finish_nested(&mut state, tensor, &error);
             }
             (Task::HashFile { file }, Done::Hashed(hashes)) => {
-                state.file_hashes[file] = hashes.first().copied();
+                state.files[file].sha256 = hashes.first().copied();
                 self.finish_step(&mut state, file);
             }
             (Task::HashTensor { tensor }, Done::Hashed(hashes)) => {
@@ -179,13 +188,14 @@ impl<'a> Scheduler<'a> {
     pub fn next_to_sync(&self) -> Option<usize> {
         let mut state = self.lock();
         loop {
+            self.heed_interrupt(&mut state);
             if state.failure.is_some() || state.finished {
                 return None;
             }
             if let Some(file) = state.to_sync.pop_front() {
                 return Some(file);
             }
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.wait(state);
         }
     }
 
@@ -202,7 +212,7 @@ impl<'a> Scheduler<'a> {
 
     /// Whether threads should stop what they are doing.
     pub fn stopped(&self) -> bool {
-        self.stopped.load(Ordering::Relaxed)
+        self.stopped.load(Ordering::Relaxed) || self.means.interrupt.load(Ordering::Relaxed)
     }
 
     /// All results, once every thread is done.
@@ -213,16 +223,34 @@ impl<'a> Scheduler<'a> {
         }
         let all =
             |hashes: Vec<Option<Sha256Hash>>| hashes.into_iter().collect::<Option<Vec<_>>>().ok_or(Error::Stopped);
-        let mut total = state.total.finish();
+        let (mut total, mut total_absmax) = (Gathering::default(), AbsmaxGathering::default());
+        for file in &state.files {
+            total.merge(&file.total);
+            total_absmax.merge(&file.total_absmax);
+        }
+        let mut total = total.finish();
         if self.plan.recipe.double_quant {
-            total.double_quantization = Some(state.total_absmax.finish());
+            total.double_quantization = Some(total_absmax.finish());
         }
         Ok(Outcome {
             tensors: state.tensors,
-            files: all(state.file_hashes)?,
-            source_files: self.hash_source.then(|| all(state.source_hashes)).transpose()?,
+            files: all(state.files.iter().map(|file| file.sha256).collect())?,
+            source_files: self.means.hash_source.then(|| all(state.source_hashes)).transpose()?,
             total,
         })
+    }
+
+    /// Waits for news, but not for long: an interrupt brings none.
+    fn wait<'s>(&self, state: MutexGuard<'s, State>) -> MutexGuard<'s, State> {
+        let waited = self.changed.wait_timeout(state, Duration::from_millis(100));
+        waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    fn heed_interrupt(&self, state: &mut State) {
+        if self.means.interrupt.load(Ordering::Relaxed) && state.failure.is_none() && !state.finished {
+            state.failure = Some((0, Error::Interrupted));
+            self.changed.notify_all();
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -234,7 +262,7 @@ impl<'a> Scheduler<'a> {
             return Some(task);
         }
         let reading = self.plan.tensors.get(state.next.0).map_or(self.source_files, |tensor| tensor.source_file + 1);
-        if self.hash_source && state.next_source_hash < reading.min(self.source_files) {
+        if self.means.hash_source && state.next_source_hash < reading.min(self.source_files) {
             state.next_source_hash += 1;
             return Some(Task::HashSource { file: state.next_source_hash - 1 });
         }
@@ -243,12 +271,15 @@ impl<'a> Scheduler<'a> {
 
     /// The next chunk in the plan's order, if there is room for what must be held of it.
     fn take_chunk(&self, state: &mut State) -> Option<Task> {
+        while self.file_of.get(state.next.0).is_some_and(|&file| state.files[file].was_sealed) {
+            state.next.0 += 1;
+        }
         let (tensor, offset) = state.next;
         let planned = self.plan.tensors.get(tensor)?;
         let chunk_len = self.chunk_len(planned);
         if offset == 0 {
             let absmax = self.absmax_len(planned);
-            if state.absmax_held > 0 && state.absmax_held + absmax > self.budget.absmax {
+            if state.absmax_held > 0 && state.absmax_held + absmax > self.means.budget.absmax {
                 return None;
             }
             state.absmax_held += absmax;
@@ -264,7 +295,7 @@ impl<'a> Scheduler<'a> {
     /// Bytes of the source in one chunk of `tensor`.
     fn chunk_len(&self, tensor: &PlannedTensor) -> u64 {
         // A kept tensor's bytes go through the same buffer, which holds this many elements of at least two bytes.
-        (self.budget.chunk_elements * tensor.quantized_from().map_or(2, |dtype| dtype.size())) as u64
+        (self.means.budget.chunk_elements * tensor.quantized_from().map_or(2, |dtype| dtype.size())) as u64
     }
 
     /// Bytes of absmax to be held while `tensor` is open.
@@ -326,8 +357,9 @@ impl<'a> Scheduler<'a> {
                 statistics.double_quantization = Some(open.absmax_error.finish());
             }
             state.tensors[tensor].statistics = Some(statistics);
-            state.total.merge(&open.gathering);
-            state.total_absmax.merge(&open.absmax_error);
+            let file = &mut state.files[self.file_of[tensor]];
+            file.total.merge(&open.gathering);
+            file.total_absmax.merge(&open.absmax_error);
         }
         let file = self.file_of[tensor];
         state.files[file].tensors_left -= 1;
@@ -341,16 +373,22 @@ impl<'a> Scheduler<'a> {
         }
     }
 
+    /// One step less until the file is hashed and synced; after the last one it is sealed.
     fn finish_step(&self, state: &mut State, file: usize) {
         state.files[file].steps_left -= 1;
-        if state.files[file].steps_left == 0 {
-            state.ready.push_front(Task::Seal { file });
-            self.changed.notify_one();
-        }
+        let FileState { steps_left: 0, sha256: Some(sha256), .. } = state.files[file] else { return };
+        let outcome = FileOutcome {
+            sha256,
+            tensors: state.tensors[self.plan.files[file].tensors.clone()].to_vec(),
+            total: state.files[file].total.clone(),
+            total_absmax: state.files[file].total_absmax.clone(),
+        };
+        state.ready.push_front(Task::Seal { file, outcome: Box::new(outcome) });
+        self.changed.notify_one();
     }
 
     fn check_finished(&self, state: &mut State) {
-        let hashing = self.hash_source && state.next_source_hash < self.source_files;
+        let hashing = self.means.hash_source && state.next_source_hash < self.source_files;
         if state.files_left == 0 && state.running == 0 && !hashing {
             state.finished = true;
             self.changed.notify_all();

@@ -2,15 +2,15 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use super::scheduler::{Done, Scheduler, Task};
 use super::{Job, nonfinite};
-use crate::checkpoint::{OutputFile, Sha256Hash, SourceFile, hash_range};
+use crate::checkpoint::{OutputFile, Sha256Hash, SourceFile, hash_range, read_exact_at};
 use crate::error::{Error, IoContext, Result};
 use crate::format::{FloatDtype, NESTED_BLOCK_SIZE, OutputKind, QuantState, Scheme, dynamic_map, quant_state_bytes};
+use crate::journal;
 use crate::kernel::{Blocks, Figures, nested};
 use crate::plan::{Decision, PlannedTensor};
 use crate::stats::{AbsmaxGathering, Gathering};
@@ -23,7 +23,7 @@ pub struct Worker<'a> {
     job: &'a Job<'a>,
     scheme: Scheme,
     source: Option<(usize, File)>,
-    output: Option<(usize, Arc<OutputFile>)>,
+    output: Option<(usize, Arc<OutputFile<'a>>)>,
     bytes: Vec<u8>,
     packed: Vec<u8>,
     absmax: Vec<f32>,
@@ -36,7 +36,7 @@ pub struct Worker<'a> {
 
 impl<'a> Worker<'a> {
     pub fn new(job: &'a Job<'a>) -> Worker<'a> {
-        let elements = job.budget.chunk_elements;
+        let elements = job.means.budget.chunk_elements;
         let element = job.plan.quantized().filter_map(|t| t.quantized_from()).map(FloatDtype::size).max().unwrap_or(2);
         let blocks = elements / job.plan.recipe.block_size.get();
         Worker {
@@ -90,17 +90,19 @@ impl<'a> Worker<'a> {
             Task::HashSource { file } => {
                 let source = &self.job.source.files[*file];
                 let file = open_source(source)?;
-                Ok(Done::Hashed(vec![self.hash(&file, &source.path, 0, source.len, scheduler)?]))
+                let hash = self.hash(&file, &source.path, 0, source.len, scheduler)?;
+                journal::check_source_hash(self.job.staging, source, hash)?;
+                Ok(Done::Hashed(vec![hash]))
             }
-            Task::Seal { file } => {
+            Task::Seal { file, outcome } => {
                 self.output = None;
-                self.job.seal(*file)?;
+                self.job.seal(*file, outcome)?;
                 Ok(Done::Written)
             }
         }
     }
 
-    fn open_output(&mut self, file: usize) -> Result<Arc<OutputFile>> {
+    fn open_output(&mut self, file: usize) -> Result<Arc<OutputFile<'a>>> {
         if let Some((_, output)) = self.output.as_ref().filter(|(opened, _)| *opened == file) {
             return Ok(output.clone());
         }
@@ -126,7 +128,7 @@ impl<'a> Worker<'a> {
             }
             Decision::Quantize(dtype) => self.quantize(tensor, dtype, offset, len)?,
         };
-        self.job.progress.advanced(&tensor.info.name, len as u64);
+        self.job.means.progress.advanced(&tensor.info.name, len as u64);
         Ok(done)
     }
 
@@ -138,7 +140,7 @@ impl<'a> Worker<'a> {
         let Some((_, file)) = &self.source else { return Ok(()) };
         let position = tensor.info.offset + offset;
         advise(file, position + READ_AHEAD, len as u64, source.len);
-        match file.read_exact_at(&mut self.bytes[..len], position) {
+        match read_exact_at(self.job.means.disk, file, &source.path, &mut self.bytes[..len], position) {
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
                 let why = format!("it ends before byte {}, and had {} bytes", position + len as u64, source.len);
                 Err(Error::SourceChanged { path: source.path.clone(), why })
@@ -153,7 +155,7 @@ impl<'a> Worker<'a> {
         let first_element = offset / dtype.size() as u64;
         let first_block = first_element / self.scheme.block_size.get() as u64;
         let packed = &mut self.packed[..elements.div_ceil(2)];
-        let quantized = self.job.kernel.quantize(Blocks {
+        let quantized = self.job.means.kernel.quantize(Blocks {
             source: &self.bytes[..len],
             dtype,
             block_size: self.scheme.block_size,
@@ -237,7 +239,7 @@ impl<'a> Worker<'a> {
         len: u64,
         scheduler: &Scheduler<'_>,
     ) -> Result<Sha256Hash> {
-        hash_range(file, offset, len, &mut self.bytes, || !scheduler.stopped())
+        hash_range(self.job.means.disk, file, path, offset, len, &mut self.bytes, || !scheduler.stopped())
             .at(path, "read it back")?
             .ok_or(Error::Stopped)
     }
@@ -245,7 +247,8 @@ impl<'a> Worker<'a> {
     fn describe_nonfinite(&mut self, tensor: &PlannedTensor, dtype: FloatDtype) -> Error {
         let path = &self.job.source.files[tensor.source_file].path;
         let Some((_, file)) = &self.source else { return Error::Stopped };
-        nonfinite::describe(file, path, &tensor.info, dtype, &mut self.bytes).unwrap_or_else(|error| error)
+        nonfinite::describe(self.job.means.disk, file, path, &tensor.info, dtype, &mut self.bytes)
+            .unwrap_or_else(|error| error)
     }
 }
 
@@ -254,7 +257,7 @@ impl Task {
     fn place(&self, job: &Job<'_>) -> usize {
         match self {
             Task::Chunk { tensor, .. } | Task::Nested { tensor, .. } | Task::HashTensor { tensor } => *tensor,
-            Task::HashFile { file } | Task::Seal { file } => job.plan.files[*file].tensors.start,
+            Task::HashFile { file } | Task::Seal { file, .. } => job.plan.files[*file].tensors.start,
             Task::HashSource { .. } => job.plan.tensors.len(),
         }
     }
