@@ -57,7 +57,8 @@ pub enum Error {
     #[error(
         "{}: tensor \"{tensor}\" holds {count} values that are not finite, the first ({value}) at element {index}: \
          4-bit blocks can't hold them; the checkpoint is damaged or its training diverged. \
-         Download it again, or copy the tensor as it is with --exclude",
+         Download it again, copy the tensor as it is with --exclude, or write what bitsandbytes would with \
+         --nonfinite keep",
         path.display()
     )]
     NonFinite {
@@ -81,6 +82,14 @@ pub enum Error {
         pattern: String,
         /// What is wrong with it.
         why: String,
+    },
+    /// Options that exclude each other.
+    #[error("{what}: {why}")]
+    Options {
+        /// The options.
+        what: &'static str,
+        /// Why, and what to do.
+        why: &'static str,
     },
     /// No tensor is left to quantize.
     #[error("{}: nothing to quantize: {why}", path.display())]
@@ -177,7 +186,7 @@ impl Error {
     /// The process's exit code: 2 wrong usage, 3 bad input, 4 I/O or device failure.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Error::Pattern { .. } | Error::SkipEntryClash { .. } | Error::Memory { .. } => 2,
+            Error::Pattern { .. } | Error::Options { .. } | Error::SkipEntryClash { .. } | Error::Memory { .. } => 2,
             Error::NoSpace { .. } | Error::Io { .. } | Error::Stopped | Error::Interrupted => 4,
             _ => 3,
         }
@@ -193,6 +202,7 @@ impl Error {
             Error::AlreadyQuantized { .. } => "already_quantized",
             Error::NonFinite { .. } => "non_finite",
             Error::Pattern { .. } => "pattern",
+            Error::Options { .. } => "options",
             Error::NothingToQuantize { .. } => "nothing_to_quantize",
             Error::SkipEntryClash { .. } => "skip_entry_clash",
             Error::Destination { .. } => "destination",

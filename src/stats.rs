@@ -19,6 +19,8 @@ pub struct Statistics {
     pub blocks: u64,
     /// Blocks without any element other than zero.
     pub zero_blocks: u64,
+    /// Blocks with a NaN or an infinity; no other figure counts them.
+    pub nonfinite_blocks: u64,
     /// Of the blocks' absmax.
     pub absmax: Range,
     /// Sum of squared errors over sum of squares: 0 is exact, 1 as bad as zeroing everything.
@@ -63,6 +65,7 @@ pub struct Gathering {
     worst: f64,
     blocks: u64,
     zero_blocks: u64,
+    nonfinite_blocks: u64,
 }
 
 impl Default for Gathering {
@@ -76,6 +79,7 @@ impl Default for Gathering {
             worst: 0.0,
             blocks: 0,
             zero_blocks: 0,
+            nonfinite_blocks: 0,
         }
     }
 }
@@ -88,6 +92,10 @@ impl Gathering {
             let group = start..blocks.min(start + GROUP);
             let (mut signal, mut noise, mut absmax) = (0.0f64, 0.0f64, 0.0f64);
             for i in group {
+                if !figures.absmax[i].is_finite() {
+                    self.nonfinite_blocks += 1;
+                    continue;
+                }
                 // Products of two f32 are exact in f64.
                 let scale = f64::from(figures.absmax[i]);
                 signal += scale * scale * f64::from(figures.signal[i]);
@@ -115,11 +123,13 @@ impl Gathering {
         self.worst = self.worst.max(other.worst);
         self.blocks += other.blocks;
         self.zero_blocks += other.zero_blocks;
+        self.nonfinite_blocks += other.nonfinite_blocks;
     }
 
     /// The mean of absmax; 0 if there is none.
     pub fn mean_absmax(&self) -> f64 {
-        if self.blocks == 0 { 0.0 } else { self.absmax.value() / self.blocks as f64 }
+        let blocks = self.blocks - self.nonfinite_blocks;
+        if blocks == 0 { 0.0 } else { self.absmax.value() / blocks as f64 }
     }
 
     /// The statistics so far.
@@ -128,6 +138,7 @@ impl Gathering {
         Statistics {
             blocks: self.blocks,
             zero_blocks: self.zero_blocks,
+            nonfinite_blocks: self.nonfinite_blocks,
             absmax: Range { min: self.absmax_min, mean: self.mean_absmax(), max: self.absmax_max },
             relative_squared_error: error,
             snr_db: (error > 0.0).then(|| -10.0 * libm::log10(error)),

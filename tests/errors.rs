@@ -210,7 +210,14 @@ fn nan_and_infinity_are_refused_with_tensor_index_and_count() {
         let first = format!("(-inf) at element {at}");
         refused(&folder, 3, flags, &["model.safetensors", &bad.name, "2 values", &first, "--exclude"]);
         folder.convert(&["--exclude", "layers.1"]).ok();
+        refused_again(&folder);
     }
+}
+
+/// With `--double-quant` one bad value would spoil many blocks.
+#[track_caller]
+fn refused_again(folder: &Folder) {
+    folder.convert(&["--force", "--nonfinite", "keep", "--double-quant"]).fails(2, &["--double-quant", "256 blocks"]);
 }
 
 #[test]

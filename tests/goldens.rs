@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use prequant::format::{BlockSize, FloatDtype, Format, NESTED_BLOCK_SIZE, dynamic_map};
-use prequant::kernel::{Blocks, Figures, Kernel, nested};
+use prequant::kernel::{Blocks, Figures, Kernel, nested, quantize_any};
 use safetensors::SafeTensors;
 
 const DTYPES: [(&str, FloatDtype); 3] =
@@ -139,5 +139,34 @@ fn the_mean_of_absmax_is_bitsandbytes_offset_up_to_its_rounding() {
 fn equal_absmax_are_restored_exactly() {
     for value in [0.0f32, 1.5, 3.0e-3] {
         assert_eq!(restore(&[value; 300]), [value; 300]);
+    }
+}
+
+/// What bitsandbytes' `quantize_4bit` wrote for [1, 2, ... 70] / 70 with -0.3 at 5, 0 at 6, and the bad value at 3 and 66.
+#[test]
+fn blocks_with_nan_or_infinity_are_bitsandbytes_own_when_they_are_kept() {
+    let cases = [
+        (Format::Nf4, f32::NAN, vec![0xff; 35]),
+        (Format::Fp4, f32::NAN, vec![0x33; 35]),
+        (Format::Nf4, f32::INFINITY, [&[0x77, 0x7f][..], &[0x77; 31], &[0xf7, 0x77]].concat()),
+        (Format::Fp4, f32::NEG_INFINITY, [&[0x00, 0x03][..], &[0x00; 31], &[0x30, 0x00]].concat()),
+    ];
+    for (format, bad, expected) in cases {
+        let mut elements: Vec<f32> = (1..=70).map(|i| i as f32 / 70.0).collect();
+        (elements[3], elements[5], elements[6], elements[66]) = (bad, -0.3, 0.0, bad);
+        let source: Vec<u8> = elements.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let mut packed = vec![0; 35];
+        let [mut absmax, mut signal, mut noise, mut worst] = [[7f32; 2]; 4];
+        quantize_any(Blocks {
+            source: &source,
+            dtype: FloatDtype::Float32,
+            block_size: BlockSize::default(),
+            codebook: format.codebook(),
+            packed: &mut packed,
+            figures: Figures { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst },
+        });
+        assert_eq!(packed, expected, "{} {bad}", format.name());
+        assert!(absmax.iter().all(|x| x.to_bits() == bad.abs().to_bits()), "{absmax:?}");
+        assert_eq!([signal, noise, worst], [[0.0; 2]; 3]);
     }
 }

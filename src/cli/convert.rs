@@ -11,7 +11,7 @@ use prequant::Error;
 use prequant::checkpoint::RealDisk;
 use prequant::convert::{Options, plan};
 use prequant::format::{BlockSize, Format};
-use prequant::plan::{ExpertLayout, Recipe};
+use prequant::plan::{ExpertLayout, NonFinitePolicy, Recipe};
 use prequant::units::Bytes;
 use serde_json::{Value, json};
 
@@ -62,6 +62,10 @@ pub struct Arguments {
     #[arg(long, value_name = "REGEX")]
     exclude: Vec<String>,
 
+    /// What becomes of weights with a NaN or an infinity
+    #[arg(long, value_enum, default_value_t = NonFiniteArg::Error)]
+    nonfinite: NonFiniteArg,
+
     /// The most bytes of tensors in one output file
     #[arg(long, value_name = "SIZE", default_value = "5GB")]
     max_shard_size: Bytes,
@@ -108,6 +112,14 @@ enum FormatArg {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
+enum NonFiniteArg {
+    /// They are an error
+    Error,
+    /// They are quantized as bitsandbytes does: their whole block decodes to NaN and infinities
+    Keep,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
 enum ExpertsArg {
     /// As the source has them, under the same names
     Keep,
@@ -128,6 +140,10 @@ impl Arguments {
             only_experts: self.only_experts,
             include: self.include.clone(),
             exclude: self.exclude.clone(),
+            nonfinite: match self.nonfinite {
+                NonFiniteArg::Error => NonFinitePolicy::Error,
+                NonFiniteArg::Keep => NonFinitePolicy::Keep,
+            },
             max_shard_size: self.max_shard_size.0,
         }
     }

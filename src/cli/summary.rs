@@ -93,6 +93,9 @@ fn errors(statistics: &Statistics) -> String {
     if let Some(snr) = statistics.snr_db {
         let _ = write!(text, " (SNR {snr:.2} dB)");
     }
+    if statistics.nonfinite_blocks > 0 {
+        let _ = write!(text, ", {} blocks with NaN or infinities not counted", statistics.nonfinite_blocks);
+    }
     let _ = write!(text, ", largest error {:.3e}", statistics.max_absolute_error);
     if let Some(absmax) = &statistics.double_quantization {
         let _ = write!(text, "; of absmax {:.2e}", absmax.relative_squared_error);

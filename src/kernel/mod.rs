@@ -112,6 +112,15 @@ impl Kernel {
     }
 }
 
+/// Quantizes a run of blocks even if they hold NaN or infinities; see [`scalar::quantize_any`].
+///
+/// # Panics
+/// When a slice's length is not what [`Blocks`] says.
+pub fn quantize_any(blocks: Blocks<'_>) {
+    blocks.check_lengths();
+    scalar::quantize_any(blocks);
+}
+
 impl Blocks<'_> {
     /// The number of elements.
     pub fn elements(&self) -> usize {

@@ -29,6 +29,21 @@ pub(super) fn quantize(blocks: Blocks<'_>) -> Result<(), NonFinite> {
     Ok(())
 }
 
+/// Quantizes a run of blocks whatever is in them, as bitsandbytes does: the absmax of a block with a NaN is NaN, that of
+/// one with an infinity infinite. In the first all codes are the highest value's; in the second the infinities' are, and
+/// finite elements have the code of 0.0. Their figures are zeros.
+pub fn quantize_any(blocks: Blocks<'_>) {
+    let size = blocks.block_size.get();
+    let Figures { absmax, signal, noise, worst } = blocks.figures;
+    let sources = blocks.source.chunks(size * blocks.dtype.size());
+    for (i, (source, packed)) in sources.zip(blocks.packed.chunks_mut(size / 2)).enumerate() {
+        let block = encode_block(source, blocks.dtype, size, blocks.codebook, packed);
+        absmax[i] = block.absmax;
+        let figures = (block.signal, block.noise, block.worst);
+        (signal[i], noise[i], worst[i]) = if block.absmax.is_finite() { figures } else { (0.0, 0.0, 0.0) };
+    }
+}
+
 /// The figures of one block; see [`Figures`].
 pub(super) struct BlockFigures {
     pub absmax: f32,
@@ -45,14 +60,23 @@ pub(super) fn quantize_block(
     codebook: &Codebook,
     packed: &mut [u8],
 ) -> Result<BlockFigures, NonFinite> {
+    let finite = source.chunks_exact(dtype.size()).all(|bytes| decode(bytes, dtype).is_finite());
+    if finite { Ok(encode_block(source, dtype, block_size, codebook, packed)) } else { Err(NonFinite) }
+}
+
+fn encode_block(
+    source: &[u8],
+    dtype: FloatDtype,
+    block_size: usize,
+    codebook: &Codebook,
+    packed: &mut [u8],
+) -> BlockFigures {
     let elements = || source.chunks_exact(dtype.size()).map(|bytes| decode(bytes, dtype));
-    if !elements().all(f32::is_finite) {
-        return Err(NonFinite);
-    }
-    let largest = elements().fold(0.0, |largest: f32, x| largest.max(x.abs()));
+    let largest =
+        elements().fold(0.0, |largest: f32, x| if x.is_nan() { f32::NAN } else { max_or_nan(largest, x.abs()) });
     // bitsandbytes scales whole blocks by the reciprocal, and divides (and stores the floored absmax) in a short one.
     let short = source.len() < block_size * dtype.size();
-    let divisor = largest.max(ABSMAX_FLOOR);
+    let divisor = max_or_nan(largest, ABSMAX_FLOOR);
     let reciprocal = 1.0 / divisor;
     let absmax = if short { divisor } else { largest };
 
@@ -61,13 +85,18 @@ pub(super) fn quantize_block(
     packed.fill(codebook.zero_code()); // the pad of an odd tail
     for (i, x) in elements().enumerate() {
         let t = if short { x / divisor } else { x * reciprocal };
-        let rank = thresholds.iter().filter(|&&threshold| t > threshold).count();
+        let rank = thresholds.iter().filter(|&&threshold| t > threshold || t.is_nan()).count();
         let code = codebook.code_of_rank[rank];
         let byte = &mut packed[i / 2];
         *byte = if i % 2 == 0 { code << 4 | *byte & 0x0f } else { *byte & 0xf0 | code };
         sums.add(i % LANES, t, values[usize::from(code)]);
     }
-    Ok(BlockFigures { absmax, signal: tree_sum(sums.signal), noise: tree_sum(sums.noise), worst: sums.worst })
+    BlockFigures { absmax, signal: tree_sum(sums.signal), noise: tree_sum(sums.noise), worst: sums.worst }
+}
+
+/// The greater; NaN if the first is.
+fn max_or_nan(a: f32, b: f32) -> f32 {
+    if a.is_nan() { a } else { a.max(b) }
 }
 
 /// One element, little-endian, as f32; exact.

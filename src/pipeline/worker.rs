@@ -11,8 +11,8 @@ use crate::checkpoint::{OutputFile, Sha256Hash, SourceFile, hash_range, read_exa
 use crate::error::{Error, IoContext, Result};
 use crate::format::{FloatDtype, NESTED_BLOCK_SIZE, OutputKind, QuantState, Scheme, dynamic_map, quant_state_bytes};
 use crate::journal;
-use crate::kernel::{Blocks, Figures, nested};
-use crate::plan::{Decision, PlannedTensor};
+use crate::kernel::{Blocks, Figures, nested, quantize_any};
+use crate::plan::{Decision, NonFinitePolicy, PlannedTensor};
 use crate::stats::{AbsmaxGathering, Gathering};
 
 /// How far ahead of a read the system is told of it.
@@ -154,22 +154,11 @@ impl<'a> Worker<'a> {
         let blocks = elements.div_ceil(self.scheme.block_size.get());
         let first_element = offset / dtype.size() as u64;
         let first_block = first_element / self.scheme.block_size.get() as u64;
-        let packed = &mut self.packed[..elements.div_ceil(2)];
-        let quantized = self.job.means.kernel.quantize(Blocks {
-            source: &self.bytes[..len],
-            dtype,
-            block_size: self.scheme.block_size,
-            codebook: self.scheme.format.codebook(),
-            packed,
-            figures: Figures {
-                absmax: &mut self.absmax[..blocks],
-                signal: &mut self.signal[..blocks],
-                noise: &mut self.noise[..blocks],
-                worst: &mut self.worst[..blocks],
-            },
-        });
-        if quantized.is_err() {
-            return Err(self.describe_nonfinite(tensor, dtype));
+        if self.job.means.kernel.quantize(self.blocks(dtype, len)).is_err() {
+            match self.job.plan.recipe.nonfinite {
+                NonFinitePolicy::Error => return Err(self.describe_nonfinite(tensor, dtype)),
+                NonFinitePolicy::Keep => quantize_any(self.blocks(dtype, len)),
+            }
         }
         if offset == 0 {
             self.write_constants(tensor, dtype)?;
@@ -183,13 +172,27 @@ impl<'a> Worker<'a> {
             None
         };
         let mut gathering = Box::<Gathering>::default();
-        gathering.add(&Figures {
-            absmax: &mut self.absmax[..blocks],
-            signal: &mut self.signal[..blocks],
-            noise: &mut self.noise[..blocks],
-            worst: &mut self.worst[..blocks],
-        });
+        gathering.add(&self.blocks(dtype, len).figures);
         Ok(Done::Quantized { gathering, absmax })
+    }
+
+    /// The first `len` bytes in hand, and where their codes and figures go.
+    fn blocks(&mut self, dtype: FloatDtype, len: usize) -> Blocks<'_> {
+        let elements = len / dtype.size();
+        let blocks = elements.div_ceil(self.scheme.block_size.get());
+        Blocks {
+            source: &self.bytes[..len],
+            dtype,
+            block_size: self.scheme.block_size,
+            codebook: self.scheme.format.codebook(),
+            packed: &mut self.packed[..elements.div_ceil(2)],
+            figures: Figures {
+                absmax: &mut self.absmax[..blocks],
+                signal: &mut self.signal[..blocks],
+                noise: &mut self.noise[..blocks],
+                worst: &mut self.worst[..blocks],
+            },
+        }
     }
 
     /// Writes the outputs that are known without the weights.

@@ -14,7 +14,7 @@ use std::borrow::Cow;
 use serde_json::Value;
 
 pub use layout::{PlannedFile, PlannedOutput};
-pub use recipe::{ExpertLayout, Recipe};
+pub use recipe::{ExpertLayout, NonFinitePolicy, Recipe};
 pub use rules::Role;
 
 use crate::checkpoint::{CONFIG_NAME, Dtype, Source, TensorInfo};
@@ -100,6 +100,12 @@ impl Plan {
     /// When a pattern of the recipe matches nothing, a tensor to be quantized isn't bf16, f16 or f32, nothing is left
     /// to quantize, or clients couldn't tell what is quantized from what is not.
     pub fn new(source: &Source, recipe: Recipe) -> Result<Plan> {
+        if recipe.double_quant && recipe.nonfinite == NonFinitePolicy::Keep {
+            return Err(Error::Options {
+                what: "--nonfinite keep with --double-quant",
+                why: "one such value would spoil the scales of 256 blocks; leave one of them out",
+            });
+        }
         let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
         let rules = Rules::new(&model_types);
         let mut selection = Selection::new(&recipe, rules.clone())?;

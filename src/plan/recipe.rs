@@ -22,6 +22,8 @@ pub struct Recipe {
     pub include: Vec<String>,
     /// Regular expressions: tensors to be kept, whatever else says otherwise.
     pub exclude: Vec<String>,
+    /// What becomes of weights with a NaN or an infinity.
+    pub nonfinite: NonFinitePolicy,
     /// The most bytes of tensors in one file; a weight and its statistics stay together even if they are more.
     pub max_shard_size: u64,
 }
@@ -32,6 +34,17 @@ pub struct Recipe {
 pub enum ExpertLayout {
     /// As the source has them, under the same names.
     #[default]
+    Keep,
+}
+
+/// What becomes of weights with a NaN or an infinity.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum NonFinitePolicy {
+    /// They are an error.
+    #[default]
+    Error,
+    /// They are quantized as bitsandbytes does: their whole block decodes to NaN and infinities.
     Keep,
 }
 
@@ -53,6 +66,7 @@ impl Default for Recipe {
             only_experts: false,
             include: Vec::new(),
             exclude: Vec::new(),
+            nonfinite: NonFinitePolicy::Error,
             max_shard_size: 5_000_000_000,
         }
     }
