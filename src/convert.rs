@@ -17,7 +17,7 @@ use crate::manifest::{
     DecisionRecord, FileRecord, Manifest, OutputRecord, SCHEMA_VERSION, SourceFileRecord, SourceRecord,
     SourceTensorRecord, Summary, TensorRecord, Tool, sha256_sums,
 };
-use crate::pipeline::{self, Budget, FileOutcome, Means, Outcome, Progress, TensorOutcome};
+use crate::pipeline::{self, Budget, FileOutcome, Means, Outcome, Progress, Staged, TensorOutcome};
 use crate::plan::{Plan, PlannedTensor, Recipe};
 use crate::resume;
 use crate::units::Bytes;
@@ -156,7 +156,8 @@ impl Conversion {
         self.check_space(staging.destination(), &sealed)?;
         let (outcome, side_files) = thread::scope(|scope| {
             let side_files = scope.spawn(|| copy_side_files(source, staging));
-            let outcome = pipeline::run(source, plan, staging, sealed, means);
+            let outputs = Staged { staging, disk: means.disk };
+            let outcome = pipeline::run(source, plan, &outputs, sealed, means);
             (outcome, side_files.join().unwrap_or(Err(Error::Stopped)))
         });
         let outcome = outcome?;

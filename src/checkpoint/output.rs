@@ -1,6 +1,6 @@
 //! A file of weights being written, at any offset from any thread.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -36,11 +36,6 @@ impl<'a> OutputFile<'a> {
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// Gives the file another name in the same folder.
-    pub fn rename(&self, to: &Path) -> Result<()> {
-        fs::rename(&self.path, to).at(to, "give the finished file its name")
     }
 
     /// Waits until the file's bytes are on the disk.

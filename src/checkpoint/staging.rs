@@ -167,6 +167,12 @@ impl Staging {
         self.write(&sealed_name(name), record).map(|_| ())
     }
 
+    /// Gives a file that was written as `NAME.partial` its name.
+    pub fn name_finished(&self, name: &str) -> Result<()> {
+        let to = self.path(name);
+        fs::rename(self.path(&partial_name(name)), &to).at(&to, "give the finished file its name")
+    }
+
     /// Moves the files called `names` to the destination, what marks it as whole last.
     ///
     /// With `force`, what marks the old checkpoint as whole goes first, and its weights that aren't replaced go too.

@@ -8,8 +8,11 @@
 mod budget;
 mod nonfinite;
 mod scheduler;
+mod staged;
 mod worker;
 
+use std::fs::File;
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -17,12 +20,12 @@ use std::thread;
 use serde::{Deserialize, Serialize};
 
 pub use budget::Budget;
+pub use staged::Staged;
 
-use crate::checkpoint::{Disk, OutputFile, Sha256Hash, Source, Staging, partial_name};
+use crate::checkpoint::{Disk, Sha256Hash, Source, SourceFile};
 use crate::error::Result;
-use crate::journal;
 use crate::kernel::Kernel;
-use crate::plan::Plan;
+use crate::plan::{Plan, PlannedFile};
 use crate::stats::{AbsmaxGathering, Gathering, Statistics};
 use scheduler::Scheduler;
 use worker::Worker;
@@ -93,17 +96,38 @@ pub struct FileOutcome {
     pub total_absmax: AbsmaxGathering,
 }
 
+/// Where the files of a plan go, or are.
+pub trait Outputs: Sync {
+    /// A file to be written.
+    fn open(&self, file: &PlannedFile) -> Result<Arc<dyn Output + '_>>;
+    /// `file` is written, hashed and synced.
+    fn seal(&self, file: &PlannedFile, outcome: &FileOutcome) -> Result<()>;
+    /// A whole file of the source is hashed.
+    fn source_hashed(&self, file: &SourceFile, sha256: Sha256Hash) -> Result<()>;
+}
+
+/// A file of a plan.
+pub trait Output: Send + Sync {
+    /// Puts all of `bytes` at `offset`.
+    fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()>;
+    /// Waits until the file is on the disk.
+    fn sync(&self) -> Result<()>;
+    /// The file, for reading back.
+    fn file(&self) -> &File;
+    /// Where it is.
+    fn path(&self) -> &Path;
+}
+
 /// What every thread works from.
 struct Job<'a> {
     source: &'a Source,
     plan: &'a Plan,
-    staging: &'a Staging,
+    outputs: &'a dyn Outputs,
     means: Means<'a>,
-    outputs: Vec<Mutex<Option<Arc<OutputFile<'a>>>>>,
+    open: Vec<Mutex<Option<Arc<dyn Output + 'a>>>>,
 }
 
-/// Executes `plan`: writes its files of weights into `staging`, synced, under their own names. Files of which `sealed`
-/// has the outcome are there already.
+/// Executes `plan`: writes its files of weights to `outputs`. Files of which `sealed` has the outcome are there already.
 ///
 /// # Errors
 /// The first failure in the plan's order among those met before all threads had stopped.
@@ -113,12 +137,12 @@ struct Job<'a> {
 pub fn run(
     source: &Source,
     plan: &Plan,
-    staging: &Staging,
+    outputs: &dyn Outputs,
     sealed: Vec<Option<FileOutcome>>,
     means: Means<'_>,
 ) -> Result<Outcome> {
-    let outputs = plan.files.iter().map(|_| Mutex::default()).collect();
-    let job = Job { source, plan, staging, means, outputs };
+    let open = plan.files.iter().map(|_| Mutex::default()).collect();
+    let job = Job { source, plan, outputs, means, open };
     let scheduler = Scheduler::new(plan, source.files.len(), sealed, means);
     thread::scope(|scope| {
         for _ in 0..means.budget.threads {
@@ -130,27 +154,22 @@ pub fn run(
 }
 
 impl<'a> Job<'a> {
-    /// The output file, created if it isn't yet.
-    fn output(&self, file: usize) -> Result<Arc<OutputFile<'a>>> {
-        let mut slot = self.outputs[file].lock().unwrap_or_else(PoisonError::into_inner);
+    /// The output file, opened if it isn't yet.
+    fn output(&self, file: usize) -> Result<Arc<dyn Output + 'a>> {
+        let mut slot = self.open[file].lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(output) = &*slot {
             return Ok(output.clone());
         }
         let planned = &self.plan.files[file];
-        let path = self.staging.path(&partial_name(&planned.name));
-        let output = OutputFile::create(self.means.disk, path, planned.len)?;
+        let output = self.outputs.open(planned)?;
         output.write_at(&planned.header, 0)?;
-        Ok(slot.insert(Arc::new(output)).clone())
+        Ok(slot.insert(output).clone())
     }
 
-    /// Notes down what is known of a written, hashed and synced file, and gives it its name.
     fn seal(&self, file: usize, outcome: &FileOutcome) -> Result<()> {
         let planned = &self.plan.files[file];
-        journal::write_sealed(self.staging, &planned.name, outcome)?;
-        let output = self.outputs[file].lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(output) = output {
-            output.rename(&self.staging.path(&planned.name))?;
-        }
+        self.open[file].lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.outputs.seal(planned, outcome)?;
         self.means.progress.sealed(&planned.name, planned.len);
         Ok(())
     }

@@ -6,11 +6,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::scheduler::{Done, Scheduler, Task};
-use super::{Job, nonfinite};
-use crate::checkpoint::{OutputFile, Sha256Hash, SourceFile, hash_range, read_exact_at};
+use super::{Job, Output, nonfinite};
+use crate::checkpoint::{Sha256Hash, SourceFile, hash_range, read_exact_at};
 use crate::error::{Error, IoContext, Result};
 use crate::format::{FloatDtype, NESTED_BLOCK_SIZE, OutputKind, QuantState, Scheme, dynamic_map, quant_state_bytes};
-use crate::journal;
 use crate::kernel::{Blocks, Figures, nested, quantize_any};
 use crate::plan::{Decision, NonFinitePolicy, PlannedTensor};
 use crate::stats::{AbsmaxGathering, Gathering};
@@ -19,11 +18,11 @@ use crate::stats::{AbsmaxGathering, Gathering};
 const READ_AHEAD: u64 = 16 << 20;
 
 /// A thread with its buffers and the files it has in hand.
-pub struct Worker<'a> {
-    job: &'a Job<'a>,
+pub struct Worker<'j, 'a> {
+    job: &'j Job<'a>,
     scheme: Scheme,
     source: Option<(usize, File)>,
-    output: Option<(usize, Arc<OutputFile<'a>>)>,
+    output: Option<(usize, Arc<dyn Output + 'a>)>,
     bytes: Vec<u8>,
     packed: Vec<u8>,
     absmax: Vec<f32>,
@@ -34,8 +33,8 @@ pub struct Worker<'a> {
     encoded: Vec<u8>,
 }
 
-impl<'a> Worker<'a> {
-    pub fn new(job: &'a Job<'a>) -> Worker<'a> {
+impl<'j, 'a> Worker<'j, 'a> {
+    pub fn new(job: &'j Job<'a>) -> Worker<'j, 'a> {
         let elements = job.means.budget.chunk_elements;
         let element = job.plan.quantized().filter_map(|t| t.quantized_from()).map(FloatDtype::size).max().unwrap_or(2);
         let blocks = elements / job.plan.recipe.block_size.get();
@@ -91,7 +90,7 @@ impl<'a> Worker<'a> {
                 let source = &self.job.source.files[*file];
                 let file = open_source(source)?;
                 let hash = self.hash(&file, &source.path, 0, source.len, scheduler)?;
-                journal::check_source_hash(self.job.staging, source, hash)?;
+                self.job.outputs.source_hashed(source, hash)?;
                 Ok(Done::Hashed(vec![hash]))
             }
             Task::Seal { file, outcome } => {
@@ -102,7 +101,7 @@ impl<'a> Worker<'a> {
         }
     }
 
-    fn open_output(&mut self, file: usize) -> Result<Arc<OutputFile<'a>>> {
+    fn open_output(&mut self, file: usize) -> Result<Arc<dyn Output + 'a>> {
         if let Some((_, output)) = self.output.as_ref().filter(|(opened, _)| *opened == file) {
             return Ok(output.clone());
         }
