@@ -197,7 +197,8 @@ impl Conversion {
         write_index(weight_map.iter().map(|(tensor, file)| (tensor.as_str(), *file)), total_size, file)
     }
 
-    fn manifest(&self, files: Vec<FileRecord>, outcome: Outcome) -> Manifest {
+    /// The manifest of a conversion that came out so.
+    pub(crate) fn manifest(&self, files: Vec<FileRecord>, outcome: Outcome) -> Manifest {
         let Outcome { tensors, source_files, total, .. } = outcome;
         let (source, plan) = (&self.source, &self.plan);
         let elements = |quantized: bool| {

@@ -12,4 +12,5 @@ pub mod plan;
 mod resume;
 pub mod stats;
 pub mod units;
+pub mod verify;
 pub use error::{Error, Result};

@@ -52,7 +52,7 @@ impl Tool {
 }
 
 /// The checkpoint that was converted.
-#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct SourceRecord {
     /// config.json's `model_type`, if there is one.
     pub model_type: Option<String>,
@@ -61,7 +61,7 @@ pub struct SourceRecord {
 }
 
 /// A file of the source.
-#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct SourceFileRecord {
     /// Its name.
     pub name: String,
@@ -105,7 +105,7 @@ pub struct Summary {
 }
 
 /// A tensor of the source, and what became of it.
-#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct TensorRecord {
     /// The tensors of the source that it is made of.
     pub sources: Vec<SourceTensorRecord>,
@@ -123,7 +123,7 @@ pub struct TensorRecord {
 }
 
 /// A tensor as the source has it.
-#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct SourceTensorRecord {
     /// Its name.
     pub name: String,

@@ -53,6 +53,16 @@ impl Index {
         self.weight_map.values().map(String::as_str).collect()
     }
 
+    /// The tensors' names.
+    pub fn tensors(&self) -> impl Iterator<Item = &str> {
+        self.weight_map.keys().map(String::as_str)
+    }
+
+    /// The file that is said to hold a tensor.
+    pub fn file_of(&self, tensor: &str) -> Option<&str> {
+        self.weight_map.get(tensor).map(String::as_str)
+    }
+
     /// Holds the index against what the files' headers say: each tensor is where the index has it, and nowhere else.
     pub fn check<'a>(&self, path: &Path, files: impl Iterator<Item = (&'a str, &'a [TensorInfo])>) -> Result<()> {
         let mut found = BTreeSet::new();

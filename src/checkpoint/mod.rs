@@ -20,7 +20,7 @@ pub use disk::{Disk, RealDisk, read_exact_at};
 pub use dtype::Dtype;
 pub use hash::{Sha256Hash, hash_range};
 pub use header::{Described, Header, MAX_HEADER_LEN, TensorInfo, header_bytes, sort_canonically};
-pub use index::{shard_name, write_index};
+pub use index::{Index, shard_name, write_index};
 pub use output::OutputFile;
 pub use side_files::SideFile;
 pub use source::{Source, SourceFile};

@@ -51,6 +51,13 @@ impl Source {
     /// # Errors
     /// When it isn't there, isn't a checkpoint, is damaged as far as headers tell, or is quantized already.
     pub fn open(path: &Path) -> Result<Source> {
+        let source = Self::open_any(path)?;
+        source.check_not_quantized()?;
+        Ok(source)
+    }
+
+    /// As [`Source::open`], quantized or not.
+    pub fn open_any(path: &Path) -> Result<Source> {
         let metadata = match path.metadata() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(Error::SourceMissing { path: path.to_owned() });
@@ -58,7 +65,6 @@ impl Source {
             other => other.at(path, "open it")?,
         };
         let source = if metadata.is_dir() { open_folder(path)? } else { open_file(path, &metadata)? };
-        source.check_not_quantized()?;
         source.check_names_differ()?;
         Ok(source)
     }

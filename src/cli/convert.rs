@@ -1,6 +1,5 @@
 //! `prequant convert`.
 
-use std::io::{self, Write};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -13,8 +12,8 @@ use prequant::convert::{Options, plan};
 use prequant::format::{BlockSize, Format};
 use prequant::plan::{ExpertLayout, NonFinitePolicy, Recipe};
 use prequant::units::Bytes;
-use serde_json::{Value, json};
 
+use super::output::{self, Outcome};
 use super::progress::{Reporter, Style};
 use super::{dry_run, interrupt, summary};
 
@@ -173,26 +172,9 @@ impl Arguments {
     }
 }
 
-/// Runs the command; what it has to say goes to standard output, progress and errors to standard error.
+/// Runs the command.
 pub fn run(arguments: &Arguments) -> ExitCode {
-    let (output, error) = match convert(arguments) {
-        Ok(Report { output, obstacle }) => (output, obstacle),
-        Err(error) if arguments.json => (format!("{}\n", error_json(&error)), Some(error)),
-        Err(error) => (String::new(), Some(error)),
-    };
-    if let Err(error) = io::stdout().write_all(output.as_bytes())
-        && error.kind() != io::ErrorKind::BrokenPipe
-    {
-        eprintln!("error: can't write to standard output: {error}");
-        return ExitCode::from(4);
-    }
-    match error {
-        Some(error) => {
-            eprintln!("error: {error}");
-            interrupt::exit_code().unwrap_or(ExitCode::from(error.exit_code()))
-        }
-        None => ExitCode::SUCCESS,
-    }
+    output::finish(convert(arguments), arguments.json)
 }
 
 /// To whom a report is addressed.
@@ -204,20 +186,7 @@ pub enum Audience {
     Nobody,
 }
 
-/// An error as machines read it.
-pub fn error_json(error: &Error) -> Value {
-    json!({"error": {"kind": error.kind(), "message": error.to_string(), "exit_code": error.exit_code()}})
-}
-
-/// What the command has to say at its end.
-pub struct Report {
-    /// For standard output.
-    pub output: String,
-    /// What would keep a dry run's plan from being carried out.
-    pub obstacle: Option<Error>,
-}
-
-fn convert(arguments: &Arguments) -> Result<Report, Error> {
+fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
     let start = Instant::now();
     let conversion = plan(&arguments.source, arguments.recipe(), arguments.options())?;
     if arguments.dry_run {

@@ -10,11 +10,12 @@ use prequant::plan::{Plan, PlannedTensor};
 use prequant::units::Bytes;
 use serde_json::{Value, json};
 
-use super::convert::{Audience, Report, error_json};
+use super::convert::Audience;
+use super::output::{Outcome, error_json};
 use super::summary::format_name;
 
 /// The plan, and what would keep it from being carried out.
-pub fn report(conversion: &Conversion, destination: &Path, audience: Audience) -> Report {
+pub fn report(conversion: &Conversion, destination: &Path, audience: Audience) -> Outcome {
     let (free, obstacle) = match (free_space(destination), conversion.check_destination(destination)) {
         (Ok(free), checked) => (free, checked.err()),
         (Err(error), _) => (None, Some(error)),
@@ -24,7 +25,7 @@ pub fn report(conversion: &Conversion, destination: &Path, audience: Audience) -
         Audience::Machines => format!("{}\n", json(conversion, destination, free, obstacle.as_ref())),
         Audience::Nobody => String::new(),
     };
-    Report { output, obstacle }
+    Outcome { output, error: obstacle, code: 0 }
 }
 
 fn text(conversion: &Conversion, destination: &Path, free: Option<u64>) -> String {

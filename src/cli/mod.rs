@@ -2,9 +2,12 @@
 
 mod convert;
 mod dry_run;
+mod inspect;
 mod interrupt;
+mod output;
 mod progress;
 mod summary;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -21,6 +24,8 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     Convert(convert::Arguments),
+    Verify(verify::Arguments),
+    Inspect(inspect::Arguments),
 }
 
 const EXIT_CODES: &str = "\
@@ -36,5 +41,7 @@ pub fn run() -> ExitCode {
     }
     match command {
         Command::Convert(arguments) => convert::run(&arguments),
+        Command::Verify(arguments) => verify::run(&arguments),
+        Command::Inspect(arguments) => inspect::run(&arguments),
     }
 }

@@ -11,7 +11,8 @@ use prequant::stats::Statistics;
 use prequant::units::Bytes;
 use serde_json::{Value, json};
 
-use super::convert::{Audience, Report};
+use super::convert::Audience;
+use super::output::Outcome;
 
 /// A conversion that has come to its end.
 pub struct Done<'a> {
@@ -22,13 +23,13 @@ pub struct Done<'a> {
 
 impl Done<'_> {
     /// What was done, and how long it took.
-    pub fn report(&self, elapsed: Duration, audience: Audience) -> Report {
+    pub fn report(&self, elapsed: Duration, audience: Audience) -> Outcome {
         let output = match audience {
             Audience::People => self.text(elapsed),
             Audience::Machines => format!("{}\n", self.json(elapsed)),
             Audience::Nobody => String::new(),
         };
-        Report { output, obstacle: None }
+        Outcome { output, error: None, code: 0 }
     }
 
     fn text(&self, elapsed: Duration) -> String {

@@ -1,0 +1,105 @@
+//! `prequant verify`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::Args;
+use prequant::units::Bytes;
+use prequant::verify::{Options, Report, against, verify};
+use prequant::{Error, convert};
+use serde_json::json;
+
+use super::interrupt;
+use super::output::{self, Outcome};
+
+/// Hold a converted checkpoint against its manifest.
+///
+/// Checks every file's size and SHA-256, that no weights are missing or too many, every tensor's entry in its file's
+/// header and its SHA-256, and config.json. With --against SRC it converts SRC again, without writing, and compares every
+/// byte: proof that the checkpoint came from that source by its recipe.
+#[derive(Args)]
+pub struct Arguments {
+    /// The checkpoint's folder
+    #[arg(value_name = "DST")]
+    folder: PathBuf,
+
+    /// Convert this source again and compare every byte
+    #[arg(long, value_name = "SRC", conflicts_with = "quick")]
+    against: Option<PathBuf>,
+
+    /// Check sizes and headers only
+    #[arg(long)]
+    quick: bool,
+
+    /// Threads to use [default: all cores]
+    #[arg(long, value_name = "N")]
+    threads: Option<std::num::NonZeroUsize>,
+
+    /// Print one JSON object, and no other line on standard output
+    #[arg(long)]
+    json: bool,
+
+    /// Print nothing but differences and errors
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+/// Differences that are printed; all of them are counted, and --json has them all.
+const SHOWN: usize = 20;
+
+/// Runs the command: exit code 1 if something differs.
+pub fn run(arguments: &Arguments) -> ExitCode {
+    let start = Instant::now();
+    let result = check(arguments).map(|report| {
+        let output = match (arguments.json, arguments.quiet && report.differences.is_empty()) {
+            (true, _) => format!("{}\n", json(&report)),
+            (false, true) => String::new(),
+            (false, false) => text(arguments, &report, start.elapsed().as_secs_f64()),
+        };
+        Outcome { output, error: None, code: u8::from(!report.differences.is_empty()) }
+    });
+    output::finish(result, arguments.json)
+}
+
+fn check(arguments: &Arguments) -> Result<Report, Error> {
+    let convert = convert::Options::default();
+    let threads = arguments.threads.map_or(convert.threads, std::num::NonZeroUsize::get);
+    let options = Options { quick: arguments.quick, threads, interrupt: interrupt::flag(), hashed: &|_| {} };
+    match &arguments.against {
+        Some(source) => against(&arguments.folder, source, convert::Options { threads, ..convert }, options),
+        None => verify(&arguments.folder, options),
+    }
+}
+
+fn text(arguments: &Arguments, report: &Report, seconds: f64) -> String {
+    let mut lines: Vec<String> = Vec::new();
+    for difference in report.differences.iter().take(SHOWN) {
+        let tensor = difference.tensor.as_ref().map(|tensor| format!("tensor \"{tensor}\": ")).unwrap_or_default();
+        lines.push(format!("{}: {tensor}{}", difference.file, difference.what));
+    }
+    let count = report.differences.len();
+    if count > SHOWN {
+        lines.push(format!("... and {} more", count - SHOWN));
+    }
+    let folder = arguments.folder.display();
+    let how = if arguments.against.is_some() { "compared" } else { "hashed" };
+    lines.push(match count {
+        0 => format!(
+            "{folder}: as it should be: {} files, {} tensors, {} {how} in {seconds:.2} s ({:.2} GB/s)",
+            report.files,
+            report.tensors,
+            Bytes(report.bytes),
+            report.bytes as f64 / seconds / 1e9
+        ),
+        1 => format!("{folder}: 1 difference"),
+        _ => format!("{folder}: {count} differences"),
+    });
+    lines.join("\n") + "\n"
+}
+
+fn json(report: &Report) -> serde_json::Value {
+    let mut value = json!(report);
+    value["ok"] = report.differences.is_empty().into();
+    value
+}

@@ -1,0 +1,179 @@
+//! Tensors: what headers, index and quant_states say of them, and their hashes.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs::File;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+
+use serde_json::Value;
+
+use super::{Checkpoint, Options, Report, on_threads};
+use crate::checkpoint::{Header, INDEX_NAME, Index, RealDisk, TensorInfo, hash_range, read_exact_at};
+use crate::error::{Error, IoContext, Result};
+use crate::manifest::{DecisionRecord, Manifest, OutputRecord, TensorRecord};
+
+/// The longest quant_state that is read: real ones have a hundred or two hundred bytes.
+const MAX_QUANT_STATE: u64 = 1 << 16;
+
+/// The manifest's tensors: by file, then by name.
+type ByFile<'a> = BTreeMap<&'a str, HashMap<&'a str, (&'a OutputRecord, &'a TensorRecord)>>;
+
+/// Every tensor of the manifest must stand in its file's header, and no other, and (but for `quick`) have its hash.
+pub fn check(checkpoint: &Checkpoint, options: Options<'_>, report: &mut Report) -> Result<()> {
+    let mut by_file = ByFile::new();
+    for tensor in &checkpoint.manifest.tensors {
+        for output in &tensor.outputs {
+            by_file.entry(&output.file).or_default().insert(&output.name, (output, tensor));
+        }
+    }
+    for (file, expected) in &by_file {
+        if !checkpoint.manifest.files.iter().any(|record| record.name == *file) {
+            report.differ(file, None, "it holds tensors, but is not among the manifest's files");
+            continue;
+        }
+        check_file(checkpoint, file, expected, options, report)?;
+    }
+    check_index(checkpoint, &by_file, report);
+    Ok(())
+}
+
+fn check_file(
+    checkpoint: &Checkpoint,
+    file: &str,
+    expected: &HashMap<&str, (&OutputRecord, &TensorRecord)>,
+    options: Options<'_>,
+    report: &mut Report,
+) -> Result<()> {
+    let path = checkpoint.folder.join(file);
+    let Some((opened, header)) = open(&path, file, report) else { return Ok(()) };
+    report.tensors += header.tensors.len();
+    let mut entries = Vec::new();
+    for info in &header.tensors {
+        match expected.get(info.name.as_str()) {
+            Some((record, tensor)) => {
+                entries.push(Entry { file, path: &path, opened: &opened, info, record, tensor });
+            }
+            None => report.differ(file, Some(&info.name), "is not in the manifest"),
+        }
+    }
+    let found: HashSet<&str> = entries.iter().map(|entry| entry.info.name.as_str()).collect();
+    for name in expected.keys().filter(|name| !found.contains(*name)) {
+        report.differ(file, Some(name), "is missing from the file");
+    }
+    for entry in &entries {
+        entry.check_header(report);
+        if !options.quick && entry.info.name.contains(".quant_state.") {
+            entry.check_quant_state(&checkpoint.manifest, report)?;
+        }
+    }
+    if !options.quick {
+        let differences =
+            on_threads(options.threads, &entries, |entry, buffer| entry.hash_difference(options, buffer))?;
+        for (entry, what) in entries.iter().zip(differences) {
+            what.into_iter().for_each(|what| entry.differ(report, what));
+        }
+    }
+    Ok(())
+}
+
+fn open(path: &Path, file: &str, report: &mut Report) -> Option<(File, Header)> {
+    // A file that is missing has been reported.
+    let mut opened = File::open(path).ok()?;
+    let len = opened.metadata().ok()?.len();
+    match Header::read(&mut opened, len, path) {
+        Ok(header) => Some((opened, header)),
+        Err(Error::Malformed { why, .. }) => {
+            report.differ(file, None, why);
+            None
+        }
+        Err(error) => {
+            report.differ(file, None, error.to_string());
+            None
+        }
+    }
+}
+
+/// A tensor as its file has it and as the manifest has it.
+struct Entry<'a> {
+    file: &'a str,
+    path: &'a Path,
+    opened: &'a File,
+    info: &'a TensorInfo,
+    record: &'a OutputRecord,
+    tensor: &'a TensorRecord,
+}
+
+impl Entry<'_> {
+    fn differ(&self, report: &mut Report, what: String) {
+        report.differ(self.file, Some(&self.info.name), what);
+    }
+
+    fn check_header(&self, report: &mut Report) {
+        let (found, expected) = (self.info.dtype.name(), &self.record.dtype);
+        if found != expected || self.info.shape != self.record.shape {
+            let (found_shape, expected_shape) = (&self.info.shape, &self.record.shape);
+            self.differ(report, format!("is {found} {found_shape:?}, expected {expected} {expected_shape:?}"));
+        }
+    }
+
+    fn hash_difference(&self, options: Options<'_>, buffer: &mut [u8]) -> Result<Option<String>> {
+        let keep_going = || !options.interrupt.load(Ordering::Relaxed);
+        let TensorInfo { offset, len, .. } = *self.info;
+        let hash = hash_range(&RealDisk, self.opened, self.path, offset, len, buffer, keep_going);
+        let hash = hash.at(self.path, "read it")?.ok_or(Error::Interrupted)?;
+        Ok((hash != self.record.sha256).then(|| format!("its SHA-256 is {hash}, expected {}", self.record.sha256)))
+    }
+
+    /// The JSON that clients decode by must say what the recipe and the source say.
+    fn check_quant_state(&self, manifest: &Manifest, report: &mut Report) -> Result<()> {
+        let mut json = vec![0; self.info.len.min(MAX_QUANT_STATE) as usize];
+        read_exact_at(&RealDisk, self.opened, self.path, &mut json, self.info.offset).at(self.path, "read it")?;
+        let state: Value = serde_json::from_slice(&json).unwrap_or_default();
+        let source = self.tensor.sources.first();
+        let dtype = source.map(|source| match source.dtype.as_str() {
+            "BF16" => "bfloat16",
+            "F16" => "float16",
+            _ => "float32",
+        });
+        let expected: [(&str, Value); 4] = [
+            ("quant_type", manifest.recipe.format.name().into()),
+            ("blocksize", u32::from(manifest.recipe.block_size).into()),
+            ("dtype", dtype.into()),
+            ("shape", source.map(|source| source.shape.clone()).into()),
+        ];
+        for (key, expected) in expected {
+            let found = &state[key];
+            if *found != expected || self.tensor.decision != DecisionRecord::Quantize {
+                self.differ(report, format!("its {key} is {found}, expected {expected}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The index must have every tensor in its file.
+fn check_index(checkpoint: &Checkpoint, by_file: &ByFile<'_>, report: &mut Report) {
+    if !checkpoint.manifest.files.iter().any(|file| file.name == INDEX_NAME) {
+        if by_file.len() > 1 {
+            report.differ(INDEX_NAME, None, "is not in the manifest, though there are several files of weights");
+        }
+        return;
+    }
+    let Ok(index) = Index::read(&checkpoint.folder.join(INDEX_NAME)) else {
+        return report.differ(INDEX_NAME, None, "it is missing, or not an index of tensors");
+    };
+    let expected: BTreeMap<&str, &str> =
+        by_file.iter().flat_map(|(file, tensors)| tensors.keys().map(|name| (*name, *file))).collect();
+    for (name, file) in &expected {
+        match index.file_of(name) {
+            Some(found) if found == *file => {}
+            found => {
+                let found = found.unwrap_or("no file");
+                report.differ(INDEX_NAME, Some(name), format!("is said to be in {found}, expected {file}"));
+            }
+        }
+    }
+    for name in index.tensors().filter(|name| !expected.contains_key(name)) {
+        report.differ(INDEX_NAME, Some(name), "is not in the manifest");
+    }
+}
