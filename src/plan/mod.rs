@@ -7,7 +7,7 @@ mod decide;
 mod layout;
 mod recipe;
 pub mod rules;
-mod skip_modules;
+pub mod skip_modules;
 
 use std::borrow::Cow;
 

@@ -35,6 +35,12 @@ pub fn list(rules: &Rules, tensors: &[PlannedTensor], linear: &[bool]) -> Result
     Ok(entries)
 }
 
+/// An entry of a skip list that clients would take to mean a quantized tensor's module, and that module.
+pub fn clash(rules: &Rules, entries: &[&str], quantized: &[&str]) -> Option<(String, String)> {
+    let modules = Modules::new(quantized.iter().flat_map(|tensor| rules.module_names(tensor)).collect());
+    entries.iter().find_map(|entry| Some(((*entry).to_owned(), modules.matched_by(entry)?)))
+}
+
 /// One entry for all experts of a layer in place of one for each, where none of them is quantized. Each entry once.
 fn with_containers_of_experts(kept: Vec<String>, quantized: &[String]) -> Vec<String> {
     let container = |module: &str| module.find(".experts.").map(|at| module[..at + ".experts".len()].to_owned());

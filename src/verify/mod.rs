@@ -13,10 +13,12 @@ use serde::Serialize;
 
 pub use against::against;
 
-use crate::checkpoint::{Config, MANIFEST_NAME, STAGING_NAME, Sha256Hash};
+use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, STAGING_NAME, Sha256Hash};
 use crate::error::{Error, Result};
-use crate::format::quantization_config;
-use crate::manifest::{Manifest, SCHEMA_VERSION};
+use crate::format::{FloatDtype, quantization_config};
+use crate::manifest::{DecisionRecord, Manifest, SCHEMA_VERSION};
+use crate::plan::rules::Rules;
+use crate::plan::skip_modules;
 
 /// Bytes that are read at once.
 const BUFFER: usize = 1 << 20;
@@ -144,7 +146,7 @@ fn open(folder: &Path, report: &mut Report) -> Result<Option<Checkpoint>> {
 
 /// config.json must tell clients what the recipe says. That it is the file that was written is checked by its hash.
 fn check_config(checkpoint: &Checkpoint, report: &mut Report) {
-    const NAME: &str = crate::checkpoint::CONFIG_NAME;
+    const NAME: &str = CONFIG_NAME;
     if !checkpoint.manifest.files.iter().any(|file| file.name == NAME) {
         return;
     }
@@ -155,12 +157,21 @@ fn check_config(checkpoint: &Checkpoint, report: &mut Report) {
     let Some(found) = config.values().get("quantization_config") else {
         return report.differ(NAME, None, "has no quantization_config");
     };
-    let expected = quantization_config(&checkpoint.manifest.recipe.scheme(), crate::format::FloatDtype::Bfloat16, &[]);
+    let expected = quantization_config(&checkpoint.manifest.recipe.scheme(), FloatDtype::Bfloat16, &[]);
     for (key, expected) in expected.as_object().into_iter().flatten() {
         let found = found.get(key).unwrap_or(&serde_json::Value::Null);
         let free = ["bnb_4bit_compute_dtype", "llm_int8_skip_modules"].contains(&key.as_str());
         if !free && found != expected {
             report.differ(NAME, None, format!("quantization_config's {key} is {found}, expected {expected}"));
         }
+    }
+    let skipped = found.get("llm_int8_skip_modules").and_then(|list| list.as_array());
+    let skipped: Vec<&str> = skipped.into_iter().flatten().filter_map(|entry| entry.as_str()).collect();
+    let tensors = checkpoint.manifest.tensors.iter();
+    let quantized = tensors.filter(|tensor| tensor.decision == DecisionRecord::Quantize);
+    let quantized: Vec<&str> = quantized.flat_map(|tensor| &tensor.sources).map(|s| s.name.as_str()).collect();
+    let rules = Rules::new(&config.model_types());
+    if let Some((entry, module)) = skip_modules::clash(&rules, &skipped, &quantized) {
+        report.differ(NAME, None, format!("llm_int8_skip_modules has {entry:?}, but {module:?} is quantized"));
     }
 }
