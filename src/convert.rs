@@ -295,7 +295,8 @@ fn copy_side_files(source: &Source, staging: &Staging) -> Result<Vec<FileRecord>
                 std::fs::create_dir_all(parent).at(parent, "make it")?;
             }
             let mut from = File::open(&side.path).at(&side.path, "open it")?;
-            let mut copy = File::options().read(true).write(true).create_new(true).open(&to).at(&to, "create it")?;
+            let mut copy =
+                File::options().read(true).write(true).create(true).truncate(true).open(&to).at(&to, "create it")?;
             let size = io::copy(&mut from, &mut copy).at(&to, "copy it")?;
             let sha256 = hash_range(&RealDisk, &copy, &to, 0, size, &mut buffer, || true).at(&to, "read it back")?;
             copy.sync_all().at(&to, "sync it")?;
