@@ -7,8 +7,8 @@ use std::sync::atomic::AtomicBool;
 use std::thread;
 
 use crate::checkpoint::{
-    CONFIG_NAME, Disk, INDEX_NAME, MANIFEST_NAME, RealDisk, SUMS_NAME, Source, Staging, free_space, hash_range,
-    write_index,
+    CONFIG_NAME, Disk, INDEX_NAME, MANIFEST_NAME, RealDisk, STAGING_NAME, SUMS_NAME, Source, Staging, free_space,
+    hash_range, write_index,
 };
 use crate::error::{Error, IoContext, Result};
 use crate::journal::Job;
@@ -21,6 +21,7 @@ use crate::pipeline::{self, Budget, FileOutcome, Means, Outcome, Progress, Stage
 use crate::plan::{Plan, PlannedTensor, Recipe};
 use crate::resume;
 use crate::units::Bytes;
+use crate::verify;
 
 /// How to convert: what decides nothing about the output's bytes.
 #[derive(Clone, Copy, Debug)]
@@ -106,6 +107,25 @@ impl Conversion {
         }
     }
 
+    /// The manifest in `destination`, if it is of this very conversion, finished: same tool, recipe and source, by the
+    /// sizes and headers of its files. Nothing more is looked at; `verify` does that.
+    pub fn finished(&self, destination: &Path) -> Option<Manifest> {
+        if destination.join(STAGING_NAME).exists() {
+            return None;
+        }
+        let (manifest, _) = verify::read_manifest(&destination.join(MANIFEST_NAME)).ok()?;
+        let manifest = manifest.ok()?;
+        let hashed = manifest.source.files.iter().any(|file| file.sha256.is_some());
+        let mut source = manifest.source.clone();
+        source.files.iter_mut().for_each(|file| file.sha256 = None);
+        let same_source = source == self.source_record() && hashed == self.options.hash_source;
+        let same = manifest.tool == Tool::this() && manifest.recipe == self.plan.recipe && same_source;
+        if same {
+            Staging::tidy(destination);
+        }
+        same.then_some(manifest)
+    }
+
     /// Writes the checkpoint to `destination` and returns its manifest; goes on where an earlier run was stopped. Until all
     /// of it is written, synced and hashed, nothing there can be taken for a checkpoint.
     pub fn execute(&self, destination: &Path, progress: &dyn Progress) -> Result<Manifest> {
@@ -148,7 +168,10 @@ impl Conversion {
         let (source, plan) = (&self.source, &self.plan);
         let resumed = Job::new(source, &plan.recipe).take_up(staging, self.options.restart)?;
         staging.remove_partial();
-        staging.unpublish(plan.files.iter().map(|file| file.name.clone()))?;
+        let weights = plan.files.iter().map(|file| file.name.as_str());
+        let names: Vec<&str> = weights.chain(source.side_files.iter().map(|file| file.name.as_str())).collect();
+        staging.unpublish(names.iter().copied())?;
+        staging.check_names(names.into_iter().chain([CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, SUMS_NAME]))?;
         let sealed = match resumed {
             true => resume::sealed_files(staging, plan, means)?,
             false => vec![None; plan.files.len()],
@@ -197,6 +220,21 @@ impl Conversion {
         write_index(weight_map.iter().map(|(tensor, file)| (tensor.as_str(), *file)), total_size, file)
     }
 
+    /// The source, as a manifest has it without `--hash-source`.
+    fn source_record(&self) -> SourceRecord {
+        let config = self.source.config.as_ref();
+        let files = self.source.files.iter().map(|file| SourceFileRecord {
+            name: file.name.clone(),
+            size: file.len,
+            header_sha256: file.header_sha256,
+            sha256: None,
+        });
+        SourceRecord {
+            model_type: config.and_then(|config| config.model_types().first().map(|&name| name.to_owned())),
+            files: files.collect(),
+        }
+    }
+
     /// The manifest of a conversion that came out so.
     pub(crate) fn manifest(&self, files: Vec<FileRecord>, outcome: Outcome) -> Manifest {
         let Outcome { tensors, source_files, total, .. } = outcome;
@@ -207,21 +245,16 @@ impl Conversion {
         };
         let ((quantized_tensors, quantized_elements), (kept_tensors, kept_elements)) =
             (elements(true), elements(false));
-        let source_file = |(i, file): (usize, &crate::checkpoint::SourceFile)| SourceFileRecord {
-            name: file.name.clone(),
-            size: file.len,
-            header_sha256: file.header_sha256,
-            sha256: source_files.as_ref().map(|hashes| hashes[i]),
-        };
+        let mut hashed_files = self.source_record().files;
+        for (file, sha256) in hashed_files.iter_mut().zip(source_files.into_iter().flatten()) {
+            file.sha256 = Some(sha256);
+        }
         let written = plan.files.iter().flat_map(|file| file.tensors.clone().map(move |i| (i, &file.name)));
         Manifest {
             schema_version: SCHEMA_VERSION,
             tool: Tool::this(),
             recipe: plan.recipe.clone(),
-            source: SourceRecord {
-                model_type: source.config.as_ref().and_then(|c| c.model_types().first().map(|&name| name.to_owned())),
-                files: source.files.iter().enumerate().map(source_file).collect(),
-            },
+            source: SourceRecord { files: hashed_files, ..self.source_record() },
             summary: Summary {
                 quantized_tensors,
                 kept_tensors,

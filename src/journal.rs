@@ -57,12 +57,12 @@ impl Job {
             if let Ok(begun) = serde_json::from_slice::<Job>(&begun) {
                 return match begun.difference(self) {
                     None => Ok(true),
-                    Some(what) => Err(Error::JobChanged { path: staging.path(""), what }),
+                    Some(what) => Err(Error::JobChanged { path: staging.folder().to_owned(), what }),
                 };
             }
         }
         let json =
-            serde_json::to_vec_pretty(self).map_err(|error| Error::malformed(&staging.path(""), error.to_string()))?;
+            serde_json::to_vec_pretty(self).map_err(|error| Error::malformed(staging.folder(), error.to_string()))?;
         staging.begin(&json)?;
         Ok(false)
     }
@@ -108,7 +108,7 @@ fn recipe_difference(then: &Recipe, now: &Recipe) -> Option<String> {
 
 /// Notes down the hash of a file of the source; if an earlier run had noted another one, the source has changed.
 pub fn check_source_hash(staging: &Staging, file: &SourceFile, sha256: Sha256Hash) -> Result<()> {
-    let name = format!("{}.source", file.name);
+    let name = format!("{}.source-sha256", file.name);
     match staging.sealed(&name)? {
         Some(noted) if noted != sha256.0 => {
             let why = format!("its content isn't what it was when the conversion began (SHA-256 {sha256} now)");

@@ -179,5 +179,13 @@ impl Manifest {
 /// `SHA256SUMS`, as `sha256sum --check` takes it, by name.
 pub fn sha256_sums<'a>(files: impl Iterator<Item = (&'a str, Sha256Hash)>) -> String {
     let by_name: BTreeMap<_, _> = files.collect();
-    by_name.into_iter().map(|(name, hash)| format!("{hash}  {name}\n")).collect()
+    let line = |(name, hash): (&str, Sha256Hash)| match name.contains(['\\', '\n', '\r']) {
+        // As sha256sum has it: a backslash says that the name is escaped.
+        true => {
+            let name = name.replace('\\', "\\\\").replace('\n', "\\n").replace('\r', "\\r");
+            format!("\\{hash}  {name}\n")
+        }
+        false => format!("{hash}  {name}\n"),
+    };
+    by_name.into_iter().map(line).collect()
 }

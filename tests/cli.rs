@@ -97,7 +97,7 @@ fn quiet_prints_nothing_but_errors() {
         let run = folder.convert(flags).ok();
         assert_eq!((run.stdout.as_str(), run.stderr.as_str()), ("", ""), "{flags:?}");
     }
-    let failed = folder.convert(&["--quiet"]);
+    let failed = folder.convert(&["--quiet", "--format", "fp4"]);
     assert_eq!((failed.stdout.as_str(), failed.stderr.lines().count()), ("", 1));
     failed.fails(3, &["--force"]);
 }

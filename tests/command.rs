@@ -183,7 +183,7 @@ fn a_dry_run_shows_each_decision_with_its_reason_and_writes_nothing() {
     assert_eq!(planned["output_bytes"], folder.read("model.safetensors").len());
     assert_eq!(planned["tensors"].as_array().unwrap().len(), 5);
     assert_eq!(planned["obstacle"], Value::Null);
-    let again = folder.convert(&["--dry-run", "--json"]);
+    let again = folder.convert(&["--dry-run", "--json", "--double-quant"]);
     assert_eq!(again.code, 3);
     assert_eq!(serde_json::from_str::<Value>(&again.stdout).unwrap()["obstacle"]["kind"], "destination");
 }
@@ -197,7 +197,7 @@ fn quiet_is_quiet_and_json_is_one_object() {
     let json: Value = serde_json::from_str(&run.stdout).unwrap();
     assert_eq!(run.stderr, "");
     assert_eq!((&json["summary"]["quantized_tensors"], &json["summary"]["kept_tensors"]), (&json!(3), &json!(2)));
-    let failed = folder.convert(&["--json"]);
+    let failed = folder.convert(&["--json", "--format", "fp4"]);
     let json: Value = serde_json::from_str(&failed.stdout).unwrap();
     assert_eq!((&json["error"]["kind"], &json["error"]["exit_code"]), (&json!("destination"), &json!(3)));
     failed.fails(3, &["--force"]);
@@ -228,14 +228,28 @@ fn force_replaces_the_checkpoint_and_leaves_other_files() {
 }
 
 #[test]
+fn a_finished_conversion_is_not_done_again() {
+    let folder = moe();
+    folder.convert(&[]).ok();
+    let before = contents(&folder.destination());
+    let run = folder.convert(&[]).ok();
+    assert!(run.stdout.contains("finished by an earlier run, of the same source and recipe"), "{}", run.stdout);
+    assert_eq!(folder.convert(&["--quiet"]).ok().stdout, "");
+    for flags in [&["--format", "fp4"][..], &["--hash-source"], &["--exclude", "q_proj"]] {
+        folder.convert(flags).fails(3, &["exists and isn't empty"]);
+    }
+    assert_eq!(contents(&folder.destination()), before);
+}
+
+#[test]
 fn what_an_interrupted_run_left_does_not_matter() {
     let folder = moe();
     folder.convert(&[]).ok();
     let expected = contents(&folder.destination());
     fs::remove_dir_all(folder.destination()).unwrap();
     let staging = folder.destination().join(".prequant-staging");
-    fs::create_dir_all(&staging).unwrap();
-    fs::write(staging.join("model.safetensors.partial"), "half").unwrap();
+    fs::create_dir_all(staging.join("partial")).unwrap();
+    fs::write(staging.join("partial/model.safetensors"), "half").unwrap();
     folder.convert(&["--threads", "1"]).ok();
     assert_eq!(contents(&folder.destination()), expected);
 }

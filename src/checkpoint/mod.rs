@@ -24,7 +24,7 @@ pub use index::{Index, shard_name, write_index};
 pub use output::OutputFile;
 pub use side_files::SideFile;
 pub use source::{Source, SourceFile};
-pub use staging::{STAGING_NAME, Staging, free_space, partial_name};
+pub use staging::{STAGING_NAME, Staging, free_space};
 
 /// The index beside the shards.
 pub const INDEX_NAME: &str = "model.safetensors.index.json";

@@ -107,11 +107,11 @@ fn open_folder(folder: &Path) -> Result<Source> {
         let why = "it has no config.json; give the .safetensors file itself to convert weights without a model";
         return Err(Error::NotACheckpoint { path: folder.to_owned(), why: why.to_owned() });
     }
-    check_stays_inside(folder, &config_path)?;
+    check_is_inside(folder, &config_path)?;
     let config = Config::read(&config_path)?;
     let index_path = folder.join(INDEX_NAME);
     let files = if index_path.exists() {
-        check_stays_inside(folder, &index_path)?;
+        check_is_inside(folder, &index_path)?;
         let index = Index::read(&index_path)?;
         let missing = |name: &str| format!("names {name:?}, which isn't beside it: download that file too");
         if let Some(name) = index.files().into_iter().find(|name| !folder.join(name).exists()) {
@@ -124,7 +124,7 @@ fn open_folder(folder: &Path) -> Result<Source> {
         open_all(folder, &files_without_index(folder)?)?
     };
     let side_files = side_files::find(folder)?;
-    side_files.iter().try_for_each(|file| check_stays_inside(folder, &file.path))?;
+    side_files.iter().try_for_each(|file| check_is_inside(folder, &file.path))?;
     Ok(Source { path: folder.to_owned(), files, config: Some(config), side_files })
 }
 
@@ -154,7 +154,7 @@ fn open_all(folder: &Path, names: &[String]) -> Result<Vec<SourceFile>> {
 /// Opens a file of the folder; a link must lead to where this checkpoint's files are.
 fn open_inside(folder: &Path, name: &str) -> Result<SourceFile> {
     let path = folder.join(name);
-    check_stays_inside(folder, &path)?;
+    check_is_inside(folder, &path)?;
     SourceFile::open(name.to_owned(), path)
 }
 
@@ -172,10 +172,15 @@ impl SourceFile {
     }
 }
 
-/// A link may lead elsewhere in the folder, or, in the hub's cache, from `snapshots/REVISION` to `blobs`.
-fn check_stays_inside(folder: &Path, path: &Path) -> Result<()> {
+/// A file must be a regular one; a link may lead elsewhere in the folder, or, in the hub's cache, from
+/// `snapshots/REVISION` to `blobs`.
+fn check_is_inside(folder: &Path, path: &Path) -> Result<()> {
     let target = path.canonicalize().at(path, "open it")?;
     let root = folder.canonicalize().at(folder, "open it")?;
+    // Opening a pipe or a device could wait for ever.
+    if !target.is_file() {
+        return Err(Error::malformed(path, "not a regular file"));
+    }
     let cache = root.parent().filter(|parent| parent.ends_with("snapshots")).and_then(Path::parent);
     if target.starts_with(&root) || cache.is_some_and(|cache| target.starts_with(cache.join("blobs"))) {
         return Ok(());

@@ -3,12 +3,12 @@
 //! Everything is written to a staging folder inside the destination. The order, which every step below keeps:
 //!
 //! 1. `lock` is taken; `job` says what is being made.
-//! 2. A file of weights is written as `NAME.partial`, synced, and hashed.
-//! 3. `NAME.sealed`, which holds its hashes, is written and synced; then `NAME.partial` becomes `NAME`.
+//! 2. A file of weights is written as `partial/NAME`, synced, and hashed.
+//! 3. `sealed/NAME`, which holds its hashes, is written and synced; then `partial/NAME` becomes `ready/NAME`.
 //! 4. Side files, config.json, index, manifest and checksums are written and synced.
 //! 5. `publishing` is written, and with `force` what marks the old checkpoint as whole is removed.
 //! 6. The files move to the destination: weights and side files, checksums, index, config.json, then, after a sync of
-//!    the folder, the manifest. The staging folder goes.
+//!    the folder, the manifest. The staging folder gets another name, and goes.
 //!
 //! Killed before 5, the destination holds nothing but the staging folder. Killed in 6, it has no manifest and (but for an
 //! instant) no config.json. Either way the same command goes on: sealed files are hashed again and kept, files moved
@@ -16,7 +16,7 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, BufWriter, Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use super::hash::HashingWriter;
 use super::{CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, SUMS_NAME, Sha256Hash};
@@ -24,6 +24,16 @@ use crate::error::{Error, IoContext, Result};
 
 /// The folder inside the destination that holds what isn't finished.
 pub const STAGING_NAME: &str = ".prequant-staging";
+
+/// The staging folder's name once it has served.
+const DONE_NAME: &str = ".prequant-done";
+
+/// Finished files, under the names that they will have.
+const READY_FOLDER: &str = "ready";
+/// Files of weights being written.
+const PARTIAL_FOLDER: &str = "partial";
+/// What is known of each finished file of weights.
+const SEALED_FOLDER: &str = "sealed";
 
 const LOCK_NAME: &str = "lock";
 const JOB_NAME: &str = "job";
@@ -37,7 +47,8 @@ const MARKS: [&str; 4] = [MANIFEST_NAME, CONFIG_NAME, INDEX_NAME, SUMS_NAME];
 pub struct Staging {
     destination: PathBuf,
     folder: PathBuf,
-    made_destination: bool,
+    /// Folders that weren't there before, the innermost first.
+    made: Vec<PathBuf>,
     force: bool,
     /// Held, by the operating system, as long as this process lives.
     _lock: File,
@@ -49,9 +60,9 @@ impl Staging {
     /// # Errors
     /// When it is a file, is `source`, lies in it or holds it, or has something in it already and `force` isn't set.
     pub fn check(destination: &Path, source: &Path, force: bool) -> Result<()> {
-        let place = existing_part(destination)?;
+        let place = &resolve(destination)?;
         let source = source.canonicalize().at(source, "open it")?;
-        let overlap = match (place.starts_with(&source), source.starts_with(&place)) {
+        let overlap = match (place.starts_with(&source), source.starts_with(place)) {
             (true, true) => Some("it is the source itself"),
             (true, false) => Some("it lies in the source"),
             (false, true) => Some("the source lies in it"),
@@ -60,10 +71,13 @@ impl Staging {
         if let Some(what) = overlap {
             return Err(Error::destination(destination, format!("{what}; choose a folder elsewhere")));
         }
-        let is_left_over = |entry: io::Result<fs::DirEntry>| entry.is_ok_and(|entry| entry.file_name() == STAGING_NAME);
-        match fs::read_dir(destination) {
+        let ours = [STAGING_NAME, DONE_NAME];
+        let is_left_over = |entry: io::Result<fs::DirEntry>| {
+            entry.is_ok_and(|entry| ours.iter().any(|name| entry.file_name() == *name))
+        };
+        match fs::read_dir(place) {
             Ok(mut entries) => {
-                let moving = destination.join(STAGING_NAME).join(PUBLISHING_NAME).exists();
+                let moving = place.join(STAGING_NAME).join(PUBLISHING_NAME).exists();
                 if force || moving || entries.all(is_left_over) {
                     return Ok(());
                 }
@@ -86,11 +100,20 @@ impl Staging {
     /// When another process is at it.
     pub fn take(destination: &Path, source: &Path, force: bool) -> Result<Staging> {
         Self::check(destination, source, force)?;
-        let made_destination = !destination.exists();
-        let folder = destination.join(STAGING_NAME);
+        let destination = &resolve(destination)?;
+        let made = destination.ancestors().take_while(|folder| !folder.exists()).map(Path::to_owned).collect();
+        let (folder, done) = (destination.join(STAGING_NAME), destination.join(DONE_NAME));
+        if done.exists() {
+            fs::remove_dir_all(&done).at(&done, "remove what an earlier run left")?;
+        }
         fs::create_dir_all(&folder).at(&folder, "make it")?;
         let lock = take_lock(destination, &folder.join(LOCK_NAME))?;
-        Ok(Staging { destination: destination.to_owned(), folder, made_destination, force, _lock: lock })
+        Ok(Staging { destination: destination.to_owned(), folder, made, force, _lock: lock })
+    }
+
+    /// Removes what a run left that was killed in its very last step. Best effort: nothing looks at it.
+    pub fn tidy(destination: &Path) {
+        let _ = fs::remove_dir_all(destination.join(DONE_NAME));
     }
 
     /// The folder that is being filled.
@@ -98,14 +121,43 @@ impl Staging {
         &self.destination
     }
 
-    /// Where the file called `name` is written.
+    /// The staging folder itself.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Where the finished file called `name` waits to be moved.
     pub fn path(&self, name: &str) -> PathBuf {
-        self.folder.join(name)
+        self.folder.join(READY_FOLDER).join(name)
+    }
+
+    /// Where the file called `name` is written.
+    pub fn partial_path(&self, name: &str) -> PathBuf {
+        self.folder.join(PARTIAL_FOLDER).join(name)
+    }
+
+    /// Where what is known of a sealed file is noted.
+    fn sealed_path(&self, name: &str) -> PathBuf {
+        self.folder.join(SEALED_FOLDER).join(name)
+    }
+
+    /// Whether the files called `names` can be moved to the destination later on.
+    ///
+    /// # Errors
+    /// When a folder stands where one of them goes.
+    pub fn check_names<'a>(&self, mut names: impl Iterator<Item = &'a str>) -> Result<()> {
+        match names.find(|name| self.destination.join(name).is_dir()) {
+            Some(name) => {
+                let why = "a folder stands where a file of that name goes; move it away";
+                Err(Error::destination(&self.destination.join(name), why))
+            }
+            None => Ok(()),
+        }
     }
 
     /// What an earlier run said it was making, if there was one.
     pub fn job(&self) -> Result<Option<Vec<u8>>> {
-        read_if_there(&self.path(JOB_NAME))
+        read_if_there(&self.folder.join(JOB_NAME))
     }
 
     /// Forgets what an earlier run left, and says what this one is making.
@@ -118,12 +170,22 @@ impl Staging {
                 fs::remove_file(&path).at(&path, "remove what an earlier run left")?;
             }
         }
-        self.write(JOB_NAME, |file| file.write_all(job)).map(|_| ())
+        self.make_folders()?;
+        write(&self.folder.join(JOB_NAME), |file| file.write_all(job)).map(|_| ())
+    }
+
+    fn make_folders(&self) -> Result<()> {
+        for name in [READY_FOLDER, PARTIAL_FOLDER, SEALED_FOLDER] {
+            let path = self.folder.join(name);
+            fs::create_dir_all(&path).at(&path, "make it")?;
+        }
+        Ok(())
     }
 
     /// Takes back what an earlier run had moved to the destination before it was stopped.
-    pub fn unpublish(&self, names: impl Iterator<Item = String>) -> Result<()> {
-        let marker = self.path(PUBLISHING_NAME);
+    pub fn unpublish<'a>(&self, names: impl Iterator<Item = &'a str>) -> Result<()> {
+        self.make_folders()?;
+        let marker = self.folder.join(PUBLISHING_NAME);
         if !marker.exists() {
             return Ok(());
         }
@@ -131,9 +193,13 @@ impl Staging {
             remove_if_there(&self.destination.join(name))?;
         }
         for name in names {
-            let (from, to) = (self.destination.join(&name), self.path(&name));
+            let (from, to) = (self.destination.join(name), self.path(name));
             if from.exists() && !to.exists() {
+                make_parent(&to)?;
                 fs::rename(&from, &to).at(&from, "take it back")?;
+                // Folders that hold nothing else go too; others refuse.
+                let parents = Path::new(name).ancestors().skip(1).filter(|parent| !parent.as_os_str().is_empty());
+                parents.for_each(|parent| drop(fs::remove_dir(self.destination.join(parent))));
             }
         }
         sync_folder(&self.destination)?;
@@ -147,37 +213,32 @@ impl Staging {
         content: impl FnOnce(&mut dyn Write) -> io::Result<()>,
     ) -> Result<(u64, Sha256Hash)> {
         let path = self.path(name);
-        if let Some(parent) = path.parent() {
-            fs::create_dir_all(parent).at(parent, "make it")?;
-        }
-        let file = File::create(&path).at(&path, "create it")?;
-        let mut writer = BufWriter::with_capacity(1 << 16, HashingWriter::new(&file));
-        content(&mut writer).and_then(|()| writer.flush()).at(&path, "write it")?;
-        file.sync_all().at(&path, "sync it")?;
-        Ok(writer.get_ref().finish())
+        make_parent(&path)?;
+        write(&path, content)
     }
 
     /// The record of a sealed file, if there is one.
     pub fn sealed(&self, name: &str) -> Result<Option<Vec<u8>>> {
-        read_if_there(&self.path(&sealed_name(name)))
+        read_if_there(&self.sealed_path(name))
     }
 
     /// Writes the record of a file that is written, synced and hashed; its name comes next.
     pub fn write_sealed(&self, name: &str, record: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
-        self.write(&sealed_name(name), record).map(|_| ())
+        write(&self.sealed_path(name), record).map(|_| ())
     }
 
-    /// Gives a file that was written as `NAME.partial` its name.
+    /// Puts a file that is written and sealed where it waits to be moved.
     pub fn name_finished(&self, name: &str) -> Result<()> {
         let to = self.path(name);
-        fs::rename(self.path(&partial_name(name)), &to).at(&to, "give the finished file its name")
+        fs::rename(self.partial_path(name), &to).at(&to, "give the finished file its name")
     }
 
     /// Moves the files called `names` to the destination, what marks it as whole last.
     ///
     /// With `force`, what marks the old checkpoint as whole goes first, and its weights that aren't replaced go too.
     pub fn publish(self, names: &[String]) -> Result<()> {
-        self.write(PUBLISHING_NAME, |_| Ok(()))?;
+        self.check_names(names.iter().map(String::as_str))?;
+        write(&self.folder.join(PUBLISHING_NAME), |_| Ok(()))?;
         sync_folder(&self.folder)?;
         if self.force {
             self.remove_old(names)?;
@@ -190,13 +251,14 @@ impl Staging {
             if name == MANIFEST_NAME {
                 sync_folder(&self.destination)?;
             }
-            if let Some(parent) = to.parent() {
-                fs::create_dir_all(parent).at(parent, "make it")?;
-            }
+            make_parent(&to)?;
             fs::rename(&from, &to).at(&to, "move the finished file to it")?;
         }
         sync_folder(&self.destination)?;
-        fs::remove_dir_all(&self.folder).at(&self.folder, "remove it")
+        // In one step, so that no run finds half of it.
+        let done = self.destination.join(DONE_NAME);
+        fs::rename(&self.folder, &done).at(&self.folder, "put it away")?;
+        fs::remove_dir_all(&done).at(&done, "remove it")
     }
 
     /// After a failure: keeps sealed files for the next run, and nothing else. Best effort, since the error that led here
@@ -208,18 +270,14 @@ impl Staging {
             return sealed;
         }
         let _ = fs::remove_dir_all(&self.folder);
-        if self.made_destination {
-            let _ = fs::remove_dir(&self.destination);
-        }
+        self.made.iter().for_each(|folder| drop(fs::remove_dir(folder)));
         0
     }
 
     /// Removes files that were never finished, so that their room is free. Best effort: they'd be overwritten anyway.
     pub fn remove_partial(&self) {
-        for entry in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
-            if entry.file_name().to_string_lossy().ends_with(PARTIAL_SUFFIX) {
-                let _ = fs::remove_file(entry.path());
-            }
+        for entry in fs::read_dir(self.folder.join(PARTIAL_FOLDER)).into_iter().flatten().flatten() {
+            let _ = fs::remove_file(entry.path());
         }
     }
 
@@ -239,21 +297,22 @@ impl Staging {
     }
 }
 
-const PARTIAL_SUFFIX: &str = ".partial";
-const SEALED_SUFFIX: &str = ".sealed";
-
-/// A file's name while it is written.
-pub fn partial_name(name: &str) -> String {
-    format!("{name}{PARTIAL_SUFFIX}")
-}
-
-fn sealed_name(name: &str) -> String {
-    format!("{name}{SEALED_SUFFIX}")
-}
-
 fn count_sealed(folder: &Path) -> usize {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    entries.filter(|entry| entry.file_name().to_string_lossy().ends_with(".safetensors.sealed")).count()
+    let entries = fs::read_dir(folder.join(SEALED_FOLDER)).into_iter().flatten().flatten();
+    entries.filter(|entry| entry.file_name().to_string_lossy().ends_with(".safetensors")).count()
+}
+
+/// Writes and syncs a file in one go; returns its size and its hash.
+fn write(path: &Path, content: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(u64, Sha256Hash)> {
+    let file = File::create(path).at(path, "create it")?;
+    let mut writer = BufWriter::with_capacity(1 << 16, HashingWriter::new(&file));
+    content(&mut writer).and_then(|()| writer.flush()).at(path, "write it")?;
+    file.sync_all().at(path, "sync it")?;
+    Ok(writer.get_ref().finish())
+}
+
+fn make_parent(path: &Path) -> Result<()> {
+    path.parent().map_or(Ok(()), |parent| fs::create_dir_all(parent).at(parent, "make it"))
 }
 
 /// Takes the lock file, which the system frees when its holder dies, however it dies. The holder's pid is in it.
@@ -298,22 +357,30 @@ pub fn sync_folder(folder: &Path) -> Result<()> {
     File::open(folder).and_then(|folder| folder.sync_all()).at(folder, "sync it")
 }
 
-/// `path` with links resolved, as far as it exists, and the rest as it is.
-fn existing_part(path: &Path) -> Result<PathBuf> {
-    let absolute = std::path::absolute(path).at(path, "resolve it")?;
-    for ancestor in absolute.ancestors() {
-        if let Ok(resolved) = ancestor.canonicalize() {
-            let rest = absolute.strip_prefix(ancestor).unwrap_or(Path::new(""));
-            return Ok(resolved.join(rest));
+/// `path` with its links and dots resolved. What doesn't exist yet has no links, and `..` leads back out of it.
+fn resolve(path: &Path) -> Result<PathBuf> {
+    let mut resolved = PathBuf::new();
+    for part in std::path::absolute(path).at(path, "resolve it")?.components() {
+        match part {
+            Component::ParentDir => {
+                resolved.pop();
+            }
+            Component::CurDir => {}
+            part => {
+                resolved.push(part);
+                if let Ok(canonical) = resolved.canonicalize() {
+                    resolved = canonical;
+                }
+            }
         }
     }
-    Ok(absolute)
+    Ok(resolved)
 }
 
 /// Bytes that may still be written at `path`, or at its nearest ancestor that exists; `None` where the file system keeps
 /// no count.
 pub fn free_space(path: &Path) -> Result<Option<u64>> {
-    let place = existing_part(path)?;
+    let place = resolve(path)?;
     let there = place.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("/"));
     let status = rustix::fs::statvfs(there).at(there, "ask for its free space")?;
     Ok((status.f_blocks > 0).then(|| status.f_bavail.saturating_mul(status.f_frsize)))

@@ -197,6 +197,12 @@ fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
             eprintln!("warning: {warning}");
         }
     }
+    if !arguments.force
+        && let Some(manifest) = conversion.finished(&arguments.destination)
+    {
+        let done = summary::Done { conversion: &conversion, destination: &arguments.destination, manifest: &manifest };
+        return Ok(done.already(arguments.audience()));
+    }
     let reporter = Reporter::new(arguments.style(), &conversion);
     let manifest = conversion.execute_on(&RealDisk, interrupt::flag(), &arguments.destination, &reporter)?;
     reporter.finish();

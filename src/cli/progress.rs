@@ -89,7 +89,9 @@ impl Progress for Reporter {
     fn kept(&self, files: usize) {
         self.bar.finish_and_clear();
         if files > 0 {
-            self.say(&format!("{files} finished files are kept; run the same command again to go on"));
+            self.say(&format!(
+                "{files} finished files are kept; run the same command again to go on, or another one with --restart"
+            ));
         }
     }
 

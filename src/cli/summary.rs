@@ -32,6 +32,19 @@ impl Done<'_> {
         Outcome { output, error: None, code: 0 }
     }
 
+    /// That there was nothing to do.
+    pub fn already(&self, audience: Audience) -> Outcome {
+        let output = match audience {
+            Audience::People => format!(
+                "{}: finished by an earlier run, of the same source and recipe; `prequant verify` checks it\n",
+                self.destination.display()
+            ),
+            Audience::Machines => format!("{}\n", self.json(Duration::ZERO)),
+            Audience::Nobody => String::new(),
+        };
+        Outcome { output, error: None, code: 0 }
+    }
+
     fn text(&self, elapsed: Duration) -> String {
         let Done { conversion, destination, manifest } = self;
         let summary = &manifest.summary;
@@ -70,7 +83,7 @@ impl Done<'_> {
             "bytes_read": read,
             "bytes_written": self.written(),
             "seconds": seconds,
-            "bytes_per_second": read as f64 / seconds,
+            "bytes_per_second": if seconds > 0.0 { read as f64 / seconds } else { 0.0 },
         })
     }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::{FileOutcome, Output, Outputs};
-use crate::checkpoint::{Disk, OutputFile, Sha256Hash, SourceFile, Staging, partial_name};
+use crate::checkpoint::{Disk, OutputFile, Sha256Hash, SourceFile, Staging};
 use crate::error::Result;
 use crate::journal;
 use crate::plan::PlannedFile;
@@ -20,7 +20,7 @@ pub struct Staged<'a> {
 
 impl Outputs for Staged<'_> {
     fn open(&self, file: &PlannedFile) -> Result<Arc<dyn Output + '_>> {
-        let path = self.staging.path(&partial_name(&file.name));
+        let path = self.staging.partial_path(&file.name);
         Ok(Arc::new(OutputFile::create(self.disk, path, file.len)?))
     }
 

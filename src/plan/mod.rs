@@ -10,6 +10,7 @@ pub mod rules;
 pub mod skip_modules;
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 
 use serde_json::Value;
 
@@ -127,6 +128,7 @@ impl Plan {
             linear.push(verdict.linear);
         }
         selection.check_patterns()?;
+        check_names_are_free(source, &tensors)?;
         check_anything_quantized(source, &tensors, &recipe)?;
         let skip_modules = skip_modules::list(&rules, &tensors, &linear)?;
         let config = quantized_config(source, &recipe, &tensors, &skip_modules)?;
@@ -175,6 +177,29 @@ fn bits_per_element<'a>(tensors: impl Iterator<Item = &'a PlannedTensor>) -> f64
     let (bytes, elements) =
         tensors.fold((0, 0), |(bytes, elements), t| (bytes + t.output_len(), elements + t.elements()));
     bytes as f64 * 8.0 / (elements as f64).max(1.0)
+}
+
+/// What is written for a quantized weight must not have the name of another tensor.
+fn check_names_are_free(source: &Source, tensors: &[PlannedTensor]) -> Result<()> {
+    let parts = |tensor: &PlannedTensor| tensor.outputs.iter().map(|output| output.suffix).collect::<Vec<_>>();
+    let Some(suffixes) = tensors.iter().find(|tensor| tensor.outputs.len() > 1).map(parts) else { return Ok(()) };
+    let quantized: HashSet<&str> = tensors
+        .iter()
+        .filter(|tensor| tensor.decision != Decision::Keep)
+        .map(|tensor| tensor.info.name.as_str())
+        .collect();
+    for tensor in tensors {
+        let name = &tensor.info.name;
+        let weight = suffixes.iter().filter(|s| !s.is_empty()).find_map(|suffix| name.strip_suffix(suffix));
+        if let Some(weight) = weight.filter(|weight| quantized.contains(weight)) {
+            let why = format!(
+                "tensor {name:?} has a name that quantizing {weight:?} takes for a part of it: was the checkpoint \
+                 quantized before? Keep the weight with --exclude"
+            );
+            return Err(Error::malformed(&source.files[tensor.source_file].path, why));
+        }
+    }
+    Ok(())
 }
 
 fn check_anything_quantized(source: &Source, tensors: &[PlannedTensor], recipe: &Recipe) -> Result<()> {

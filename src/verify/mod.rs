@@ -12,6 +12,7 @@ use std::thread;
 use serde::Serialize;
 
 pub use against::against;
+pub(crate) use files::read_manifest;
 
 use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, STAGING_NAME, Sha256Hash};
 use crate::error::{Error, Result};
