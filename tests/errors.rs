@@ -237,6 +237,16 @@ fn a_destination_that_is_in_use_is_left_alone() {
 }
 
 #[test]
+fn a_destination_that_cannot_be_written_to_is_refused() {
+    let folder = Folder::llama();
+    let to = std::path::Path::new("/proc/nowhere");
+    let run = support::Run::of(
+        std::process::Command::new(env!("CARGO_BIN_EXE_prequant")).arg("convert").arg(folder.source()).arg(to),
+    );
+    run.fails(3, &["/proc/nowhere: can't make a folder in it", "that you may write to"]);
+}
+
+#[test]
 fn a_destination_must_not_overlap_the_source() {
     let folder = Folder::llama();
     let before = contents(&folder.source());

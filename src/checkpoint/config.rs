@@ -26,7 +26,11 @@ impl Config {
         if len > MAX_CONFIG_LEN {
             return Err(Error::malformed(path, format!("{len} bytes are too many for a model's config")));
         }
-        let bytes = std::fs::read(path).at(path, "read it")?;
+        Self::parse(std::fs::read(path).at(path, "read it")?, path)
+    }
+
+    /// As [`Config::read`], from memory; `path` is for errors.
+    pub fn parse(bytes: Vec<u8>, path: &Path) -> Result<Config> {
         let text = String::from_utf8(bytes).map_err(|_| Error::malformed(path, "not UTF-8 text"))?;
         let values = serde_json::from_str(&without_python_floats(&text))
             .map_err(|error| Error::malformed(path, format!("not a JSON object: {error}")))?;

@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
-use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
@@ -60,7 +59,7 @@ struct RawHeader(Vec<(String, RawTensor)>);
 
 impl Header {
     /// Reads and checks the header of `file`, which is `file_len` bytes long. `path` is for errors.
-    pub fn read(file: &mut File, file_len: u64, path: &Path) -> Result<Header> {
+    pub fn read(file: &mut impl Read, file_len: u64, path: &Path) -> Result<Header> {
         if file_len < LENGTH_FIELD {
             let why = format!(
                 "{file_len} bytes are too few for a safetensors file, which starts with an 8-byte length: it is \

@@ -36,8 +36,12 @@ impl Index {
         if len > MAX_INDEX_LEN {
             return Err(Error::malformed(path, format!("{len} bytes are too many for an index of tensors")));
         }
-        let text = std::fs::read(path).at(path, "read it")?;
-        let index: Index = serde_json::from_slice(&text)
+        Self::parse(&std::fs::read(path).at(path, "read it")?, path)
+    }
+
+    /// As [`Index::read`], from memory; `path` is for errors.
+    pub fn parse(text: &[u8], path: &Path) -> Result<Index> {
+        let index: Index = serde_json::from_slice(text)
             .map_err(|error| Error::malformed(path, format!("not an index of tensors: {error}")))?;
         for (tensor, file) in &index.weight_map {
             if file.contains(['/', '\\', '\0']) || matches!(file.as_str(), "" | "." | "..") {

@@ -106,7 +106,10 @@ impl Staging {
         if done.exists() {
             fs::remove_dir_all(&done).at(&done, "remove what an earlier run left")?;
         }
-        fs::create_dir_all(&folder).at(&folder, "make it")?;
+        fs::create_dir_all(&folder).map_err(|error| {
+            let why = format!("can't make a folder in it: {error}; choose a place that you may write to");
+            Error::destination(destination, why)
+        })?;
         let lock = take_lock(destination, &folder.join(LOCK_NAME))?;
         Ok(Staging { destination: destination.to_owned(), folder, made, force, _lock: lock })
     }

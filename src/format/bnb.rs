@@ -2,6 +2,7 @@
 //!
 //! Names, order and spelling are what transformers' `save_pretrained` writes.
 
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{FloatDtype, Scheme};
@@ -88,6 +89,31 @@ pub fn quant_state_bytes(state: &QuantState<'_>) -> Vec<u8> {
     json.into_bytes()
 }
 
+/// A quant_state as it is read back. Other keys are ignored.
+#[derive(Debug, PartialEq, Deserialize)]
+pub struct ParsedQuantState {
+    /// The 4-bit format's name.
+    pub quant_type: String,
+    /// Elements that share one absmax.
+    pub blocksize: u64,
+    /// The source's dtype, as torch calls it.
+    pub dtype: String,
+    /// The source's shape.
+    pub shape: Vec<u64>,
+    /// The mean that was taken off absmax, with double quantization.
+    pub nested_offset: Option<f64>,
+}
+
+impl ParsedQuantState {
+    /// Reads the tensor's bytes.
+    ///
+    /// # Errors
+    /// When they are no such JSON object.
+    pub fn parse(bytes: &[u8]) -> serde_json::Result<ParsedQuantState> {
+        serde_json::from_slice(bytes)
+    }
+}
+
 /// The length of [`quant_state_bytes`], whatever `nested_offset` turns out to be.
 pub fn quant_state_len(scheme: &Scheme, dtype: FloatDtype, shape: &[u64]) -> usize {
     let widest = "0".repeat(OFFSET_WIDTH);
@@ -168,7 +194,9 @@ mod tests {
             json.contains(r#", "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.156"#),
             "{json}"
         );
-        assert_eq!(serde_json::from_str::<Value>(&json).unwrap()["blocksize"], 64);
+        let parsed = ParsedQuantState::parse(json.as_bytes()).unwrap();
+        assert_eq!((parsed.blocksize, parsed.shape), (64, vec![128, 256]));
+        assert_eq!(parsed.nested_offset, Some(f64::from(f32::from_bits(0x3e207a06))));
     }
 
     #[test]

@@ -11,7 +11,7 @@ mod dynamic_map;
 
 pub use block_size::BlockSize;
 pub use bnb::{NESTED_BLOCK_SIZE, OutputKind, OutputTensor, QuantState, output_tensors, quant_state_len};
-pub use bnb::{quant_state_bytes, quantization_config};
+pub use bnb::{ParsedQuantState, quant_state_bytes, quantization_config};
 pub use codebook::{Codebook, FP4, NF4};
 pub use dynamic_map::{DynamicMap, dynamic_map};
 

@@ -5,11 +5,10 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
-use serde_json::Value;
-
 use super::{Checkpoint, Options, Report, on_threads};
 use crate::checkpoint::{Header, INDEX_NAME, Index, RealDisk, TensorInfo, hash_range, read_exact_at};
 use crate::error::{Error, IoContext, Result};
+use crate::format::ParsedQuantState;
 use crate::manifest::{DecisionRecord, Manifest, OutputRecord, TensorRecord};
 
 /// The longest quant_state that is read: real ones have a hundred or two hundred bytes.
@@ -128,24 +127,32 @@ impl Entry<'_> {
     fn check_quant_state(&self, manifest: &Manifest, report: &mut Report) -> Result<()> {
         let mut json = vec![0; self.info.len.min(MAX_QUANT_STATE) as usize];
         read_exact_at(&RealDisk, self.opened, self.path, &mut json, self.info.offset).at(self.path, "read it")?;
-        let state: Value = serde_json::from_slice(&json).unwrap_or_default();
-        let source = self.tensor.sources.first();
-        let dtype = source.map(|source| match source.dtype.as_str() {
+        let state = match ParsedQuantState::parse(&json) {
+            Ok(state) => state,
+            Err(error) => {
+                self.differ(report, format!("is no quant_state: {error}"));
+                return Ok(());
+            }
+        };
+        let (Some(source), DecisionRecord::Quantize) = (self.tensor.sources.first(), self.tensor.decision) else {
+            self.differ(report, "belongs to a tensor that isn't quantized".to_owned());
+            return Ok(());
+        };
+        let dtype = match source.dtype.as_str() {
             "BF16" => "bfloat16",
             "F16" => "float16",
             _ => "float32",
-        });
-        let expected: [(&str, Value); 4] = [
-            ("quant_type", manifest.recipe.format.name().into()),
-            ("blocksize", u32::from(manifest.recipe.block_size).into()),
-            ("dtype", dtype.into()),
-            ("shape", source.map(|source| source.shape.clone()).into()),
-        ];
-        for (key, expected) in expected {
-            let found = &state[key];
-            if *found != expected || self.tensor.decision != DecisionRecord::Quantize {
-                self.differ(report, format!("its {key} is {found}, expected {expected}"));
-            }
+        };
+        let block_size = u64::from(u32::from(manifest.recipe.block_size));
+        let (found, expected) = (
+            (state.quant_type.as_str(), state.blocksize, state.dtype.as_str(), &state.shape),
+            (manifest.recipe.format.name(), block_size, dtype, &source.shape),
+        );
+        if found != expected {
+            self.differ(report, format!("says {found:?}, expected {expected:?}"));
+        }
+        if state.nested_offset.is_some() != manifest.recipe.double_quant {
+            self.differ(report, "and the recipe don't agree on double quantization".to_owned());
         }
         Ok(())
     }
