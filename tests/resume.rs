@@ -258,6 +258,24 @@ fn a_source_whose_content_changed_is_found_by_its_hash() {
 }
 
 #[test]
+fn a_source_that_vanishes_or_shrinks_between_plan_and_reading_is_an_error() {
+    for vanishes in [true, false] {
+        let folder = checkpoint();
+        let conversion = conversion(&folder, false);
+        let path = folder.source().join("model-00002-of-00002.safetensors");
+        if vanishes {
+            fs::remove_file(&path).unwrap();
+        } else {
+            File::options().write(true).open(&path).unwrap().set_len(500).unwrap();
+        }
+        let error = conversion.execute(&folder.destination(), &Watch::default()).unwrap_err();
+        let words = if vanishes { "No such file" } else { "it has 500 bytes, and had" };
+        assert!(error.to_string().contains("model-00002") && error.to_string().contains(words), "{error}");
+        only_staging(&folder.destination());
+    }
+}
+
+#[test]
 fn two_conversions_into_one_folder_are_refused() {
     let folder = checkpoint();
     let staging = folder.destination().join(STAGING);
