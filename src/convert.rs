@@ -7,8 +7,8 @@ use std::sync::atomic::AtomicBool;
 use std::thread;
 
 use crate::checkpoint::{
-    CONFIG_NAME, Disk, INDEX_NAME, MANIFEST_NAME, RealDisk, STAGING_NAME, SUMS_NAME, Source, Staging, free_space,
-    hash_range, write_index,
+    CONFIG_NAME, Disk, INDEX_NAME, MANIFEST_NAME, RealDisk, STAGING_NAME, SUMS_NAME, Sha256Hash, Source, Staging,
+    free_space, hash_range, write_index,
 };
 use crate::error::{Error, IoContext, Result};
 use crate::journal::Job;
@@ -107,8 +107,8 @@ impl Conversion {
         }
     }
 
-    /// The manifest in `destination`, if it is of this very conversion, finished: same tool, recipe and source, by the
-    /// sizes and headers of its files. Nothing more is looked at; `verify` does that.
+    /// The manifest in `destination`, if it is of this very conversion, finished: same tool, recipe, config.json and
+    /// source, by the sizes and headers of its files. Nothing more is looked at; `verify` does that.
     pub fn finished(&self, destination: &Path) -> Option<Manifest> {
         if destination.join(STAGING_NAME).exists() {
             return None;
@@ -119,7 +119,10 @@ impl Conversion {
         let mut source = manifest.source.clone();
         source.files.iter_mut().for_each(|file| file.sha256 = None);
         let same_source = source == self.source_record() && hashed == self.options.hash_source;
-        let same = manifest.tool == Tool::this() && manifest.recipe == self.plan.recipe && same_source;
+        let config_of = |manifest: &Manifest| manifest.files.iter().find(|f| f.name == CONFIG_NAME).map(|f| f.sha256);
+        let same_config = config_of(&manifest) == self.plan.config.as_ref().map(|text| Sha256Hash::of(text.as_bytes()));
+        let same_recipe = manifest.tool == Tool::this() && manifest.recipe == self.plan.recipe;
+        let same = same_source && same_config && same_recipe;
         if same {
             Staging::tidy(destination);
         }
@@ -145,6 +148,9 @@ impl Conversion {
     ) -> Result<Manifest> {
         let Options { kernel, hash_source, force, .. } = self.options;
         Staging::check(destination, &self.source.path, force)?;
+        if !destination.join(STAGING_NAME).exists() {
+            self.check_space(destination, &[])?;
+        }
         let staging = Staging::take(destination, &self.source.path, force)?;
         let means = Means { kernel, budget: self.budget, hash_source, disk, interrupt, progress };
         let files = self.write_files(&staging, means);

@@ -238,6 +238,8 @@ fn a_finished_conversion_is_not_done_again() {
     for flags in [&["--format", "fp4"][..], &["--hash-source"], &["--exclude", "q_proj"]] {
         folder.convert(flags).fails(3, &["exists and isn't empty"]);
     }
+    folder.write("config.json", "{\"model_type\": \"qwen3_moe\", \"dtype\": \"bfloat16\"}");
+    folder.convert(&[]).fails(3, &["exists and isn't empty"]);
     assert_eq!(contents(&folder.destination()), before);
 }
 
