@@ -8,9 +8,9 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use prequant::Error;
 use prequant::checkpoint::Disk;
@@ -288,19 +288,30 @@ fn two_conversions_into_one_folder_are_refused() {
     folder.convert(&FLAGS).ok();
 }
 
-/// A conversion that takes a while, on its way.
-fn begun(folder: &Folder) -> Child {
+/// Begins a conversion that takes a while, and sends it a signal once a file is sealed; how it ended.
+fn signalled(folder: &Folder, signal: &str) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_prequant"));
     command.arg("convert").arg(folder.source()).arg(folder.destination());
     command.args(["--max-shard-size", "1MB", "--threads", "1"]).stdout(Stdio::null()).stderr(Stdio::piped());
-    let child = command.spawn().unwrap();
-    let sealed = || file_names(&folder.destination()).iter().any(|name| name.contains("/sealed/"));
-    let start = Instant::now();
-    while !folder.destination().exists() || !sealed() {
-        assert!(start.elapsed() < Duration::from_secs(60), "nothing sealed in a minute");
+    let mut child = command.spawn().unwrap();
+    let sealed = folder.destination().join(STAGING).join("sealed");
+    let any_sealed = || fs::read_dir(&sealed).is_ok_and(|mut entries| entries.next().is_some());
+    while child.try_wait().unwrap().is_none() && !any_sealed() {
         std::thread::sleep(Duration::from_millis(1));
     }
-    child
+    assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().is_ok());
+    child.wait_with_output().unwrap()
+}
+
+/// A conversion that was stopped by a signal, and how: not one that was faster than the signal.
+fn stopped_by(signal: &str) -> (Folder, Output) {
+    let attempts = (0..20).map(|_| {
+        let folder = large();
+        let output = signalled(&folder, signal);
+        (folder, output)
+    });
+    let mut stopped = attempts.filter(|(_, output)| !output.status.success());
+    stopped.next().expect("every conversion was faster than its signal")
 }
 
 fn large() -> Folder {
@@ -312,17 +323,10 @@ fn large() -> Folder {
     folder
 }
 
-fn signal(child: &Child, name: &str) {
-    assert!(Command::new("kill").args([name, &child.id().to_string()]).status().unwrap().success());
-}
-
 #[test]
 fn signals_stop_a_run_with_their_exit_code_and_the_way_to_go_on() {
     for (name, code) in [("-INT", 130), ("-TERM", 143)] {
-        let folder = large();
-        let child = begun(&folder);
-        signal(&child, name);
-        let output = child.wait_with_output().unwrap();
+        let (folder, output) = stopped_by(name);
         let words = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(code), "{words}");
         assert!(words.contains("run the same command again to go on"), "{words}");
@@ -334,10 +338,7 @@ fn signals_stop_a_run_with_their_exit_code_and_the_way_to_go_on() {
 
 #[test]
 fn a_killed_run_is_gone_on_with() {
-    let folder = large();
-    let mut child = begun(&folder);
-    child.kill().unwrap();
-    child.wait().unwrap();
+    let (folder, _) = stopped_by("-KILL");
     let killed = file_names(&folder.destination());
     assert!(killed.iter().all(|name| name.starts_with(STAGING)), "{killed:?}");
     let run = folder.convert(&["--max-shard-size", "1MB"]).ok();
