@@ -135,10 +135,12 @@ fn file_difference(
     if options.quick {
         return Ok(None);
     }
-    let keep_going = || !options.interrupt.load(Ordering::Relaxed);
+    let keep_going = || {
+        (options.hashed)(record.size.min(BUFFER as u64));
+        !options.interrupt.load(Ordering::Relaxed)
+    };
     let hash = hash_range(&RealDisk, &file, &path, 0, record.size, buffer, keep_going).at(&path, "read it")?;
     let hash = hash.ok_or(Error::Interrupted)?;
-    (options.hashed)(record.size);
     let differs = hash != record.sha256;
     Ok(differs.then(|| format!("its SHA-256 is {hash}, expected {}", record.sha256)))
 }

@@ -33,7 +33,7 @@ pub struct Options<'a> {
     pub threads: usize,
     /// Set from outside to have it stop.
     pub interrupt: &'a AtomicBool,
-    /// Told how many bytes more are hashed, from any thread.
+    /// Told how many bytes more of the files are about to be hashed (or, of the source, were compared), from any thread.
     pub hashed: &'a (dyn Fn(u64) + Sync),
 }
 
