@@ -1,10 +1,12 @@
 //! `prequant verify`.
 
+use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
 use prequant::units::Bytes;
 use prequant::verify::{Options, Report, against, verify};
 use prequant::{Error, convert};
@@ -65,11 +67,27 @@ pub fn run(arguments: &Arguments) -> ExitCode {
 fn check(arguments: &Arguments) -> Result<Report, Error> {
     let convert = convert::Options::default();
     let threads = arguments.threads.map_or(convert.threads, std::num::NonZeroUsize::get);
-    let options = Options { quick: arguments.quick, threads, interrupt: interrupt::flag(), hashed: &|_| {} };
-    match &arguments.against {
+    let progress = progress(arguments);
+    let options =
+        Options { quick: arguments.quick, threads, interrupt: interrupt::flag(), hashed: &|bytes| progress.inc(bytes) };
+    let report = match &arguments.against {
         Some(source) => against(&arguments.folder, source, convert::Options { threads, ..convert }, options),
         None => verify(&arguments.folder, options),
+    };
+    progress.finish_and_clear();
+    report
+}
+
+/// Bytes and rate, on a terminal.
+fn progress(arguments: &Arguments) -> ProgressBar {
+    if arguments.quiet || !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
     }
+    let bar = ProgressBar::new_spinner();
+    if let Ok(style) = ProgressStyle::with_template("{spinner} {decimal_bytes}, {decimal_bytes_per_sec}, {elapsed}") {
+        bar.set_style(style);
+    }
+    bar
 }
 
 fn text(arguments: &Arguments, report: &Report, seconds: f64) -> String {
