@@ -35,6 +35,11 @@ impl DynamicMap {
         &self.values
     }
 
+    /// What lies halfway between neighbouring values.
+    pub fn midpoints(&self) -> &[f32; 255] {
+        &self.midpoints
+    }
+
     /// The code of the entry nearest to `x`; halfway between two, the lower one.
     pub fn nearest(&self, x: f32) -> u8 {
         let mut code = self.first_code[(ordered_key(x) >> (32 - INDEX_BITS)) as usize];

@@ -3,6 +3,7 @@
 //! [`scalar`] is the specification. Every other kernel gives the same bytes and the same figures, faster. The choice is
 //! made once, as a value ([`Kernel`]), and passed down.
 
+pub mod cuda;
 pub mod nested;
 pub mod scalar;
 #[cfg(target_arch = "x86_64")]
