@@ -6,7 +6,7 @@ use std::path::Path;
 use prequant::checkpoint::{Config, Header, Index, Source, SourceFile};
 use prequant::format::ParsedQuantState;
 use prequant::manifest::Manifest;
-use prequant::pipeline::Budget;
+use prequant::pipeline::{Budget, Limits};
 use prequant::plan::{Plan, Recipe};
 
 /// What a fuzzer calls with whatever it makes up.
@@ -79,7 +79,8 @@ pub fn plan(data: &[u8]) {
         let recipe = Recipe { double_quant, max_shard_size: 1000, ..Recipe::default() };
         if let Ok(plan) = Plan::new(&source, recipe) {
             assert_eq!(plan.tensors.len(), plan.files.iter().map(|file| file.tensors.len()).sum::<usize>());
-            let _ = Budget::new(&plan, 1 << 28, 4);
+            let limits = Limits { memory: 1 << 28, threads: 4, gpus: 0, device_memory: 0 };
+            let _ = Budget::new(&plan, limits);
         }
     }
 }

@@ -12,26 +12,28 @@ use crate::checkpoint::{
 };
 use crate::error::{Error, IoContext, Result};
 use crate::journal::Job;
-use crate::kernel::Kernel;
+use crate::kernel::{Device, cuda};
 use crate::manifest::{
     DecisionRecord, FileRecord, Manifest, OutputRecord, SCHEMA_VERSION, SourceFileRecord, SourceRecord,
     SourceTensorRecord, Summary, TensorRecord, Tool, sha256_sums,
 };
-use crate::pipeline::{self, Budget, FileOutcome, Means, Outcome, Progress, Staged, TensorOutcome};
+use crate::pipeline::{self, Budget, FileOutcome, Limits, Means, Outcome, Progress, Staged, TensorOutcome};
 use crate::plan::{Plan, PlannedTensor, Recipe};
 use crate::resume;
 use crate::units::Bytes;
 use crate::verify;
 
 /// How to convert: what decides nothing about the output's bytes.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Options {
     /// The most memory to use, in bytes.
     pub memory: u64,
     /// Threads to use.
     pub threads: usize,
     /// What quantizes.
-    pub kernel: Kernel,
+    pub device: Device,
+    /// The most memory to use of each GPU, in bytes.
+    pub device_memory: u64,
     /// Whether the manifest gets the SHA-256 of the source's files.
     pub hash_source: bool,
     /// Whether to replace a checkpoint at the destination.
@@ -41,13 +43,14 @@ pub struct Options {
 }
 
 impl Default for Options {
-    /// 256 MiB, all cores, the fastest kernel.
+    /// 256 MiB here and on a GPU, all cores, the processor with its fastest kernel.
     fn default() -> Self {
         let threads = thread::available_parallelism().map_or(1, usize::from);
         Options {
             memory: 256 << 20,
             threads,
-            kernel: Kernel::detect(),
+            device: Device::cpu(),
+            device_memory: 256 << 20,
             hash_source: false,
             force: false,
             restart: false,
@@ -71,12 +74,28 @@ pub struct Conversion {
 /// Opens `source` and plans its conversion; reads headers only, and writes nothing.
 ///
 /// # Errors
-/// When the source is no checkpoint or damaged, or the recipe doesn't fit it.
+/// When the source is no checkpoint or damaged, or the recipe doesn't fit it; or a GPU has too little memory free.
 pub fn plan(source: &Path, recipe: Recipe, options: Options) -> Result<Conversion> {
     let source = Source::open(source)?;
     let plan = Plan::new(&source, recipe)?;
-    let budget = Budget::new(&plan, options.memory, options.threads)?;
+    let Options { memory, threads, device_memory, .. } = options;
+    let gpus = options.device.gpus().len();
+    let budget = Budget::new(&plan, Limits { memory, threads, gpus, device_memory })?;
+    check_device_memory(&options.device, &budget)?;
     Ok(Conversion { source, plan, budget, options })
+}
+
+/// Whether every GPU has its share of the ring's memory free.
+fn check_device_memory(device: &Device, budget: &Budget) -> Result<()> {
+    let needed = budget.device_peak();
+    for gpu in device.gpus() {
+        let free = gpu.free_memory().map_err(|fault| Error::Device { device: gpu.to_string(), fault })?;
+        if free < needed {
+            let why = cuda::Unusable::LittleMemory { name: gpu.name().to_owned(), free, needed };
+            return Err(Error::NoDevice { device: format!("cuda:{}", gpu.ordinal()), why });
+        }
+    }
+    Ok(())
 }
 
 impl Conversion {
@@ -146,13 +165,13 @@ impl Conversion {
         destination: &Path,
         progress: &dyn Progress,
     ) -> Result<Manifest> {
-        let Options { kernel, hash_source, force, .. } = self.options;
+        let Options { ref device, hash_source, force, .. } = self.options;
         Staging::check(destination, &self.source.path, force)?;
         if !destination.join(STAGING_NAME).exists() {
             self.check_space(destination, &[])?;
         }
         let staging = Staging::take(destination, &self.source.path, force)?;
-        let means = Means { kernel, budget: self.budget, hash_source, disk, interrupt, progress };
+        let means = Means { device, budget: self.budget, hash_source, disk, interrupt, progress };
         let files = self.write_files(&staging, means);
         match files.and_then(|(files, outcome)| self.finish(&staging, files, outcome)) {
             Ok(manifest) => {

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::kernel::cuda::{Fault, Unusable};
+
 /// Any failure of this crate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -128,6 +130,30 @@ pub enum Error {
         /// What takes it, and what would take less.
         hint: &'static str,
     },
+    /// `--device-memory` is less than the least that the plan needs.
+    #[error("--device-memory {available}: at least {needed} are needed for this checkpoint")]
+    DeviceMemory {
+        /// The bound, for people.
+        available: String,
+        /// The least, for people.
+        needed: String,
+    },
+    /// A GPU that was asked for can't be used.
+    #[error("--device {device}: {why}; --device cpu gives the same bytes without a GPU")]
+    NoDevice {
+        /// What was asked for.
+        device: String,
+        /// What is missing, and what would help.
+        why: Unusable,
+    },
+    /// A GPU failed at its work.
+    #[error("{device}: {fault}; run the same command again to go on with the file it was at, or with --device cpu")]
+    Device {
+        /// The GPU.
+        device: String,
+        /// The call into the driver, and the driver's words.
+        fault: Fault,
+    },
     /// The staging folder holds the beginning of another conversion.
     #[error(
         "{}: an unfinished conversion of something else: {what}; run the command it was begun with, or discard it with \
@@ -186,8 +212,10 @@ impl Error {
     /// The process's exit code: 2 wrong usage, 3 bad input, 4 I/O or device failure.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Error::Pattern { .. } | Error::Options { .. } | Error::SkipEntryClash { .. } | Error::Memory { .. } => 2,
+            Error::Pattern { .. } | Error::Options { .. } | Error::SkipEntryClash { .. } => 2,
+            Error::Memory { .. } | Error::DeviceMemory { .. } => 2,
             Error::NoSpace { .. } | Error::Io { .. } | Error::Stopped | Error::Interrupted => 4,
+            Error::NoDevice { .. } | Error::Device { .. } => 4,
             _ => 3,
         }
     }
@@ -207,6 +235,9 @@ impl Error {
             Error::SkipEntryClash { .. } => "skip_entry_clash",
             Error::Destination { .. } => "destination",
             Error::Memory { .. } => "memory",
+            Error::DeviceMemory { .. } => "device_memory",
+            Error::NoDevice { .. } => "no_device",
+            Error::Device { .. } => "device",
             Error::NoSpace { .. } => "no_space",
             Error::SourceChanged { .. } => "source_changed",
             Error::Io { .. } => "io",

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use prequant::convert::{Options, plan};
 use prequant::format::{BlockSize, FloatDtype, Format, NESTED_BLOCK_SIZE, QuantState, dynamic_map, quant_state_bytes};
-use prequant::kernel::{Blocks, Figures, Kernel, nested};
+use prequant::kernel::{Blocks, Device, Figures, Kernel, nested};
 use prequant::manifest::{DecisionRecord, Manifest};
 use prequant::pipeline::Progress;
 use prequant::plan::Recipe;
@@ -36,7 +36,7 @@ struct How {
 }
 
 fn convert(source: &Path, destination: &Path, recipe: &Recipe, how: How) -> Manifest {
-    let options = Options { threads: how.threads, kernel: how.kernel, ..Options::default() };
+    let options = Options { threads: how.threads, device: Device::Cpu(how.kernel), ..Options::default() };
     let mut conversion = plan(source, recipe.clone(), options).unwrap();
     conversion.budget = conversion.budget.with_chunk_elements(how.chunk_elements);
     conversion.execute(destination, &Unseen).unwrap()

@@ -15,7 +15,7 @@ use common::{Loss, Recomputed, recompute};
 use prequant::checkpoint::RealDisk;
 use prequant::convert::{Options, plan};
 use prequant::format::{BlockSize, Format};
-use prequant::kernel::Kernel;
+use prequant::kernel::{Device, Kernel};
 use prequant::manifest::{DecisionRecord, Manifest};
 use prequant::pipeline::Progress;
 use prequant::plan::Recipe;
@@ -68,7 +68,7 @@ fn tensors_longer_than_any_chunk_are_what_one_pass_gives_in_any_memory() {
             (3, 14 << 20, Kernel::detect()), // room for one tensor's absmax at a time
         ] {
             let to = folder.beside(&format!("{double_quant}-{threads}"));
-            let options = Options { threads, memory, kernel, ..Options::default() };
+            let options = Options { threads, memory, device: Device::Cpu(kernel), ..Options::default() };
             plan(&folder.source(), recipe.clone(), options).unwrap().execute(&to, &Unseen).unwrap();
             let files = contents(&to);
             let reference = reference.get_or_insert_with(|| {

@@ -181,7 +181,7 @@ fn stopped_with(options: Options) -> Folder {
         let folder = checkpoint();
         let disk = FaultyDisk { fault: Fault::Sync, countdown: AtomicUsize::new(6) };
         let (watch, go_on) = (Watch::default(), AtomicBool::new(false));
-        let conversion = plan(&folder.source(), recipe(false), options).unwrap();
+        let conversion = plan(&folder.source(), recipe(false), options.clone()).unwrap();
         assert!(conversion.execute_on(&disk, &go_on, &folder.destination(), &watch).is_err());
         if watch.kept.into_inner() > 0 {
             return folder;

@@ -15,7 +15,7 @@ use prequant::units::Bytes;
 
 use super::output::{self, Outcome};
 use super::progress::{Reporter, Style};
-use super::{dry_run, interrupt, summary};
+use super::{device, dry_run, interrupt, summary};
 
 /// Quantize a checkpoint to 4 bits.
 ///
@@ -76,6 +76,9 @@ pub struct Arguments {
     /// Threads to use [default: all cores]
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
+
+    #[command(flatten)]
+    device: device::Arguments,
 
     /// Put the SHA-256 of the source's files into the manifest; they are read once more for it
     #[arg(long)]
@@ -147,15 +150,16 @@ impl Arguments {
         }
     }
 
-    fn options(&self) -> Options {
+    fn options(&self, device: &device::Opened) -> Options {
         let default = Options::default();
         Options {
             memory: self.memory.0,
             threads: self.threads.map_or(default.threads, NonZeroUsize::get),
+            device: device.device.clone(),
+            device_memory: device.device_memory,
             hash_source: self.hash_source,
             force: self.force,
             restart: self.restart,
-            ..default
         }
     }
 
@@ -188,11 +192,13 @@ pub enum Audience {
 
 fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
     let start = Instant::now();
-    let conversion = plan(&arguments.source, arguments.recipe(), arguments.options())?;
+    let device = arguments.device.open()?;
+    let conversion = plan(&arguments.source, arguments.recipe(), arguments.options(&device))?;
     if arguments.dry_run {
-        return Ok(dry_run::report(&conversion, &arguments.destination, arguments.audience()));
+        return Ok(dry_run::report(&conversion, &arguments.destination, &device.line, arguments.audience()));
     }
     if !arguments.quiet {
+        eprintln!("{}", device.line);
         for warning in &conversion.plan.warnings {
             eprintln!("warning: {warning}");
         }

@@ -15,22 +15,22 @@ use super::output::{Outcome, error_json};
 use super::summary::format_name;
 
 /// The plan, and what would keep it from being carried out.
-pub fn report(conversion: &Conversion, destination: &Path, audience: Audience) -> Outcome {
+pub fn report(conversion: &Conversion, destination: &Path, device: &str, audience: Audience) -> Outcome {
     let (free, obstacle) = match (free_space(destination), conversion.check_destination(destination)) {
         (Ok(free), checked) => (free, checked.err()),
         (Err(error), _) => (None, Some(error)),
     };
     let output = match audience {
-        Audience::People => text(conversion, destination, free),
+        Audience::People => text(conversion, destination, device, free),
         Audience::Machines => format!("{}\n", json(conversion, destination, free, obstacle.as_ref())),
         Audience::Nobody => String::new(),
     };
     Outcome { output, error: obstacle, code: 0 }
 }
 
-fn text(conversion: &Conversion, destination: &Path, free: Option<u64>) -> String {
+fn text(conversion: &Conversion, destination: &Path, device: &str, free: Option<u64>) -> String {
     let mut text = decisions(&conversion.plan);
-    for line in totals(conversion, destination, free) {
+    for line in totals(conversion, destination, device, free) {
         text += &line;
         text.push('\n');
     }
@@ -56,8 +56,8 @@ fn decisions(plan: &Plan) -> String {
 }
 
 /// What the whole of it would take.
-fn totals(conversion: &Conversion, destination: &Path, free: Option<u64>) -> Vec<String> {
-    let Conversion { source, plan, budget, options } = conversion;
+fn totals(conversion: &Conversion, destination: &Path, device: &str, free: Option<u64>) -> Vec<String> {
+    let Conversion { source, plan, budget, .. } = conversion;
     let (quantized, files) = (plan.quantized().count(), plan.files.len());
     let free = free.map_or("an unknown amount".to_owned(), |free| Bytes(free).to_string());
     let mut lines =
@@ -74,14 +74,19 @@ fn totals(conversion: &Conversion, destination: &Path, free: Option<u64>) -> Vec
             plan.bits_per_weight(),
         ),
         format!("disk:    {} needed, {free} free at {}", Bytes(conversion.disk_needed()), destination.display()),
-        format!(
-            "memory:  {} at most, {} threads, {} kernel",
-            Bytes(budget.peak),
-            budget.threads,
-            options.kernel.name()
-        ),
-        "nothing was written".to_owned(),
+        format!("memory:  {} at most, {} threads", Bytes(budget.peak), budget.threads),
+        format!("{:9}{}", "device:", device.trim_start_matches("device: ")),
     ]);
+    lines.extend(budget.ring.map(|ring| {
+        let (gpus, each) = (ring.gpus, Bytes(ring.slot.total()));
+        let of_gpus = if gpus == 1 { String::new() } else { format!(" on each of {gpus}") };
+        format!(
+            "ring:    {} slots of {each}; {} of GPU memory at most{of_gpus}",
+            ring.slots,
+            Bytes(budget.device_peak())
+        )
+    }));
+    lines.push("nothing was written".to_owned());
     lines
 }
 
@@ -112,7 +117,9 @@ fn json(conversion: &Conversion, destination: &Path, free: Option<u64>, obstacle
         "disk_free": free,
         "peak_memory": conversion.budget.peak,
         "threads": conversion.budget.threads,
-        "kernel": conversion.options.kernel.name(),
+        "device": conversion.options.device.to_string(),
+        "ring_slots": conversion.budget.ring.map(|ring| ring.slots),
+        "peak_device_memory": conversion.budget.device_peak(),
         "bits_per_quantized_weight": plan.bits_per_quantized_weight(),
         "bits_per_weight": plan.bits_per_weight(),
         "files": files,

@@ -1,6 +1,7 @@
 //! The command line: arguments in, words and exit codes out.
 
 mod convert;
+mod device;
 mod dry_run;
 mod inspect;
 mod interrupt;

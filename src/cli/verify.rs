@@ -7,13 +7,14 @@ use std::time::Instant;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
+use prequant::kernel::DeviceChoice;
 use prequant::units::Bytes;
 use prequant::verify::{Options, Report, against, verify};
 use prequant::{Error, convert};
 use serde_json::json;
 
-use super::interrupt;
 use super::output::{self, Outcome};
+use super::{device, interrupt};
 
 /// Hold a converted checkpoint against its manifest.
 ///
@@ -37,6 +38,10 @@ pub struct Arguments {
     /// Threads to use [default: all cores]
     #[arg(long, value_name = "N")]
     threads: Option<std::num::NonZeroUsize>,
+
+    /// What quantizes with --against: auto, cpu, cuda, cuda:N or cuda:N,cuda:M
+    #[arg(long, value_name = "DEVICE", default_value_t = DeviceChoice::Auto, requires = "against")]
+    device: DeviceChoice,
 
     /// Print one JSON object, and no other line on standard output
     #[arg(long)]
@@ -71,7 +76,13 @@ fn check(arguments: &Arguments) -> Result<Report, Error> {
     let options =
         Options { quick: arguments.quick, threads, interrupt: interrupt::flag(), hashed: &|bytes| progress.inc(bytes) };
     let report = match &arguments.against {
-        Some(source) => against(&arguments.folder, source, convert::Options { threads, ..convert }, options),
+        Some(source) => {
+            let opened = device::open(&arguments.device, convert.device_memory)?;
+            if !arguments.quiet {
+                progress.suspend(|| eprintln!("{}", opened.line));
+            }
+            against(&arguments.folder, source, convert::Options { threads, device: opened.device, ..convert }, options)
+        }
         None => verify(&arguments.folder, options),
     };
     progress.finish_and_clear();

@@ -4,10 +4,13 @@
 //! made once, as a value ([`Kernel`]), and passed down.
 
 pub mod cuda;
+mod device;
 pub mod nested;
 pub mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod x86;
+
+pub use device::{Device, DeviceChoice};
 
 use crate::format::{BlockSize, Codebook, FloatDtype};
 

@@ -1,7 +1,9 @@
 //! How much memory a plan takes, and how it is shared out.
 
+use super::scheduler::NESTED_CHUNK;
 use crate::error::{Error, Result};
 use crate::format::BlockSize;
+use crate::kernel::cuda::SlotSize;
 use crate::plan::{Plan, PlannedTensor};
 use crate::stats::GROUP;
 use crate::units::Bytes;
@@ -16,7 +18,26 @@ const MAX_CHUNK: usize = 1 << 21;
 /// The program itself, its threads' stacks and what libraries hold.
 const BASE: u64 = 12 << 20;
 
-/// A share of `--memory` for each purpose.
+/// Threads more than asked for when there is a GPU: as many wait for it while others read, hash and write.
+const WAITING: usize = 3;
+
+/// Slots that a GPU needs to copy to the device, run a kernel and copy back at the same time.
+const LEAST_SLOTS: usize = 3;
+
+/// What a plan may use.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Bytes of memory here.
+    pub memory: u64,
+    /// Threads.
+    pub threads: usize,
+    /// GPUs.
+    pub gpus: usize,
+    /// Bytes of memory on each GPU.
+    pub device_memory: u64,
+}
+
+/// A share of the [`Limits`] for each purpose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget {
     /// Threads that quantize and hash.
@@ -25,18 +46,35 @@ pub struct Budget {
     pub chunk_elements: usize,
     /// Bytes for absmax that wait for their tensor's mean, with double quantization.
     pub absmax: u64,
-    /// All memory that the plan takes, by estimate.
+    /// All memory that the plan takes here, by estimate; pinned buffers included.
     pub peak: u64,
+    /// The GPUs' ring, if there are any.
+    pub ring: Option<RingBudget>,
+}
+
+/// Slots on GPUs; see [`crate::kernel::cuda::Slot`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingBudget {
+    /// On all GPUs together.
+    pub slots: usize,
+    /// Each one's size.
+    pub slot: SlotSize,
+    /// GPUs.
+    pub gpus: usize,
 }
 
 impl Budget {
-    /// Shares out `memory` bytes among at most `threads` threads.
+    /// Shares out what `limits` allow.
     ///
     /// # Errors
     /// When it is too little.
-    pub fn new(plan: &Plan, memory: u64, threads: usize) -> Result<Budget> {
+    pub fn new(plan: &Plan, limits: Limits) -> Result<Budget> {
+        let Limits { memory, gpus, .. } = limits;
         let absmax = largest_absmax(plan);
-        let least = BASE + absmax + buffers_len(plan, CHUNK_STEP);
+        let slot_len = |chunk| if gpus > 0 { slot_size(plan, chunk).total() } else { 0 };
+        // A thread, and a slot for it to work in.
+        let pair = buffers_len(plan, CHUNK_STEP) + slot_len(CHUNK_STEP);
+        let least = BASE + absmax + pair;
         if least > memory {
             let hint = match absmax > 0 && least - absmax <= memory {
                 true => "; double quantization holds one f32 for every block of a tensor: give more, or larger blocks",
@@ -44,32 +82,65 @@ impl Budget {
             };
             return Err(Error::Memory { available: Bytes(memory).to_string(), needed: Bytes(least).to_string(), hint });
         }
+        let slots_on_device = |chunk| (limits.device_memory / slot_len(chunk).max(1)) as usize * gpus;
+        if gpus > 0 && slots_on_device(CHUNK_STEP) == 0 {
+            let (available, needed) =
+                (Bytes(limits.device_memory).to_string(), Bytes(slot_len(CHUNK_STEP)).to_string());
+            return Err(Error::DeviceMemory { available, needed });
+        }
         // Names and offsets take what they take; buffers shrink for them as far as they can.
         let plan_len = plan_len(plan);
         let fixed = BASE + plan_len.min(memory - least);
         let room = memory - fixed - absmax;
-        let fitting = usize::try_from(room / buffers_len(plan, CHUNK_STEP)).unwrap_or(usize::MAX);
-        let threads = threads.clamp(1, fitting);
+        let waiting = if gpus > 0 { WAITING } else { 0 };
+        let threads = (limits.threads + waiting).clamp(1, usize::try_from(room / pair).unwrap_or(usize::MAX));
+        let least_slots = threads.min(LEAST_SLOTS * gpus);
+        let fits = |chunk| {
+            let here = buffers_len(plan, chunk) * threads as u64 + slot_len(chunk) * least_slots as u64;
+            here <= room && slots_on_device(chunk) >= least_slots
+        };
         let mut chunk_elements = MAX_CHUNK;
-        while chunk_elements > CHUNK_STEP && buffers_len(plan, chunk_elements) * threads as u64 > room {
+        while chunk_elements > CHUNK_STEP && !fits(chunk_elements) {
             chunk_elements /= 2;
         }
-        let buffers = buffers_len(plan, chunk_elements) * threads as u64;
+        let mut buffers = buffers_len(plan, chunk_elements) * threads as u64;
+        let ring = (gpus > 0).then(|| {
+            let here = (room - buffers) / slot_len(chunk_elements);
+            let slots = threads.min(slots_on_device(chunk_elements)).min(here as usize).max(1);
+            buffers += slots as u64 * slot_len(chunk_elements);
+            RingBudget { slots, slot: slot_size(plan, chunk_elements), gpus }
+        });
         // Two tensors' worth, so that one can be read while the other's absmax are quantized.
         let absmax = (2 * absmax).min(memory - fixed - buffers);
-        Ok(Budget { threads, chunk_elements, absmax, peak: BASE + plan_len + absmax + buffers })
+        Ok(Budget { threads, chunk_elements, absmax, peak: BASE + plan_len + absmax + buffers, ring })
     }
 
-    /// The same with chunks of `elements`, rounded to what can be a chunk.
+    /// Bytes that the ring takes on each GPU.
+    pub fn device_peak(&self) -> u64 {
+        self.ring.map_or(0, |ring| ring.slots.div_ceil(ring.gpus) as u64 * ring.slot.total())
+    }
+
+    /// The same with chunks of `elements` at most, rounded to what can be a chunk.
     pub fn with_chunk_elements(self, elements: usize) -> Budget {
-        let chunk_elements = elements.next_multiple_of(CHUNK_STEP).clamp(CHUNK_STEP, MAX_CHUNK);
+        let chunk_elements = elements.next_multiple_of(CHUNK_STEP).clamp(CHUNK_STEP, self.chunk_elements);
         Budget { chunk_elements, ..self }
     }
 }
 
+/// A slot that takes chunks, and runs of absmax if there will be any.
+fn slot_size(plan: &Plan, chunk: usize) -> SlotSize {
+    let nested = if plan.recipe.double_quant { NESTED_CHUNK } else { 0 };
+    SlotSize::new(chunk, element_size(plan), plan.recipe.block_size, nested)
+}
+
+/// Bytes of the largest element that is quantized.
+fn element_size(plan: &Plan) -> usize {
+    plan.quantized().filter_map(|tensor| Some(tensor.quantized_from()?.size())).max().unwrap_or(2)
+}
+
 /// A thread's buffers: source, codes, four figures a block, and absmax as bytes.
 fn buffers_len(plan: &Plan, chunk: usize) -> u64 {
-    let element = plan.quantized().filter_map(|tensor| Some(tensor.quantized_from()?.size())).max().unwrap_or(2);
+    let element = element_size(plan);
     let blocks = chunk / plan.recipe.block_size.get();
     (chunk * element + chunk / 2 + blocks * 5 * size_of::<f32>()) as u64
 }

@@ -1,12 +1,16 @@
 //! Executing a plan: read, quantize, write and hash, on all cores, in bounded memory.
 //!
 //! Threads take tasks from one [`Scheduler`]: a run of whole blocks of a tensor is read, quantized and written at the
-//! offset that the plan has for it, by the same thread and while it is in that core's cache. No order is kept between
+//! offset that the plan has for it, by the same thread and while it is in that core's cache. With a GPU the thread reads
+//! into pinned memory and sleeps while the GPU quantizes; other threads read, hash and write meanwhile. No order is kept between
 //! tasks, since no output depends on one. When the last tensor of a file is written, the file is synced and hashed
 //! (whole, and tensor by tensor) out of the page cache, ahead of quantizing what comes next.
 
 mod budget;
+mod files;
 mod nonfinite;
+mod results;
+mod ring;
 mod scheduler;
 mod staged;
 mod worker;
@@ -19,14 +23,15 @@ use std::thread;
 
 use serde::{Deserialize, Serialize};
 
-pub use budget::Budget;
+pub use budget::{Budget, Limits, RingBudget};
 pub use staged::Staged;
 
 use crate::checkpoint::{Disk, Sha256Hash, Source, SourceFile};
 use crate::error::Result;
-use crate::kernel::Kernel;
+use crate::kernel::Device;
 use crate::plan::{Plan, PlannedFile};
 use crate::stats::{AbsmaxGathering, Gathering, Statistics};
+use ring::Ring;
 use scheduler::Scheduler;
 use worker::Worker;
 
@@ -48,7 +53,7 @@ pub trait Progress: Sync {
 #[derive(Clone, Copy)]
 pub struct Means<'a> {
     /// What quantizes.
-    pub kernel: Kernel,
+    pub device: &'a Device,
     /// Threads and buffers.
     pub budget: Budget,
     /// Whether to hash the source's files.
@@ -124,6 +129,8 @@ struct Job<'a> {
     plan: &'a Plan,
     outputs: &'a dyn Outputs,
     means: Means<'a>,
+    /// Where GPUs work, if there are any.
+    ring: Option<Ring<'a>>,
     open: Vec<Mutex<Option<Arc<dyn Output + 'a>>>>,
 }
 
@@ -142,7 +149,8 @@ pub fn run(
     means: Means<'_>,
 ) -> Result<Outcome> {
     let open = plan.files.iter().map(|_| Mutex::default()).collect();
-    let job = Job { source, plan, outputs, means, open };
+    let ring = means.budget.ring.map(|budget| Ring::new(means.device.gpus(), budget));
+    let job = Job { source, plan, outputs, means, ring, open };
     let scheduler = Scheduler::new(plan, source.files.len(), sealed, means);
     thread::scope(|scope| {
         for _ in 0..means.budget.threads {

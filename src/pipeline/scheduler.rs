@@ -13,7 +13,7 @@ use crate::plan::{Plan, PlannedTensor};
 use crate::stats::{AbsmaxGathering, Gathering};
 
 /// Entries of absmax that one [`Task::Nested`] takes: whole nested blocks.
-const NESTED_CHUNK: usize = 256 * NESTED_BLOCK_SIZE;
+pub const NESTED_CHUNK: usize = 256 * NESTED_BLOCK_SIZE;
 
 /// Something for a thread to do.
 #[derive(Clone, Debug)]

@@ -36,7 +36,7 @@ pub fn against(folder: &Path, source: &Path, convert: convert::Options, options:
 
     let compared = Compared { folder: folder.to_owned(), differences: Mutex::default() };
     let means = Means {
-        kernel: convert.kernel,
+        device: &conversion.options.device,
         budget: conversion.budget,
         hash_source,
         disk: &RealDisk,

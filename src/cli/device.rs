@@ -1,0 +1,43 @@
+//! `--device`: what quantizes, and the line that says so.
+
+use clap::Args;
+use prequant::Error;
+use prequant::kernel::{Device, DeviceChoice};
+use prequant::units::Bytes;
+
+#[derive(Args)]
+pub struct Arguments {
+    /// What quantizes: auto, cpu, cuda, cuda:N or cuda:N,cuda:M. The bytes are the same. auto takes a usable NVIDIA GPU if
+    /// there is one, else the CPU
+    #[arg(long, value_name = "DEVICE", default_value_t = DeviceChoice::Auto)]
+    device: DeviceChoice,
+
+    /// The most memory to use of each GPU
+    #[arg(long, value_name = "SIZE", default_value = "256MiB")]
+    device_memory: Bytes,
+}
+
+/// What was opened, and how it came to that.
+pub struct Opened {
+    pub device: Device,
+    pub device_memory: u64,
+    /// One line for people.
+    pub line: String,
+}
+
+impl Arguments {
+    /// Opens the device.
+    pub fn open(&self) -> Result<Opened, Error> {
+        open(&self.device, self.device_memory.0)
+    }
+}
+
+/// Opens `choice`; of each GPU, `device_memory` bytes may be used.
+pub fn open(choice: &DeviceChoice, device_memory: u64) -> Result<Opened, Error> {
+    let opened = choice.open(device_memory);
+    let (device, why) = opened.map_err(|why| Error::NoDevice { device: choice.to_string(), why })?;
+    let driver = device.gpus().first().map(|gpu| format!(", CUDA {} driver", gpu.cuda_version()));
+    let why = why.map(|why| format!(": {why}"));
+    let line = format!("device: {device}{}{}", driver.unwrap_or_default(), why.unwrap_or_default());
+    Ok(Opened { device, device_memory, line })
+}

@@ -1,0 +1,377 @@
+//! The CUDA driver's objects as Rust values, freed when dropped. All unsafe calls into the driver are here.
+
+use std::ffi::{CStr, CString, c_void};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys;
+
+/// A call into the driver that failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{call} failed: {name} ({code}): {text}")]
+pub struct Fault {
+    /// The driver's function.
+    pub call: &'static str,
+    /// The driver's number for what went wrong.
+    pub code: u32,
+    /// Its name.
+    pub name: String,
+    /// The driver's words for it.
+    pub text: String,
+}
+
+impl Fault {
+    /// Whether memory ran out, on the device or for pinned buffers.
+    pub fn is_out_of_memory(&self) -> bool {
+        self.code == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY as u32
+    }
+}
+
+/// Adds the call's name to a driver's error.
+trait Named<T> {
+    fn in_call(self, call: &'static str) -> Result<T, Fault>;
+}
+
+impl<T> Named<T> for Result<T, DriverError> {
+    fn in_call(self, call: &'static str) -> Result<T, Fault> {
+        self.map_err(|error| {
+            let text = |text: Result<&CStr, DriverError>| text.map_or("unknown".into(), CStr::to_string_lossy).into();
+            Fault { call, code: error.0 as u32, name: text(error.error_name()), text: text(error.error_string()) }
+        })
+    }
+}
+
+/// Whether the driver's library is there. Every other call panics without it.
+pub fn is_present() -> bool {
+    // SAFETY: loading the library runs its initializers, which are the driver's own.
+    unsafe { sys::is_culib_present() }
+}
+
+/// Starts the driver; returns the CUDA version that it serves, as major · 1000 + minor · 10.
+pub fn init() -> Result<i32, Fault> {
+    let mut version = 0;
+    // SAFETY: writes one i32; needs no initialization.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().in_call("cuDriverGetVersion")?;
+    result::init().in_call("cuInit")?;
+    Ok(version)
+}
+
+/// The number of GPUs.
+pub fn device_count() -> Result<usize, Fault> {
+    Ok(result::device::get_count().in_call("cuDeviceGetCount")?.max(0) as usize)
+}
+
+/// A GPU's primary context.
+#[derive(Debug)]
+pub struct Context {
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+}
+
+// SAFETY: the driver's functions may be called from any thread, and a context be current to several.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
+
+impl Context {
+    /// That of the GPU with this number; `init` must have been called.
+    pub fn new(ordinal: usize) -> Result<Arc<Context>, Fault> {
+        let device = result::device::get(ordinal as i32).in_call("cuDeviceGet")?;
+        // SAFETY: the device comes from the driver; what is retained is released on drop.
+        let context = unsafe { result::primary_ctx::retain(device) }.in_call("cuDevicePrimaryCtxRetain")?;
+        Ok(Arc::new(Context { device, context }))
+    }
+
+    /// The GPU's name.
+    pub fn name(&self) -> Result<String, Fault> {
+        result::device::get_name(self.device).in_call("cuDeviceGetName")
+    }
+
+    /// Major and minor compute capability.
+    pub fn compute_capability(&self) -> Result<(i32, i32), Fault> {
+        use sys::CUdevice_attribute::{
+            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
+            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
+        };
+        // SAFETY: the device comes from the driver.
+        let attribute = |which| unsafe { result::device::get_attribute(self.device, which) };
+        Ok((attribute(MAJOR).in_call("cuDeviceGetAttribute")?, attribute(MINOR).in_call("cuDeviceGetAttribute")?))
+    }
+
+    /// Bytes of device memory that are free, and all.
+    pub fn memory(&self) -> Result<(u64, u64), Fault> {
+        self.make_current()?;
+        let (free, total) = result::mem_get_info().in_call("cuMemGetInfo")?;
+        Ok((free as u64, total as u64))
+    }
+
+    /// Has the calling thread work with this context.
+    fn make_current(&self) -> Result<(), Fault> {
+        // SAFETY: the context is retained as long as `self` lives.
+        unsafe { result::ctx::set_current(self.context) }.in_call("cuCtxSetCurrent")
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: retained once in `new`; everything made in the context holds an `Arc` of it and is gone. A failure
+        // leaves nothing to be done.
+        let _ = unsafe { result::primary_ctx::release(self.device) };
+    }
+}
+
+/// Kernels compiled for a GPU.
+#[derive(Debug)]
+pub struct Module {
+    context: Arc<Context>,
+    module: sys::CUmodule,
+}
+
+/// A kernel of a [`Module`], which must outlive it.
+#[derive(Clone, Copy, Debug)]
+pub struct Function(sys::CUfunction);
+
+// SAFETY: handles of the driver, which is free-threaded.
+unsafe impl Send for Module {}
+// SAFETY: as above.
+unsafe impl Sync for Module {}
+// SAFETY: as above.
+unsafe impl Send for Function {}
+// SAFETY: as above.
+unsafe impl Sync for Function {}
+
+impl Module {
+    /// Has the driver compile `ptx`.
+    pub fn load(context: &Arc<Context>, ptx: &CStr) -> Result<Module, Fault> {
+        context.make_current()?;
+        // SAFETY: a PTX image is text that ends in a zero byte.
+        let module = unsafe { result::module::load_data(ptx.as_ptr().cast()) }.in_call("cuModuleLoadData")?;
+        Ok(Module { context: context.clone(), module })
+    }
+
+    /// The kernel of that name.
+    pub fn function(&self, name: &str) -> Result<Function, Fault> {
+        let name = CString::new(name).unwrap_or_default();
+        // SAFETY: the module is loaded.
+        let function = unsafe { result::module::get_function(self.module, name) };
+        Ok(Function(function.in_call("cuModuleGetFunction")?))
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        if self.context.make_current().is_ok() {
+            // SAFETY: loaded in `load`, and unloaded once.
+            let _ = unsafe { result::module::unload(self.module) };
+        }
+    }
+}
+
+/// Memory on a GPU.
+#[derive(Debug)]
+pub struct DeviceBuffer {
+    context: Arc<Context>,
+    address: sys::CUdeviceptr,
+    len: usize,
+}
+
+impl DeviceBuffer {
+    /// `len` bytes, at least one; not initialized.
+    pub fn new(context: &Arc<Context>, len: usize) -> Result<DeviceBuffer, Fault> {
+        context.make_current()?;
+        // SAFETY: freed on drop.
+        let address = unsafe { result::malloc_sync(len) }.in_call("cuMemAlloc")?;
+        Ok(DeviceBuffer { context: context.clone(), address, len })
+    }
+
+    /// A buffer that holds `words`.
+    pub fn with_words(context: &Arc<Context>, words: &[u32]) -> Result<DeviceBuffer, Fault> {
+        let buffer = DeviceBuffer::new(context, size_of_val(words))?;
+        // SAFETY: the buffer is that long; the copy is over when the call returns.
+        unsafe { result::memcpy_htod_sync(buffer.address, words) }.in_call("cuMemcpyHtoD")?;
+        Ok(buffer)
+    }
+
+    /// The device's address of its first byte.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Its length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+}
+
+impl Drop for DeviceBuffer {
+    fn drop(&mut self) {
+        if self.context.make_current().is_ok() {
+            // SAFETY: allocated in `new`, and freed once; whoever starts work with it waits for its end.
+            let _ = unsafe { result::free_sync(self.address) };
+        }
+    }
+}
+
+/// Memory of this machine that stays where it is, so that a GPU can read and write it itself.
+#[derive(Debug)]
+pub struct PinnedBuffer {
+    context: Arc<Context>,
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: plain memory, owned.
+unsafe impl Send for PinnedBuffer {}
+
+impl PinnedBuffer {
+    /// `len` zeros, aligned to a page.
+    pub fn new(context: &Arc<Context>, len: usize) -> Result<PinnedBuffer, Fault> {
+        context.make_current()?;
+        // SAFETY: freed on drop. The flags ask for portable (1), cached memory: the CPU reads results back from it.
+        let start = unsafe { result::malloc_host(len, 1) }.in_call("cuMemHostAlloc")?;
+        let Some(start) = NonNull::new(start.cast::<u8>()) else {
+            let name = "CUDA_ERROR_OUT_OF_MEMORY".to_owned();
+            return Err(Fault { call: "cuMemHostAlloc", code: 2, name, text: "it gave no address".to_owned() });
+        };
+        // SAFETY: `len` bytes from `start` on are ours.
+        unsafe { start.write_bytes(0, len) };
+        Ok(PinnedBuffer { context: context.clone(), start, len })
+    }
+
+    /// Its bytes.
+    pub fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: `len` initialized bytes, borrowed as `self` is; `Stream::run` returns only when no copy is under way.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl Drop for PinnedBuffer {
+    fn drop(&mut self) {
+        if self.context.make_current().is_ok() {
+            // SAFETY: allocated in `new`, and freed once.
+            let _ = unsafe { result::free_host(self.start.as_ptr().cast()) };
+        }
+    }
+}
+
+/// An argument of a kernel.
+#[derive(Clone, Copy, Debug)]
+pub enum Argument {
+    /// An address on the device.
+    Address(u64),
+    /// An unsigned integer.
+    U32(u32),
+    /// A number.
+    F32(f32),
+}
+
+/// A kernel, its grid and its arguments.
+pub struct Launch<'a> {
+    /// The kernel.
+    pub function: Function,
+    /// Thread blocks.
+    pub grid: u32,
+    /// Threads in each.
+    pub threads: u32,
+    /// What it is given, in its parameters' order and types.
+    pub arguments: &'a [Argument],
+}
+
+/// Work done by a GPU in order, beside other streams; and the event that tells of its end.
+#[derive(Debug)]
+pub struct Stream {
+    context: Arc<Context>,
+    stream: sys::CUstream,
+    done: sys::CUevent,
+}
+
+// SAFETY: handles of the driver, which is free-threaded.
+unsafe impl Send for Stream {}
+
+impl Stream {
+    /// A stream that waits for no other.
+    pub fn new(context: &Arc<Context>) -> Result<Stream, Fault> {
+        context.make_current()?;
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).in_call("cuStreamCreate")?;
+        // A thread that waits sleeps: there are files to hash meanwhile.
+        let flags =
+            sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32 | sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        let mut done = std::ptr::null_mut();
+        // SAFETY: writes one handle, which is destroyed on drop.
+        let created = unsafe { sys::cuEventCreate(&mut done, flags) }.result().in_call("cuEventCreate");
+        let stream = Stream { context: context.clone(), stream, done };
+        created.map(|()| stream)
+    }
+
+    /// Copies `source` to the device, runs a kernel, copies its results back to `results`, and waits for the end.
+    ///
+    /// # Safety
+    /// The arguments must be what the kernel takes, and all it reads or writes must lie in buffers that live and that
+    /// nothing else uses meanwhile.
+    pub unsafe fn run(
+        &self,
+        source: (&[u8], &mut DeviceBuffer),
+        launch: &Launch<'_>,
+        results: (&DeviceBuffer, &mut [u8]),
+    ) -> Result<(), Fault> {
+        assert!(source.0.len() <= source.1.len() && results.1.len() <= results.0.len(), "copies past a buffer's end");
+        self.context.make_current()?;
+        // SAFETY: both copies are within their buffers, which are borrowed until the work is waited for; the launch is
+        // the caller's promise.
+        let started = unsafe { self.start(source.0, source.1.address, launch, results.0.address, results.1) };
+        // Whatever has been started uses the buffers until it ends.
+        // SAFETY: the stream lives.
+        let ended = unsafe { self.wait() };
+        started.and(ended)
+    }
+
+    unsafe fn start(
+        &self,
+        source: &[u8],
+        to: sys::CUdeviceptr,
+        launch: &Launch<'_>,
+        from: sys::CUdeviceptr,
+        results: &mut [u8],
+    ) -> Result<(), Fault> {
+        let mut values = launch.arguments.to_vec();
+        let pointer = |value: &mut Argument| match value {
+            Argument::Address(x) => std::ptr::from_mut(x).cast::<c_void>(),
+            Argument::U32(x) => std::ptr::from_mut(x).cast(),
+            Argument::F32(x) => std::ptr::from_mut(x).cast(),
+        };
+        let mut pointers: Vec<*mut c_void> = values.iter_mut().map(pointer).collect();
+        let (grid, threads) = ((launch.grid, 1, 1), (launch.threads, 1, 1));
+        // SAFETY: promised by the callers; the driver copies the arguments before it returns.
+        unsafe {
+            result::memcpy_htod_async(to, source, self.stream).in_call("cuMemcpyHtoDAsync")?;
+            result::launch_kernel(launch.function.0, grid, threads, 0, self.stream, &mut pointers)
+                .in_call("cuLaunchKernel")?;
+            result::memcpy_dtoh_async(results, from, self.stream).in_call("cuMemcpyDtoHAsync")
+        }
+    }
+
+    unsafe fn wait(&self) -> Result<(), Fault> {
+        // SAFETY: event and stream live as long as `self`. If the event can't be recorded, the stream is waited for.
+        unsafe {
+            match result::event::record(self.done, self.stream).in_call("cuEventRecord") {
+                Ok(()) => result::event::synchronize(self.done).in_call("cuEventSynchronize"),
+                Err(fault) => result::stream::synchronize(self.stream).in_call("cuStreamSynchronize").and(Err(fault)),
+            }
+        }
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if self.context.make_current().is_ok() {
+            // SAFETY: made in `new`, destroyed once; the event is null if it could not be made.
+            unsafe {
+                if !self.done.is_null() {
+                    let _ = result::event::destroy(self.done);
+                }
+                let _ = result::stream::destroy(self.stream);
+            }
+        }
+    }
+}

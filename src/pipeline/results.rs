@@ -1,0 +1,90 @@
+//! Putting what quantizing gave where the plan has it.
+
+use super::files::Files;
+use super::scheduler::Done;
+use crate::error::Result;
+use crate::format::{FloatDtype, NESTED_BLOCK_SIZE, OutputKind, QuantState, Scheme, dynamic_map, quant_state_bytes};
+use crate::kernel::{Figures, nested};
+use crate::plan::PlannedTensor;
+use crate::stats::{AbsmaxGathering, Gathering};
+
+/// One tensor's places in the output file that is open.
+pub struct Results<'x, 'j, 'a> {
+    pub files: &'x Files<'j, 'a>,
+    pub scheme: Scheme,
+    pub tensor: &'x PlannedTensor,
+    pub dtype: FloatDtype,
+    /// f32 as they stand in the file; a buffer.
+    pub encoded: &'x mut Vec<u8>,
+}
+
+impl Results<'_, '_, '_> {
+    /// A run of blocks that starts at an element: codes, absmax and what is known without the weights.
+    pub fn quantized(&mut self, first_element: u64, packed: &[u8], figures: &Figures<'_>) -> Result<Done> {
+        if first_element == 0 {
+            self.constants()?;
+        }
+        self.files.write(packed, self.offset(OutputKind::Packed) + first_element / 2)?;
+        let first_block = first_element / self.scheme.block_size.get() as u64;
+        let absmax = if self.scheme.double_quant {
+            Some((first_block as usize, figures.absmax.to_vec()))
+        } else {
+            self.floats(figures.absmax, OutputKind::Absmax, first_block)?;
+            None
+        };
+        let mut gathering = Box::<Gathering>::default();
+        gathering.add(figures);
+        Ok(Done::Quantized { gathering, absmax })
+    }
+
+    /// A run of quantized absmax that starts at entry `first`.
+    pub fn nested(
+        &mut self,
+        first: usize,
+        absmax: &[f32],
+        offset: f32,
+        codes: &[u8],
+        nested_absmax: &[f32],
+    ) -> Result<Done> {
+        self.files.write(codes, self.offset(OutputKind::Absmax) + first as u64)?;
+        self.floats(nested_absmax, OutputKind::NestedAbsmax, (first / NESTED_BLOCK_SIZE) as u64)?;
+        if first == 0 {
+            self.quant_state(offset)?;
+        }
+        let map = dynamic_map();
+        let mut error = AbsmaxGathering::default();
+        let blocks = absmax.chunks(NESTED_BLOCK_SIZE).zip(codes.chunks(NESTED_BLOCK_SIZE)).zip(nested_absmax);
+        for ((absmax, codes), nested) in blocks {
+            let restored = codes.iter().map(|&code| nested::restore(code, *nested, offset, map));
+            error.add(absmax.iter().copied().zip(restored));
+        }
+        Ok(Done::Nested(error))
+    }
+
+    /// The outputs that are known without the weights.
+    fn constants(&mut self) -> Result<()> {
+        self.floats(&self.scheme.format.codebook().values(), OutputKind::QuantMap, 0)?;
+        if self.scheme.double_quant {
+            self.floats(dynamic_map().values(), OutputKind::NestedQuantMap, 0)
+        } else {
+            self.quant_state(0.0)
+        }
+    }
+
+    fn quant_state(&self, nested_offset: f32) -> Result<()> {
+        let state =
+            QuantState { scheme: &self.scheme, dtype: self.dtype, shape: &self.tensor.info.shape, nested_offset };
+        self.files.write(&quant_state_bytes(&state), self.offset(OutputKind::QuantState))
+    }
+
+    /// Puts `values` from entry `first` of an output on.
+    fn floats(&mut self, values: &[f32], kind: OutputKind, first: u64) -> Result<()> {
+        self.encoded.clear();
+        self.encoded.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+        self.files.write(self.encoded, self.offset(kind) + first * size_of::<f32>() as u64)
+    }
+
+    fn offset(&self, kind: OutputKind) -> u64 {
+        self.tensor.output(kind).offset
+    }
+}
