@@ -88,7 +88,8 @@ mod tests {
             let around = |t: f32| [t.next_down(), t, t.next_up()];
             let edges = thresholds.into_iter().chain([0.0, -1.0, 1.0, 1.000_001, -1.000_001]).flat_map(around);
             // Every f32 with these 20 leading bits that is at most one, and the edges of the bins between them.
-            let grid = (0..=0x3f80_0000u32).step_by(1 << 12).flat_map(|bits| [bits, bits | 1 << 31]).map(f32::from_bits);
+            let grid =
+                (0..=0x3f80_0000u32).step_by(1 << 12).flat_map(|bits| [bits, bits | 1 << 31]).map(f32::from_bits);
             for t in edges.chain(grid) {
                 assert_eq!(rank(&table, t), plain(t), "{t:e}");
             }
