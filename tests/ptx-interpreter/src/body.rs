@@ -28,6 +28,7 @@ impl<'a> Body<'a> {
     /// Reads up to the closing brace.
     pub fn read(mut self, cursor: &mut Cursor<'a>) -> Result<Entry, String> {
         while !self.scopes.is_empty() {
+            cursor.began = cursor.line();
             match cursor.peek() {
                 ".reg" => self.registers(cursor)?,
                 ".shared" => self.shared(cursor)?,
@@ -43,11 +44,12 @@ impl<'a> Body<'a> {
                 _ => self.statement(cursor)?,
             }
         }
-        self.finish()
+        self.finish(cursor)
     }
 
-    fn finish(mut self) -> Result<Entry, String> {
+    fn finish(mut self, cursor: &mut Cursor<'a>) -> Result<Entry, String> {
         for (at, label) in self.branches {
+            cursor.began = self.entry.code[at].line;
             let target = *self.labels.get(label).ok_or_else(|| format!("no label `{label}`"))?;
             if target >= self.entry.code.len() {
                 return Err(format!("nothing stands after label `{label}`"));

@@ -1,5 +1,5 @@
-//! Executes PTX on the CPU, thread by thread, and stops at whatever a GPU would silently let pass: an access outside its
-//! buffer, a byte that nobody wrote, a race, a barrier or a shuffle that not every thread reaches.
+//! Executes PTX on the CPU, thread by thread, and stops at whatever a GPU would silently let pass: an access outside
+//! its buffer, a byte that nobody wrote, a race, a barrier or a shuffle that not every thread reaches.
 //!
 //! It knows the instructions that prequant's kernels use, and refuses a module that has any other. Arithmetic is IEEE
 //! f32, rounded to nearest, with subnormals. A thread runs until it waits at a shuffle or a barrier; a shuffle happens

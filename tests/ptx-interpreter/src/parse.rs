@@ -20,8 +20,9 @@ impl Module {
         let mut cursor = Cursor::new(text)?;
         let mut entries = Vec::new();
         while !cursor.peek().is_empty() {
+            cursor.began = cursor.line();
             let parsed = top_level(&mut cursor);
-            entries.extend(parsed.map_err(|message| format!("line {}: {message}", cursor.line()))?);
+            entries.extend(parsed.map_err(|message| format!("line {}: {message}", cursor.began))?);
         }
         Ok(Module { entries })
     }

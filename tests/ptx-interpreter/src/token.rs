@@ -37,11 +37,13 @@ pub(crate) fn tokens(text: &str) -> Result<Vec<Token<'_>>, String> {
 pub(crate) struct Cursor<'a> {
     tokens: Vec<Token<'a>>,
     at: usize,
+    /// Where what is being read began; for messages.
+    pub began: u32,
 }
 
 impl<'a> Cursor<'a> {
     pub fn new(text: &'a str) -> Result<Cursor<'a>, String> {
-        Ok(Cursor { tokens: tokens(text)?, at: 0 })
+        Ok(Cursor { tokens: tokens(text)?, at: 0, began: 0 })
     }
 
     /// The next token's text; empty at the end.
