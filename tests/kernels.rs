@@ -1,72 +1,14 @@
 //! Every kernel against the specification, `Kernel::SCALAR`: the same bytes, and figures the same to the bit.
 
+#[path = "support/weights.rs"]
+mod weights;
+
 use half::{bf16, f16};
-use prequant::format::{BlockSize, Codebook, FP4, FloatDtype, NF4};
-use prequant::kernel::{Blocks, Figures, Kernel, NonFinite};
+use prequant::format::{Codebook, FloatDtype, NF4};
+use prequant::kernel::{Kernel, NonFinite};
 use proptest::prelude::*;
 
-const DTYPES: [FloatDtype; 3] = [FloatDtype::Bfloat16, FloatDtype::Float16, FloatDtype::Float32];
-const CODEBOOKS: [&Codebook; 2] = [&NF4, &FP4];
-const BLOCK_SIZES: [u32; 8] = [32, 64, 128, 256, 512, 1024, 2048, 4096];
-
-/// The largest finite magnitude that the dtype holds.
-fn largest(dtype: FloatDtype) -> f32 {
-    match dtype {
-        FloatDtype::Bfloat16 => bf16::MAX.to_f32(),
-        FloatDtype::Float16 => f16::MAX.to_f32(),
-        FloatDtype::Float32 => f32::MAX,
-    }
-}
-
-/// Elements as they stand in a file, each rounded to the dtype and kept finite.
-fn encode(dtype: FloatDtype, elements: &[f32]) -> Vec<u8> {
-    let largest = largest(dtype);
-    elements.iter().flat_map(|x| encode_one(dtype, x.clamp(-largest, largest))).collect()
-}
-
-fn encode_one(dtype: FloatDtype, x: f32) -> Vec<u8> {
-    match dtype {
-        FloatDtype::Bfloat16 => bf16::from_f32(x).to_le_bytes().to_vec(),
-        FloatDtype::Float16 => f16::from_f32(x).to_le_bytes().to_vec(),
-        FloatDtype::Float32 => x.to_le_bytes().to_vec(),
-    }
-}
-
-/// What a kernel wrote; figures as bits.
-#[derive(Debug, PartialEq)]
-struct Output {
-    packed: Vec<u8>,
-    figures: [Vec<u32>; 4],
-}
-
-impl Output {
-    fn extend(&mut self, other: Output) {
-        self.packed.extend(other.packed);
-        for (mine, others) in self.figures.iter_mut().zip(other.figures) {
-            mine.extend(others);
-        }
-    }
-}
-
-fn quantize(
-    kernel: Kernel,
-    source: &[u8],
-    dtype: FloatDtype,
-    size: u32,
-    codebook: &'static Codebook,
-) -> Result<Output, NonFinite> {
-    let block_size = BlockSize::try_from(size).unwrap();
-    let elements = source.len() / dtype.size();
-    let blocks = elements.div_ceil(block_size.get());
-    // Filled with what no kernel writes, so that what was left out shows.
-    let mut packed = vec![0xee; elements.div_ceil(2)];
-    let mut figures: [Vec<f32>; 4] = std::array::from_fn(|_| vec![f32::NAN; blocks]);
-    let [absmax, signal, noise, worst] = &mut figures;
-    let figures_out = Figures { absmax, signal, noise, worst };
-    let packed_out = &mut packed;
-    kernel.quantize(Blocks { source, dtype, block_size, codebook, packed: packed_out, figures: figures_out })?;
-    Ok(Output { packed, figures: figures.map(|figure| figure.iter().map(|x| x.to_bits()).collect()) })
-}
+use weights::*;
 
 /// Asserts that every kernel does with `source` what the specification does.
 fn assert_all_equal(source: &[u8], dtype: FloatDtype, size: u32, codebook: &'static Codebook) {
@@ -92,17 +34,7 @@ fn report(
     let (Ok(expected), Ok(found)) = (expected, found) else {
         panic!("{case}: finite for the specification: {}, for the kernel: {}", expected.is_ok(), found.is_ok());
     };
-    if let Some(i) = (0..expected.packed.len()).find(|&i| expected.packed[i] != found.packed[i]) {
-        panic!("{case}: packed byte {i} is {:#04x}, expected {:#04x}", found.packed[i], expected.packed[i]);
-    }
-    for (name, figure) in ["absmax", "signal", "noise", "worst"].iter().zip(0..) {
-        let (expected, found) = (&expected.figures[figure], &found.figures[figure]);
-        if let Some(i) = (0..expected.len()).find(|&i| expected[i] != found[i]) {
-            let (found, expected) = (f32::from_bits(found[i]), f32::from_bits(expected[i]));
-            panic!("{case}: {name} of block {i} is {found:e}, expected {expected:e}");
-        }
-    }
-    unreachable!("outputs differ")
+    panic!("{case}: {}", found.difference(expected).unwrap_or_default());
 }
 
 /// [`assert_all_equal`] for elements given as f32, in every dtype and both codebooks.
@@ -112,33 +44,6 @@ fn assert_all_equal_for(elements: &[f32], size: u32) {
         for codebook in CODEBOOKS {
             assert_all_equal(&source, dtype, size, codebook);
         }
-    }
-}
-
-/// A small generator (xorshift64*): the tests need many numbers, not good ones.
-struct Random(u64);
-
-impl Random {
-    fn bits(&mut self) -> u32 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32) as u32
-    }
-
-    /// In (-1, 1).
-    fn uniform(&mut self) -> f32 {
-        (self.bits() as i32) as f32 / (1u64 << 31) as f32 * 0.999
-    }
-
-    /// Nearly Gaussian.
-    fn normal(&mut self) -> f32 {
-        (0..6).map(|_| self.uniform()).sum::<f32>() * 0.707
-    }
-
-    /// A finite f32 with any bits.
-    fn any(&mut self) -> f32 {
-        std::iter::repeat_with(|| f32::from_bits(self.bits())).find(|x| x.is_finite()).unwrap()
     }
 }
 
@@ -187,12 +92,6 @@ fn kernels_equal_the_specification_on_a_single_nonzero_at_each_position() {
     }
 }
 
-/// The numbers at and beside every threshold and value times `absmax`, then absmax itself.
-fn around_thresholds(codebook: &Codebook, absmax: f32, next: impl Fn(f32) -> [f32; 5]) -> Vec<f32> {
-    let points = codebook.thresholds().into_iter().chain(codebook.values());
-    points.flat_map(|point| next(point * absmax)).chain([absmax, -absmax]).map(|x| x.clamp(-absmax, absmax)).collect()
-}
-
 #[test]
 fn kernels_equal_the_specification_at_every_threshold_and_beside_it() {
     let mut random = Random(3);
@@ -200,29 +99,14 @@ fn kernels_equal_the_specification_at_every_threshold_and_beside_it() {
     scales.extend((0..200).map(|_| random.any().abs()));
     for codebook in CODEBOOKS {
         for &absmax in &scales {
-            let f32s = |x: f32| [x.next_down().next_down(), x.next_down(), x, x.next_up(), x.next_up().next_up()];
-            let bf16s = |x: f32| {
-                [-2, -1, 0, 1, 2].map(|by| f32::from_bits((x.to_bits() >> 16 << 16).wrapping_add_signed(by << 16)))
-            };
-            let exact = encode(FloatDtype::Float32, &around_thresholds(codebook, absmax, f32s));
-            let coarse = around_thresholds(codebook, bf16::from_f32(absmax.min(3e38)).to_f32(), bf16s);
+            let exact = encode(FloatDtype::Float32, &around_thresholds(codebook, absmax, next_f32s));
+            let coarse = around_thresholds(codebook, bf16::from_f32(absmax.min(3e38)).to_f32(), next_bf16s);
             for size in [32, 64, 256] {
-                // Whole blocks only see absmax where it stands, so each block gets one.
-                let with_absmax = |x: &[u8], absmax: f32, dtype: FloatDtype| -> Vec<u8> {
-                    let room = (size as usize - 1) * dtype.size();
-                    let pad =
-                        |block: &[u8]| [&encode_one(dtype, absmax)[..], block, &vec![0; room - block.len()]].concat();
-                    x.chunks(room).flat_map(pad).collect()
-                };
-                assert_all_equal(
-                    &with_absmax(&exact, absmax, FloatDtype::Float32),
-                    FloatDtype::Float32,
-                    size,
-                    codebook,
-                );
+                let source = with_absmax(&exact, absmax, size, FloatDtype::Float32);
+                assert_all_equal(&source, FloatDtype::Float32, size, codebook);
                 for dtype in DTYPES {
                     let absmax = coarse.iter().fold(0.0, |a: f32, x| a.max(x.abs())).min(largest(dtype));
-                    let source = with_absmax(&encode(dtype, &coarse), absmax, dtype);
+                    let source = with_absmax(&encode(dtype, &coarse), absmax, size, dtype);
                     assert_all_equal(&source, dtype, size, codebook);
                 }
             }
