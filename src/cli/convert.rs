@@ -197,8 +197,10 @@ fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
     if arguments.dry_run {
         return Ok(dry_run::report(&conversion, &arguments.destination, &device.line, arguments.audience()));
     }
-    if !arguments.quiet {
+    if let Audience::People = arguments.audience() {
         eprintln!("{}", device.line);
+    }
+    if !arguments.quiet {
         for warning in &conversion.plan.warnings {
             eprintln!("warning: {warning}");
         }

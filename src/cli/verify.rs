@@ -78,7 +78,7 @@ fn check(arguments: &Arguments) -> Result<Report, Error> {
     let report = match &arguments.against {
         Some(source) => {
             let opened = device::open(&arguments.device, convert.device_memory)?;
-            if !arguments.quiet {
+            if !arguments.quiet && !arguments.json {
                 progress.suspend(|| eprintln!("{}", opened.line));
             }
             against(&arguments.folder, source, convert::Options { threads, device: opened.device, ..convert }, options)
