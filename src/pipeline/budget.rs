@@ -3,7 +3,7 @@
 use super::scheduler::NESTED_CHUNK;
 use crate::error::{Error, Result};
 use crate::format::BlockSize;
-use crate::kernel::cuda::SlotSize;
+use crate::kernel::cuda::{SlotSize, TABLE_BYTES};
 use crate::plan::{Plan, PlannedTensor};
 use crate::stats::GROUP;
 use crate::units::Bytes;
@@ -115,9 +115,9 @@ impl Budget {
         Ok(Budget { threads, chunk_elements, absmax, peak: BASE + plan_len + absmax + buffers, ring })
     }
 
-    /// Bytes that the ring takes on each GPU.
+    /// Bytes that the ring and the kernels' tables take on each GPU.
     pub fn device_peak(&self) -> u64 {
-        self.ring.map_or(0, |ring| ring.slots.div_ceil(ring.gpus) as u64 * ring.slot.total())
+        self.ring.map_or(0, |ring| ring.slots.div_ceil(ring.gpus) as u64 * ring.slot.total() + TABLE_BYTES)
     }
 
     /// The same with chunks of `elements` at most, rounded to what can be a chunk.

@@ -2,7 +2,7 @@
 
 use std::ffi::{CStr, CString, c_void};
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -67,6 +67,8 @@ pub fn device_count() -> Result<usize, Fault> {
 pub struct Context {
     device: sys::CUdevice,
     context: sys::CUcontext,
+    /// What went wrong first: of a GPU that is lost, every later call fails too.
+    fault: OnceLock<Fault>,
 }
 
 // SAFETY: the driver's functions may be called from any thread, and a context be current to several.
@@ -80,7 +82,7 @@ impl Context {
         let device = result::device::get(ordinal as i32).in_call("cuDeviceGet")?;
         // SAFETY: the device comes from the driver; what is retained is released on drop.
         let context = unsafe { result::primary_ctx::retain(device) }.in_call("cuDevicePrimaryCtxRetain")?;
-        Ok(Arc::new(Context { device, context }))
+        Ok(Arc::new(Context { device, context, fault: OnceLock::new() }))
     }
 
     /// The GPU's name.
@@ -109,7 +111,13 @@ impl Context {
     /// Has the calling thread work with this context.
     fn make_current(&self) -> Result<(), Fault> {
         // SAFETY: the context is retained as long as `self` lives.
-        unsafe { result::ctx::set_current(self.context) }.in_call("cuCtxSetCurrent")
+        let made = unsafe { result::ctx::set_current(self.context) }.in_call("cuCtxSetCurrent");
+        made.map_err(|fault| self.first(fault))
+    }
+
+    /// The fault that a fault may only be a consequence of. A lack of memory has none.
+    fn first(&self, fault: Fault) -> Fault {
+        if fault.is_out_of_memory() { fault } else { self.fault.get_or_init(|| fault).clone() }
     }
 }
 
@@ -181,7 +189,8 @@ impl DeviceBuffer {
     pub fn new(context: &Arc<Context>, len: usize) -> Result<DeviceBuffer, Fault> {
         context.make_current()?;
         // SAFETY: freed on drop.
-        let address = unsafe { result::malloc_sync(len) }.in_call("cuMemAlloc")?;
+        let address = unsafe { result::malloc_sync(len) }.in_call("cuMemAlloc");
+        let address = address.map_err(|fault| context.first(fault))?;
         Ok(DeviceBuffer { context: context.clone(), address, len })
     }
 
@@ -229,7 +238,8 @@ impl PinnedBuffer {
     pub fn new(context: &Arc<Context>, len: usize) -> Result<PinnedBuffer, Fault> {
         context.make_current()?;
         // SAFETY: freed on drop. The flags ask for portable (1), cached memory: the CPU reads results back from it.
-        let start = unsafe { result::malloc_host(len, 1) }.in_call("cuMemHostAlloc")?;
+        let start = unsafe { result::malloc_host(len, 1) }.in_call("cuMemHostAlloc");
+        let start = start.map_err(|fault| context.first(fault))?;
         let Some(start) = NonNull::new(start.cast::<u8>()) else {
             let name = "CUDA_ERROR_OUT_OF_MEMORY".to_owned();
             return Err(Fault { call: "cuMemHostAlloc", code: 2, name, text: "it gave no address".to_owned() });
@@ -293,7 +303,8 @@ impl Stream {
     /// A stream that waits for no other.
     pub fn new(context: &Arc<Context>) -> Result<Stream, Fault> {
         context.make_current()?;
-        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).in_call("cuStreamCreate")?;
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).in_call("cuStreamCreate");
+        let stream = stream.map_err(|fault| context.first(fault))?;
         // A thread that waits sleeps: there are files to hash meanwhile.
         let flags =
             sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32 | sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
@@ -301,7 +312,8 @@ impl Stream {
         // SAFETY: writes one handle, which is destroyed on drop.
         let created = unsafe { sys::cuEventCreate(&mut done, flags) }.result().in_call("cuEventCreate");
         let stream = Stream { context: context.clone(), stream, done };
-        created.map(|()| stream)
+        created.map_err(|fault| context.first(fault))?;
+        Ok(stream)
     }
 
     /// Copies `source` to the device, runs a kernel, copies its results back to `results`, and waits for the end.
@@ -320,6 +332,7 @@ impl Stream {
         // SAFETY: both copies are within their buffers, which are borrowed until the work is waited for; the launch is
         // the caller's promise.
         let started = unsafe { self.start(source.0, source.1.address, launch, results.0.address, results.1) };
+        let started = started.map_err(|fault| self.context.first(fault));
         // Whatever has been started uses the buffers until it ends.
         // SAFETY: the stream lives.
         let ended = unsafe { self.wait() };
@@ -352,13 +365,18 @@ impl Stream {
     }
 
     unsafe fn wait(&self) -> Result<(), Fault> {
-        // SAFETY: event and stream live as long as `self`. If the event can't be recorded, the stream is waited for.
-        unsafe {
-            match result::event::record(self.done, self.stream).in_call("cuEventRecord") {
-                Ok(()) => result::event::synchronize(self.done).in_call("cuEventSynchronize"),
-                Err(fault) => result::stream::synchronize(self.stream).in_call("cuStreamSynchronize").and(Err(fault)),
-            }
-        }
+        // SAFETY: event and stream live as long as `self`.
+        let waited = unsafe {
+            let recorded = result::event::record(self.done, self.stream).in_call("cuEventRecord");
+            recorded.and_then(|()| result::event::synchronize(self.done).in_call("cuEventSynchronize"))
+        };
+        waited.map_err(|fault| {
+            let fault = self.context.first(fault);
+            // The work may still go on; if this fails too, the GPU is lost and does none.
+            // SAFETY: the stream lives as long as `self`.
+            let _ = unsafe { result::stream::synchronize(self.stream) };
+            fault
+        })
     }
 }
 

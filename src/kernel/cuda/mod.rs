@@ -28,6 +28,9 @@ pub const THREADS: u32 = 128;
 /// Blocks of weights that one of their thread blocks takes.
 pub const BLOCKS_PER_THREAD_BLOCK: u32 = 32;
 
+/// Bytes that a GPU's tables take at most, beside its slots.
+pub const TABLE_BYTES: u64 = 4096;
+
 /// What the PTX was compiled for, and the oldest GPU that runs it: Turing.
 const MIN_CAPABILITY: (i32, i32) = (7, 5);
 

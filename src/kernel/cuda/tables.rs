@@ -97,6 +97,12 @@ mod tests {
     }
 
     #[test]
+    fn tables_fit_in_what_is_set_aside_for_them() {
+        let words = 2 * codebook_table(&NF4).len() + dynamic_map_table().len();
+        assert!((words * size_of::<u32>()) as u64 <= crate::kernel::cuda::TABLE_BYTES);
+    }
+
+    #[test]
     fn nf4_has_no_extra_thresholds_and_codes_by_rank() {
         let table = Table::new(&NF4);
         assert_eq!(table.extra.map(f32::from_bits), [f32::INFINITY; 2]);
