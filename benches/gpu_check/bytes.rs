@@ -1,0 +1,158 @@
+//! The GPU's bytes against the CPU's, on data that nobody has seen before.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use half::{bf16, f16};
+use prequant::format::{BlockSize, FloatDtype, Format, NESTED_BLOCK_SIZE, dynamic_map};
+use prequant::kernel::cuda::{Gpu, Slot, SlotSize};
+use prequant::kernel::{Blocks, Figures, Kernel, nested};
+use prequant::units::Bytes;
+
+use super::Report;
+
+/// Elements of a piece.
+const PIECE: usize = 1 << 21;
+
+const DTYPES: [FloatDtype; 3] = [FloatDtype::Bfloat16, FloatDtype::Float16, FloatDtype::Float32];
+
+/// Ways to make weights.
+const KINDS: u64 = 6;
+
+/// Compares `size` bytes for each format.
+pub fn check(gpu: &Arc<Gpu>, size: u64, report: &mut Report) -> Result<(), Box<dyn std::error::Error>> {
+    let seed = SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos() as u64;
+    report.line(&format!("bytes: {} for each format, seed {seed}", Bytes(size)));
+    for format in [Format::Nf4, Format::Fp4] {
+        let (next, done) = (AtomicU64::new(0), AtomicU64::new(0));
+        let wrong = thread::scope(|scope| {
+            let threads = thread::available_parallelism().map_or(4, usize::from);
+            let compare = || compare(gpu, format, seed, size, &next, &done);
+            let all: Vec<_> = (0..threads).map(|_| scope.spawn(compare)).collect();
+            all.into_iter().filter_map(|thread| thread.join().unwrap_or(Some("a panic".to_owned()))).next()
+        });
+        let said = wrong.as_deref().unwrap_or("codes, absmax, figures and double quantization as on the CPU");
+        let compared = Bytes(done.into_inner());
+        report.check(wrong.is_none(), &format!("  {}: {compared} compared: {said}", format.name()));
+    }
+    Ok(())
+}
+
+/// Takes pieces until `size` bytes are done; says what differs.
+fn compare(gpu: &Arc<Gpu>, format: Format, seed: u64, size: u64, next: &AtomicU64, done: &AtomicU64) -> Option<String> {
+    let least = BlockSize::try_from(32).ok()?;
+    let mut slot = match Slot::new(gpu, SlotSize::new(PIECE, 4, least, PIECE / 32)) {
+        Ok(slot) => slot,
+        Err(fault) => return Some(fault.to_string()),
+    };
+    let elements = PIECE.min(size as usize / 4).max(1);
+    while done.load(Ordering::Relaxed) < size {
+        let piece = next.fetch_add(1, Ordering::Relaxed);
+        let dtype = DTYPES[piece as usize % 3];
+        let block_size = BlockSize::try_from(32 << (piece / 3 % 8)).ok()?;
+        // Every other piece ends in a short block.
+        let elements = elements - (piece % 2 * (piece * 37 % 4096)).min(elements as u64 - 1) as usize;
+        let mut random = Random(seed ^ piece.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        let source = weights(&mut random, piece / 2 % KINDS, elements, dtype);
+        slot.source(source.len()).copy_from_slice(&source);
+        if let Err(what) = compare_piece(&mut slot, &source, dtype, format, block_size) {
+            return Some(format!("piece {piece} ({dtype:?}, block size {block_size}, {elements} elements): {what}"));
+        }
+        done.fetch_add(source.len() as u64, Ordering::Relaxed);
+    }
+    None
+}
+
+fn compare_piece(
+    slot: &mut Slot,
+    source: &[u8],
+    dtype: FloatDtype,
+    format: Format,
+    block_size: BlockSize,
+) -> Result<(), String> {
+    let elements = source.len() / dtype.size();
+    let blocks = elements.div_ceil(block_size.get());
+    let mut packed = vec![0; elements.div_ceil(2)];
+    let [mut absmax, mut signal, mut noise, mut worst] = std::array::from_fn(|_| vec![0f32; blocks]);
+    let figures = Figures { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
+    let codebook = format.codebook();
+    Kernel::detect()
+        .quantize(Blocks { source, dtype, block_size, codebook, packed: &mut packed, figures })
+        .map_err(|_| "not finite".to_owned())?;
+    let found = slot.quantize(elements, dtype, format, block_size).map_err(|fault| fault.to_string())?;
+    if let Some(i) = (0..packed.len()).find(|&i| packed[i] != found.packed[i]) {
+        return Err(format!("packed byte {i} is {:#04x}, and {:#04x} on the CPU", found.packed[i], packed[i]));
+    }
+    let pairs = [
+        ("absmax", &absmax, &*found.figures.absmax),
+        ("signal", &signal, &*found.figures.signal),
+        ("noise", &noise, &*found.figures.noise),
+        ("worst", &worst, &*found.figures.worst),
+    ];
+    for (name, expected, found) in pairs {
+        if let Some(i) = (0..blocks).find(|&i| expected[i].to_bits() != found[i].to_bits()) {
+            return Err(format!("{name} of block {i} is {:e}, and {:e} on the CPU", found[i], expected[i]));
+        }
+    }
+    let offset = (absmax.iter().map(|&x| f64::from(x)).sum::<f64>() / blocks as f64) as f32;
+    let (mut codes, mut nested_absmax) = (vec![0; blocks], vec![0.0; blocks.div_ceil(NESTED_BLOCK_SIZE)]);
+    nested::quantize(&absmax, offset, dynamic_map(), &mut codes, &mut nested_absmax);
+    let (found_codes, found_absmax) = slot.quantize_absmax(&absmax, offset).map_err(|fault| fault.to_string())?;
+    match found_codes == codes && found_absmax == nested_absmax {
+        true => Ok(()),
+        false => Err("double quantization differs".to_owned()),
+    }
+}
+
+/// Finite weights of one kind, as they stand in a file.
+fn weights(random: &mut Random, kind: u64, elements: usize, dtype: FloatDtype) -> Vec<u8> {
+    let thresholds = Format::Nf4.codebook().thresholds();
+    let mut bytes = Vec::with_capacity(elements * dtype.size());
+    for i in 0..elements {
+        let bits = random.next();
+        let uniform = bits as i32 as f32 / (1u64 << 31) as f32;
+        let x = match kind {
+            // As trained weights are: small, with heavy tails.
+            0 => uniform * uniform * uniform * 0.1,
+            // Any bits.
+            1 | 2 => f32::from_bits(bits),
+            // Subnormal and hardly more.
+            3 => f32::from_bits(bits & 0x80ff_ffff),
+            // On thresholds of a block whose absmax is 1, and an ulp beside them.
+            4 if i % 32 == 0 => 1.0,
+            4 => f32::from_bits(thresholds[bits as usize % 15].to_bits().wrapping_add(bits >> 8 & 3).wrapping_sub(1)),
+            // Mostly zero, of either sign.
+            _ => {
+                if bits.is_multiple_of(61) {
+                    uniform
+                } else {
+                    0.0f32.copysign(uniform)
+                }
+            }
+        };
+        match dtype {
+            FloatDtype::Bfloat16 => bytes.extend(finite(bf16::from_f32(x), bf16::ONE, bf16::is_finite).to_le_bytes()),
+            FloatDtype::Float16 => bytes.extend(finite(f16::from_f32(x), f16::ONE, f16::is_finite).to_le_bytes()),
+            FloatDtype::Float32 => bytes.extend(finite(x, 1.0, f32::is_finite).to_le_bytes()),
+        }
+    }
+    bytes
+}
+
+fn finite<T: Copy>(x: T, or: T, is_finite: fn(T) -> bool) -> T {
+    if is_finite(x) { x } else { or }
+}
+
+/// xorshift64*.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u32 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32) as u32
+    }
+}

@@ -1,0 +1,105 @@
+//! What only a real GPU can tell: scripts/gpu-check runs this.
+//!
+//! Bytes against the CPU's on fresh random data; kernels by events against the device's own copy; a conversion from the
+//! page cache against the link; and the device memory it takes. Exits with 1 if bytes differ or memory is exceeded, or
+//! (but for --report-only) if a speed is below its bar.
+
+mod bytes;
+mod conversion;
+mod speed;
+
+use std::fmt::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use prequant::kernel::cuda::Gpu;
+use prequant::units::Bytes;
+
+#[derive(Parser)]
+struct Arguments {
+    /// The GPU's number
+    #[arg(long, default_value_t = 0)]
+    gpu: usize,
+
+    /// Random data for each format
+    #[arg(long, default_value = "8GiB")]
+    size: Bytes,
+
+    /// Weights that kernels are timed on
+    #[arg(long, default_value = "1GiB")]
+    kernel_size: Bytes,
+
+    /// The checkpoint that is converted
+    #[arg(long, default_value = "8GiB")]
+    checkpoint_size: Bytes,
+
+    /// Where the checkpoint is made; it should stay in the page cache
+    #[arg(long, default_value = "/dev/shm")]
+    folder: PathBuf,
+
+    /// Don't fail when a speed is below its bar
+    #[arg(long)]
+    report_only: bool,
+
+    /// Also write the report to a file
+    #[arg(long)]
+    out: Option<PathBuf>,
+
+    /// cargo bench passes this
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// The report in the making, and whether all is as it should be.
+struct Report {
+    text: String,
+    ok: bool,
+}
+
+impl Report {
+    fn line(&mut self, line: &str) {
+        println!("{line}");
+        let _ = writeln!(self.text, "{line}");
+    }
+
+    /// A line that may not be so.
+    fn check(&mut self, holds: bool, line: &str) {
+        self.ok &= holds;
+        self.line(&format!("{line}{}", if holds { "" } else { "   <-- NOT AS IT SHOULD BE" }));
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    if arguments.bench {
+        println!("scripts/gpu-check runs this");
+        return ExitCode::SUCCESS;
+    }
+    let mut report = Report { text: String::new(), ok: true };
+    if let Err(why) = check(&arguments, &mut report) {
+        eprintln!("error: {why}");
+        return ExitCode::from(4);
+    }
+    if let Some(path) = &arguments.out
+        && let Err(error) = std::fs::write(path, &report.text)
+    {
+        eprintln!("error: {}: {error}", path.display());
+        return ExitCode::from(4);
+    }
+    ExitCode::from(u8::from(!report.ok))
+}
+
+fn check(arguments: &Arguments, report: &mut Report) -> Result<(), Box<dyn std::error::Error>> {
+    let gpu = Gpu::open(arguments.gpu)?;
+    report.line(&format!("{gpu}, CUDA {} driver, prequant {}", gpu.cuda_version(), env!("CARGO_PKG_VERSION")));
+    // "NVRM version: NVIDIA UNIX ... 535.104.05 ..."
+    if let Some(line) =
+        std::fs::read_to_string("/proc/driver/nvidia/version").ok().as_deref().and_then(|t| t.lines().next())
+    {
+        report.line(line);
+    }
+    bytes::check(&gpu, arguments.size.0, report)?;
+    let link = speed::check(arguments.gpu, arguments.kernel_size.0 as usize, arguments.report_only, report)?;
+    conversion::check(&gpu, arguments, link, report)
+}
