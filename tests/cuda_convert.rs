@@ -115,7 +115,11 @@ fn every_format_block_size_and_dtype_gives_the_cpus_files() {
 #[test]
 fn device_memory_is_bounded_and_all_of_it_freed() {
     let folder = checkpoint();
-    for (memory, bytes) in [("600KiB", 600 << 10), ("2MiB", 2 << 20), ("64MiB", 64 << 20)] {
+    // The least for one slot of f32, which is said when it is too little; for three; and more than is of use.
+    let slot = 4 * CHUNK + CHUNK / 2 + 16 * CHUNK / 64;
+    for bytes in [slot + 4096, 3 * (slot + 4096) - 1, 3 * slot + 4096, 2 << 20, 64 << 20] {
+        let bytes = bytes as u64;
+        let memory = &bytes.to_string();
         let (to, used) = (folder.beside(memory), folder.beside("report"));
         let settings = [("FAKE_CUDA_REPORT", used.to_str().unwrap())];
         convert(&folder, &to, &["--device-memory", memory, "--threads", "4"], &settings).ok();

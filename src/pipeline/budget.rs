@@ -71,23 +71,10 @@ impl Budget {
     pub fn new(plan: &Plan, limits: Limits) -> Result<Budget> {
         let Limits { memory, gpus, .. } = limits;
         let absmax = largest_absmax(plan);
-        let slot_len = |chunk| if gpus > 0 { slot_size(plan, chunk).total() } else { 0 };
         // A thread, and a slot for it to work in.
-        let pair = buffers_len(plan, CHUNK_STEP) + slot_len(CHUNK_STEP);
+        let pair = buffers_len(plan, CHUNK_STEP) + slot_len(plan, CHUNK_STEP, gpus);
         let least = BASE + absmax + pair;
-        if least > memory {
-            let hint = match absmax > 0 && least - absmax <= memory {
-                true => "; double quantization holds one f32 for every block of a tensor: give more, or larger blocks",
-                false => "",
-            };
-            return Err(Error::Memory { available: Bytes(memory).to_string(), needed: Bytes(least).to_string(), hint });
-        }
-        let slots_on_device = |chunk| (limits.device_memory / slot_len(chunk).max(1)) as usize * gpus;
-        if gpus > 0 && slots_on_device(CHUNK_STEP) == 0 {
-            let (available, needed) =
-                (Bytes(limits.device_memory).to_string(), Bytes(slot_len(CHUNK_STEP)).to_string());
-            return Err(Error::DeviceMemory { available, needed });
-        }
+        check_least(plan, least, absmax, limits)?;
         // Names and offsets take what they take; buffers shrink for them as far as they can.
         let plan_len = plan_len(plan);
         let fixed = BASE + plan_len.min(memory - least);
@@ -96,8 +83,8 @@ impl Budget {
         let threads = (limits.threads + waiting).clamp(1, usize::try_from(room / pair).unwrap_or(usize::MAX));
         let least_slots = threads.min(LEAST_SLOTS * gpus);
         let fits = |chunk| {
-            let here = buffers_len(plan, chunk) * threads as u64 + slot_len(chunk) * least_slots as u64;
-            here <= room && slots_on_device(chunk) >= least_slots
+            let here = buffers_len(plan, chunk) * threads as u64 + slot_len(plan, chunk, gpus) * least_slots as u64;
+            here <= room && slots_on_device(plan, chunk, limits) >= least_slots
         };
         let mut chunk_elements = MAX_CHUNK;
         while chunk_elements > CHUNK_STEP && !fits(chunk_elements) {
@@ -105,9 +92,10 @@ impl Budget {
         }
         let mut buffers = buffers_len(plan, chunk_elements) * threads as u64;
         let ring = (gpus > 0).then(|| {
-            let here = (room - buffers) / slot_len(chunk_elements);
-            let slots = threads.min(slots_on_device(chunk_elements)).min(here as usize).max(1);
-            buffers += slots as u64 * slot_len(chunk_elements);
+            let slot_len = slot_len(plan, chunk_elements, gpus);
+            let here = usize::try_from((room - buffers) / slot_len).unwrap_or(usize::MAX);
+            let slots = threads.min(slots_on_device(plan, chunk_elements, limits)).min(here).max(1);
+            buffers += slots as u64 * slot_len;
             RingBudget { slots, slot: slot_size(plan, chunk_elements), gpus }
         });
         // Two tensors' worth, so that one can be read while the other's absmax are quantized.
@@ -125,6 +113,35 @@ impl Budget {
         let chunk_elements = elements.next_multiple_of(CHUNK_STEP).clamp(CHUNK_STEP, self.chunk_elements);
         Budget { chunk_elements, ..self }
     }
+}
+
+/// Whether the least that `plan` can be executed with is there.
+fn check_least(plan: &Plan, least: u64, absmax: u64, limits: Limits) -> Result<()> {
+    if least > limits.memory {
+        let hint = match absmax > 0 && least - absmax <= limits.memory {
+            true => "; double quantization holds one f32 for every block of a tensor: give more, or larger blocks",
+            false => "",
+        };
+        let (available, needed) = (Bytes(limits.memory).to_string(), Bytes(least).to_string());
+        return Err(Error::Memory { available, needed, hint });
+    }
+    if limits.gpus > 0 && slots_on_device(plan, CHUNK_STEP, limits) == 0 {
+        let needed = slot_len(plan, CHUNK_STEP, limits.gpus) + TABLE_BYTES;
+        let (available, needed) = (Bytes(limits.device_memory).to_string(), Bytes(needed).to_string());
+        return Err(Error::DeviceMemory { available, needed });
+    }
+    Ok(())
+}
+
+/// Slots for chunks of `chunk` elements that fit on all GPUs together.
+fn slots_on_device(plan: &Plan, chunk: usize, limits: Limits) -> usize {
+    let each = limits.device_memory.saturating_sub(TABLE_BYTES) / slot_size(plan, chunk).total();
+    usize::try_from(each).unwrap_or(usize::MAX).saturating_mul(limits.gpus)
+}
+
+/// Bytes of a slot here, which are as many as there; none without a GPU.
+fn slot_len(plan: &Plan, chunk: usize, gpus: usize) -> u64 {
+    if gpus > 0 { slot_size(plan, chunk).total() } else { 0 }
 }
 
 /// A slot that takes chunks, and runs of absmax if there will be any.
