@@ -7,7 +7,7 @@ use std::ffi::{CString, c_void};
 use cudarc::driver::result::{self, DriverError, event, module, stream};
 use cudarc::driver::sys;
 use prequant::format::{FP4, NF4};
-use prequant::kernel::cuda::{BLOCKS_PER_THREAD_BLOCK, PTX, THREADS, codebook_table};
+use prequant::kernel::cuda::{PTX, THREADS, codebook_table, thread_blocks};
 
 use super::Report;
 
@@ -92,7 +92,7 @@ pub fn check(ordinal: usize, len: usize, report_only: bool, report: &mut Report)
                         let number = |i: usize| (&raw const numbers[i]).cast_mut().cast::<c_void>();
                         let mut arguments = vec![address(0), number(0), number(1)];
                         arguments.extend((1..7).map(address));
-                        let grid = (blocks as u32).div_ceil(BLOCKS_PER_THREAD_BLOCK);
+                        let grid = thread_blocks(blocks);
                         result::launch_kernel(function, (grid, 1, 1), (THREADS, 1, 1), 0, stream, &mut arguments)
                     };
                     let kernel = timer.least(quantize)?;

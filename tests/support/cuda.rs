@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
 use prequant::format::{BlockSize, Codebook, FP4, FloatDtype, NESTED_BLOCK_SIZE, NF4, dynamic_map};
-use prequant::kernel::cuda::{BLOCKS_PER_THREAD_BLOCK, THREADS, codebook_table, dynamic_map_table};
+use prequant::kernel::cuda::{THREADS, codebook_table, dynamic_map_table, thread_blocks};
 use prequant::kernel::{Blocks, Figures, Kernel, nested, quantize_any};
 use ptx_interpreter::{Entry, Fault, Memory, Module};
 
@@ -54,7 +54,8 @@ impl Kernels {
         let mut params = vec![from.to_le_bytes().to_vec()];
         params.extend([elements as u32, size].map(|n| n.to_le_bytes().to_vec()));
         params.extend([table, packed].into_iter().chain(figures).map(|address| address.to_le_bytes().to_vec()));
-        let grid = [(blocks as u32).div_ceil(BLOCKS_PER_THREAD_BLOCK), 1, 1];
+        // Half as many as there could be, so that some take several shares of the blocks.
+        let grid = [thread_blocks(blocks).div_ceil(2), 1, 1];
         self.entry(&kernel_name(dtype, codebook)).launch(&mut memory, grid, [THREADS, 1, 1], &params)?;
 
         let mut output = Output { packed: memory.read(packed, elements.div_ceil(2))?, figures: Default::default() };

@@ -8,22 +8,25 @@ typedef unsigned int u32;
 
 #define FULL_MASK 0xffffffffu
 
-// A block of weights is quantized by a team of 4 threads. Its elements are rows of 32, one for each lane of the figures'
-// sums; of every row a thread takes 8 neighbours. So every lane's sum is one thread's, in order, as the scalar kernel has it.
+// A block of weights is quantized by a team of 2 threads. Its elements are rows of 32, one for each lane of the figures'
+// sums; of every row a thread takes 16 neighbours. So every lane's sum is one thread's, in order, as the scalar kernel has it.
 #define ROW 32
-#define TEAM 4
-#define WIDTH 8
-#define TEAMS 32 // in a thread block
+#define TEAM 2
+#define WIDTH 16
+#define TEAMS 64 // in a thread block
 #define THREADS (TEAM * TEAMS)
+
+// Elements that are handled at once: two rounds make a thread's share of a row.
+#define ROUND 8
 
 #define ABSMAX_FLOOR 1e-38f
 
 // A codebook, so laid out that an element's rank takes no search; made by tables.rs, which says why it is exact.
 struct Table {
     float threshold[32]; // by bin: the threshold in it, or infinity
-    u32 base[32];        // by bin: the thresholds below it, but for the extra ones
+    u32 base[32];        // by bin: 4 times the number of thresholds below it, but for the extra ones
     float value[16];     // by rank
-    u32 code[16];        // by rank
+    u32 code[16];        // by rank: 4 times the code
     float extra[2];      // thresholds that share a bin with another one
 };
 
@@ -35,7 +38,7 @@ __device__ __forceinline__ float from_f16(u32 bits) {
     return x;
 }
 
-// The 16-byte words of 8 elements.
+// The 16-byte words of a round's elements.
 template <Dtype D> struct Words {
     static const u32 COUNT = D == F32 ? 2 : 1;
     uint4 word[COUNT];
@@ -48,11 +51,11 @@ template <Dtype D> __device__ __forceinline__ Words<D> load(const u8* source) {
     return words;
 }
 
-// The first `count` of 8 elements, and zeros.
+// The first `count` elements of a round, and zeros.
 template <Dtype D> __device__ __forceinline__ Words<D> load_some(const u8* source, u32 count) {
-    u32 parts[WIDTH] = {0, 0, 0, 0, 0, 0, 0, 0};
+    u32 parts[ROUND] = {0, 0, 0, 0, 0, 0, 0, 0};
 #pragma unroll
-    for (u32 i = 0; i < WIDTH; i++) {
+    for (u32 i = 0; i < ROUND; i++) {
         if (i >= count) continue;
         if (D == F32) {
             parts[i] = reinterpret_cast<const u32*>(source)[i];
@@ -67,7 +70,7 @@ template <Dtype D> __device__ __forceinline__ Words<D> load_some(const u8* sourc
     return words;
 }
 
-template <Dtype D> __device__ __forceinline__ void decode(const Words<D>& words, float x[WIDTH]) {
+template <Dtype D> __device__ __forceinline__ void decode(const Words<D>& words, float x[ROUND]) {
 #pragma unroll
     for (u32 i = 0; i < Words<D>::COUNT; i++) {
         u32 parts[4] = {words.word[i].x, words.word[i].y, words.word[i].z, words.word[i].w};
@@ -112,117 +115,166 @@ template <Dtype D> __device__ __forceinline__ void take_in(Largest& largest, con
 template <Dtype D> __device__ __forceinline__ u32 team_largest(const Largest& largest) {
     u32 bits = D == F32 ? largest.high : max(largest.low << 16, largest.high);
     bits = max(bits, __shfl_xor_sync(FULL_MASK, bits, 1));
-    bits = max(bits, __shfl_xor_sync(FULL_MASK, bits, 2));
     return D == F16 ? __float_as_uint(from_f16(bits >> 16)) : bits;
 }
 
-// Sums of a thread's 8 lanes.
+// Sums of a thread's lanes.
 struct Sums {
     float signal[WIDTH], noise[WIDTH], worst;
 };
 
-// The codes of 8 scaled elements: 4 bytes, the even element's code in the high nibble.
-template <bool FP4> __device__ __forceinline__ u32 encode(const float t[WIDTH], const Table& table, Sums& sums) {
-    u32 packed = 0;
+// What code `index` of the table stands for, given 4 times the index.
+template <typename T> __device__ __forceinline__ T entry(const T* table, u32 offset) {
+    return *reinterpret_cast<const T*>(reinterpret_cast<const u8*>(table) + offset);
+}
+
+// The codes of a round's scaled elements: 4 bytes, the even element's code in the high nibble. `lane` is the first one's.
+template <bool FP4>
+__device__ __forceinline__ u32 encode(const float t[ROUND], u32 lane, const Table& table, Sums& sums) {
+    u32 codes[ROUND];
 #pragma unroll
-    for (u32 i = 0; i < WIDTH; i++) {
-        // Adding 2^23 + 16 leaves a bin's number in the lowest bits: 15.49 t, rounded, from 0 to 31.
-        u32 bin = __float_as_uint(__fmaf_rn(t[i], 15.49f, 8388624.0f)) & 31;
-        u32 rank = table.base[bin] + (t[i] > table.threshold[bin]);
-        if (FP4) rank += (t[i] > table.extra[0]) + (t[i] > table.extra[1]);
-        float error = __fsub_rn(t[i], table.value[rank]);
-        u32 code = FP4 ? table.code[rank] : rank;
-        packed |= code << (i / 2 * 8 + (i % 2 ? 0 : 4));
-        sums.signal[i] = __fmaf_rn(t[i], t[i], sums.signal[i]);
-        sums.noise[i] = __fmaf_rn(error, error, sums.noise[i]);
+    for (u32 i = 0; i < ROUND; i++) {
+        // Adding 2^21 + 16 leaves 4 times the number of a bin in bits 2 to 6: that of 15.49 t + 16, rounded down.
+        const u32 bin = __float_as_uint(__fmaf_rn(t[i], 15.49f, 2097168.0f)) & 124;
+        u32 rank = entry(table.base, bin);
+        if (t[i] > entry(table.threshold, bin)) rank += 4;
+        if (FP4 && t[i] > table.extra[0]) rank += 4;
+        if (FP4 && t[i] > table.extra[1]) rank += 4;
+        const float error = __fsub_rn(t[i], entry(table.value, rank));
+        codes[i] = FP4 ? entry(table.code, rank) : rank;
+        sums.signal[lane + i] = __fmaf_rn(t[i], t[i], sums.signal[lane + i]);
+        sums.noise[lane + i] = __fmaf_rn(error, error, sums.noise[lane + i]);
         sums.worst = fmaxf(sums.worst, fabsf(error));
     }
-    return packed;
+    // Codes are held times 4, so that four of them fit in 18 bits; the first element's is the second nibble from below.
+    const u32 low = ((codes[2] * 16 + codes[3]) * 16 + codes[0]) * 16 + codes[1];
+    const u32 high = ((codes[6] * 16 + codes[7]) * 16 + codes[4]) * 16 + codes[5];
+    return high << 14 | low >> 2;
 }
 
-// The 32 lanes of a team, added as the scalar kernel does; valid in the team's first thread.
-__device__ __forceinline__ float tree_sum(const float lanes[WIDTH]) {
-    float sums[WIDTH / 2];
+// The 32 lanes of a team, added as the scalar kernel does: signal in the team's first thread, noise in its second.
+__device__ __forceinline__ float tree_sum(const Sums& sums, bool second) {
+    float kept[WIDTH / 2];
 #pragma unroll
     for (u32 i = 0; i < WIDTH / 2; i++) {
-        sums[i] = __fadd_rn(lanes[2 * i], lanes[2 * i + 1]);
-        sums[i] = __fadd_rn(sums[i], __shfl_down_sync(FULL_MASK, sums[i], 2, TEAM));
-        sums[i] = __fadd_rn(sums[i], __shfl_down_sync(FULL_MASK, sums[i], 1, TEAM));
+        const float signal = __fadd_rn(sums.signal[2 * i], sums.signal[2 * i + 1]);
+        const float noise = __fadd_rn(sums.noise[2 * i], sums.noise[2 * i + 1]);
+        // Each gives the other what that one sums.
+        kept[i] = __fadd_rn(second ? noise : signal, __shfl_xor_sync(FULL_MASK, second ? signal : noise, 1));
     }
-    return __fadd_rn(__fadd_rn(sums[0], sums[2]), __fadd_rn(sums[1], sums[3]));
+#pragma unroll
+    for (u32 half = WIDTH / 4; half > 0; half /= 2)
+#pragma unroll
+        for (u32 i = 0; i < half; i++) kept[i] = __fadd_rn(kept[i], kept[i + half]);
+    return kept[0];
 }
 
-// Quantizes `elements` elements in blocks of `block_size`; only the last block may be short. `source` and `packed` start at
-// multiples of 16 bytes. A NaN or an infinity shows as such in its block's absmax; that block's other results mean nothing.
-template <Dtype D, bool FP4>
-__device__ __forceinline__ void quantize(const u8* source, u32 elements, u32 block_size, const Table* tables, u8* packed,
-                                         float* absmax, float* signal, float* noise, float* worst) {
-    __shared__ Table table;
-    for (u32 i = threadIdx.x; i < sizeof(Table) / 4; i += THREADS)
-        reinterpret_cast<u32*>(&table)[i] = reinterpret_cast<const u32*>(tables)[i];
-    __syncthreads();
+// What a kernel is given: `elements` elements in blocks of `block_size`, of which only the last may be short. `source` and
+// `packed` start at multiples of 16 bytes.
+struct Blocks {
+    const u8* source;
+    u32 elements, block_size;
+    u8* packed;
+    float *absmax, *signal, *noise, *worst;
+};
 
-    // Threads past the last block go through it with nothing in hand, since shuffles need whole warps.
-    const size_t block = size_t(blockIdx.x) * TEAMS + threadIdx.x / TEAM;
-    const size_t first = block * block_size;
-    const u32 left = first < elements ? u32(elements - first) : 0;
-    const u32 count = min(left, block_size);
+// The thread's share of a row's elements past `rows` rows, in a round.
+__device__ __forceinline__ u32 rest_of(u32 count, u32 lane, u32 round) {
+    const u32 rest = count % ROW, before = lane + round;
+    return rest > before ? min(rest - before, ROUND) : 0;
+}
+
+// Quantizes one block. Threads past the last block go through it with nothing in hand, since shuffles need whole warps.
+// A NaN or an infinity shows as such in the block's absmax; its other results mean nothing then.
+template <Dtype D, bool FP4>
+__device__ __forceinline__ void quantize_block(const Blocks& blocks, const Table& table, u32 block) {
+    const u32 element = D == F32 ? 4 : 2;
+    const size_t first = size_t(block) * blocks.block_size;
+    const u32 left = first < blocks.elements ? u32(blocks.elements - first) : 0;
+    const u32 count = min(left, blocks.block_size);
     const u32 rows = count / ROW;
-    const u32 lane = threadIdx.x % TEAM * WIDTH;
-    const u32 rest = count % ROW > lane ? min(count % ROW - lane, WIDTH) : 0;
-    const size_t element = D == F32 ? 4 : 2;
-    source += (first + lane) * element;
-    packed += (first + lane) / 2;
+    const bool second = threadIdx.x % TEAM != 0;
+    const u32 lane = second ? WIDTH : 0;
+    const u8* source = blocks.source + (first + lane) * element;
+    u8* packed = blocks.packed + (first + lane) / 2;
 
     Largest largest = {0, 0};
-    for (u32 row = 0; row < rows; row++) take_in<D>(largest, load<D>(source + row * ROW * element));
-    if (rest) take_in<D>(largest, load_some<D>(source + rows * ROW * element, rest));
+#pragma unroll 2
+    for (u32 row = 0; row < rows; row++)
+#pragma unroll
+        for (u32 round = 0; round < WIDTH; round += ROUND)
+            take_in<D>(largest, load<D>(source + (row * ROW + round) * element));
+    const bool is_short = count < blocks.block_size;
+    if (is_short)
+#pragma unroll 1
+        for (u32 round = 0; round < WIDTH; round += ROUND)
+            take_in<D>(largest, load_some<D>(source + (rows * ROW + round) * element, rest_of(count, lane, round)));
     const float most = __uint_as_float(team_largest<D>(largest));
     const float divisor = fmaxf(most, ABSMAX_FLOOR);
 
     Sums sums = {};
-    float x[WIDTH];
-    if (count == block_size) {
+    float x[ROUND];
+    if (!is_short) {
         const float reciprocal = __frcp_rn(divisor);
 #pragma unroll 1
         for (u32 row = 0; row < rows; row++) {
-            decode<D>(load<D>(source + row * ROW * element), x);
+            u32 codes[WIDTH / ROUND];
 #pragma unroll
-            for (u32 i = 0; i < WIDTH; i++) x[i] = __fmul_rn(x[i], reciprocal);
-            *reinterpret_cast<u32*>(packed + row * ROW / 2) = encode<FP4>(x, table, sums);
+            for (u32 round = 0; round < WIDTH; round += ROUND) {
+                decode<D>(load<D>(source + (row * ROW + round) * element), x);
+#pragma unroll
+                for (u32 i = 0; i < ROUND; i++) x[i] = __fmul_rn(x[i], reciprocal);
+                codes[round / ROUND] = encode<FP4>(x, round, table, sums);
+            }
+            *reinterpret_cast<uint2*>(packed + row * ROW / 2) = make_uint2(codes[0], codes[1]);
         }
-    } else if (count > 0) {
+    } else {
         // The short last block is divided, not multiplied. What pads its last row is zero, and adds nothing to the sums.
 #pragma unroll 1
         for (u32 row = 0; row <= rows; row++) {
-            const u32 here = row < rows ? WIDTH : rest;
-            decode<D>(load_some<D>(source + row * ROW * element, here), x);
 #pragma unroll
-            for (u32 i = 0; i < WIDTH; i++) x[i] = __fdiv_rn(x[i], divisor);
-            const u32 codes = encode<FP4>(x, table, sums);
+            for (u32 round = 0; round < WIDTH; round += ROUND) {
+                const u32 here = row < rows ? ROUND : rest_of(count, lane, round);
+                decode<D>(load_some<D>(source + (row * ROW + round) * element, here), x);
 #pragma unroll
-            for (u32 i = 0; i < WIDTH / 2; i++)
-                if (2 * i < here) packed[row * ROW / 2 + i] = u8(codes >> (8 * i));
+                for (u32 i = 0; i < ROUND; i++) x[i] = __fdiv_rn(x[i], divisor);
+                const u32 codes = encode<FP4>(x, round, table, sums);
+#pragma unroll
+                for (u32 i = 0; i < ROUND / 2; i++)
+                    if (2 * i < here) packed[(row * ROW + round) / 2 + i] = u8(codes >> (8 * i));
+            }
         }
     }
 
-    const float signal_sum = tree_sum(sums.signal), noise_sum = tree_sum(sums.noise);
-    sums.worst = fmaxf(sums.worst, __shfl_xor_sync(FULL_MASK, sums.worst, 1));
-    sums.worst = fmaxf(sums.worst, __shfl_xor_sync(FULL_MASK, sums.worst, 2));
-    if (lane == 0 && count > 0) {
-        absmax[block] = count == block_size ? most : isnan(most) ? most : divisor;
-        signal[block] = signal_sum;
-        noise[block] = noise_sum;
-        worst[block] = sums.worst;
+    const float sum = tree_sum(sums, second);
+    const float worst = fmaxf(sums.worst, __shfl_xor_sync(FULL_MASK, sums.worst, 1));
+    if (count == 0) return;
+    if (second) {
+        blocks.noise[block] = sum;
+        blocks.worst[block] = worst;
+    } else {
+        blocks.signal[block] = sum;
+        blocks.absmax[block] = !is_short || isnan(most) ? most : divisor;
     }
 }
 
+// Quantizes all blocks, so many at a time as there are teams in the grid.
+template <Dtype D, bool FP4> __device__ __forceinline__ void quantize(const Blocks& blocks, const Table* tables) {
+    __shared__ Table table;
+    for (u32 i = threadIdx.x; i < sizeof(Table) / 4; i += THREADS)
+        reinterpret_cast<u32*>(&table)[i] = reinterpret_cast<const u32*>(tables)[i];
+    __syncthreads();
+    for (u32 group = blockIdx.x; size_t(group) * TEAMS * blocks.block_size < blocks.elements; group += gridDim.x)
+        quantize_block<D, FP4>(blocks, table, group * TEAMS + threadIdx.x / TEAM);
+}
+
 #define QUANTIZE(name, dtype, fp4)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS, 6)                                                                \
     name(const u8* __restrict__ source, u32 elements, u32 block_size, const Table* __restrict__ table,                     \
          u8* __restrict__ packed, float* __restrict__ absmax, float* __restrict__ signal, float* __restrict__ noise,       \
          float* __restrict__ worst) {                                                                                      \
-        quantize<dtype, fp4>(source, elements, block_size, table, packed, absmax, signal, noise, worst);                   \
+        const Blocks blocks = {source, elements, block_size, packed, absmax, signal, noise, worst};                        \
+        quantize<dtype, fp4>(blocks, table);                                                                               \
     }
 
 QUANTIZE(quantize_nf4_bf16, BF16, false)

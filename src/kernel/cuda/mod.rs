@@ -25,8 +25,15 @@ pub const PTX: &str = include_str!("kernels.ptx");
 /// Threads in a thread block of the `quantize_*` kernels.
 pub const THREADS: u32 = 128;
 
-/// Blocks of weights that one of their thread blocks takes.
-pub const BLOCKS_PER_THREAD_BLOCK: u32 = 32;
+/// Blocks of weights that one of their thread blocks takes at a time.
+const BLOCKS_AT_A_TIME: u32 = 64;
+
+/// Thread blocks to launch for so many blocks of weights: enough to fill any GPU, and beyond that so few that each one reads
+/// its table once for sixteen times its share.
+pub fn thread_blocks(blocks: usize) -> u32 {
+    let all = u32::try_from(blocks).unwrap_or(u32::MAX).div_ceil(BLOCKS_AT_A_TIME);
+    all.min((all / 16).max(1024))
+}
 
 /// Bytes that a GPU's tables take at most, beside its slots.
 pub const TABLE_BYTES: u64 = 4096;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::driver::{Argument, DeviceBuffer, Fault, Launch, PinnedBuffer, Stream};
-use super::{BLOCKS_PER_THREAD_BLOCK, Gpu, THREADS};
+use super::{Gpu, THREADS, thread_blocks};
 use crate::format::{BlockSize, FloatDtype, Format, NESTED_BLOCK_SIZE};
 use crate::kernel::Figures;
 
@@ -102,7 +102,7 @@ impl Slot {
         let figure = |i: usize| Argument::Address(results + (i * blocks * size_of::<f32>()) as u64);
         let launch = Launch {
             function: self.gpu.quantize_function(format, dtype),
-            grid: blocks.div_ceil(BLOCKS_PER_THREAD_BLOCK as usize) as u32,
+            grid: thread_blocks(blocks),
             threads: THREADS,
             arguments: &[
                 Argument::Address(self.device_source.address()),

@@ -8,8 +8,8 @@ const BINS: usize = 32;
 /// A bin that is twice as wide as this could hold two of NF4's thresholds.
 const BINS_PER_UNIT: f32 = 15.49;
 
-/// 2^23, where an f32's last bit is worth one, and half of the bins.
-const MAGIC: f32 = 8_388_608.0 + 16.0;
+/// 2^21, where an f32's last bit is worth a quarter, and half of the bins.
+const MAGIC: f32 = 2_097_152.0 + 16.0;
 
 /// A codebook so laid out that the rank of an element takes no search: `struct Table` of kernels.cu, in f32s' bits.
 ///
@@ -27,7 +27,7 @@ struct Table {
 
 /// The bin of an element scaled to [-1, 1]; as kernels.cu has it.
 fn bin(t: f32) -> usize {
-    t.mul_add(BINS_PER_UNIT, MAGIC).to_bits() as usize % BINS
+    t.mul_add(BINS_PER_UNIT, MAGIC).to_bits() as usize / 4 % BINS
 }
 
 impl Table {
@@ -40,14 +40,14 @@ impl Table {
                 Some(_) => extra.push(t),
             }
         }
-        let below = |bin: usize| threshold[..bin].iter().flatten().count() as u32;
+        let below = |bin: usize| 4 * threshold[..bin].iter().flatten().count() as u32;
         let value = |rank: usize| codebook.value_bits[usize::from(codebook.code_of_rank[rank])];
         extra.resize(2, f32::INFINITY);
         Table {
             threshold: threshold.map(|t| t.unwrap_or(f32::INFINITY).to_bits()),
             base: std::array::from_fn(below),
             value: std::array::from_fn(value),
-            code: codebook.code_of_rank.map(u32::from),
+            code: codebook.code_of_rank.map(|code| 4 * u32::from(code)),
             extra: [extra[0].to_bits(), extra[1].to_bits()],
         }
     }
@@ -76,7 +76,7 @@ mod tests {
     fn rank(table: &Table, t: f32) -> usize {
         let above = |bits: u32| u32::from(t > f32::from_bits(bits));
         let bin = bin(t);
-        (table.base[bin] + above(table.threshold[bin]) + above(table.extra[0]) + above(table.extra[1])) as usize
+        (table.base[bin] / 4 + above(table.threshold[bin]) + above(table.extra[0]) + above(table.extra[1])) as usize
     }
 
     #[test]
@@ -106,7 +106,7 @@ mod tests {
     fn nf4_has_no_extra_thresholds_and_codes_by_rank() {
         let table = Table::new(&NF4);
         assert_eq!(table.extra.map(f32::from_bits), [f32::INFINITY; 2]);
-        assert_eq!(table.code, std::array::from_fn(|rank| rank as u32));
+        assert_eq!(table.code, std::array::from_fn(|rank| 4 * rank as u32));
     }
 
     #[test]

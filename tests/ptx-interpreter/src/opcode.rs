@@ -77,6 +77,7 @@ pub(crate) fn unary(opcode: &str) -> Option<Unary> {
     Some(match opcode {
         "mov.b32" => (B32, B32, |a| a),
         "mov.u32" => (I32, I32, |a| a),
+        "mov.pred" => (Pred, Pred, |a| a),
         "mov.f32" => (F32, F32, |a| a),
         "mov.u64" | "cvta.to.global.u64" => (B64, B64, |a| a),
         "abs.f32" => (F32, F32, |a| a & 0x7fff_ffff),
@@ -116,6 +117,7 @@ pub(crate) fn binary(opcode: &str) -> Option<Binary> {
         "or.b64" => (longs, |a, b| a | b),
         "and.pred" => ([Pred; 3], |a, b| a & b),
         "or.pred" => ([Pred; 3], |a, b| a | b),
+        "xor.pred" => ([Pred; 3], |a, b| a ^ b),
         "shl.b32" => ([B32, B32, I32], |a, b| if b < 32 { low(a << b) } else { 0 }),
         "shr.u32" => (integers, |a, b| if b < 32 { a >> b } else { 0 }),
         "shr.s32" => (integers, |a, b| low((a as i32 >> b.min(31)) as u64)),
@@ -135,6 +137,7 @@ fn comparison(opcode: &str) -> Option<Binary> {
         "setp.le.f32" => (floats, |a, b| u64::from(float(a) <= float(b))),
         "setp.lt.f32" => (floats, |a, b| u64::from(float(a) < float(b))),
         "setp.leu.f32" => (floats, |a, b| u64::from(float(a).is_nan() || float(b).is_nan() || float(a) <= float(b))),
+        "setp.eq.b32" => ([Pred, B32, B32], |a, b| u64::from(a == b)),
         "setp.eq.s32" => (integers, |a, b| u64::from(a == b)),
         "setp.ne.s32" => (integers, |a, b| u64::from(a != b)),
         "setp.lt.u32" => (integers, |a, b| u64::from(a < b)),
@@ -145,6 +148,8 @@ fn comparison(opcode: &str) -> Option<Binary> {
         "setp.gt.s32" => (integers, |a, b| u64::from(a as i32 > b as i32)),
         "setp.ge.s32" => (integers, |a, b| u64::from(a as i32 >= b as i32)),
         "setp.lt.u64" => (longs, |a, b| u64::from(a < b)),
+        "setp.gt.u64" => (longs, |a, b| u64::from(a > b)),
+        "setp.ge.u64" => (longs, |a, b| u64::from(a >= b)),
         "setp.le.u64" => (longs, |a, b| u64::from(a <= b)),
         _ => return None,
     })
@@ -156,6 +161,7 @@ pub(crate) fn ternary(opcode: &str) -> Option<Ternary> {
     let select = |a, b, p| if p != 0 { a } else { b };
     Some(match opcode {
         "fma.rn.f32" => ([F32; 4], |a, b, c| bits(float(a).mul_add(float(b), float(c)))),
+        "mad.lo.s32" => ([I32; 4], |a, b, c| low(a.wrapping_mul(b).wrapping_add(c))),
         "selp.b32" => ([B32, B32, B32, Pred], select),
         "selp.u32" => ([I32, I32, I32, Pred], select),
         "selp.f32" => ([F32, F32, F32, Pred], select),

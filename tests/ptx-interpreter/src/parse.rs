@@ -75,6 +75,9 @@ fn entry(cursor: &mut Cursor<'_>) -> Result<Entry, String> {
             max_threads *= cursor.number::<u32>()?;
         }
     }
+    if cursor.take(".minnctapersm") {
+        cursor.number::<u32>()?; // How many should fit on a multiprocessor: nothing to us.
+    }
     let entry = Entry {
         name,
         params,
