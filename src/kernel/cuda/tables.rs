@@ -15,7 +15,8 @@ const MAGIC: f32 = 2_097_152.0 + 16.0;
 ///
 /// The bin of an element never falls as the element grows, so thresholds of lower bins are less than it and those of higher
 /// bins are not; only its own bin's threshold has to be compared. Where thresholds share a bin (FP4's three around zero),
-/// all but the first are *extra*: compared always, and left out of `base`.
+/// all but the first are *extra*: compared always, and left out of `base`. Ranks and codes are held times 4: as what they
+/// look up lies in bytes from a table's start.
 #[derive(Debug)]
 struct Table {
     threshold: [u32; BINS],
