@@ -8,6 +8,11 @@ mod mutations;
 #[path = "support/weights.rs"]
 mod weights;
 
+use std::collections::HashMap;
+use std::ops::Range;
+
+use regex::Regex;
+
 use prequant::format::{Codebook, FloatDtype, dynamic_map};
 use prequant::kernel::cuda::PTX;
 
@@ -20,14 +25,50 @@ fn plain_ptx() -> String {
     PTX.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ") + "\n").collect()
 }
 
-/// The module with the fault in it. What is replaced must stand in the kernel exactly once.
+/// The module with the fault in it.
 fn mutated(ptx: &str, mutation: &Mutation) -> String {
-    let Mutation { name, entry, from, to } = mutation;
+    let Mutation { name, entry, from, nth, to } = mutation;
     let start = ptx.find(&format!(".entry {entry}(")).unwrap_or_else(|| panic!("{name}: no entry {entry}"));
     let end = ptx[start + 1..].find(".entry ").map_or(ptx.len(), |end| start + 1 + end);
-    let places: Vec<usize> = ptx[start..end].match_indices(from).map(|(at, _)| start + at).collect();
-    assert_eq!(places.len(), 1, "{name}: how often {entry} has `{from}`");
-    [&ptx[..places[0]], to, &ptx[places[0] + from.len()..]].concat()
+    let places = occurrences(&ptx[start..end], from);
+    let at = if *nth < 0 { places.len().wrapping_add_signed(*nth) } else { *nth as usize - 1 };
+    let place = places.get(at).unwrap_or_else(|| panic!("{name}: {entry} has `{from}` {} times", places.len()));
+    let replaced = start + place.bytes.start..start + place.bytes.end;
+    let to = place.names.iter().fold(to.to_string(), |to, (stands_for, name)| to.replace(stands_for, name));
+    assert_ne!(to, ptx[replaced.clone()], "{name}: nothing changes");
+    [&ptx[..replaced.start], &to, &ptx[replaced.end..]].concat()
+}
+
+/// Where a fault's `from` occurs, and the registers and labels that its placeholders stand for there.
+struct Occurrence<'a> {
+    bytes: Range<usize>,
+    names: HashMap<&'a str, &'a str>,
+}
+
+fn occurrences<'a>(text: &'a str, from: &'a str) -> Vec<Occurrence<'a>> {
+    let placeholder = Regex::new(r"[%$][0-9]").unwrap();
+    let placeholders: Vec<&str> = placeholder.find_iter(from).map(|found| found.as_str()).collect();
+    let between = placeholder.split(from).map(regex::escape);
+    let names =
+        placeholders.iter().map(|placeholder| if placeholder.starts_with('%') { r"(%\w+)" } else { r"(\$\w+)" });
+    let pattern: String = between.zip(names.chain([""])).flat_map(|(text, name)| [text, name.to_owned()]).collect();
+    let pattern = Regex::new(&pattern).unwrap();
+
+    let mut occurrences = Vec::new();
+    let mut at = 0;
+    while let Some(found) = pattern.captures_at(text, at) {
+        let bytes = found.get(0).unwrap().range();
+        let mut names = HashMap::new();
+        let fits = (placeholders.iter().zip(found.iter().skip(1))).all(|(placeholder, name)| {
+            *names.entry(*placeholder).or_insert(name.unwrap().as_str()) == name.unwrap().as_str()
+        });
+        // What doesn't fit may hold the beginning of what does.
+        at = if fits { bytes.end } else { bytes.start + 1 };
+        if fits {
+            occurrences.push(Occurrence { bytes, names });
+        }
+    }
+    occurrences
 }
 
 /// Weights to try a kernel with.
@@ -51,8 +92,10 @@ fn trials(codebook: &'static Codebook) -> Vec<(u32, Vec<f32>)> {
             trials.push((size, (0..=at).map(|i| if i == at { -7.0 } else { 0.5 }).collect()));
         }
     }
+    // Thread blocks that take several groups of blocks.
+    trials.push((32, (0..300 * 32 - 11).map(|_| random.normal()).collect()));
     // Only one lane's sum, so that its every rounding shows: in a whole block and in a short one.
-    for lane in 0..32 {
+    for lane in (0..32).flat_map(|lane| [lane; 3]) {
         trials.push((512, (0..1021).map(|i| if i % 32 == lane { random.normal() } else { 0.0 }).collect()));
     }
     trials
