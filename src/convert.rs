@@ -301,12 +301,7 @@ impl Conversion {
 fn tensor_record(source: &Source, tensor: &PlannedTensor, file: &str, outcome: TensorOutcome) -> TensorRecord {
     let outputs = tensor.outputs.iter().zip(output_names(tensor)).zip(outcome.sha256);
     TensorRecord {
-        sources: vec![SourceTensorRecord {
-            name: tensor.info.name.clone(),
-            file: source.files[tensor.source_file].name.clone(),
-            dtype: tensor.info.dtype.name().to_owned(),
-            shape: tensor.info.shape.clone(),
-        }],
+        sources: source_tensors(source, tensor),
         role: tensor.role,
         decision: if tensor.quantized_from().is_some() { DecisionRecord::Quantize } else { DecisionRecord::Keep },
         reason: tensor.reason.clone().into_owned(),
@@ -323,8 +318,24 @@ fn tensor_record(source: &Source, tensor: &PlannedTensor, file: &str, outcome: T
     }
 }
 
+/// The tensors that it is made of, each once.
+fn source_tensors(source: &Source, tensor: &PlannedTensor) -> Vec<SourceTensorRecord> {
+    let mut places: Vec<(usize, usize)> = Vec::new();
+    for part in &tensor.parts {
+        if !places.contains(&(part.file, part.tensor)) {
+            places.push((part.file, part.tensor));
+        }
+    }
+    let record = |(file, tensor): (usize, usize)| {
+        let (file, info) = (&source.files[file], &source.files[file].tensors[tensor]);
+        let (name, dtype, shape) = (info.name.clone(), info.dtype.name().to_owned(), info.shape.clone());
+        SourceTensorRecord { name, file: file.name.clone(), dtype, shape }
+    };
+    places.into_iter().map(record).collect()
+}
+
 fn output_names(tensor: &PlannedTensor) -> impl Iterator<Item = String> {
-    tensor.outputs.iter().map(|output| format!("{}{}", tensor.info.name, output.suffix))
+    tensor.outputs.iter().map(|output| format!("{}{}", tensor.name, output.suffix))
 }
 
 /// All files of the checkpoint.

@@ -85,6 +85,16 @@ pub enum Error {
         /// What is wrong with it.
         why: String,
     },
+    /// Experts can't be fused.
+    #[error("{}: tensor \"{tensor}\": {why}", path.display())]
+    Experts {
+        /// The file that holds the tensor.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+        /// What was found, what was expected, and what to do.
+        why: String,
+    },
     /// Options that exclude each other.
     #[error("{what}: {why}")]
     Options {
@@ -230,6 +240,7 @@ impl Error {
             Error::AlreadyQuantized { .. } => "already_quantized",
             Error::NonFinite { .. } => "non_finite",
             Error::Pattern { .. } => "pattern",
+            Error::Experts { .. } => "experts",
             Error::Options { .. } => "options",
             Error::NothingToQuantize { .. } => "nothing_to_quantize",
             Error::SkipEntryClash { .. } => "skip_entry_clash",

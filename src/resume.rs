@@ -42,7 +42,7 @@ pub fn sealed_files(staging: &Staging, plan: &Plan, means: Means<'_>) -> Result<
     if found > 0 {
         let kept = || plan.files.iter().zip(&trusted).filter(|(_, outcome)| outcome.is_some());
         let tensors = kept().flat_map(|(file, _)| &plan.tensors[file.tensors.clone()]);
-        means.progress.resumed(kept().count(), tensors.map(|tensor| tensor.info.len).sum());
+        means.progress.resumed(kept().count(), tensors.map(|tensor| tensor.source_len()).sum());
     }
     Ok(trusted)
 }

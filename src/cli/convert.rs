@@ -125,6 +125,8 @@ enum NonFiniteArg {
 enum ExpertsArg {
     /// As the source has them, under the same names
     Keep,
+    /// As transformers 5's models have them: all of a layer's in one 3-D tensor for each projection
+    Fuse,
 }
 
 impl Arguments {
@@ -138,6 +140,7 @@ impl Arguments {
             double_quant: self.double_quant,
             experts: match self.experts {
                 ExpertsArg::Keep => ExpertLayout::Keep,
+                ExpertsArg::Fuse => ExpertLayout::Fuse,
             },
             only_experts: self.only_experts,
             include: self.include.clone(),

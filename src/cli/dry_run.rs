@@ -41,15 +41,15 @@ fn text(conversion: &Conversion, destination: &Path, device: &str, free: Option<
 fn decisions(plan: &Plan) -> String {
     let mut text = String::new();
     let width = |of: fn(&PlannedTensor) -> usize| plan.tensors.iter().map(of).max().unwrap_or(0);
-    let name_width = width(|tensor| tensor.info.name.len()).min(72);
-    let shape_width = width(|tensor| format!("{:?}", tensor.info.shape).len());
+    let name_width = width(|tensor| tensor.name.len()).min(72);
+    let shape_width = width(|tensor| format!("{:?}", tensor.shape).len());
     for tensor in &plan.tensors {
         let decision = if tensor.quantized_from().is_some() { plan.recipe.format.name() } else { "keep" };
-        let (info, shape) = (&tensor.info, format!("{:?}", tensor.info.shape));
+        let shape = format!("{:?}", tensor.shape);
         let _ = writeln!(
             text,
             "{decision:4}  {:name_width$}  {:4} {shape:shape_width$}  {}",
-            info.name, info.dtype, tensor.reason
+            tensor.name, tensor.dtype, tensor.reason
         );
     }
     text + "\n"
@@ -94,9 +94,9 @@ fn json(conversion: &Conversion, destination: &Path, free: Option<u64>, obstacle
     let plan = &conversion.plan;
     let tensor = |tensor: &PlannedTensor| {
         json!({
-            "name": tensor.info.name,
-            "dtype": tensor.info.dtype.name(),
-            "shape": tensor.info.shape,
+            "name": tensor.name,
+            "dtype": tensor.dtype.name(),
+            "shape": tensor.shape,
             "role": tensor.role,
             "decision": if tensor.quantized_from().is_some() { "quantize" } else { "keep" },
             "reason": tensor.reason,

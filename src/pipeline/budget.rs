@@ -175,8 +175,9 @@ fn largest_absmax(plan: &Plan) -> u64 {
 fn plan_len(plan: &Plan) -> u64 {
     let headers: u64 = plan.files.iter().map(|file| file.header.len() as u64).sum();
     let of_tensor = |tensor: &PlannedTensor| {
-        let names = 3 * tensor.info.name.len() + tensor.outputs.len() * (tensor.info.name.len() + 32);
-        (names + 600 + tensor.outputs.len() * 300) as u64
+        let (name, outputs, parts) = (tensor.name.len(), tensor.outputs.len(), tensor.parts.len());
+        // The header, the plan and the manifest know every part by its name.
+        (outputs * (name + 332) + parts * (3 * name + 300) + 300) as u64
     };
     headers + plan.tensors.iter().map(of_tensor).sum::<u64>()
 }

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use super::{Job, Output};
+use super::{Job, Output, transpose};
 use crate::checkpoint::{SourceFile, read_exact_at};
 use crate::error::{Error, IoContext, Result};
 use crate::plan::PlannedTensor;
@@ -47,25 +47,47 @@ impl<'j, 'a> Files<'j, 'a> {
         }
     }
 
-    /// The source file that `tensor` is in.
-    pub fn open_source(&mut self, tensor: &PlannedTensor) -> Result<&File> {
-        if self.source.as_ref().is_none_or(|(opened, _)| *opened != tensor.source_file) {
+    /// Fills `into` with `tensor`'s bytes from `offset` on.
+    pub fn read(&mut self, tensor: &PlannedTensor, mut offset: u64, mut into: &mut [u8]) -> Result<()> {
+        for part in &tensor.parts {
+            if offset >= part.len {
+                offset -= part.len;
+                continue;
+            }
+            let len = (part.len - offset).min(into.len() as u64) as usize;
+            let (here, rest) = into.split_at_mut(len);
+            match part.transposed {
+                None => self.read_at(part.file, part.offset + offset, here)?,
+                Some(matrix) => {
+                    let size = (part.len / (matrix[0] * matrix[1])) as usize;
+                    let read = |at, row: &mut [u8]| self.read_at(part.file, part.offset + at, row);
+                    transpose::read(matrix, size, offset / size as u64, here, read)?;
+                }
+            }
+            (offset, into) = (0, rest);
+            if into.is_empty() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// A file of the source.
+    pub fn open_source(&mut self, file: usize) -> Result<&File> {
+        if self.source.as_ref().is_none_or(|(opened, _)| *opened != file) {
             self.source = None;
         }
         match &mut self.source {
             Some((_, file)) => Ok(file),
-            none => {
-                let file = open_source(&self.job.source.files[tensor.source_file])?;
-                Ok(&none.insert((tensor.source_file, file)).1)
-            }
+            none => Ok(&none.insert((file, open_source(&self.job.source.files[file])?)).1),
         }
     }
 
-    /// Fills `into` with `tensor`'s bytes from `offset` on.
-    pub fn read(&mut self, tensor: &PlannedTensor, offset: u64, into: &mut [u8]) -> Result<()> {
-        let (disk, source) = (self.job.means.disk, &self.job.source.files[tensor.source_file]);
-        let (position, len) = (tensor.info.offset + offset, into.len() as u64);
-        let file = self.open_source(tensor)?;
+    /// Fills `into` with the bytes at `position` of a file of the source.
+    fn read_at(&mut self, file: usize, position: u64, into: &mut [u8]) -> Result<()> {
+        let (disk, source) = (self.job.means.disk, &self.job.source.files[file]);
+        let len = into.len() as u64;
+        let file = self.open_source(file)?;
         advise(file, position + READ_AHEAD, len, source.len);
         match read_exact_at(disk, file, &source.path, into, position) {
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {

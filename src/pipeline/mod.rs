@@ -13,6 +13,7 @@ mod results;
 mod ring;
 mod scheduler;
 mod staged;
+mod transpose;
 mod worker;
 
 use std::fs::File;

@@ -8,7 +8,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::format::FloatDtype;
 use crate::kernel::scalar::decode;
 
-/// Reads all of the tensor again, through `buffer`, and says what is in it.
+/// Reads all of the tensor again, through `buffer`, and says what is in it; `None` if all of it is finite.
 pub fn describe(
     disk: &dyn Disk,
     file: &File,
@@ -16,7 +16,7 @@ pub fn describe(
     info: &TensorInfo,
     dtype: FloatDtype,
     buffer: &mut [u8],
-) -> Result<Error> {
+) -> Result<Option<Error>> {
     let size = dtype.size();
     let step = buffer.len() / size * size;
     let (mut first, mut count, mut done) = (None, 0, 0);
@@ -32,13 +32,6 @@ pub fn describe(
         }
         done += piece.len() as u64;
     }
-    Ok(match first {
-        Some((index, value)) => {
-            Error::NonFinite { path: path.to_owned(), tensor: info.name.clone(), index, value, count }
-        }
-        None => {
-            let why = format!("tensor {:?} held values that aren't finite, and no longer does", info.name);
-            Error::SourceChanged { path: path.to_owned(), why }
-        }
-    })
+    let (path, tensor) = (path.to_owned(), info.name.clone());
+    Ok(first.map(|(index, value)| Error::NonFinite { path, tensor, index, value, count }))
 }

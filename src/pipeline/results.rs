@@ -72,8 +72,7 @@ impl Results<'_, '_, '_> {
     }
 
     fn quant_state(&self, nested_offset: f32) -> Result<()> {
-        let state =
-            QuantState { scheme: &self.scheme, dtype: self.dtype, shape: &self.tensor.info.shape, nested_offset };
+        let state = QuantState { scheme: &self.scheme, dtype: self.dtype, shape: &self.tensor.shape, nested_offset };
         self.files.write(&quant_state_bytes(&state), self.offset(OutputKind::QuantState))
     }
 

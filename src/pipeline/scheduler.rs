@@ -261,7 +261,7 @@ impl<'a> Scheduler<'a> {
         if let Some(task) = state.ready.pop_front() {
             return Some(task);
         }
-        let reading = self.plan.tensors.get(state.next.0).map_or(self.source_files, |tensor| tensor.source_file + 1);
+        let reading = self.plan.tensors.get(state.next.0).map_or(self.source_files, |tensor| tensor.parts[0].file + 1);
         if self.means.hash_source && state.next_source_hash < reading.min(self.source_files) {
             state.next_source_hash += 1;
             return Some(Task::HashSource { file: state.next_source_hash - 1 });
@@ -283,12 +283,12 @@ impl<'a> Scheduler<'a> {
                 return None;
             }
             state.absmax_held += absmax;
-            let tasks_left = planned.info.len.div_ceil(chunk_len).max(1) as usize;
+            let tasks_left = planned.source_len().div_ceil(chunk_len).max(1) as usize;
             let absmax = vec![0.0; absmax as usize / size_of::<f32>()];
             state.open.insert(tensor, OpenTensor { tasks_left, absmax, ..OpenTensor::default() });
         }
-        let len = chunk_len.min(planned.info.len - offset);
-        state.next = if offset + len == planned.info.len { (tensor + 1, 0) } else { (tensor, offset + len) };
+        let len = chunk_len.min(planned.source_len() - offset);
+        state.next = if offset + len == planned.source_len() { (tensor + 1, 0) } else { (tensor, offset + len) };
         Some(Task::Chunk { tensor, offset, len: len as usize })
     }
 

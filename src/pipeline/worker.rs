@@ -99,7 +99,7 @@ impl<'j, 'a> Worker<'j, 'a> {
                 Done::Written
             }
         };
-        self.job.means.progress.advanced(&tensor.info.name, len as u64);
+        self.job.means.progress.advanced(&tensor.name, len as u64);
         Ok(done)
     }
 
@@ -183,11 +183,19 @@ impl<'j, 'a> Worker<'j, 'a> {
     }
 
     fn describe_nonfinite(&mut self, tensor: &PlannedTensor, dtype: FloatDtype) -> Error {
-        let (disk, path) = (self.job.means.disk, &self.job.source.files[tensor.source_file].path);
-        let buffer = &mut self.buffers.bytes;
-        let file = self.files.open_source(tensor);
-        file.and_then(|file| nonfinite::describe(disk, file, path, &tensor.info, dtype, buffer))
-            .unwrap_or_else(|error| error)
+        let (disk, source) = (self.job.means.disk, self.job.source);
+        for part in &tensor.parts {
+            let (path, info) = (&source.files[part.file].path, &source.files[part.file].tensors[part.tensor]);
+            let file = self.files.open_source(part.file);
+            let buffer = &mut self.buffers.bytes;
+            match file.and_then(|file| nonfinite::describe(disk, file, path, info, dtype, buffer)) {
+                Ok(None) => {}
+                Ok(Some(error)) | Err(error) => return error,
+            }
+        }
+        let path = source.files[tensor.parts[0].file].path.clone();
+        let why = format!("tensor {:?} held values that aren't finite, and no longer does", tensor.name);
+        Error::SourceChanged { path, why }
     }
 }
 

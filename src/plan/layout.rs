@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::{Decision, PlannedTensor};
-use crate::checkpoint::{Described, Dtype, TensorInfo, header_bytes, shard_name, sort_canonically};
+use crate::checkpoint::{Described, Dtype, header_bytes, shard_name, sort_canonically};
 use crate::format::{OutputKind, Scheme, output_tensors};
 
 /// A tensor to be written.
@@ -37,12 +37,12 @@ pub struct PlannedFile {
 }
 
 /// What a tensor becomes; offsets are set by [`lay_out`].
-pub fn outputs(info: &TensorInfo, decision: Decision, scheme: &Scheme) -> Vec<PlannedOutput> {
-    let Decision::Quantize(dtype) = decision else {
-        let (shape, len) = (info.shape.clone(), info.len);
-        return vec![PlannedOutput { kind: None, suffix: "", dtype: info.dtype, shape, len, offset: 0 }];
+pub fn outputs(tensor: &PlannedTensor, scheme: &Scheme) -> Vec<PlannedOutput> {
+    let Decision::Quantize(dtype) = tensor.decision else {
+        let (dtype, shape, len) = (tensor.dtype, tensor.shape.clone(), tensor.source_len());
+        return vec![PlannedOutput { kind: None, suffix: "", dtype, shape, len, offset: 0 }];
     };
-    let tensors = output_tensors(scheme, dtype, &info.shape).into_iter();
+    let tensors = output_tensors(scheme, dtype, &tensor.shape).into_iter();
     tensors
         .map(|tensor| {
             let dtype = if tensor.is_f32 { Dtype::F32 } else { Dtype::U8 };
@@ -109,7 +109,7 @@ fn place(tensors: &mut [PlannedTensor]) -> (Vec<u8>, u64) {
     let mut placed = Vec::new();
     for (i, tensor) in tensors.iter().enumerate() {
         placed.extend(tensor.outputs.iter().enumerate().map(|(j, output)| Placed {
-            name: format!("{}{}", tensor.info.name, output.suffix),
+            name: format!("{}{}", tensor.name, output.suffix),
             index: (i, j),
             output,
         }));

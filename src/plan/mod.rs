@@ -4,6 +4,8 @@
 
 pub mod architectures;
 mod decide;
+pub mod experts;
+mod fuse;
 mod layout;
 mod recipe;
 pub mod rules;
@@ -18,7 +20,7 @@ pub use layout::{PlannedFile, PlannedOutput};
 pub use recipe::{ExpertLayout, NonFinitePolicy, Recipe};
 pub use rules::Role;
 
-use crate::checkpoint::{CONFIG_NAME, Dtype, Source, TensorInfo};
+use crate::checkpoint::{CONFIG_NAME, Dtype, Source};
 use crate::error::{Error, Result};
 use crate::format::{FloatDtype, OutputKind, quantization_config};
 use decide::Selection;
@@ -29,7 +31,8 @@ use rules::Rules;
 pub struct Plan {
     /// What was asked for.
     pub recipe: Recipe,
-    /// Every tensor of the source: files by name, tensors in the order of their bytes.
+    /// What is written: one entry for every tensor of the source, or for all that are fused into one. In the source's
+    /// order: files by name, tensors in the order of their bytes; what is fused stands where its first part does.
     pub tensors: Vec<PlannedTensor>,
     /// The files of weights to be written. Each holds the next run of `tensors`.
     pub files: Vec<PlannedFile>,
@@ -39,13 +42,17 @@ pub struct Plan {
     pub warnings: Vec<String>,
 }
 
-/// A source tensor and what becomes of it.
+/// A tensor and what becomes of it.
 #[derive(Clone, Debug)]
 pub struct PlannedTensor {
-    /// Which of the source's files holds it.
-    pub source_file: usize,
-    /// Name, dtype, shape and place in that file.
-    pub info: TensorInfo,
+    /// Its name in the output.
+    pub name: String,
+    /// Its dtype in the source.
+    pub dtype: Dtype,
+    /// Its shape in the output, before quantizing.
+    pub shape: Vec<u64>,
+    /// Where its bytes are in the source, in their order.
+    pub parts: Vec<Part>,
     /// What the tensor is.
     pub role: Role,
     /// Keep or quantize.
@@ -54,6 +61,21 @@ pub struct PlannedTensor {
     pub reason: Cow<'static, str>,
     /// What is written for it.
     pub outputs: Vec<PlannedOutput>,
+}
+
+/// A run of a source tensor's bytes, or all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Which of the source's files holds it.
+    pub file: usize,
+    /// Which of the file's tensors it is of.
+    pub tensor: usize,
+    /// The file offset of its first byte.
+    pub offset: u64,
+    /// Its size in bytes.
+    pub len: u64,
+    /// `[rows, columns]` in the file, if the part is that matrix transposed.
+    pub transposed: Option<[u64; 2]>,
 }
 
 /// Keep or quantize.
@@ -68,7 +90,12 @@ pub enum Decision {
 impl PlannedTensor {
     /// The number of elements.
     pub fn elements(&self) -> u64 {
-        self.info.shape.iter().product()
+        self.shape.iter().product()
+    }
+
+    /// Bytes of it in the source.
+    pub fn source_len(&self) -> u64 {
+        self.parts.iter().map(|part| part.len).sum()
     }
 
     /// The dtype that it is quantized from, if it is.
@@ -111,28 +138,42 @@ impl Plan {
         let rules = Rules::new(&model_types);
         let mut selection = Selection::new(&recipe, rules.clone())?;
         let (mut tensors, mut linear) = (Vec::new(), Vec::new());
-        for (source_file, info) in source.tensors() {
+        let in_files = source.files.iter().enumerate();
+        let places = in_files.flat_map(|(i, file)| file.tensors.iter().enumerate().map(move |(j, info)| (i, j, info)));
+        for (file, tensor, info) in places {
             let verdict = selection.decide(&info.name, &info.shape);
             let decision = match (verdict.quantize, float_dtype(info.dtype)) {
                 (false, _) => Decision::Keep,
                 (true, Some(dtype)) => Decision::Quantize(dtype),
                 (true, None) => {
-                    let path = source.files[source_file].path.clone();
+                    let path = source.files[file].path.clone();
                     let (tensor, dtype) = (info.name.clone(), info.dtype.name());
                     return Err(Error::UnsupportedDtype { path, tensor, dtype });
                 }
             };
-            let outputs = layout::outputs(info, decision, &recipe.scheme());
-            let (role, reason) = (verdict.role, verdict.reason);
-            tensors.push(PlannedTensor { source_file, info: info.clone(), role, decision, reason, outputs });
+            let mut tensor = PlannedTensor {
+                name: info.name.clone(),
+                dtype: info.dtype,
+                shape: info.shape.clone(),
+                parts: vec![Part { file, tensor, offset: info.offset, len: info.len, transposed: None }],
+                role: verdict.role,
+                decision,
+                reason: verdict.reason,
+                outputs: Vec::new(),
+            };
+            tensor.outputs = layout::outputs(&tensor, &recipe.scheme());
+            tensors.push(tensor);
             linear.push(verdict.linear);
         }
         selection.check_patterns()?;
-        check_names_are_free(source, &tensors)?;
         check_anything_quantized(source, &tensors, &recipe)?;
         let skip_modules = skip_modules::list(&rules, &tensors, &linear)?;
         let config = quantized_config(source, &recipe, &tensors, &skip_modules)?;
-        let warnings = warnings(source, &rules, &tensors, &linear);
+        let warnings = warnings(source, &recipe, &rules, &tensors, &linear);
+        if recipe.experts == ExpertLayout::Fuse {
+            tensors = fuse::fuse(source, &model_types, tensors, &recipe.scheme())?;
+        }
+        check_names_are_free(source, &tensors)?;
         let files = layout::lay_out(&mut tensors, recipe.max_shard_size);
         Ok(Plan { recipe, tensors, files, config, warnings })
     }
@@ -144,7 +185,7 @@ impl Plan {
 
     /// Bytes of all tensors of the source.
     pub fn source_len(&self) -> u64 {
-        self.tensors.iter().map(|tensor| tensor.info.len).sum()
+        self.tensors.iter().map(PlannedTensor::source_len).sum()
     }
 
     /// The tensors to be quantized.
@@ -183,20 +224,17 @@ fn bits_per_element<'a>(tensors: impl Iterator<Item = &'a PlannedTensor>) -> f64
 fn check_names_are_free(source: &Source, tensors: &[PlannedTensor]) -> Result<()> {
     let parts = |tensor: &PlannedTensor| tensor.outputs.iter().map(|output| output.suffix).collect::<Vec<_>>();
     let Some(suffixes) = tensors.iter().find(|tensor| tensor.outputs.len() > 1).map(parts) else { return Ok(()) };
-    let quantized: HashSet<&str> = tensors
-        .iter()
-        .filter(|tensor| tensor.decision != Decision::Keep)
-        .map(|tensor| tensor.info.name.as_str())
-        .collect();
+    let quantized: HashSet<&str> =
+        tensors.iter().filter(|tensor| tensor.decision != Decision::Keep).map(|tensor| tensor.name.as_str()).collect();
     for tensor in tensors {
-        let name = &tensor.info.name;
+        let name = &tensor.name;
         let weight = suffixes.iter().filter(|s| !s.is_empty()).find_map(|suffix| name.strip_suffix(suffix));
         if let Some(weight) = weight.filter(|weight| quantized.contains(weight)) {
             let why = format!(
                 "tensor {name:?} has a name that quantizing {weight:?} takes for a part of it: was the checkpoint \
                  quantized before? Keep the weight with --exclude"
             );
-            return Err(Error::malformed(&source.files[tensor.source_file].path, why));
+            return Err(Error::malformed(&source.files[tensor.parts[0].file].path, why));
         }
     }
     Ok(())
@@ -232,7 +270,13 @@ fn quantized_config(
     text.map(Some).map_err(|error| Error::malformed(&source.path.join(CONFIG_NAME), error.to_string()))
 }
 
-fn warnings(source: &Source, rules: &Rules, tensors: &[PlannedTensor], linear: &[bool]) -> Vec<String> {
+fn warnings(
+    source: &Source,
+    recipe: &Recipe,
+    rules: &Rules,
+    tensors: &[PlannedTensor],
+    linear: &[bool],
+) -> Vec<String> {
     let mut warnings = Vec::new();
     let quantized = || tensors.iter().zip(linear).filter(|(tensor, _)| tensor.decision != Decision::Keep);
     if source.config.is_none() {
@@ -246,18 +290,24 @@ fn warnings(source: &Source, rules: &Rules, tensors: &[PlannedTensor], linear: &
     if let Some((tensor, _)) = quantized().find(|(tensor, linear)| !**linear && !tensor.role.is_expert()) {
         warnings.push(format!(
             "{:?} was chosen by --include, but no Linear of the model takes it: plain transformers won't load it",
-            tensor.info.name
+            tensor.name
         ));
     }
     if quantized().any(|(tensor, _)| tensor.role.is_expert()) {
         warnings.push(
-            "experts are 4-bit: transformers 5 can't load them without a loader of its own, and with \
+            "experts are 4-bit: transformers 5 can't load them without prequant's loader, and with \
              ignore_mismatched_sizes=True it fills them with random numbers without an error"
                 .to_owned(),
         );
+        if recipe.double_quant && recipe.experts == ExpertLayout::Fuse {
+            warnings.push(
+                "double quantization over fused experts is less exact than expert by expert: all of a layer's experts \
+                 share one mean of absmax, and groups of 256 blocks straddle them; the manifest's statistics tell how much"
+                    .to_owned(),
+            );
+        }
     }
-    let dtypes: Vec<Dtype> = tensors.iter().map(|tensor| tensor.info.dtype).collect();
-    if dtypes.contains(&Dtype::F64) {
+    if tensors.iter().any(|tensor| tensor.dtype == Dtype::F64) {
         warnings.push("it has F64 tensors, which are copied as they are".to_owned());
     }
     warnings

@@ -35,6 +35,8 @@ pub enum ExpertLayout {
     /// As the source has them, under the same names.
     #[default]
     Keep,
+    /// As transformers' models have them: all of a layer's in one 3-D tensor for each projection.
+    Fuse,
 }
 
 /// What becomes of weights with a NaN or an infinity.

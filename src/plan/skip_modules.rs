@@ -15,7 +15,7 @@ pub fn list(rules: &Rules, tensors: &[PlannedTensor], linear: &[bool]) -> Result
     let mut quantized = Vec::new();
     for (tensor, linear) in tensors.iter().zip(linear) {
         let modules = if tensor.role == Role::ExpertLinear || *linear {
-            rules.module_names(&tensor.info.name)
+            rules.module_names(&tensor.name)
         } else {
             continue;
         };

@@ -1,0 +1,250 @@
+//! `--experts fuse`: all of a layer's experts become the model's own 3-D parameters.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use serde_json::Value;
+
+use super::experts::{FAMILIES, Fusion, Shape};
+use super::layout;
+use super::{Decision, Part, PlannedTensor, Role};
+use crate::checkpoint::Source;
+use crate::error::{Error, Result};
+use crate::format::Scheme;
+
+/// Puts experts together that are to be quantized; all other tensors stay as they are. What is fused stands where its
+/// first part was.
+///
+/// # Errors
+/// When the experts' architecture isn't known, an expert is missing, or they differ in shape, dtype or decision.
+pub fn fuse(
+    source: &Source,
+    model_types: &[&str],
+    tensors: Vec<PlannedTensor>,
+    scheme: &Scheme,
+) -> Result<Vec<PlannedTensor>> {
+    let families = FAMILIES.iter().filter(|row| row.model_types.iter().any(|name| model_types.contains(name)));
+    let fusions: Vec<&'static Fusion> = families.flat_map(|family| family.fusions).collect();
+    let groups = groups(source, model_types, &fusions, &tensors)?;
+    let mut fused: HashMap<usize, PlannedTensor> = HashMap::new();
+    let mut taken: HashSet<usize> = HashSet::new();
+    for group in &groups {
+        let members = || group.members.values().copied();
+        if members().all(|i| tensors[i].decision == Decision::Keep) {
+            continue;
+        }
+        let mut tensor = group.fuse(source, &tensors)?;
+        tensor.outputs = layout::outputs(&tensor, scheme);
+        fused.insert(members().min().unwrap_or_default(), tensor);
+        taken.extend(members());
+    }
+    let tensors = tensors.into_iter().enumerate();
+    let tensors: Vec<PlannedTensor> = tensors
+        .filter_map(|(i, tensor)| fused.remove(&i).or_else(|| (!taken.contains(&i)).then_some(tensor)))
+        .collect();
+    check_names_differ(source, &tensors)?;
+    Ok(tensors)
+}
+
+/// The tensors that make up one parameter.
+struct Group<'a> {
+    /// What the parameter's name begins with.
+    prefix: &'a str,
+    fusion: &'static Fusion,
+    /// Places among the tensors, by expert and by which of the fusion's sources it is.
+    members: BTreeMap<(Option<usize>, usize), usize>,
+}
+
+/// All groups, in the order of their first members.
+fn groups<'a>(
+    source: &Source,
+    model_types: &[&str],
+    fusions: &[&'static Fusion],
+    tensors: &'a [PlannedTensor],
+) -> Result<Vec<Group<'a>>> {
+    let mut groups: Vec<Group<'a>> = Vec::new();
+    let mut places: HashMap<(&str, &str), usize> = HashMap::new();
+    for (i, tensor) in tensors.iter().enumerate() {
+        let found = fusions.iter().find_map(|fusion| Some((*fusion, fusion.source_of(&tensor.name)?)));
+        let Some((fusion, (prefix, which, expert))) = found else {
+            if tensor.role.is_expert() && tensor.decision != Decision::Keep {
+                return Err(unknown(source, model_types, tensor));
+            }
+            continue;
+        };
+        let place = *places.entry((prefix, fusion.target)).or_insert_with(|| {
+            groups.push(Group { prefix, fusion, members: BTreeMap::new() });
+            groups.len() - 1
+        });
+        groups[place].members.insert((expert, which), i);
+    }
+    Ok(groups)
+}
+
+fn unknown(source: &Source, model_types: &[&str], tensor: &PlannedTensor) -> Error {
+    let known = FAMILIES.iter().any(|family| family.model_types.iter().any(|name| model_types.contains(name)));
+    let why = match (model_types.first(), known) {
+        (Some(model_type), false) => format!("how {model_type:?} lays out its experts isn't known"),
+        (Some(model_type), true) => format!("{model_type:?} is known, but not experts with this name"),
+        (None, _) => "no config.json says what model it is".to_owned(),
+    };
+    let (path, tensor) = (source.files[tensor.parts[0].file].path.clone(), tensor.name.clone());
+    Error::Experts { path, tensor, why: format!("{why}; --experts keep leaves experts as they are") }
+}
+
+impl Group<'_> {
+    /// The parameter, without its outputs.
+    fn fuse(&self, source: &Source, tensors: &[PlannedTensor]) -> Result<PlannedTensor> {
+        self.check(source, tensors)?;
+        let first = &tensors[*self.members.values().next().expect("a group has members")];
+        let stacked = self.members.keys().next().is_some_and(|(expert, _)| expert.is_none());
+        let experts =
+            if stacked { first.shape[0] } else { self.members.len() as u64 / self.fusion.sources.len() as u64 };
+        let matrices: Vec<[u64; 2]> = (0..self.fusion.sources.len()).map(|i| matrix(self.member(tensors, i))).collect();
+        let transposed = self.is_transposed(source, first)?;
+        let rows: u64 = matrices.iter().map(|[rows, _]| rows).sum();
+        let columns = matrices[0][1];
+        let mut parts = Vec::with_capacity(experts as usize * matrices.len());
+        if stacked && matrices.len() == 1 && !transposed {
+            parts.extend(&first.parts);
+        } else if stacked {
+            for expert in 0..experts {
+                parts.extend((0..matrices.len()).map(|i| {
+                    let part = self.member(tensors, i).parts[0];
+                    let len = part.len / experts;
+                    let transposed = transposed.then_some(matrices[i]);
+                    Part { offset: part.offset + expert * len, len, transposed, ..part }
+                }));
+            }
+        } else {
+            parts.extend(self.members.values().map(|&i| tensors[i].parts[0]));
+        }
+        Ok(PlannedTensor {
+            name: self.name(self.fusion.target),
+            dtype: first.dtype,
+            shape: if transposed { vec![experts, columns, rows] } else { vec![experts, rows, columns] },
+            parts,
+            role: Role::FusedExperts,
+            decision: first.decision,
+            reason: "matrices of all experts of the layer, 3-D".into(),
+            outputs: Vec::new(),
+        })
+    }
+
+    /// A name of the group that ends so.
+    fn name(&self, end: &str) -> String {
+        if self.prefix.is_empty() { end.to_owned() } else { format!("{}.{end}", self.prefix) }
+    }
+
+    /// The first expert's tensor of source `which`, or all experts'.
+    fn member<'t>(&self, tensors: &'t [PlannedTensor], which: usize) -> &'t PlannedTensor {
+        let expert = self.members.keys().next().and_then(|(expert, _)| *expert);
+        &tensors[self.members[&(expert, which)]]
+    }
+
+    /// Whether every expert has every matrix, and they are alike.
+    fn check(&self, source: &Source, tensors: &[PlannedTensor]) -> Result<()> {
+        let per_expert = self.members.keys().next().is_some_and(|(expert, _)| expert.is_some());
+        let experts =
+            self.members.keys().filter_map(|(expert, _)| *expert).max().map_or(1, |last| last.saturating_add(1));
+        let first = &tensors[*self.members.values().next().expect("a group has members")];
+        let error = |tensor: &PlannedTensor, why: String| {
+            let path = source.files[tensor.parts[0].file].path.clone();
+            let why = format!("{why}; --experts keep leaves experts as they are");
+            Err(Error::Experts { path, tensor: tensor.name.clone(), why })
+        };
+        if self.members.len() < experts.saturating_mul(self.fusion.sources.len()) {
+            let all = (0..experts).flat_map(|e| (0..self.fusion.sources.len()).map(move |which| (e, which)));
+            let missing = all.map(|(e, which)| (per_expert.then_some(e), which));
+            let (expert, which) = missing.into_iter().find(|key| !self.members.contains_key(key)).unwrap_or_default();
+            let name = self.fusion.sources[which].replace('*', &expert.unwrap_or_default().to_string());
+            return error(first, format!("{:?} is missing beside it", self.name(&name)));
+        }
+        for (&(_, which), &i) in &self.members {
+            let (tensor, like) = (&tensors[i], self.member(tensors, which));
+            let rank = if per_expert { 2 } else { 3 };
+            if tensor.shape.len() != rank {
+                return error(tensor, format!("its shape is {:?}, and {rank} dimensions were expected", tensor.shape));
+            }
+            let columns_fit =
+                matrix(tensor)[1] == matrix(first)[1] && (per_expert || tensor.shape[0] == first.shape[0]);
+            if tensor.shape != like.shape || !columns_fit {
+                let other = if tensor.shape == like.shape { first } else { like };
+                let (found, expected, other) = (&tensor.shape, &other.shape, &other.name);
+                return error(
+                    tensor,
+                    format!("its shape is {found:?}, which doesn't go with {expected:?} of {other:?}"),
+                );
+            }
+            if tensor.dtype != first.dtype {
+                let (found, expected) = (tensor.dtype.name(), first.dtype.name());
+                return error(
+                    tensor,
+                    format!("it is {found}, and {:?} is {expected}: one tensor has one dtype", first.name),
+                );
+            }
+            if tensor.decision != first.decision {
+                let why = format!("{:?} and it would become one tensor, but only one is to be quantized", first.name);
+                return error(tensor, format!("{why}: exclude all experts of the layer or none"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the matrices are stored with rows and columns exchanged, as transformers decides it: by the shape.
+    fn is_transposed(&self, source: &Source, tensor: &PlannedTensor) -> Result<bool> {
+        let Some(shape) = self.fusion.transposed_unless else { return Ok(false) };
+        let number = |key: &str| {
+            let values = source.config.as_ref()?.values();
+            let nested = values.get("text_config").and_then(|text| text.get(key));
+            nested.or_else(|| values.get(key)).and_then(Value::as_u64)
+        };
+        let error = |why: String| {
+            let path = source.files[tensor.parts[0].file].path.clone();
+            Err(Error::Experts {
+                path,
+                tensor: tensor.name.clone(),
+                why: format!("{why}; --experts keep leaves it as it is"),
+            })
+        };
+        let (Some(hidden), Some(intermediate)) = (number("hidden_size"), number("moe_intermediate_size")) else {
+            return error(
+                "config.json has no hidden_size or no moe_intermediate_size to tell its layout by".to_owned(),
+            );
+        };
+        let expected = match shape {
+            Shape::GateUp => [2 * intermediate, hidden],
+            Shape::Down => [hidden, intermediate],
+        };
+        let found = matrix(tensor);
+        if found != expected && found != [expected[1], expected[0]] {
+            let [rows, columns] = expected;
+            let found = &tensor.shape;
+            return error(format!(
+                "its shape is {found:?}, and config.json makes it [_, {rows}, {columns}] or [_, {columns}, {rows}]"
+            ));
+        }
+        Ok(found != expected)
+    }
+}
+
+/// Rows and columns of one expert's matrix.
+fn matrix(tensor: &PlannedTensor) -> [u64; 2] {
+    match tensor.shape[..] {
+        [.., rows, columns] => [rows, columns],
+        _ => [0, 0],
+    }
+}
+
+/// A fused tensor must not have the name of another one.
+fn check_names_differ(source: &Source, tensors: &[PlannedTensor]) -> Result<()> {
+    let mut names = HashSet::new();
+    match tensors.iter().find(|tensor| !names.insert(tensor.name.as_str())) {
+        Some(tensor) => {
+            let path = source.files[tensor.parts[0].file].path.clone();
+            let why =
+                "the source has a tensor of this name, and experts that become it: which one is meant?".to_owned();
+            Err(Error::Experts { path, tensor: tensor.name.clone(), why })
+        }
+        None => Ok(()),
+    }
+}
