@@ -6,21 +6,24 @@ import math
 from typing import Any
 
 import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn.parametrize import Bnb4bitParametrization, replace_parameter_4bit_prequantized
 from torch import nn
 
 
 class RelaidParametrization(Bnb4bitParametrization):
-    """Decodes codes that aren't in the order of the parameter's elements.
+    """Decodes codes that bitsandbytes' own parametrization can't make the parameter of.
 
-    What is decoded has the quant_state's shape. Two cases:
+    What is stored has the quant_state's shape. Three cases:
 
     - `[experts, columns, rows]` for a parameter `[experts, rows, columns]`: rows and columns are exchanged.
     - `[experts, parts, padded]`: each expert is `parts` matrices in a row, and each matrix has blocks of its own, the last
       of which is filled up.
+    - The parameter's own shape, in blocks that go on from row to row: bitsandbytes 0.49 and 0.50 take the wrong scales for
+      them on the CPU.
     """
 
-    def __init__(self, quant_state: Any, shape: tuple[int, ...]) -> None:
+    def __init__(self, quant_state: QuantState, shape: tuple[int, ...]) -> None:
         super().__init__(quant_state)
         self.shape = torch.Size(shape)
         """The parameter's shape."""
@@ -28,11 +31,30 @@ class RelaidParametrization(Bnb4bitParametrization):
     @torch.no_grad()
     def forward(self, quantized_param: torch.Tensor) -> torch.Tensor:
         """The parameter, decoded, from its codes."""
-        decoded = super().forward(quantized_param)
-        if is_transposed(tuple(decoded.shape), tuple(self.shape)):
+        stored = tuple(self.quant_state.shape)
+        decoded = dequantize_4bit(quantized_param, _in_rows_of_blocks(self.quant_state)).reshape(stored)
+        if stored == tuple(self.shape):
+            return decoded
+        if is_transposed(stored, tuple(self.shape)):
             return decoded.transpose(1, 2).contiguous()
-        elements = math.prod(self.shape) // math.prod(decoded.shape[:2])
+        elements = math.prod(self.shape) // math.prod(stored[:2])
         return decoded[..., :elements].reshape(self.shape)
+
+
+def _in_rows_of_blocks(state: QuantState) -> QuantState:
+    """The same codes as a matrix with a block, or all of them, in a row."""
+    elements = math.prod(state.shape)
+    rows = elements // state.blocksize if elements % state.blocksize == 0 else 1
+    return QuantState(
+        absmax=state.absmax,
+        shape=torch.Size((rows, elements // rows)),
+        code=state.code,
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+        dtype=state.dtype,
+        offset=state.offset,
+        state2=state.state2,
+    )
 
 
 def is_transposed(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
@@ -63,6 +85,7 @@ def parametrize_4bit(
     codes: torch.Tensor = getattr(module, name)
     replace_parameter_4bit_prequantized(module, name, quant_state, codes.device)
     steps: Any = getattr(module.parametrizations, name)
-    steps[0].quant_state.dtype = dtype
-    if tuple(steps[0].quant_state.shape) != tuple(shape):
-        steps[0] = RelaidParametrization(steps[0].quant_state, shape)
+    state: QuantState = steps[0].quant_state
+    state.dtype = dtype
+    if tuple(state.shape) != tuple(shape) or shape[-1] % state.blocksize:
+        steps[0] = RelaidParametrization(state, shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -38,7 +39,7 @@ class ExpertParameter:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    """What the model computes in: what the codes are decoded to."""
+    """That of the model's own parameter."""
     assembly: Assembly
     converter: WeightConverter | None
     """What transformers makes the parameter with when it is in bf16, if not of one tensor of its shape."""
@@ -81,6 +82,7 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, conversions: Seque
     converters = {
         pattern: entry for entry in conversions if isinstance(entry, WeightConverter) for pattern in entry.source_patterns
     }
+    conversions = deepcopy(conversions)  # they remember what they were used for, and saving goes by that
     groups: dict[str, list[tuple[str | None, QuantizedTensor]]] = defaultdict(list)
     for name, tensor in checkpoint.quantized.items():
         target, pattern = route(name, conversions, prefix, parameters)

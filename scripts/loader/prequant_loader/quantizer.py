@@ -65,14 +65,20 @@ class PrequantQuantizer(Bnb4BitHfQuantizer):
         return bool(super().param_needs_quantization(model, param_name, **kwargs))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
-        """Codes become parameters that are decoded when they are read."""
+        """Codes become parameters that are decoded when they are read.
+
+        They are decoded to the embeddings' dtype, which is what the model computes in: not all versions of transformers
+        heed `dtype` for quantized checkpoints.
+        """
         model = super()._process_model_after_weight_loading(model, **kwargs)
         if self._loading is None:
             return model
         plan, self._loading = self._loading.plan, None
+        embeddings = model.get_input_embeddings()
         for name, made in plan.parameters.items():
             module, _, leaf = name.rpartition(".")
-            parametrize_4bit(model.get_submodule(module), leaf, made.shape, made.dtype, plan.loaded.pop(name))
+            dtype = embeddings.weight.dtype if embeddings is not None else made.dtype
+            parametrize_4bit(model.get_submodule(module), leaf, made.shape, dtype, plan.loaded.pop(name))
         _keep_reversible(model)
         return model
 

@@ -16,22 +16,22 @@ from transformers import PretrainedConfig, PreTrainedModel
 VOCABULARY = 160
 TEXT = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
+    "hidden_size": 128,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,
+    "head_dim": 32,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 ROPE = {
     "rope_type": "default",
     "rope_theta": 10000.0,
-    "mrope_section": [4, 2, 2],
+    "mrope_section": [8, 4, 4],
     "mrope_interleaved": True,
     "partial_rotary_factor": 1.0,
 }
@@ -40,7 +40,7 @@ VISION = {
     "hidden_size": 32,
     "intermediate_size": 32,
     "num_heads": 2,
-    "out_hidden_size": 64,
+    "out_hidden_size": 128,
     "patch_size": 4,
     "num_position_embeddings": 16,
     "deepstack_visual_indexes": [0],
@@ -64,8 +64,8 @@ def mixtral() -> Made:
 
 def deepseek_v3() -> Made:
     """A dense layer, then one with experts and a shared expert."""
-    options = TEXT | MOE | {"num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 2, "topk_group": 1}
-    heads = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    options = TEXT | MOE | {"num_key_value_heads": 4, "head_dim": 16, "n_routed_experts": 4, "n_group": 2, "topk_group": 1}
+    heads = {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
     del options["num_experts"]
     config = transformers.DeepseekV3Config(**options, **heads, first_k_dense_replace=1)
     return transformers.DeepseekV3ForCausalLM, config
@@ -78,7 +78,7 @@ def gpt_oss() -> Made:
 
 
 def llama4() -> Made:
-    text = TEXT | {"intermediate_size_mlp": 96, "num_local_experts": 4, "moe_layers": [0, 1]}
+    text = TEXT | {"intermediate_size_mlp": 128, "num_local_experts": 4, "moe_layers": [0, 1]}
     vision = {
         "hidden_size": 32,
         "num_hidden_layers": 1,
@@ -108,15 +108,15 @@ def qwen3_5_moe() -> Made:
         "layer_types": ["linear_attention", "full_attention"],
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
     }
     text = TEXT | MOE | linear | {"shared_expert_intermediate_size": 64, "rope_parameters": ROPE}
     config = transformers.Qwen3_5MoeConfig(text_config=text, vision_config=VISION, **IMAGE_TOKENS)
     return transformers.Qwen3_5MoeForConditionalGeneration, config
 
 
-def save(folder: Path, made: Made, shard_size: str = "40KB", fused: bool = False) -> type[PreTrainedModel]:
+def save(folder: Path, made: Made, shard_size: str = "100KB", fused: bool = False) -> type[PreTrainedModel]:
     """Saves a random bf16 model in shards so small that parts of an expert lie in different ones.
 
     Args:
@@ -183,12 +183,15 @@ SOURCES: dict[str, Callable[[Path], type[PreTrainedModel]]] = {
     "qwen3_5_moe-hub": _fused(qwen3_5_moe),
     "qwen3_moe-1-expert": lambda folder: save(folder, qwen3_moe(num_experts=1, num_experts_per_tok=1)),
     # 24 x 40 elements a matrix: seven and a half blocks of 128.
-    "qwen3_moe-ragged": lambda folder: save(
-        folder, qwen3_moe(hidden_size=24, moe_intermediate_size=40, num_attention_heads=3, num_key_value_heads=1)
-    ),
+    "qwen3_moe-ragged": lambda folder: save(folder, qwen3_moe(hidden_size=24, moe_intermediate_size=40)),
+    # 64 x 48 elements: 48 blocks of 64, which go on from row to row.
+    "qwen3_moe-across": lambda folder: save(folder, qwen3_moe(hidden_size=64, moe_intermediate_size=48)),
 }
 """What makes a checkpoint in a folder, by name; returns the model's class."""
 
 BLOCK_SIZES = {"qwen3_moe": 32, "mixtral": 128, "gpt_oss": 32, "granitemoe": 128, "qwen3_moe-ragged": 128}
 """Where it isn't 64."""
+
+FLAGS = {"qwen3_moe-ragged": ("--only-experts",), "qwen3_moe-across": ("--only-experts",)}
+"""For Linears too bitsandbytes decodes blocks that go on from row to row wrongly on the CPU."""
 

@@ -57,7 +57,8 @@ class Sources:
         folder = self.work / name / ("converted" + "".join(flags).replace("/", "_"))
         if folder not in self.made:
             block_size = architectures.BLOCK_SIZES.get(name, 64)
-            convert(self.source(name), folder, "--block-size", str(block_size), "--max-shard-size", "30KB", *flags)
+            flags += architectures.FLAGS.get(name, ())
+            convert(self.source(name), folder, "--block-size", str(block_size), "--max-shard-size", "70KB", *flags)
             self.made.add(folder)
         return folder
 

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 FORMATS = ("nf4", "fp4")
 LAYOUTS = ("keep", "fuse")
 EXPERTS = [name for name in architectures.SOURCES if name != "llama"]
-EXCEPTIONS = {("qwen3_moe-ragged", "keep"), ("qwen3_vl_moe-hub", "keep")}
-"""Whose blocks aren't those that bitsandbytes makes of the model's parameter: only held against decoded tensors."""
+EXCEPTIONS = {(name, layout) for name in architectures.FLAGS for layout in LAYOUTS} | {("qwen3_vl_moe-hub", "keep")}
+"""Whose blocks aren't those that bitsandbytes makes of the model's parameter, or not in whole rows: only held against
+decoded tensors."""
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
@@ -92,13 +93,17 @@ def test_logits_equal_quantizing_on_load(sources: Sources, name: str, layout: st
 
 
 def decoded(folder: Path, block_size: int) -> dict[str, torch.Tensor]:
-    """Every 4-bit tensor of a folder, decoded by bitsandbytes alone."""
+    """Every 4-bit tensor of a folder, decoded by bitsandbytes alone, a block a row: it needs whole blocks in a row."""
     tensors = read_tensors(folder)
     names = quantized_names(tensors)
-    return {
-        name: functional.dequantize_4bit(tensors[name].tensor(), quant_state(tensors, name), blocksize=block_size)
-        for name in names
-    }
+    weights = {}
+    for name in names:
+        state = quant_state(tensors, name)
+        shape, elements = state.shape, state.shape.numel()
+        rows = elements // block_size if elements % block_size == 0 else 1
+        state.shape = torch.Size((rows, elements // rows))
+        weights[name] = functional.dequantize_4bit(tensors[name].tensor(), state).reshape(shape)
+    return weights
 
 
 def experts_of(weights: dict[str, torch.Tensor], parameter: str, shape: torch.Size) -> torch.Tensor:
@@ -143,9 +148,9 @@ def test_logits_equal_bitsandbytes_own_decoding(
     assert found.keys() == expert_parameters(load(sources.source(name), auto=sources.model_class(name)))
     for full_name, (module, leaf) in found.items():
         shape = getattr(module, leaf).shape
-        parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
         expected = experts_of(weights, full_name, shape)
         assert torch.equal(getattr(module, leaf), expected), full_name
+        parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
         setattr(module, leaf, nn.Parameter(expected))
     assert torch.equal(logits(ours), logits(theirs))
 
@@ -205,7 +210,7 @@ def test_a_layer_in_bf16_beside_one_in_4_bits(sources: Sources, name: str, layou
     assert logits(ours).isfinite().all()
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", [name for name in EXPERTS if name not in architectures.FLAGS])
 def test_linears_in_4_bits_and_experts_in_bf16(sources: Sources, name: str) -> None:
     ours = load(sources.converted(name, "--exclude", "experts|block_sparse_moe"), auto=sources.model_class(name))
     assert not parametrized(ours)
@@ -217,12 +222,12 @@ def test_linears_in_4_bits_and_experts_in_bf16(sources: Sources, name: str) -> N
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_another_dtype_is_decoded_to(sources: Sources, layout: str) -> None:
+def test_experts_are_decoded_to_the_dtype_of_the_embeddings(sources: Sources, layout: str) -> None:
     converted = sources.converted("qwen3_moe", "--experts", layout)
     model = sources.model_class("qwen3_moe").from_pretrained(converted, dtype=torch.float32)
     for module, leaf in parametrized(model).values():
-        assert getattr(module, leaf).dtype == torch.float32
-    assert logits(model).dtype == torch.float32
+        assert getattr(module, leaf).dtype == model.get_input_embeddings().weight.dtype
+    assert logits(model).isfinite().all()
 
 
 # --- Saving ----------------------------------------------------------------------------------------------------------
@@ -244,9 +249,17 @@ def test_saved_models_load_to_the_same_bytes(
     assert not [key for key in left if left[key].dtype != right[key].dtype or not torch.equal(left[key], right[key])]
     assert torch.equal(logits(first), logits(second))
     if layout == "fuse" or not parametrized(first):
-        stored = {entry.data for key, entry in read_tensors(converted).items() if "quant_state" not in key}
-        saved = {entry.data for key, entry in read_tensors(tmp_path).items() if "quant_state" not in key}
-        assert stored == saved, "the files hold other bytes"
+        assert payload(converted) == payload(tmp_path)
+
+
+def payload(folder: Path) -> dict[str, list[bytes]]:
+    """Codes and statistics of a folder's 4-bit tensors, by name; transformers saves mixtral's under an older one."""
+    tensors = read_tensors(folder)
+    parts = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+    return {
+        name.replace(".block_sparse_moe.experts.", ".mlp.experts."): [tensors[name + part].data for part in parts if name + part in tensors]
+        for name in quantized_names(tensors)
+    }
 
 
 def test_only_the_parametrization_of_bitsandbytes_is_used_where_blocks_allow(sources: Sources) -> None:
