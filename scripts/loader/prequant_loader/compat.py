@@ -6,9 +6,11 @@ Held against transformers 5.14.1 and 5.23.0.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import wraps
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.core_model_loading import (
     Concatenate,
     ConversionOps,
@@ -21,11 +23,13 @@ from transformers.core_model_loading import (
 
 __all__ = [
     "Concatenate",
+    "GUARD",
     "ConversionOps",
     "MergeModulelist",
     "Transpose",
     "WeightConverter",
     "WeightRenaming",
+    "accept_guard",
     "is_reversible",
     "route",
     "scoped",
@@ -50,6 +54,25 @@ def route(
     if target not in parameters and name in parameters:
         target, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=parameters)
     return target, pattern
+
+
+GUARD = "prequant_loader"
+"""What config.json may have as `experts_implementation`: transformers alone doesn't know it and stops, even if it is told to
+ignore sizes that don't match."""
+
+
+def accept_guard() -> None:
+    """Lets transformers take GUARD for its own default."""
+    original = PreTrainedModel.get_correct_experts_implementation
+    if getattr(original, "accepts_guard", False):
+        return
+
+    @wraps(original)
+    def accepting(self: PreTrainedModel, requested_experts: str | None) -> str:
+        return str(original(self, None if requested_experts == GUARD else requested_experts))
+
+    accepting.accepts_guard = True  # type: ignore[attr-defined]
+    PreTrainedModel.get_correct_experts_implementation = accepting
 
 
 def is_reversible(conversion: Any) -> bool:

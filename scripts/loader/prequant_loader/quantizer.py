@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from .compat import is_reversible
+from .compat import GUARD, accept_guard, is_reversible
 from .conversion import LoadExperts, with_twins
 from .layout import Checkpoint, read_checkpoint
 from .parametrization import parametrize_4bit
@@ -79,6 +79,8 @@ class PrequantQuantizer(Bnb4BitHfQuantizer):
             module, _, leaf = name.rpartition(".")
             dtype = embeddings.weight.dtype if embeddings is not None else made.dtype
             parametrize_4bit(model.get_submodule(module), leaf, made.shape, dtype, plan.loaded.pop(name))
+        if plan.parameters:
+            model.config.experts_implementation = GUARD  # for what save_pretrained writes
         _keep_reversible(model)
         return model
 
@@ -96,3 +98,4 @@ def _is_twin(conversion: Any) -> bool:
 def install() -> None:
     """Makes transformers load 4-bit checkpoints with this package. Importing the package does it."""
     AUTO_QUANTIZER_MAPPING[KEY] = PrequantQuantizer
+    accept_guard()

@@ -83,6 +83,8 @@ def without_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
     monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "bitsandbytes_4bit", Bnb4BitHfQuantizer)
+    original = PreTrainedModel.get_correct_experts_implementation.__wrapped__
+    monkeypatch.setattr(PreTrainedModel, "get_correct_experts_implementation", original)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 
 import architectures
+import bitsandbytes
 import pytest
 import torch
 from bitsandbytes import functional
@@ -14,6 +15,7 @@ from bitsandbytes.nn import Linear4bit
 from bitsandbytes.nn.parametrize import Bnb4bitParametrization, replace_parameter_4bit
 from checkpoints import load, on_load, quant_state, quantized_names, read_tensors, restored_absmax
 from conftest import Sources
+from packaging.version import Version
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
@@ -21,6 +23,9 @@ from transformers import PreTrainedModel
 FORMATS = ("nf4", "fp4")
 LAYOUTS = ("keep", "fuse")
 EXPERTS = [name for name in architectures.SOURCES if name != "llama"]
+SAME_NUMERICS = Version(bitsandbytes.__version__) >= Version("0.50")
+"""Before, bitsandbytes on the CPU had other FP4 codes and another table for double quantization than prequant writes."""
+
 EXCEPTIONS = {(name, layout) for name in architectures.FLAGS for layout in LAYOUTS} | {("qwen3_vl_moe-hub", "keep")}
 """Whose blocks aren't those that bitsandbytes makes of the model's parameter, or not in whole rows: only held against
 decoded tensors."""
@@ -72,7 +77,7 @@ def requantize_linears(model: PreTrainedModel, bf16: PreTrainedModel, block_size
             module.weight.data, module.weight.quant_state = codes, state
 
 
-@pytest.mark.parametrize("quant_type", FORMATS)
+@pytest.mark.parametrize("quant_type", FORMATS if SAME_NUMERICS else ("nf4",))
 @pytest.mark.parametrize(("name", "layout"), sorted(set(product(architectures.SOURCES, LAYOUTS)) - EXCEPTIONS))
 def test_logits_equal_quantizing_on_load(sources: Sources, name: str, layout: str, quant_type: str) -> None:
     converted = sources.converted(name, "--format", quant_type, "--experts", layout)
@@ -153,6 +158,7 @@ def test_logits_equal_bitsandbytes_own_decoding(
     assert torch.equal(logits(ours), logits(theirs))
 
 
+@pytest.mark.skipif(not SAME_NUMERICS, reason="bitsandbytes before 0.50 has other numerics on the CPU")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", EXPERTS)
 def test_double_quantization_is_no_further_from_bf16_than_bitsandbytes(

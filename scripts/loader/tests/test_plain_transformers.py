@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
+import torch
 from conftest import Sources
+from damage import edit_config
 from transformers import AutoModelForCausalLM
 
 NAMES = ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "qwen3_vl_moe-hub", "qwen3_5_moe", "llama4"]
+GUARD = "prequant_loader"
 
 
 @pytest.mark.usefixtures("without_loader")
@@ -14,8 +20,42 @@ NAMES = ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "qwen3_
 @pytest.mark.parametrize("layout", ["keep", "fuse"])
 @pytest.mark.parametrize("name", NAMES)
 def test_transformers_alone_stops(sources: Sources, name: str, layout: str, double: tuple[str, ...]) -> None:
-    with pytest.raises((RuntimeError, ValueError)):
-        sources.model_class(name).from_pretrained(sources.converted(name, "--experts", layout, *double))
+    """While it loads; 5.14.1 at the first forward, for it doesn't compare the shapes of quantized tensors."""
+    with pytest.raises((RuntimeError, ValueError, AttributeError)):
+        model = sources.model_class(name).from_pretrained(sources.converted(name, "--experts", layout, *double))
+        model.train()(torch.arange(3, 20)[None])
+
+
+@pytest.mark.usefixtures("without_loader")
+@pytest.mark.parametrize("layout", ["keep", "fuse"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_5_moe-hub"])
+def test_the_guard_in_config_json_stops_even_those_who_ignore_sizes(
+    sources: Sources, editable: Callable[..., Path], name: str, layout: str
+) -> None:
+    folder = editable(name, "--experts", layout)
+    edit_config(folder, lambda config: config.update(experts_implementation=GUARD))
+    for options in ({}, {"ignore_mismatched_sizes": True}):
+        with pytest.raises(ValueError, match=GUARD):
+            sources.model_class(name).from_pretrained(folder, **options)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_5_moe-hub"])
+def test_the_loader_takes_the_guard_and_writes_it(
+    sources: Sources, editable: Callable[..., Path], name: str, tmp_path: Path
+) -> None:
+    folder = editable(name, "--experts", "fuse")
+    edit_config(folder, lambda config: config.update(experts_implementation=GUARD))
+    expected = sources.model_class(name).from_pretrained(sources.converted(name, "--experts", "fuse"))
+    model = sources.model_class(name).from_pretrained(folder)
+    tokens = torch.arange(3, 20)[None]
+    implementations = [loaded.config.get_text_config()._experts_implementation for loaded in (model, expected)]
+    assert implementations[0] == implementations[1] != GUARD
+    with torch.no_grad():
+        assert torch.equal(model.train()(tokens).logits, expected.train()(tokens).logits)
+    model.save_pretrained(tmp_path / "saved")
+    assert f'"experts_implementation": "{GUARD}"' in (tmp_path / "saved" / "config.json").read_text()
+    sources.model_class(name).from_pretrained(tmp_path / "saved")
+    sources.model_class(name).from_pretrained(folder, experts_implementation="eager")
 
 
 @pytest.mark.usefixtures("without_loader")
