@@ -12,12 +12,17 @@ Without it, for parametrized experts (fault: versions):
 - with two parameters of a module targeted the inner adapter has no effect and no gradient: 0.19 to 0.21
 - `target_modules` such as `down_proj` match inside the parametrization and stop with an error: 0.19 to 0.21
 - `merge_and_unload()` drops the experts' adapters in silence; now it is an error: 0.19 to 0.21
+
+And for any experts: a saved adapter can't be loaded with transformers 5.14 and later (a TypeError about
+`distributed_operation`): 0.19.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import peft
@@ -25,17 +30,19 @@ import torch.nn.utils.parametrize as parametrize
 from peft.tuners.lora import layer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import transformers_weight_conversion
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import _get_submodules
 from torch import nn
+from transformers.core_model_loading import WeightConverter
 
 __all__ = ["fix_peft"]
 
 KNOWN = ((0, 19), (0, 20), (0, 21))
 """PEFT's minor versions that these patches were tried on."""
 
-_originals: dict[tuple[type, str], Any] = {}
-"""What was replaced, by class and name; empty while PEFT is as it came."""
+_originals: dict[tuple[type | ModuleType, str], Any] = {}
+"""What was replaced, by where it is and its name; empty while PEFT is as it came."""
 
 
 def fix_peft() -> None:
@@ -57,6 +64,8 @@ def fix_peft() -> None:
     _replace(ParamWrapper, "_activate_lora", _activate_lora)
     _replace(ParamWrapper, "_remove_parametrizations", _remove_parametrizations)
     _replace(ParamWrapper, "merge", _merge)
+    if version < (0, 20):
+        _replace(transformers_weight_conversion, "build_peft_weight_mapping", _build_peft_weight_mapping)
 
 
 def _restore_peft() -> None:
@@ -66,7 +75,7 @@ def _restore_peft() -> None:
     _originals.clear()
 
 
-def _replace(owner: type, name: str, replacement: Any) -> None:
+def _replace(owner: type | ModuleType, name: str, replacement: Any) -> None:
     _originals[owner, name] = owner.__dict__[name]
     setattr(owner, name, replacement)
 
@@ -193,3 +202,35 @@ def _merge(wrapper: ParamWrapper, safe_merge: bool = False, adapter_names: list[
             "load the original bf16 checkpoint, put the adapter on it and merge there"
         )
     _originals[ParamWrapper, "merge"](wrapper, safe_merge=safe_merge, adapter_names=adapter_names)
+
+
+# --- Loading adapters ------------------------------------------------------------------------------------------------
+
+
+class _OperationsByName(WeightConverter):
+    """A WeightConverter that can still be given two of its attributes when it is made, as PEFT 0.19 does."""
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        source_patterns: Any,
+        target_patterns: Any,
+        operations: Any,
+        distributed_operation: Any = None,
+        quantization_operation: Any = None,
+    ) -> None:
+        super().__init__(source_patterns, target_patterns, operations)
+        self.distributed_operation = distributed_operation
+        self.quantization_operation = quantization_operation
+
+
+def _build_peft_weight_mapping(weight_conversions: Any, *args: Any, **kwargs: Any) -> Any:
+    """PEFT's, which makes new converters of the class of those that it is given."""
+    converters = []
+    for conversion in weight_conversions or ():
+        if type(conversion) is WeightConverter:
+            conversion = copy.copy(conversion)
+            conversion.__class__ = _OperationsByName
+        converters.append(conversion)
+    return _originals[transformers_weight_conversion, "build_peft_weight_mapping"](converters, *args, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import peft
 import prequant_loader.peft
@@ -150,7 +151,10 @@ def test_outputs_and_gradients_are_those_of_bf16_experts(fixed: None, model_type
     assert without_gradient(quantized) == []
     prequant_loader.peft._restore_peft()
     plain = adapt(decoded_model(model_type), SUFFIXES)
-    peft.set_peft_model_state_dict(plain, peft.get_peft_model_state_dict(quantized))
+    adapters = {name: parameter for name, parameter in quantized.named_parameters() if parameter.requires_grad}
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(adapters[name].data)
     assert torch.equal(found, logits(plain))
     assert without_gradient(plain) == []
     gradients = {name: parameter.grad for name, parameter in plain.named_parameters() if parameter.requires_grad}
@@ -292,13 +296,22 @@ def test_parameters_are_decoded_once_more_than_without_adapters(
 
 def test_target_modules_match_a_parametrization_without_the_fix(unfixed: None) -> None:
     with pytest.raises(ValueError, match="ParametrizationList"):
-        adapt(tiny_models.quantized_model(), [], ["q_proj", "down_proj"])
+        adapt(tiny_models.quantized_model("gpt_oss"), [], ["q_proj", "down_proj"])
+    adapt(decoded_model("gpt_oss"), [], ["q_proj", "down_proj"])
 
 
-def test_target_modules_match_no_parametrization(fixed: None) -> None:
-    model = adapt(tiny_models.quantized_model(), SUFFIXES, ["q_proj", "down_proj"])
-    assert len(wrappers(model)) == 4
-    assert without_gradient(model) == []
+@pytest.mark.parametrize("model_type", tiny_models.MODEL_TYPES)
+@pytest.mark.parametrize("modules", [["q_proj"], ["q_proj", "down_proj"], ["q_proj", "gate_up_proj"]])
+@pytest.mark.parametrize("parameters", [[], ["experts.down_proj"], ["down_proj", "gate_up_proj"]])
+def test_targets_match_what_they_match_in_bf16(
+    fixed: None, model_type: str, modules: list[str], parameters: list[str]
+) -> None:
+    quantized = adapt(tiny_models.quantized_model(model_type), parameters, modules).base_model
+    prequant_loader.peft._restore_peft()
+    plain = adapt(decoded_model(model_type), parameters, modules).base_model
+    assert wrappers(quantized) == wrappers(plain)
+    assert quantized.targeted_module_names == plain.targeted_module_names
+    assert quantized.targeted_parameter_names == plain.targeted_parameter_names
 
 
 # --- Merging ---------------------------------------------------------------------------------------------------------
@@ -322,6 +335,27 @@ def test_merging_into_bf16_works(fixed: None) -> None:
     base = logits(decoded_model())
     merged = adapt(decoded_model(), SUFFIXES, []).merge_and_unload()
     assert not torch.equal(logits(merged), base)
+
+
+# --- Loading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(prequant_loader.peft._version() >= (0, 20), reason="before PEFT 0.20")
+def test_adapters_cannot_be_loaded_without_the_fix(unfixed: None, tmp_path: Path) -> None:
+    """Not even for bf16 experts."""
+    adapt(decoded_model(), SUFFIXES).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="distributed_operation"):
+        PeftModel.from_pretrained(decoded_model(), tmp_path)
+
+
+@pytest.mark.parametrize("model_type", tiny_models.MODEL_TYPES)
+def test_adapters_trained_in_4_bits_are_loaded_onto_bf16_experts(
+    fixed: None, model_type: str, tmp_path: Path
+) -> None:
+    quantized = adapt(tiny_models.quantized_model(model_type), SUFFIXES)
+    quantized.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(decoded_model(model_type), tmp_path).train()
+    assert torch.equal(logits(model), logits(quantized))
 
 
 # --- More adapters, and the fix itself -------------------------------------------------------------------------------
