@@ -15,6 +15,9 @@ Without it, for parametrized experts (fault: versions):
 
 And for any experts: a saved adapter can't be loaded with transformers 5.14 and later (a TypeError about
 `distributed_operation`): 0.19.
+
+Not fixed here: with bitsandbytes before 0.50 and gradient checkpointing (`use_reentrant=False`) decoded experts that
+have no adapter stay in memory.
 """
 
 from __future__ import annotations

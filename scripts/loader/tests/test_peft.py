@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import bitsandbytes
 import peft
 import prequant_loader.peft
 import pytest
@@ -36,6 +37,14 @@ def fixed() -> Iterator[None]:
     prequant_loader.peft.fix_peft()
     yield
     prequant_loader.peft._restore_peft()
+
+
+@pytest.fixture
+def uncached() -> Iterator[None]:
+    """torch's cache of decoded parameters, off and empty again at the end."""
+    yield
+    parametrize._cache_enabled = 0
+    parametrize._cache = {}
 
 
 def adapt(model: nn.Module, parameters: list[str], modules: list[str] | None = None) -> PeftModel:
@@ -83,6 +92,13 @@ def wrappers(model: nn.Module) -> list[tuple[str, str]]:
 
 def logits(model: nn.Module) -> torch.Tensor:
     return model(input_ids=tiny_models.tokens()).logits
+
+
+def checkpointed(model: PeftModel, reentrant: bool = False) -> PeftModel:
+    """With layers computed again in the backward."""
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    return model
 
 
 def without_gradient(model: nn.Module) -> list[str]:
@@ -257,24 +273,35 @@ def test_both_adapters_get_a_gradient(fixed: None) -> None:
     assert without_gradient(model) == []
 
 
-@pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(fixed: None, layers: int, reentrant: bool) -> None:
-    parameters = SUFFIXES if layers == 2 else ["model.layers.1.mlp.experts.down_proj"]
+@pytest.mark.parametrize("parameters", [SUFFIXES, ["model.layers.1.mlp.experts.down_proj"]])
+def test_gradient_checkpointing_changes_no_gradient(
+    fixed: None, uncached: None, parameters: list[str], reentrant: bool
+) -> None:
     expected = adapt(tiny_models.quantized_model(), parameters)
     assert without_gradient(expected) == []
-    model = adapt(tiny_models.quantized_model(), parameters)
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model = checkpointed(adapt(tiny_models.quantized_model(), parameters), reentrant)
     for _ in range(2):  # whatever a first step leaves behind would show in the second
         model.zero_grad()
         assert without_gradient(model) == []
         for (name, ours), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
             assert not ours.requires_grad or torch.equal(ours.grad, theirs.grad), name
-    adapted = {(id(module), "down_proj") for module in tiny_models.experts(model)[2 - layers :]}
-    assert not adapted & parametrize._cache.keys(), "decoded experts stay in memory"
-    parametrize._cache_enabled = 0  # bitsandbytes before 0.50 counts wrong when checkpointing stops a forward early
-    parametrize._cache = {}
+
+
+def test_gradient_checkpointing_keeps_no_adapted_expert_in_memory(fixed: None, uncached: None) -> None:
+    model = checkpointed(adapt(tiny_models.quantized_model(), SUFFIXES))
+    assert without_gradient(model) == []
+    assert not parametrize._cache
+
+
+def test_gradient_checkpointing_keeps_other_experts_in_memory_before_bitsandbytes_0_50(
+    fixed: None, uncached: None
+) -> None:
+    """A fault of bitsandbytes, with and without PEFT: it takes a forward that is stopped early for one still going."""
+    model = checkpointed(adapt(tiny_models.quantized_model(), []))
+    assert without_gradient(model) == []
+    kept = bitsandbytes.__version__ < "0.50"
+    assert bool(parametrize._cache) == kept
 
 
 def test_parameters_are_decoded_once_more_than_without_adapters(
