@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import axolotl_stub
-import prequant_loader.peft
 import pytest
 import tiny_models
 import yaml
 from axolotl_stub import Config
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
+
+import prequant_loader.peft
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent / "examples" / "qwen3-30b-a3b-qlora.yaml"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import bitsandbytes
 import peft
-import prequant_loader.peft
 import pytest
 import tiny_models
 import torch
@@ -17,6 +16,8 @@ from bitsandbytes import functional
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
+
+import prequant_loader.peft
 
 SUFFIXES = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 PILES_UP = prequant_loader.peft._version() >= (0, 21)
@@ -85,9 +86,7 @@ def decoded_model(model_type: str = "qwen3_moe") -> nn.Module:
 
 def wrappers(model: nn.Module) -> list[tuple[str, str]]:
     """Module and parameter of each wrapper around a parameter, from the outside in."""
-    return [
-        (name, module.parameter_name) for name, module in model.named_modules() if isinstance(module, ParamWrapper)
-    ]
+    return [(name, module.parameter_name) for name, module in model.named_modules() if isinstance(module, ParamWrapper)]
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -304,9 +303,7 @@ def test_gradient_checkpointing_keeps_other_experts_in_memory_before_bitsandbyte
     assert bool(parametrize._cache) == kept
 
 
-def test_parameters_are_decoded_once_more_than_without_adapters(
-    fixed: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parameters_are_decoded_once_more_than_without_adapters(fixed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     decode = functional.dequantize_4bit
     monkeypatch.setattr(functional, "dequantize_4bit", lambda *a, **k: calls.append(1) or decode(*a, **k))
@@ -376,9 +373,7 @@ def test_adapters_cannot_be_loaded_without_the_fix(unfixed: None, tmp_path: Path
 
 
 @pytest.mark.parametrize("model_type", tiny_models.MODEL_TYPES)
-def test_adapters_trained_in_4_bits_are_loaded_onto_bf16_experts(
-    fixed: None, model_type: str, tmp_path: Path
-) -> None:
+def test_adapters_trained_in_4_bits_are_loaded_onto_bf16_experts(fixed: None, model_type: str, tmp_path: Path) -> None:
     quantized = adapt(tiny_models.quantized_model(model_type), SUFFIXES)
     quantized.save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(decoded_model(model_type), tmp_path).train()
@@ -392,9 +387,7 @@ def test_a_second_adapter(fixed: None) -> None:
     """From 0.20 on a model takes two adapters with target_parameters; earlier versions say they don't."""
     model = adapt(tiny_models.quantized_model(), SUFFIXES)
     first, found = logits(model), wrappers(model)
-    config = LoraConfig(
-        r=2, target_modules=["q_proj", "v_proj"], target_parameters=SUFFIXES, init_lora_weights=False
-    )
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], target_parameters=SUFFIXES, init_lora_weights=False)
     if prequant_loader.peft._version() < (0, 20):
         with pytest.raises(ValueError, match="one LoRA adapter per model"):
             model.add_adapter("second", config)

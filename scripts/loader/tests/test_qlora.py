@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import prequant_loader.peft
 import pytest
 import tiny_models
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+
+import prequant_loader.peft
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -33,9 +34,7 @@ def base_model(request: pytest.FixtureRequest) -> Callable[[], nn.Module]:
 def adapted(base: nn.Module) -> PeftModel:
     """Fresh adapters, lora_B zero, on attention and on both expert parameters."""
     torch.manual_seed(21)
-    config = LoraConfig(
-        r=4, lora_alpha=16, target_modules=ATTENTION, target_parameters=EXPERTS, task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=4, lora_alpha=16, target_modules=ATTENTION, target_parameters=EXPERTS, task_type="CAUSAL_LM")
     return get_peft_model(base, config).train()
 
 
