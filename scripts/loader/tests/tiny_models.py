@@ -7,6 +7,9 @@ import transformers
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from torch import nn
 
+# Such small products gain nothing from threads, and threads that wait for a core make the tests several times slower.
+torch.set_num_threads(1)
+
 VOCABULARY = 96
 EXPERTS = 4
 
