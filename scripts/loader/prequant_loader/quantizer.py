@@ -1,0 +1,98 @@
+"""transformers' quantizer for bitsandbytes, made to load experts in 4 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from .compat import is_reversible
+from .conversion import LoadExperts, with_twins
+from .layout import Checkpoint, read_checkpoint
+from .parametrization import parametrize_4bit
+from .plan import Plan, make_plan
+from .verify import verify_if_asked
+
+KEY = "bitsandbytes_4bit"
+"""What transformers calls the quantizer."""
+
+
+class _Loading:
+    """What is known while a model is loaded. Copies are the same object, for transformers copies quantizers often."""
+
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+        self.checkpoint, self.model, self.plan = checkpoint, model, Plan()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Loading:
+        return self
+
+
+class PrequantQuantizer(Bnb4BitHfQuantizer):
+    """Loads what prequant writes, per expert and fused, and all that transformers' own quantizer loads."""
+
+    _loading: _Loading | None = None
+
+    def preprocess_model(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        """Reads the checkpoint's headers, then makes the model ready for its tensors."""
+        files = [str(file) for file in kwargs.get("checkpoint_files") or []]
+        if self.pre_quantized and files:
+            verify_if_asked(Path(files[0]).parent)
+            self._loading = _Loading(read_checkpoint(files), model)
+        return super().preprocess_model(model, *args, **kwargs)
+
+    def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
+        """transformers takes llama4's fused experts apart here, which is right only for experts stored one by one."""
+        if self._loading is None or self._loading.checkpoint.has_single_experts:
+            super()._convert_model_for_quantization(model)
+
+    def update_weight_conversions(self, weight_conversions: Sequence[Any], *args: Any) -> list[Any]:
+        """transformers' conversions, and what 4-bit experts need."""
+        if self._loading is None:
+            return list(super().update_weight_conversions(weight_conversions, *args))
+        loading = self._loading
+        loading.plan = make_plan(loading.checkpoint, loading.model, weight_conversions)
+        own = super().update_weight_conversions([], *args)
+        return with_twins(weight_conversions, loading.plan, self) + list(own)
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter is in 4 bits: its codes have another shape, and half a byte an element."""
+        if self._loading is not None and param_name in self._loading.plan.parameters:
+            return True
+        return bool(super().param_needs_quantization(model, param_name, **kwargs))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        """Codes become parameters that are decoded when they are read.
+
+        They are decoded to the embeddings' dtype, which is what the model computes in: not all versions of transformers
+        heed `dtype` for quantized checkpoints.
+        """
+        model = super()._process_model_after_weight_loading(model, **kwargs)
+        if self._loading is None:
+            return model
+        plan, self._loading = self._loading.plan, None
+        embeddings = model.get_input_embeddings()
+        for name, made in plan.parameters.items():
+            module, _, leaf = name.rpartition(".")
+            dtype = embeddings.weight.dtype if embeddings is not None else made.dtype
+            parametrize_4bit(model.get_submodule(module), leaf, made.shape, dtype, plan.loaded.pop(name))
+        _keep_reversible(model)
+        return model
+
+
+def _keep_reversible(model: Any) -> None:
+    """Lets save_pretrained write experts as the model has them: it would undo all conversions, and can't undo these."""
+    used = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [entry for entry in used if not _is_twin(entry) and is_reversible(entry)]
+
+
+def _is_twin(conversion: Any) -> bool:
+    return any(isinstance(operation, LoadExperts) for operation in getattr(conversion, "operations", ()))
+
+
+def install() -> None:
+    """Makes transformers load 4-bit checkpoints with this package. Importing the package does it."""
+    AUTO_QUANTIZER_MAPPING[KEY] = PrequantQuantizer

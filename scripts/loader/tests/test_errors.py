@@ -1,0 +1,209 @@
+"""Checkpoints that aren't what they say: each is an error that names the file, the tensor and the way out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Sources, convert
+from damage import Tensors, edit_config, edit_state, remove, rewrite
+from transformers import AutoModelForCausalLM
+
+from prequant_loader import PrequantError
+
+LAYER = "model.layers.0.mlp.experts"
+SINGLE = f"{LAYER}.1.up_proj.weight"
+FUSED = f"{LAYER}.gate_up_proj"
+LINEAR = "model.layers.0.self_attn.q_proj.weight"
+
+KEEP = ("--experts", "keep")
+FUSE = ("--experts", "fuse")
+DOUBLE = ("--experts", "fuse", "--double-quant")
+
+
+def fails(folder: Path, *words: str) -> None:
+    """Insists that loading raises an error of ours with these words in it, the file's name and what to do among them."""
+    with pytest.raises(PrequantError) as raised:
+        AutoModelForCausalLM.from_pretrained(folder)
+    message = str(raised.value)
+    assert str(folder) in message and "expected" in message, message
+    assert re.search(r"convert it again|convert with|load it with|name .* in|remove it", message), message
+    missing = [word for word in words if word not in message]
+    assert not missing, f"{missing} not in: {message}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "tensor", "part"),
+    [
+        (KEEP, SINGLE, "absmax"),
+        (KEEP, SINGLE, "quant_map"),
+        (KEEP, SINGLE, "quant_state.bitsandbytes__nf4"),
+        (FUSE, FUSED, "absmax"),
+        (FUSE, FUSED, "quant_map"),
+        (FUSE, FUSED, "quant_state.bitsandbytes__nf4"),
+        (DOUBLE, FUSED, "nested_absmax"),
+        (DOUBLE, FUSED, "nested_quant_map"),
+        (KEEP, LINEAR, "absmax"),
+        (KEEP, LINEAR, "quant_state.bitsandbytes__nf4"),
+    ],
+)
+def test_a_missing_statistic(
+    editable: Callable[..., Path], flags: tuple[str, ...], tensor: str, part: str
+) -> None:
+    folder = editable("qwen3_moe", *flags)
+    rewrite(folder, lambda tensors: remove(tensors, f"{tensor}.{part}"))
+    fails(folder, tensor, "missing")
+
+
+@pytest.mark.parametrize(("flags", "tensor"), [(KEEP, SINGLE), (FUSE, FUSED), (KEEP, LINEAR)])
+def test_all_statistics_missing(editable: Callable[..., Path], flags: tuple[str, ...], tensor: str) -> None:
+    folder = editable("qwen3_moe", *flags)
+    rewrite(folder, lambda tensors: remove(tensors, f"{tensor}."))
+    fails(folder, tensor, "without any statistics")
+
+
+@pytest.mark.parametrize(("flags", "tensor"), [(KEEP, SINGLE), (FUSE, FUSED)])
+def test_a_statistic_without_codes(editable: Callable[..., Path], flags: tuple[str, ...], tensor: str) -> None:
+    folder = editable("qwen3_moe", *flags)
+    rewrite(folder, lambda tensors: tensors.pop(tensor) and None)
+    fails(folder, tensor, "without the codes")
+
+
+def test_a_statistic_of_another_size(editable: Callable[..., Path]) -> None:
+    folder = editable("qwen3_moe", *FUSE)
+
+    def shorten(tensors: Tensors) -> None:
+        tensors[f"{FUSED}.absmax"] = tensors[f"{FUSED}.absmax"][:-1].clone()
+
+    rewrite(folder, shorten)
+    fails(folder, f"{FUSED}.absmax", "F32 [2047]", "F32 [2048]")
+
+
+def test_codes_of_another_size(editable: Callable[..., Path]) -> None:
+    folder = editable("qwen3_moe", *FUSE)
+    rewrite(folder, lambda tensors: tensors.update({FUSED: tensors[FUSED][:-1].clone()}))
+    fails(folder, FUSED, "two a byte")
+
+
+def test_a_damaged_quant_state(editable: Callable[..., Path]) -> None:
+    folder = editable("qwen3_moe", *FUSE)
+    state = f"{FUSED}.quant_state.bitsandbytes__nf4"
+    rewrite(folder, lambda tensors: tensors.update({state: torch.zeros(9, dtype=torch.uint8)}))
+    fails(folder, state, "can't be read")
+
+
+@pytest.mark.parametrize(
+    ("flags", "tensor", "shape", "found"),
+    [
+        (FUSE, FUSED, [4, 128, 128], ""),
+        (FUSE, f"{LAYER}.down_proj", [4, 64, 128], "rows and columns are exchanged"),
+        (KEEP, SINGLE, [128, 64], "rows and columns are exchanged"),
+        (KEEP, f"{LAYER}.1.down_proj.weight", [64, 128], "rows and columns are exchanged"),
+        (FUSE, f"{LAYER}.down_proj", [2, 128, 128], "its shape is [2, 128, 128]"),
+        (KEEP, "model.layers.0.self_attn.k_proj.weight", [128, 64], "rows and columns are exchanged"),
+    ],
+)
+def test_a_transposed_or_other_shape(
+    editable: Callable[..., Path], flags: tuple[str, ...], tensor: str, shape: list[int], found: str
+) -> None:
+    folder = editable("qwen3_moe", *flags)
+    rewrite(folder, lambda tensors: edit_state(tensors, tensor, shape=shape))
+    if found:
+        fails(folder, tensor, found)
+    else:  # a square matrix is its own transpose's shape
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_an_expert_missing(editable: Callable[..., Path]) -> None:
+    folder = editable("qwen3_moe", *KEEP)
+    rewrite(folder, lambda tensors: remove(tensors, f"{LAYER}.2.gate_proj.weight"))
+    fails(folder, "gate_proj", "not for expert 2")
+
+
+def test_fewer_experts_than_the_model_has(editable: Callable[..., Path]) -> None:
+    folder = editable("qwen3_moe", *KEEP)
+    rewrite(folder, lambda tensors: remove(tensors, f"{LAYER}.3."))
+    fails(folder, LAYER, "3 experts")
+
+
+def test_one_expert_in_bf16(editable: Callable[..., Path]) -> None:
+    folder = editable("qwen3_moe", *KEEP)
+
+    def restore(tensors: Tensors) -> None:
+        remove(tensors, f"{SINGLE}.")
+        tensors[SINGLE] = torch.zeros(64, 128, dtype=torch.bfloat16)
+
+    rewrite(folder, restore)
+    fails(folder, "all in 4 bits or none")
+
+
+def test_half_of_the_experts_parameters_missing(editable: Callable[..., Path]) -> None:
+    folder = editable("qwen3_moe", *FUSE)
+    rewrite(folder, lambda tensors: remove(tensors, f"{LAYER}.down_proj"))
+    fails(folder, f"{LAYER}.down_proj", "nothing is there")
+
+
+@pytest.mark.parametrize(("flags", "tensor"), [(KEEP, SINGLE), (FUSE, f"{LAYER}.down_proj")])
+def test_experts_of_another_format(editable: Callable[..., Path], flags: tuple[str, ...], tensor: str) -> None:
+    """A parameter has one block size."""
+    folder = editable("qwen3_moe", *flags)
+
+    def widen(tensors: Tensors) -> None:
+        edit_state(tensors, tensor, blocksize=64)
+        tensors[f"{tensor}.absmax"] = tensors[f"{tensor}.absmax"][::2].clone()
+
+    rewrite(folder, widen)
+    if flags is KEEP:
+        fails(folder, tensor, "block_size is")
+    else:
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("flags", [KEEP, FUSE])
+def test_a_model_without_experts(sources: Sources, editable: Callable[..., Path], flags: tuple[str, ...]) -> None:
+    folder = editable("qwen3_moe", *flags)
+    edit_config(folder, lambda config: config.update(model_type="qwen3", architectures=["Qwen3ForCausalLM"]))
+    fails(folder, "experts", "Qwen3ForCausalLM", "config.json lies beside it")
+
+
+def test_a_conversion_that_isnt_known(
+    editable: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist
+
+    get = conversion_mapping.get_checkpoint_conversion_mapping
+
+    def strange(model_type: str) -> object:
+        conversions = get(model_type)
+        for conversion in conversions or []:
+            if [type(step) for step in getattr(conversion, "operations", [])] == [MergeModulelist, Concatenate]:
+                conversion.operations = [Chunk(dim=0)]
+        return conversions
+
+    monkeypatch.setattr(conversion_mapping, "get_checkpoint_conversion_mapping", strange)
+    fails(editable("qwen3_moe", *KEEP), f"{LAYER}.0.", "Chunk", "isn't known")
+
+
+def test_a_linear_in_bf16_that_the_config_doesnt_name(editable: Callable[..., Path]) -> None:
+    """transformers loads it in silence and fails at the first forward."""
+    folder = editable("llama")
+    edit_config(folder, lambda config: config["quantization_config"].update(llm_int8_skip_modules=[]))
+    fails(folder, "lm_head", "llm_int8_skip_modules")
+
+
+def test_a_linear_in_4_bits_that_the_config_skips(editable: Callable[..., Path]) -> None:
+    folder = editable("llama")
+    skip = ["lm_head", "model.layers.0.self_attn.q_proj"]
+    edit_config(folder, lambda config: config["quantization_config"].update(llm_int8_skip_modules=skip))
+    fails(folder, LINEAR, "llm_int8_skip_modules")
+
+
+def test_a_truncated_file(sources: Sources, tmp_path: Path) -> None:
+    convert(sources.source("llama"), tmp_path / "converted")
+    (tmp_path / "converted" / "model.safetensors").write_bytes(b"\x00\x00")
+    with pytest.raises(Exception, match=r"model\.safetensors|[Hh]eader"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "converted")

@@ -1,0 +1,82 @@
+"""The manifest is checked on request: by a call, or on every load if PREQUANT_VERIFY is 1."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Sources
+from transformers import AutoModelForCausalLM
+
+import prequant_loader
+from prequant_loader import PrequantError
+
+
+@pytest.mark.parametrize("layout", ["keep", "fuse"])
+def test_what_prequant_writes_is_verified(sources: Sources, layout: str) -> None:
+    folder = sources.converted("qwen3_moe", "--experts", layout)
+    verified = prequant_loader.verify(folder)
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("prequant.json", "SHA256SUMS")]
+    assert (verified.files, verified.size) == (len(files), sum(path.stat().st_size for path in files))
+    assert prequant_loader.verify(str(folder)) == verified
+
+
+def flip_last_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model-00001-of-*.safetensors", "model.safetensors.index.json"])
+def test_a_flipped_bit_is_found(editable: Callable[..., Path], file: str) -> None:
+    folder = editable("qwen3_moe")
+    (path,) = folder.glob(file)
+    flip_last_byte(path)
+    with pytest.raises(PrequantError, match=f"{path.name}.*SHA-256"):
+        prequant_loader.verify(folder)
+
+
+def test_missing_longer_and_shorter_files_are_found(editable: Callable[..., Path]) -> None:
+    folder = editable("qwen3_moe")
+    path = folder / "config.json"
+    content = path.read_bytes()
+    for changed in (content + b" ", content[:-1]):
+        path.write_bytes(changed)
+        with pytest.raises(PrequantError, match=r"config\.json.* bytes"):
+            prequant_loader.verify(folder)
+    path.unlink()
+    with pytest.raises(PrequantError, match=r"config\.json.*does not exist"):
+        prequant_loader.verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"schema_version": 2}, "schema_version"),
+        ({"files": [{"name": "../secret", "size": 1, "sha256": ""}]}, "own folder"),
+        ({"files": [{}]}, "can't be read"),
+    ],
+)
+def test_a_manifest_that_isnt_one(editable: Callable[..., Path], change: dict, word: str) -> None:
+    path = editable("qwen3_moe") / "prequant.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(PrequantError, match=word):
+        prequant_loader.verify(path.parent)
+
+
+def test_a_folder_without_manifest(sources: Sources) -> None:
+    with pytest.raises(PrequantError, match=r"prequant\.json.*does not exist"):
+        prequant_loader.verify(sources.source("qwen3_moe"))
+
+
+def test_loading_verifies_if_asked(editable: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = editable("qwen3_moe")
+    monkeypatch.setenv("PREQUANT_VERIFY", "1")
+    AutoModelForCausalLM.from_pretrained(folder)
+    flip_last_byte(next(folder.glob("*.safetensors")))
+    with pytest.raises(PrequantError, match="SHA-256"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    monkeypatch.setenv("PREQUANT_VERIFY", "0")
+    AutoModelForCausalLM.from_pretrained(folder)
