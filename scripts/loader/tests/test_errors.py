@@ -68,7 +68,7 @@ def test_all_statistics_missing(editable: Callable[..., Path], flags: tuple[str,
 @pytest.mark.parametrize(("flags", "tensor"), [(KEEP, SINGLE), (FUSE, FUSED)])
 def test_a_statistic_without_codes(editable: Callable[..., Path], flags: tuple[str, ...], tensor: str) -> None:
     folder = editable("qwen3_moe", *flags)
-    rewrite(folder, lambda tensors: tensors.pop(tensor) and None)
+    rewrite(folder, lambda tensors: tensors.__delitem__(tensor))
     fails(folder, tensor, "without the codes")
 
 
@@ -98,7 +98,6 @@ def test_a_damaged_quant_state(editable: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
     ("flags", "tensor", "shape", "found"),
     [
-        (FUSE, FUSED, [4, 128, 128], ""),
         (FUSE, f"{LAYER}.down_proj", [4, 64, 128], "rows and columns are exchanged"),
         (KEEP, SINGLE, [128, 64], "rows and columns are exchanged"),
         (KEEP, f"{LAYER}.1.down_proj.weight", [64, 128], "rows and columns are exchanged"),
@@ -111,10 +110,7 @@ def test_a_transposed_or_other_shape(
 ) -> None:
     folder = editable("qwen3_moe", *flags)
     rewrite(folder, lambda tensors: edit_state(tensors, tensor, shape=shape))
-    if found:
-        fails(folder, tensor, found)
-    else:  # a square matrix is its own transpose's shape
-        AutoModelForCausalLM.from_pretrained(folder)
+    fails(folder, tensor, found)
 
 
 def test_an_expert_missing(editable: Callable[..., Path]) -> None:
@@ -146,20 +142,15 @@ def test_half_of_the_experts_parameters_missing(editable: Callable[..., Path]) -
     fails(folder, f"{LAYER}.down_proj", "nothing is there")
 
 
-@pytest.mark.parametrize(("flags", "tensor"), [(KEEP, SINGLE), (FUSE, f"{LAYER}.down_proj")])
-def test_experts_of_another_format(editable: Callable[..., Path], flags: tuple[str, ...], tensor: str) -> None:
-    """A parameter has one block size."""
-    folder = editable("qwen3_moe", *flags)
+def test_an_expert_with_another_block_size(editable: Callable[..., Path]) -> None:
+    folder = editable("qwen3_moe", *KEEP)
 
     def widen(tensors: Tensors) -> None:
-        edit_state(tensors, tensor, blocksize=64)
-        tensors[f"{tensor}.absmax"] = tensors[f"{tensor}.absmax"][::2].clone()
+        edit_state(tensors, SINGLE, blocksize=64)
+        tensors[f"{SINGLE}.absmax"] = tensors[f"{SINGLE}.absmax"][::2].clone()
 
     rewrite(folder, widen)
-    if flags is KEEP:
-        fails(folder, tensor, "block_size is")
-    else:
-        AutoModelForCausalLM.from_pretrained(folder)
+    fails(folder, SINGLE, "block_size is 64", "32")
 
 
 @pytest.mark.parametrize("flags", [KEEP, FUSE])
