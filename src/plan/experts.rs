@@ -3,7 +3,7 @@
 //! In transformers 5 a layer's experts are 3-D parameters. The hub's checkpoints have them in other shapes, and
 //! transformers' conversion mapping says how they are put together when they are loaded. `--experts fuse` does the same
 //! beforehand. To cover another architecture, add its `model_type` to a row, or a row; `tests/experts.rs` holds the table
-//! against `tests/data/experts.json`, which `scripts/make-architectures` takes from transformers.
+//! against `tests/data/experts.json`, which `scripts/make-experts` takes from transformers.
 
 /// How the experts of some architectures are put together.
 #[derive(Debug)]
@@ -45,7 +45,12 @@ pub const FAMILIES: &[Family] = &[
     Family {
         model_types: &[
             "afmoe",
+            "axk1",
+            "axk2",
+            "bailing_hybrid",
+            "beam",
             "cohere2_moe",
+            "deepseek_ocr2",
             "deepseek_v2",
             "deepseek_v3",
             "deepseek_v32",
@@ -53,13 +58,18 @@ pub const FAMILIES: &[Family] = &[
             "ernie4_5_moe",
             "exaone_moe",
             "flex_olmo",
+            "flint",
             "glm4_moe",
             "glm4_moe_lite",
             "glm4v_moe",
+            "glm5_next",
+            "glm5_next_text",
             "glm_moe_dsa",
             "hunyuan_v1_moe",
             "hy_v3",
             "kimi_k25",
+            "kolibri1",
+            "laguna",
             "longcat_flash",
             "mellum",
             "mimo_v2_flash",
@@ -71,6 +81,7 @@ pub const FAMILIES: &[Family] = &[
             "qwen3_omni_moe",
             "qwen3_omni_moe_text",
             "qwen3_omni_moe_thinker",
+            "qwen4_exp_text",
             "solar_open",
         ],
         fusions: &[
