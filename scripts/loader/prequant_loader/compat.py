@@ -72,7 +72,7 @@ def accept_guard() -> None:
         return str(original(self, None if requested_experts == GUARD else requested_experts))
 
     accepting.accepts_guard = True  # type: ignore[attr-defined]
-    PreTrainedModel.get_correct_experts_implementation = accepting
+    PreTrainedModel.get_correct_experts_implementation = accepting  # type: ignore[method-assign]
 
 
 def is_reversible(conversion: Any) -> bool:

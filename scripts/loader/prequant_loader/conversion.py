@@ -42,7 +42,7 @@ def with_twins(conversions: Sequence[Any], plan: Plan, quantizer: Any) -> list[A
 
 def _twin_of(converter: WeightConverter, plan: Plan, quantizer: Any) -> WeightConverter:
     """A converter for the same tensors and their statistics."""
-    origins = {}
+    origins: dict[str, tuple[int, str]] = {}
     for i, source in enumerate(converter.source_patterns):
         numbered = source.replace(".*.", r"\.\d+\.")
         origins |= {pattern: (i, part) for pattern, part in _patterns(numbered)}
@@ -128,7 +128,7 @@ class LoadExperts(ConversionOps):
             for operation in self.converter.operations:
                 made = operation.convert(made, **given)
             made = next(iter(made.values()))
-        tensor = made[0] if isinstance(made, list) else made
+        tensor: torch.Tensor = made[0] if isinstance(made, list) else made
         return tensor.to(context["model"].get_parameter_or_buffer(name).dtype)
 
 
@@ -157,7 +157,7 @@ def stacked(
     elements = math.prod(made.shape) // len(ordered)
     padded = -(-elements // block_size) * block_size
     codes = torch.cat([part.codes(padded // 2) for part in ordered])
-    absmax = torch.cat([part.absmax for part in ordered])
+    absmax = torch.cat([part.absmax for part in ordered]).float()
     shape = made.shape if padded == elements else (made.shape[0], len(made.sources), padded)
     quant_type = made.first.quant_type
     state = {
@@ -180,6 +180,7 @@ class _Part:
         tensor: QuantizedTensor = made.sources[source][i]
         self._codes = parts[""][source][i].flatten()
         self.absmax = parts["absmax"][source][i]
+        """One a block, in f32."""
         if tensor.nested_block_size is not None:
             # As bitsandbytes does it, without its cost a call: there are thousands of matrices.
             scales = parts["nested_absmax"][source][i].repeat_interleave(tensor.nested_block_size)

@@ -23,6 +23,9 @@ FORMATS = ("nf4", "fp4")
 STATISTICS = ("absmax", "quant_map", *(f"{QUANT_STATE}{name}" for name in FORMATS), "nested_absmax", "nested_quant_map")
 """What is stored beside a 4-bit tensor, under its name and a dot."""
 
+FLOATS = ("F32", "F16", "BF16")
+"""What scales may be in: bitsandbytes writes F32."""
+
 EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 MAX_HEADER = 100_000_000
 """The most bytes of a header that safetensors allows."""
@@ -124,16 +127,21 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if not 0 < length <= MAX_HEADER:
             raise PrequantError(path, "", f"its header has {length} bytes", "a safetensors file", CONVERT_AGAIN)
         try:
-            header: dict[str, Any] = json.loads(file.read(length))
+            header: Any = json.loads(file.read(length))
         except ValueError as error:
             raise PrequantError(path, "", f"its header is damaged ({error})", "JSON", CONVERT_AGAIN) from None
+    if not isinstance(header, dict):
+        raise PrequantError(path, "", "its header is damaged", "a JSON object", CONVERT_AGAIN)
     header.pop("__metadata__", None)
     return {name: _stored(path, name, entry, 8 + length) for name, entry in header.items()}
 
 
-def _stored(path: Path, name: str, entry: dict[str, Any], data: int) -> StoredTensor:
-    begin, end = entry["data_offsets"]
-    return StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), data + begin, end - begin)
+def _stored(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
+    try:
+        begin, end = entry["data_offsets"]
+        return StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), data + begin, end - begin)
+    except (KeyError, TypeError, ValueError):
+        raise PrequantError(path, name, f"the header says {entry}", "dtype, shape and offsets", CONVERT_AGAIN) from None
 
 
 def _statistics_by_tensor(stored: dict[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
@@ -159,20 +167,20 @@ def _quantized(codes: StoredTensor, parts: dict[str, StoredTensor]) -> Quantized
     shape, block_size = tuple(state["shape"]), state["blocksize"]
     blocks = -(-math.prod(shape) // block_size)
     nested = "nested_blocksize" in state
-    expected = {"absmax": ("U8" if nested else "F32", blocks), "quant_map": ("F32", 16)}
+    expected = {"absmax": (("U8",) if nested else FLOATS, blocks), "quant_map": (FLOATS, 16)}
     if nested:
-        expected["nested_absmax"] = ("F32", -(-blocks // state["nested_blocksize"]))
-        expected["nested_quant_map"] = ("F32", 256)
-    if codes.dtype != "U8" or math.prod(codes.shape) != -(-math.prod(shape) // 2):
-        found = f"it is {codes.dtype} {list(codes.shape)}"
-        raise _broken(codes, found, f"the codes of {list(shape)}, two a byte in U8, as its quant_state says")
-    for part, (dtype, count) in expected.items():
+        expected["nested_absmax"] = (FLOATS, -(-blocks // state["nested_blocksize"]))
+        expected["nested_quant_map"] = (FLOATS, 256)
+    if codes.size != -(-math.prod(shape) // 2):
+        found = f"it is {codes.dtype} {list(codes.shape)}, {codes.size} bytes"
+        raise _broken(codes, found, f"the codes of {list(shape)}, two a byte, as its quant_state says")
+    for part, (dtypes, count) in expected.items():
         if part not in parts:
             raise _missing(codes, part, f"{', '.join(sorted(parts))} only")
         there = parts[part]
-        if (there.dtype, math.prod(there.shape)) != (dtype, count):
+        if there.dtype not in dtypes or math.prod(there.shape) != count:
             found = f"it is {there.dtype} {list(there.shape)}"
-            raise _broken(there, found, f"{dtype} [{count}] beside codes of {list(shape)} in blocks of {block_size}")
+            raise _broken(there, found, f"{dtypes[0]} [{count}] beside codes of {list(shape)} in blocks of {block_size}")
     for part in parts.keys() - expected.keys() - set(states):
         raise _broken(parts[part], "it is there", f"none: the quant_state of {codes.name!r} isn't double-quantized")
     return QuantizedTensor(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit
 from transformers import PreTrainedModel
 
 from .compat import Concatenate, MergeModulelist, Transpose, WeightConverter, route
@@ -107,23 +107,18 @@ def _expert_parameter(
     members: list[tuple[str | None, QuantizedTensor]],
     converters: dict[str, WeightConverter],
 ) -> ExpertParameter:
-    first = members[0][1]
-    if parameter.dim() != 3:
-        found = f"it is in 4 bits, and the model's parameter {target!r} is no 4-bit Linear and no 3-D experts"
-        way_out = "remove it from llm_int8_skip_modules in config.json if it is a Linear, or convert with --exclude"
-        raise PrequantError(first.codes.path, first.name, found, "a tensor that the model can have in 4 bits", way_out)
-    pattern = members[0][0]
+    """A parameter and its tensors, known to fit."""
+    pattern, first = members[0]
+    _check_can_be_experts(target, parameter, [tensor for _, tensor in members])
     converter = converters[pattern] if pattern is not None else None
     assembly = _assembly(first, converter)
+    sources = [[tensor for _, tensor in members]]
     if assembly in (Assembly.STACKED, Assembly.JOINED) and converter is not None:
         sources = [
-            sorted((tensor for pattern, tensor in members if pattern == source), key=_expert)
+            sorted((tensor for found, tensor in members if found == source), key=_expert)
             for source in converter.source_patterns
         ]
-    else:
-        sources = [[tensor for _, tensor in members]]
     made = ExpertParameter(target, tuple(parameter.shape), parameter.dtype, assembly, converter, sources)
-    _check_same_format(made)
     if assembly is Assembly.STACKED:
         _check_experts(made)
         _check_matrices(made, [[tensor.shape for tensor in source] for source in sources])
@@ -131,6 +126,7 @@ def _expert_parameter(
         _check_joined(made)
     else:
         _check_whole(made)
+    _check_same_format(made)
     return made
 
 
@@ -202,6 +198,16 @@ def _check_linear(model: PreTrainedModel, target: str, members: list[tuple[str |
     expected = (module.out_features, module.in_features)
     if tensor.shape != expected:
         raise _misfit(tensor, f"its shape is {list(tensor.shape)}{_swapped(tensor.shape, expected)}", f"{list(expected)}")
+
+
+def _check_can_be_experts(target: str, parameter: torch.Tensor, tensors: list[QuantizedTensor]) -> None:
+    for tensor in tensors:
+        if parameter.dim() != 3:
+            found = f"it is in 4 bits, and the model's parameter {target!r} is no 4-bit Linear and no 3-D experts"
+            way_out = "remove it from llm_int8_skip_modules in config.json if it is a Linear, or convert with --exclude"
+            raise _misfit(tensor, found, "a tensor that the model can have in 4 bits", way_out)
+        if tensor.codes.dtype != "U8":
+            raise _misfit(tensor, f"its codes are {tensor.codes.dtype}", "U8 for experts", CONVERT_AGAIN)
 
 
 def _check_same_format(made: ExpertParameter) -> None:

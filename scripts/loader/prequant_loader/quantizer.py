@@ -74,7 +74,7 @@ class PrequantQuantizer(Bnb4BitHfQuantizer):
         if self._loading is None:
             return model
         plan, self._loading = self._loading.plan, None
-        embeddings = model.get_input_embeddings()
+        embeddings: Any = model.get_input_embeddings()
         for name, made in plan.parameters.items():
             module, _, leaf = name.rpartition(".")
             dtype = embeddings.weight.dtype if embeddings is not None else made.dtype

@@ -119,6 +119,13 @@ def test_an_expert_missing(editable: Callable[..., Path]) -> None:
     fails(folder, "gate_proj", "not for expert 2")
 
 
+def test_an_expert_missing_that_transformers_would_not_miss(editable: Callable[..., Path]) -> None:
+    """One whose other matrices are there: the parameter would be made of fewer rows."""
+    folder = editable("mixtral", *KEEP)
+    rewrite(folder, lambda tensors: remove(tensors, "model.layers.1.block_sparse_moe.experts.3.w2."))
+    fails(folder, "experts.", "not for expert 3")
+
+
 def test_fewer_experts_than_the_model_has(editable: Callable[..., Path]) -> None:
     folder = editable("qwen3_moe", *KEEP)
     rewrite(folder, lambda tensors: remove(tensors, f"{LAYER}.3."))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from bitsandbytes.nn import Linear4bit
 from bitsandbytes.nn.parametrize import Bnb4bitParametrization, replace_parameter_4bit
 from checkpoints import load, on_load, quant_state, quantized_names, read_tensors, restored_absmax
 from conftest import Sources
+from damage import rewrite
 from packaging.version import Version
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 FORMATS = ("nf4", "fp4")
 LAYOUTS = ("keep", "fuse")
@@ -232,6 +234,53 @@ def test_experts_are_decoded_to_the_dtype_of_the_embeddings(sources: Sources, la
     for module, leaf in parametrized(model).values():
         assert getattr(module, leaf).dtype == model.get_input_embeddings().weight.dtype
     assert logits(model).isfinite().all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "granitemoe"])
+def test_the_model_without_its_head(sources: Sources, name: str, layout: str) -> None:
+    """AutoModel: names in the file begin with what the model's own don't."""
+    converted = sources.converted(name, "--experts", layout)
+    body, whole = AutoModel.from_pretrained(converted), load(converted, auto=sources.model_class(name))
+    left, right = body.state_dict(), whole.model.state_dict()
+    assert left.keys() == right.keys() and any("experts" in key for key in left)
+    assert not [key for key in left if not torch.equal(left[key], right[key])]
+
+
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_device_map(sources: Sources, layout: str, device_map: str | dict[str, str]) -> None:
+    converted = sources.converted("qwen3_moe", "--experts", layout)
+    expected = load(converted, auto=sources.model_class("qwen3_moe"))
+    ours = sources.model_class("qwen3_moe").from_pretrained(converted, device_map=device_map)
+    assert torch.equal(logits(ours.to("cpu")), logits(expected))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layers_that_transformers_leaves_out_on_purpose(
+    sources: Sources, editable: Callable[..., Path], layout: str
+) -> None:
+    """deepseek_v3's 61st layer predicts more tokens, and transformers has no use for it."""
+    folder = editable("deepseek_v3", "--experts", layout)
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        layer = {name: tensor for name, tensor in tensors.items() if ".layers.1." in name}
+        tensors |= {name.replace(".layers.1.", ".layers.61."): tensor.clone() for name, tensor in layer.items()}
+
+    rewrite(folder, add)
+    expected = load(sources.converted("deepseek_v3", "--experts", layout), auto=sources.model_class("deepseek_v3"))
+    assert torch.equal(logits(sources.model_class("deepseek_v3").from_pretrained(folder)), logits(expected))
+
+
+def test_fused_experts_are_views_of_the_file(sources: Sources) -> None:
+    """Nothing is copied: the codes lie in the file's mapping."""
+    converted = sources.converted("qwen3_moe", "--experts", "fuse")
+    model = load(converted, auto=sources.model_class("qwen3_moe"))
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(converted) in line]
+    ranges = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps]
+    for module, leaf in parametrized(model).values():
+        codes = getattr(module.parametrizations, leaf).original
+        assert any(begin <= codes.data_ptr() < end for begin, end in ranges)
 
 
 # --- Saving ----------------------------------------------------------------------------------------------------------
