@@ -60,9 +60,9 @@ impl Config {
         types
     }
 
-    /// The text with `value` at `key`, in place of what was there. All other values keep their spelling, and the keys
+    /// The text with each value at its key, in place of what was there. All other values keep their spelling, and the keys
     /// their order; where they are sorted, they stay so.
-    pub fn with(&self, key: &str, value: &Value) -> Result<String, serde_json::Error> {
+    pub fn with(&self, new: &[(&str, Value)]) -> Result<String, serde_json::Error> {
         let parsed = without_python_floats(&self.text);
         let RawObject(raw) = serde_json::from_str(&parsed)?;
         // The parsed text differs from the true one inside numbers only, not in where things are.
@@ -70,12 +70,14 @@ impl Config {
             let begin = raw.get().as_ptr().addr() - parsed.as_ptr().addr();
             self.text[begin..begin + raw.get().len()].to_owned()
         };
-        let mut entries: Vec<(String, String)> =
-            raw.into_iter().filter(|(name, _)| name != key).map(|(name, raw)| (name, spelled(raw))).collect();
+        let others = raw.into_iter().filter(|(name, _)| new.iter().all(|(key, _)| name != key));
+        let mut entries: Vec<(String, String)> = others.map(|(name, raw)| (name, spelled(raw))).collect();
         let sorted = entries.is_sorted_by(|a, b| a.0 <= b.0);
-        let place = if sorted { entries.partition_point(|(name, _)| name.as_str() < key) } else { entries.len() };
-        let value = serde_json::to_string_pretty(value)?.replace('\n', "\n  ");
-        entries.insert(place, (key.to_owned(), value));
+        for (key, value) in new {
+            let place = if sorted { entries.partition_point(|(name, _)| name.as_str() < *key) } else { entries.len() };
+            let value = serde_json::to_string_pretty(value)?.replace('\n', "\n  ");
+            entries.insert(place, ((*key).to_owned(), value));
+        }
 
         let lines: Vec<String> =
             entries.iter().map(|(name, value)| format!("  {}: {value}", Value::from(name.as_str()))).collect();
@@ -150,16 +152,18 @@ mod tests {
     #[test]
     fn values_keep_their_spelling() {
         let text = "{\n  \"eps\": 1e-06,\n  \"limit\": [\n    0.0,\n    Infinity\n  ],\n  \"name\": \"NaN \\\" Infinity\"\n}\n";
-        let with = config(text).with("quantization_config", &json!({"a": 1})).unwrap();
+        let with = config(text).with(&[("quantization_config", json!({"a": 1}))]).unwrap();
         assert_eq!(with, text.replace("\n}\n", ",\n  \"quantization_config\": {\n    \"a\": 1\n  }\n}\n"));
     }
 
     #[test]
     fn a_key_goes_to_its_place_and_replaces_what_was_there() {
-        let with = |text: &str| config(text).with("b", &json!(2)).unwrap();
+        let with = |text: &str| config(text).with(&[("b", json!(2))]).unwrap();
         assert_eq!(with(r#"{"a": -Infinity, "c": NaN}"#), "{\n  \"a\": -Infinity,\n  \"b\": 2,\n  \"c\": NaN\n}\n");
         assert_eq!(with(r#"{"c": 1, "b": null, "a": 3}"#), "{\n  \"c\": 1,\n  \"a\": 3,\n  \"b\": 2\n}\n");
         assert_eq!(with("{}"), "{\n  \"b\": 2\n}\n");
+        let both = config(r#"{"a": 1, "z": 2, "d": 0}"#).with(&[("b", json!(3)), ("a", json!(4))]).unwrap();
+        assert_eq!(both, "{\n  \"z\": 2,\n  \"d\": 0,\n  \"b\": 3,\n  \"a\": 4\n}\n");
     }
 
     #[test]

@@ -254,7 +254,11 @@ fn check_anything_quantized(source: &Source, tensors: &[PlannedTensor], recipe: 
     Err(Error::NothingToQuantize { path: source.path.clone(), why: why.to_owned() })
 }
 
-/// config.json with `quantization_config`.
+/// What config.json names as the experts' implementation when they are 4-bit. transformers knows no such one, and stops;
+/// prequant's loader takes it for the default. Other clients don't read the key.
+const EXPERTS_GUARD: &str = "prequant_loader";
+
+/// config.json with `quantization_config`, and what keeps transformers from filling 4-bit experts with random numbers.
 fn quantized_config(
     source: &Source,
     recipe: &Recipe,
@@ -265,9 +269,11 @@ fn quantized_config(
     let of_config = ["dtype", "torch_dtype"].iter().find_map(|key| config.values().get(*key)?.as_str());
     let of_weights = tensors.iter().find_map(PlannedTensor::quantized_from).unwrap_or(FloatDtype::Bfloat16);
     let compute_dtype = of_config.and_then(FloatDtype::from_torch_name).unwrap_or(of_weights);
-    let value: Value = quantization_config(&recipe.scheme(), compute_dtype, skip_modules);
-    let text = config.with("quantization_config", &value);
-    text.map(Some).map_err(|error| Error::malformed(&source.path.join(CONFIG_NAME), error.to_string()))
+    let mut entries = vec![("quantization_config", quantization_config(&recipe.scheme(), compute_dtype, skip_modules))];
+    if tensors.iter().any(|tensor| tensor.role.is_expert() && tensor.decision != Decision::Keep) {
+        entries.push(("experts_implementation", Value::from(EXPERTS_GUARD)));
+    }
+    config.with(&entries).map(Some).map_err(|error| Error::malformed(&source.path.join(CONFIG_NAME), error.to_string()))
 }
 
 fn warnings(
@@ -295,8 +301,8 @@ fn warnings(
     }
     if quantized().any(|(tensor, _)| tensor.role.is_expert()) {
         warnings.push(
-            "experts are 4-bit: transformers 5 can't load them without prequant's loader, and with \
-             ignore_mismatched_sizes=True it fills them with random numbers without an error"
+            "experts are 4-bit: transformers 5 can't load them without prequant's loader; config.json's \
+             experts_implementation has it stop rather than fill them with random numbers"
                 .to_owned(),
         );
         if recipe.double_quant && recipe.experts == ExpertLayout::Fuse {
