@@ -18,7 +18,8 @@ use crate::manifest::{
     SourceTensorRecord, Summary, TensorRecord, Tool, sha256_sums,
 };
 use crate::pipeline::{self, Budget, FileOutcome, Limits, Means, Outcome, Progress, Staged, TensorOutcome};
-use crate::plan::{Plan, PlannedTensor, Recipe};
+use crate::plan::{ExpertLayout, Plan, PlannedTensor, Recipe};
+use crate::relay::{self, Relay};
 use crate::resume;
 use crate::units::Bytes;
 use crate::verify;
@@ -69,20 +70,33 @@ pub struct Conversion {
     pub budget: Budget,
     /// How it is done.
     pub options: Options,
+    /// What it comes to, if the source is a converted checkpoint whose experts are laid out anew.
+    relay: Option<Relay>,
 }
 
 /// Opens `source` and plans its conversion; reads headers only, and writes nothing.
 ///
+/// If `source` is a converted checkpoint itself and `recipe` is its own but for the layout of its experts, these are laid
+/// out anew: bytes are copied, and nothing is quantized. [`recipe_of`](crate::recipe_of) gives its recipe.
+///
 /// # Errors
 /// When the source is no checkpoint or damaged, or the recipe doesn't fit it; or a GPU has too little memory free.
-pub fn plan(source: &Path, recipe: Recipe, options: Options) -> Result<Conversion> {
-    let source = Source::open(source)?;
-    let plan = Plan::new(&source, recipe)?;
+pub fn plan(source: &Path, recipe: Recipe, mut options: Options) -> Result<Conversion> {
+    let source = Source::open_any(source)?;
+    let (plan, relay) = match (source.check_not_quantized(), relay::manifest_of(&source.path)) {
+        (Ok(()), _) => (Plan::new(&source, recipe)?, None),
+        (Err(error), None) => return Err(error),
+        (Err(_), Some(manifest)) => {
+            let (plan, relay) = Relay::new(&source, manifest, recipe)?;
+            options.hash_source = true; // what is read must be what its manifest says
+            (plan, Some(relay))
+        }
+    };
     let Options { memory, threads, device_memory, .. } = options;
     let gpus = options.device.gpus().len();
     let budget = Budget::new(&plan, Limits { memory, threads, gpus, device_memory })?;
     check_device_memory(&options.device, &budget)?;
-    Ok(Conversion { source, plan, budget, options })
+    Ok(Conversion { source, plan, budget, options, relay })
 }
 
 /// Whether every GPU has its share of the ring's memory free.
@@ -99,6 +113,17 @@ fn check_device_memory(device: &Device, budget: &Budget) -> Result<()> {
 }
 
 impl Conversion {
+    /// The tensors of the source and what becomes of them. It is `plan`, unless that only copies a converted checkpoint's
+    /// parts to their new places.
+    pub fn decisions(&self) -> &Plan {
+        self.relay.as_ref().map_or(&self.plan, |relay| &relay.plan)
+    }
+
+    /// The layout that a converted checkpoint's experts have, if they are laid out anew.
+    pub fn relaid_from(&self) -> Option<ExpertLayout> {
+        self.relay.as_ref().map(|relay| relay.manifest.recipe.experts)
+    }
+
     /// Bytes that the destination must have room for: weights, side files, and the manifest by estimate.
     pub fn disk_needed(&self) -> u64 {
         let side_files: u64 = self.source.side_files.iter().map(|file| file.len).sum();
@@ -136,8 +161,12 @@ impl Conversion {
         let manifest = manifest.ok()?;
         let hashed = manifest.source.files.iter().any(|file| file.sha256.is_some());
         let mut source = manifest.source.clone();
-        source.files.iter_mut().for_each(|file| file.sha256 = None);
-        let same_source = source == self.source_record() && hashed == self.options.hash_source;
+        if self.relay.is_none() {
+            source.files.iter_mut().for_each(|file| file.sha256 = None);
+        }
+        let same_source = source == self.source_record()
+            && manifest.relaid_from == self.relaid_from()
+            && (self.relay.is_some() || hashed == self.options.hash_source);
         let config_of = |manifest: &Manifest| manifest.files.iter().find(|f| f.name == CONFIG_NAME).map(|f| f.sha256);
         let same_config = config_of(&manifest) == self.plan.config.as_ref().map(|text| Sha256Hash::of(text.as_bytes()));
         let same_recipe = manifest.tool == Tool::this() && manifest.recipe == self.plan.recipe;
@@ -209,6 +238,7 @@ impl Conversion {
             (outcome, side_files.join().unwrap_or(Err(Error::Stopped)))
         });
         let outcome = outcome?;
+        self.relay.as_ref().map_or(Ok(()), |relay| relay.check_source(source, &outcome))?;
         let mut files = side_files?;
         files.extend(plan.files.iter().zip(&outcome.files).map(|(file, sha256)| FileRecord {
             name: file.name.clone(),
@@ -247,6 +277,9 @@ impl Conversion {
 
     /// The source, as a manifest has it without `--hash-source`.
     fn source_record(&self) -> SourceRecord {
+        if let Some(relay) = &self.relay {
+            return relay.manifest.source.clone();
+        }
         let config = self.source.config.as_ref();
         let files = self.source.files.iter().map(|file| SourceFileRecord {
             name: file.name.clone(),
@@ -262,8 +295,11 @@ impl Conversion {
 
     /// The manifest of a conversion that came out so.
     pub(crate) fn manifest(&self, files: Vec<FileRecord>, outcome: Outcome) -> Manifest {
+        let (source, plan, outcome) = match &self.relay {
+            Some(relay) => (&relay.origin, &relay.plan, relay.outcome(outcome)),
+            None => (&self.source, &self.plan, outcome),
+        };
         let Outcome { tensors, source_files, total, .. } = outcome;
-        let (source, plan) = (&self.source, &self.plan);
         let elements = |quantized: bool| {
             let chosen = plan.tensors.iter().filter(move |tensor| tensor.quantized_from().is_some() == quantized);
             chosen.fold((0, 0), |(tensors, elements), tensor| (tensors + 1, elements + tensor.elements()))
@@ -280,6 +316,7 @@ impl Conversion {
             tool: Tool::this(),
             recipe: plan.recipe.clone(),
             source: SourceRecord { files: hashed_files, ..self.source_record() },
+            relaid_from: self.relaid_from(),
             summary: Summary {
                 quantized_tensors,
                 kept_tensors,

@@ -55,6 +55,14 @@ pub enum Error {
         /// What in the file gave it away.
         evidence: String,
     },
+    /// The source is a converted checkpoint that can't be laid out anew.
+    #[error("{}: {why}", path.display())]
+    Relay {
+        /// Its folder.
+        path: PathBuf,
+        /// What is in the way, and what to do.
+        why: String,
+    },
     /// A tensor chosen for quantization holds a NaN or an infinity.
     #[error(
         "{}: tensor \"{tensor}\" holds {count} values that are not finite, the first ({value}) at element {index}: \
@@ -238,6 +246,7 @@ impl Error {
             Error::Malformed { .. } => "malformed",
             Error::UnsupportedDtype { .. } => "unsupported_dtype",
             Error::AlreadyQuantized { .. } => "already_quantized",
+            Error::Relay { .. } => "relay",
             Error::NonFinite { .. } => "non_finite",
             Error::Pattern { .. } => "pattern",
             Error::Experts { .. } => "experts",

@@ -9,7 +9,7 @@ use schemars::{JsonSchema, Schema};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Sha256Hash;
-use crate::plan::{Recipe, Role};
+use crate::plan::{ExpertLayout, Recipe, Role};
 use crate::stats::Statistics;
 
 /// The version of this schema; raised when a reader of the last one would misunderstand.
@@ -27,6 +27,10 @@ pub struct Manifest {
     pub recipe: Recipe,
     /// What it was made from.
     pub source: SourceRecord,
+    /// The layout its experts had before they were laid out anew. Statistics are those of then; tensors that
+    /// changed have none.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub relaid_from: Option<ExpertLayout>,
     /// The checkpoint in numbers.
     pub summary: Summary,
     /// Every file of the checkpoint but this one and SHA256SUMS, by name.
@@ -117,7 +121,7 @@ pub struct TensorRecord {
     pub reason: String,
     /// What was written for it.
     pub outputs: Vec<OutputRecord>,
-    /// What quantizing it cost; absent if it was kept.
+    /// What quantizing it cost; absent if it was kept, or laid out anew.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub statistics: Option<Statistics>,
 }

@@ -74,7 +74,9 @@ impl Source {
         self.files.iter().enumerate().flat_map(|(i, file)| file.tensors.iter().map(move |tensor| (i, tensor)))
     }
 
-    fn check_not_quantized(&self) -> Result<()> {
+    /// # Errors
+    /// When a config or a tensor's name says that it is quantized.
+    pub fn check_not_quantized(&self) -> Result<()> {
         let config_path = self.path.join(CONFIG_NAME);
         let in_config = self.config.as_ref().and_then(foreign::in_config).map(|found| (config_path, found));
         let in_files = || {
@@ -88,7 +90,9 @@ impl Source {
         }
     }
 
-    fn check_names_differ(&self) -> Result<()> {
+    /// # Errors
+    /// When two tensors have one name.
+    pub fn check_names_differ(&self) -> Result<()> {
         let mut seen: HashMap<&str, usize> = HashMap::new();
         for (file, tensor) in self.tensors() {
             if let Some(other) = seen.insert(&tensor.name, file) {

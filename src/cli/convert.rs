@@ -6,12 +6,12 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
-use prequant::Error;
 use prequant::checkpoint::RealDisk;
 use prequant::convert::{Options, plan};
 use prequant::format::{BlockSize, Format};
 use prequant::plan::{ExpertLayout, NonFinitePolicy, Recipe};
 use prequant::units::Bytes;
+use prequant::{Error, recipe_of};
 
 use super::output::{self, Outcome};
 use super::progress::{Reporter, Style};
@@ -33,21 +33,23 @@ pub struct Arguments {
     #[arg(value_name = "DST")]
     destination: PathBuf,
 
-    /// The 4-bit format
-    #[arg(long, value_enum, default_value_t = FormatArg::Nf4)]
-    format: FormatArg,
+    /// The 4-bit format [default: nf4]
+    #[arg(long, value_enum)]
+    format: Option<FormatArg>,
 
-    /// Weights that share one scale: a power of two from 32 to 4096. Fewer is more exact and takes more room
-    #[arg(long, value_name = "N", default_value_t = BlockSize::default())]
-    block_size: BlockSize,
+    /// Weights that share one scale: a power of two from 32 to 4096. Fewer is more exact and takes more room [default: 64]
+    #[arg(long, value_name = "N")]
+    block_size: Option<BlockSize>,
 
     /// Quantize the scales too, to 8 bits: 0.37 bits a weight less, slightly less exact
     #[arg(long)]
     double_quant: bool,
 
-    /// How the experts of a Mixture-of-Experts model are laid out
-    #[arg(long, value_enum, default_value_t = ExpertsArg::Keep)]
-    experts: ExpertsArg,
+    /// How the experts of a Mixture-of-Experts model are laid out [default: keep]
+    ///
+    /// If SRC is a checkpoint that prequant converted, its experts are laid out anew, without quantizing again.
+    #[arg(long, value_enum)]
+    experts: Option<ExpertsArg>,
 
     /// Keep everything but experts
     #[arg(long)]
@@ -61,13 +63,13 @@ pub struct Arguments {
     #[arg(long, value_name = "REGEX")]
     exclude: Vec<String>,
 
-    /// What becomes of weights with a NaN or an infinity
-    #[arg(long, value_enum, default_value_t = NonFiniteArg::Error)]
-    nonfinite: NonFiniteArg,
+    /// What becomes of weights with a NaN or an infinity [default: error]
+    #[arg(long, value_enum)]
+    nonfinite: Option<NonFiniteArg>,
 
-    /// The most bytes of tensors in one output file
-    #[arg(long, value_name = "SIZE", default_value = "5GB")]
-    max_shard_size: Bytes,
+    /// The most bytes of tensors in one output file [default: 5GB]
+    #[arg(long, value_name = "SIZE")]
+    max_shard_size: Option<Bytes>,
 
     /// The most memory to use
     #[arg(long, value_name = "SIZE", default_value = "256MiB")]
@@ -130,26 +132,32 @@ enum ExpertsArg {
 }
 
 impl Arguments {
+    /// What was given on top of the defaults, or of the recipe that a converted SRC has.
     fn recipe(&self) -> Recipe {
+        let base = recipe_of(&self.source).unwrap_or_default();
+        let patterns = |given: &Vec<String>, base| if given.is_empty() { base } else { given.clone() };
         Recipe {
             format: match self.format {
-                FormatArg::Nf4 => Format::Nf4,
-                FormatArg::Fp4 => Format::Fp4,
+                Some(FormatArg::Nf4) => Format::Nf4,
+                Some(FormatArg::Fp4) => Format::Fp4,
+                None => base.format,
             },
-            block_size: self.block_size,
-            double_quant: self.double_quant,
+            block_size: self.block_size.unwrap_or(base.block_size),
+            double_quant: self.double_quant || base.double_quant,
             experts: match self.experts {
-                ExpertsArg::Keep => ExpertLayout::Keep,
-                ExpertsArg::Fuse => ExpertLayout::Fuse,
+                Some(ExpertsArg::Keep) => ExpertLayout::Keep,
+                Some(ExpertsArg::Fuse) => ExpertLayout::Fuse,
+                None => base.experts,
             },
-            only_experts: self.only_experts,
-            include: self.include.clone(),
-            exclude: self.exclude.clone(),
+            only_experts: self.only_experts || base.only_experts,
+            include: patterns(&self.include, base.include),
+            exclude: patterns(&self.exclude, base.exclude),
             nonfinite: match self.nonfinite {
-                NonFiniteArg::Error => NonFinitePolicy::Error,
-                NonFiniteArg::Keep => NonFinitePolicy::Keep,
+                Some(NonFiniteArg::Error) => NonFinitePolicy::Error,
+                Some(NonFiniteArg::Keep) => NonFinitePolicy::Keep,
+                None => base.nonfinite,
             },
-            max_shard_size: self.max_shard_size.0,
+            max_shard_size: self.max_shard_size.map_or(base.max_shard_size, |size| size.0),
         }
     }
 

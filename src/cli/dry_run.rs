@@ -29,7 +29,7 @@ pub fn report(conversion: &Conversion, destination: &Path, device: &str, audienc
 }
 
 fn text(conversion: &Conversion, destination: &Path, device: &str, free: Option<u64>) -> String {
-    let mut text = decisions(&conversion.plan);
+    let mut text = decisions(conversion.decisions());
     for line in totals(conversion, destination, device, free) {
         text += &line;
         text.push('\n');
@@ -58,10 +58,12 @@ fn decisions(plan: &Plan) -> String {
 /// What the whole of it would take.
 fn totals(conversion: &Conversion, destination: &Path, device: &str, free: Option<u64>) -> Vec<String> {
     let Conversion { source, plan, budget, .. } = conversion;
-    let (quantized, files) = (plan.quantized().count(), plan.files.len());
+    let decisions = conversion.decisions();
+    let (quantized, files) = (decisions.quantized().count(), plan.files.len());
     let free = free.map_or("an unknown amount".to_owned(), |free| Bytes(free).to_string());
     let mut lines =
-        vec![format!("{quantized} tensors in {}, {} kept", format_name(&plan.recipe), plan.tensors.len() - quantized)];
+        vec![format!("{quantized} tensors in {}, {} kept", format_name(&plan.recipe), decisions.tensors.len() - quantized)];
+    lines.extend(conversion.relaid_from().map(|_| "experts are laid out anew; nothing is quantized again".to_owned()));
     lines.extend(plan.warnings.iter().map(|warning| format!("warning: {warning}")));
     lines.extend([
         format!("source:  {} of tensors in {} files", Bytes(plan.source_len()), source.files.len()),
@@ -70,8 +72,8 @@ fn totals(conversion: &Conversion, destination: &Path, device: &str, free: Optio
             Bytes(plan.output_len()),
             if files == 1 { "" } else { "s" },
             source.side_files.len(),
-            plan.bits_per_quantized_weight(),
-            plan.bits_per_weight(),
+            decisions.bits_per_quantized_weight(),
+            decisions.bits_per_weight(),
         ),
         format!("disk:    {} needed, {free} free at {}", Bytes(conversion.disk_needed()), destination.display()),
         format!("memory:  {} at most, {} threads", Bytes(budget.peak), budget.threads),
@@ -91,7 +93,7 @@ fn totals(conversion: &Conversion, destination: &Path, device: &str, free: Optio
 }
 
 fn json(conversion: &Conversion, destination: &Path, free: Option<u64>, obstacle: Option<&Error>) -> Value {
-    let plan = &conversion.plan;
+    let (plan, decisions) = (&conversion.plan, conversion.decisions());
     let tensor = |tensor: &PlannedTensor| {
         json!({
             "name": tensor.name,
@@ -111,6 +113,7 @@ fn json(conversion: &Conversion, destination: &Path, free: Option<u64>, obstacle
     json!({
         "destination": destination.display().to_string(),
         "recipe": plan.recipe,
+        "relaid_from": conversion.relaid_from(),
         "source_bytes": plan.source_len(),
         "output_bytes": plan.output_len(),
         "disk_needed": conversion.disk_needed(),
@@ -120,11 +123,11 @@ fn json(conversion: &Conversion, destination: &Path, free: Option<u64>, obstacle
         "device": conversion.options.device.to_string(),
         "ring_slots": conversion.budget.ring.map(|ring| ring.slots),
         "peak_device_memory": conversion.budget.device_peak(),
-        "bits_per_quantized_weight": plan.bits_per_quantized_weight(),
-        "bits_per_weight": plan.bits_per_weight(),
+        "bits_per_quantized_weight": decisions.bits_per_quantized_weight(),
+        "bits_per_weight": decisions.bits_per_weight(),
         "files": files,
         "warnings": plan.warnings,
         "obstacle": obstacle.map(|error| error_json(error)["error"].clone()),
-        "tensors": plan.tensors.iter().map(tensor).collect::<Vec<_>>(),
+        "tensors": decisions.tensors.iter().map(tensor).collect::<Vec<_>>(),
     })
 }

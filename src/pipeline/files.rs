@@ -49,6 +49,10 @@ impl<'j, 'a> Files<'j, 'a> {
 
     /// Fills `into` with `tensor`'s bytes from `offset` on.
     pub fn read(&mut self, tensor: &PlannedTensor, mut offset: u64, mut into: &mut [u8]) -> Result<()> {
+        if let Some(bytes) = &tensor.constant {
+            into.copy_from_slice(&bytes[offset as usize..][..into.len()]);
+            return Ok(());
+        }
         for part in &tensor.parts {
             if offset >= part.len {
                 offset -= part.len;

@@ -123,6 +123,7 @@ impl Group<'_> {
             dtype: first.dtype,
             shape: if transposed { vec![experts, columns, rows] } else { vec![experts, rows, columns] },
             parts,
+            constant: None,
             role: Role::FusedExperts,
             decision: first.decision,
             reason: "matrices of all experts of the layer, 3-D".into(),

@@ -13,6 +13,7 @@ pub mod skip_modules;
 
 use std::borrow::Cow;
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use serde_json::Value;
 
@@ -53,6 +54,8 @@ pub struct PlannedTensor {
     pub shape: Vec<u64>,
     /// Where its bytes are in the source, in their order.
     pub parts: Vec<Part>,
+    /// Its bytes, if the source doesn't have them; there are no parts then.
+    pub constant: Option<Arc<[u8]>>,
     /// What the tensor is.
     pub role: Role,
     /// Keep or quantize.
@@ -93,9 +96,10 @@ impl PlannedTensor {
         self.shape.iter().product()
     }
 
-    /// Bytes of it in the source.
+    /// Bytes that it is made of.
     pub fn source_len(&self) -> u64 {
-        self.parts.iter().map(|part| part.len).sum()
+        let constant = self.constant.as_ref().map_or(0, |bytes| bytes.len() as u64);
+        self.parts.iter().map(|part| part.len).sum::<u64>() + constant
     }
 
     /// The dtype that it is quantized from, if it is.
@@ -156,6 +160,7 @@ impl Plan {
                 dtype: info.dtype,
                 shape: info.shape.clone(),
                 parts: vec![Part { file, tensor, offset: info.offset, len: info.len, transposed: None }],
+                constant: None,
                 role: verdict.role,
                 decision,
                 reason: verdict.reason,
