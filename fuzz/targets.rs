@@ -39,7 +39,7 @@ pub fn config(data: &[u8]) {
     let path = Path::new("fuzzed");
     if let Ok(config) = Config::parse(data.to_vec(), path) {
         config.model_types();
-        let text = config.with("quantization_config", &serde_json::json!({"a": 1})).expect("it was read once");
+        let text = config.with(&[("quantization_config", serde_json::json!({"a": 1}))]).expect("it was read once");
         let again = Config::parse(text.into_bytes(), path).expect("what was written is JSON");
         assert_eq!(again.values()["quantization_config"]["a"], 1);
     }

@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
-use crate::checkpoint::{CONFIG_NAME, Config, Dtype, MANIFEST_NAME, Source, SourceFile, TensorInfo};
+use crate::checkpoint::{CONFIG_NAME, Config, Dtype, MANIFEST_NAME, Source, SourceFile, TensorInfo, sort_canonically};
 use crate::error::{Error, Result};
 use crate::format::{FloatDtype, OutputKind, QuantState, quant_state_bytes};
 use crate::manifest::{DecisionRecord, Manifest, SCHEMA_VERSION, TensorRecord};
@@ -56,12 +56,11 @@ impl Relay {
         check_manifest(path, &old, &manifest)?;
         let places = places(converted, &old)?;
         let plan = Plan::new(&origin, recipe)?;
-        let old_names: HashMap<&str, usize> = old.tensors.iter().enumerate().map(|(i, t)| (&*t.name, i)).collect();
-        let unchanged: Vec<Option<usize>> = plan
-            .tensors
-            .iter()
-            .map(|tensor| old_names.get(&*tensor.name).copied().filter(|&i| is_same(&old.tensors[i], tensor)))
-            .collect();
+        let old_names: HashMap<&str, &PlannedTensor> = old.tensors.iter().map(|t| (&*t.name, t)).collect();
+        let (records, is_old) =
+            (records(&manifest), |t: &&PlannedTensor| old_names.get(&*t.name).is_some_and(|old| is_same(old, t)));
+        let unchanged: Vec<Option<usize>> =
+            plan.tensors.iter().map(|t| Some(records[&*Some(t).filter(is_old)?.name].0)).collect();
         let copies = Copies { path, old: &old, places: &places, runs: Runs::new(&old) };
         let mut tensors = Vec::new();
         let mut files = Vec::new();
@@ -144,9 +143,29 @@ fn origin(converted: &Source, manifest: &Manifest) -> Result<Source> {
         let (name, shape) = (tensor.name.clone(), tensor.shape.clone());
         file.tensors.push(TensorInfo { name, dtype, shape, offset, len });
     }
+    // What was fused has lost its place: it is taken to have been where safetensors puts it.
+    if manifest.recipe.experts == ExpertLayout::Fuse {
+        for file in &mut files {
+            sort_canonically(&mut file.tensors);
+            let mut next = 0;
+            for tensor in &mut file.tensors {
+                tensor.offset = next;
+                next += tensor.len;
+            }
+        }
+    }
     let origin = Source { path, files, config: converted.config.clone(), side_files: Vec::new() };
     origin.check_names_differ()?;
     Ok(origin)
+}
+
+/// The manifest's records with their places, by the name of what was written.
+fn records(manifest: &Manifest) -> HashMap<&str, (usize, &TensorRecord)> {
+    let named = |(i, record)| -> Option<_> {
+        let record: &TensorRecord = record;
+        Some((record.outputs.first()?.name.as_str(), (i, record)))
+    };
+    manifest.tensors.iter().enumerate().filter_map(named).collect()
 }
 
 /// Whether planning it now gives what is there.
@@ -161,12 +180,14 @@ fn check_manifest(path: &Path, plan: &Plan, manifest: &Manifest) -> Result<()> {
                     && record.shape == output.shape
             })
     };
-    let mut pairs = plan.tensors.iter().zip(&manifest.tensors);
-    let other = pairs.find(|(tensor, record)| !is_planned(tensor, record));
+    let records = records(manifest);
+    let mut tensors = plan.tensors.iter();
+    let other =
+        tensors.find(|tensor| !records.get(&*tensor.name).is_some_and(|(_, record)| is_planned(tensor, record)));
     if other.is_none() && plan.tensors.len() == manifest.tensors.len() {
         return Ok(());
     }
-    let name = other.map_or(String::new(), |(tensor, _)| format!(", first {:?}", tensor.name));
+    let name = other.map_or(String::new(), |tensor| format!(", first {:?}", tensor.name));
     let why = format!(
         "this version ({}) would convert its source otherwise than {} did{name}; start from the bf16 checkpoint",
         env!("CARGO_PKG_VERSION"),
@@ -194,6 +215,11 @@ fn places(converted: &Source, plan: &Plan) -> Result<HashMap<String, Part>> {
                 return Err(Error::malformed(&converted.path, why));
             }
         }
+    }
+    let planned: usize = plan.tensors.iter().map(|tensor| tensor.outputs.len()).sum();
+    if planned != places.len() {
+        let why = format!("it has more tensors than {MANIFEST_NAME} says; prequant verify tells which");
+        return Err(Error::malformed(&converted.path, why));
     }
     Ok(places)
 }
@@ -261,8 +287,7 @@ impl Copies<'_> {
         }
         let (packed, absmax) = self.parts(tensor, dtype, recipe)?;
         let first = &self.old.tensors[self.runs.of(tensor.parts[0]).next().map_or(0, |(run, ..)| run.tensor)];
-        let state =
-            QuantState { scheme: &recipe.scheme(), dtype, shape: &tensor.shape, nested_offset: 0.0 };
+        let state = QuantState { scheme: &recipe.scheme(), dtype, shape: &tensor.shape, nested_offset: 0.0 };
         let outputs = tensor.outputs.iter().map(|output| match output.kind {
             Some(OutputKind::Packed) => copy(tensor, output, packed.clone()),
             Some(OutputKind::Absmax) => copy(tensor, output, absmax.clone()),

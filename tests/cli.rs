@@ -201,8 +201,8 @@ fn every_option_in_the_help_is_explained() {
     let options: Vec<usize> = (0..lines.len()).filter(|&i| lines[i].trim_start().starts_with('-')).collect();
     assert!(options.len() > 15, "{help}");
     for i in options {
-        // Either on the option's own line, after its name, or on the next.
-        let own = lines[i].trim_start().split("  ").nth(1).is_some();
+        // Either on the option's own line, after its name, or on the next; a value's after a colon.
+        let own = lines[i].trim_start().split("  ").nth(1).is_some() || lines[i].contains(": ");
         assert!(own || lines.get(i + 1).is_some_and(|next| next.starts_with("    ")), "{}", lines[i]);
     }
     let about = Run::of(Command::new(env!("CARGO_BIN_EXE_prequant")).arg("--help")).ok().stdout;

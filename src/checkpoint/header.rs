@@ -36,6 +36,20 @@ pub struct TensorInfo {
     pub len: u64,
 }
 
+impl Described for TensorInfo {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[u64] {
+        &self.shape
+    }
+}
+
 /// A checked header: the tensors lie in the file one after the other and end with it.
 #[derive(Clone, Debug)]
 pub struct Header {

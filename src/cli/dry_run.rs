@@ -61,8 +61,11 @@ fn totals(conversion: &Conversion, destination: &Path, device: &str, free: Optio
     let decisions = conversion.decisions();
     let (quantized, files) = (decisions.quantized().count(), plan.files.len());
     let free = free.map_or("an unknown amount".to_owned(), |free| Bytes(free).to_string());
-    let mut lines =
-        vec![format!("{quantized} tensors in {}, {} kept", format_name(&plan.recipe), decisions.tensors.len() - quantized)];
+    let mut lines = vec![format!(
+        "{quantized} tensors in {}, {} kept",
+        format_name(&plan.recipe),
+        decisions.tensors.len() - quantized
+    )];
     lines.extend(conversion.relaid_from().map(|_| "experts are laid out anew; nothing is quantized again".to_owned()));
     lines.extend(plan.warnings.iter().map(|warning| format!("warning: {warning}")));
     lines.extend([

@@ -261,7 +261,11 @@ impl<'a> Scheduler<'a> {
         if let Some(task) = state.ready.pop_front() {
             return Some(task);
         }
-        let reading = self.plan.tensors.get(state.next.0).map_or(self.source_files, |tensor| tensor.parts.first().map_or(0, |part| part.file + 1));
+        let reading = self
+            .plan
+            .tensors
+            .get(state.next.0)
+            .map_or(self.source_files, |tensor| tensor.parts.first().map_or(0, |part| part.file + 1));
         if self.means.hash_source && state.next_source_hash < reading.min(self.source_files) {
             state.next_source_hash += 1;
             return Some(Task::HashSource { file: state.next_source_hash - 1 });

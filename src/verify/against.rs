@@ -95,13 +95,19 @@ fn compare_others(
 fn compare_manifests(conversion: &Conversion, outcome: pipeline::Outcome, found: &Manifest, report: &mut Report) {
     let weights = conversion.plan.files.iter().map(|file| file.name.as_str()).collect::<Vec<_>>();
     let files = found.files.iter().filter(|file| !weights.contains(&file.name.as_str())).cloned().collect();
-    let expected = conversion.manifest(files, outcome);
+    let mut expected = conversion.manifest(files, outcome);
+    let mut found = found.clone();
     // What was laid out anew has no statistics of its own.
     let relaid = found.relaid_from.is_some();
     let statistics = |expected: &TensorRecord, found: &TensorRecord| match &found.statistics {
         None if relaid => None,
         _ => expected.statistics.clone(),
     };
+    if relaid {
+        // The order within the source's files may not have survived.
+        let by_name = |record: &TensorRecord| record.outputs.first().map(|output| output.name.clone());
+        [&mut found, &mut expected].map(|manifest| manifest.tensors.sort_by_cached_key(by_name));
+    }
     for (found, expected) in found.tensors.iter().zip(&expected.tensors) {
         if *found != (TensorRecord { statistics: statistics(expected, found), ..expected.clone() }) {
             let name = expected.sources.first().map(|source| source.name.as_str());

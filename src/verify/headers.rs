@@ -10,6 +10,7 @@ use crate::checkpoint::{Header, INDEX_NAME, Index, RealDisk, TensorInfo, hash_ra
 use crate::error::{Error, IoContext, Result};
 use crate::format::ParsedQuantState;
 use crate::manifest::{DecisionRecord, Manifest, OutputRecord, TensorRecord};
+use crate::plan::{ExpertLayout, Role};
 
 /// The longest quant_state that is read: real ones have a hundred or two hundred bytes.
 const MAX_QUANT_STATE: u64 = 1 << 16;
@@ -145,17 +146,30 @@ impl Entry<'_> {
         };
         let block_size = u64::from(u32::from(manifest.recipe.block_size));
         let (found, expected) = (
-            (state.quant_type.as_str(), state.blocksize, state.dtype.as_str(), &state.shape),
-            (manifest.recipe.format.name(), block_size, dtype, &source.shape),
+            (state.quant_type.as_str(), state.blocksize, state.dtype.as_str()),
+            (manifest.recipe.format.name(), block_size, dtype),
         );
         if found != expected {
             self.differ(report, format!("says {found:?}, expected {expected:?}"));
+        }
+        let shapes: Vec<&[u64]> = self.tensor.sources.iter().map(|source| &*source.shape).collect();
+        let is_fused = self.tensor.role == Role::FusedExperts && manifest.recipe.experts == ExpertLayout::Fuse;
+        if !(state.shape == shapes[0] || is_fused && is_made_of(&state.shape, &shapes)) {
+            self.differ(report, format!("says the shape is {:?}, and the source has {shapes:?}", state.shape));
         }
         if state.nested_offset.is_some() != manifest.recipe.double_quant {
             self.differ(report, "and the recipe don't agree on double quantization".to_owned());
         }
         Ok(())
     }
+}
+
+/// Whether a 3-D shape has as many elements as what was fused into it, and its columns (or rows, if it is transposed).
+fn is_made_of(fused: &[u64], shapes: &[&[u64]]) -> bool {
+    let elements = |shape: &[u64]| shape.iter().try_fold(1u64, |product, &dimension| product.checked_mul(dimension));
+    let all = shapes.iter().try_fold(0u64, |sum, shape| sum.checked_add(elements(shape)?));
+    let side = |shape: &&[u64]| shape.last().is_some_and(|columns| fused[1..].contains(columns));
+    fused.len() == 3 && all.is_some() && elements(fused) == all && shapes.iter().all(side)
 }
 
 /// The index must have every tensor in its file.
