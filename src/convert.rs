@@ -1,7 +1,7 @@
 //! Converting a checkpoint: open, plan, execute, seal.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::thread;
@@ -17,6 +17,7 @@ use crate::manifest::{
     DecisionRecord, FileRecord, Manifest, OutputRecord, SCHEMA_VERSION, SourceFileRecord, SourceRecord,
     SourceTensorRecord, Summary, TensorRecord, Tool, sha256_sums,
 };
+use crate::model_card;
 use crate::pipeline::{self, Budget, FileOutcome, Limits, Means, Outcome, Progress, Staged, TensorOutcome};
 use crate::plan::{ExpertLayout, Plan, PlannedTensor, Recipe};
 use crate::relay::{self, Relay};
@@ -225,14 +226,20 @@ impl Conversion {
         let weights = plan.files.iter().map(|file| file.name.as_str());
         let names: Vec<&str> = weights.chain(source.side_files.iter().map(|file| file.name.as_str())).collect();
         staging.unpublish(names.iter().copied())?;
-        staging.check_names(names.into_iter().chain([CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, SUMS_NAME]))?;
+        staging.check_names(names.into_iter().chain([
+            model_card::NAME,
+            CONFIG_NAME,
+            INDEX_NAME,
+            MANIFEST_NAME,
+            SUMS_NAME,
+        ]))?;
         let sealed = match resumed {
             true => resume::sealed_files(staging, plan, means)?,
             false => vec![None; plan.files.len()],
         };
         self.check_space(staging.destination(), &sealed)?;
         let (outcome, side_files) = thread::scope(|scope| {
-            let side_files = scope.spawn(|| copy_side_files(source, staging));
+            let side_files = scope.spawn(|| copy_side_files(self, staging));
             let outputs = Staged { staging, disk: means.disk };
             let outcome = pipeline::run(source, plan, &outputs, sealed, means);
             (outcome, side_files.join().unwrap_or(Err(Error::Stopped)))
@@ -390,11 +397,12 @@ fn write(
     Ok(FileRecord { name: name.to_owned(), size, sha256 })
 }
 
-/// Copies what lies beside the weights, as it is.
-fn copy_side_files(source: &Source, staging: &Staging) -> Result<Vec<FileRecord>> {
+/// Copies what lies beside the weights, as it is; the model card gets its addition.
+fn copy_side_files(conversion: &Conversion, staging: &Staging) -> Result<Vec<FileRecord>> {
     let mut buffer = vec![0; 1 << 16];
-    let files = source.side_files.iter();
-    files
+    let addition = model_card::addition(&conversion.source, &conversion.plan);
+    let files = conversion.source.side_files.iter();
+    let mut records: Vec<FileRecord> = files
         .map(|side| {
             let to = staging.path(&side.name);
             if let Some(parent) = to.parent() {
@@ -403,10 +411,19 @@ fn copy_side_files(source: &Source, staging: &Staging) -> Result<Vec<FileRecord>
             let mut from = File::open(&side.path).at(&side.path, "open it")?;
             let mut copy =
                 File::options().read(true).write(true).create(true).truncate(true).open(&to).at(&to, "create it")?;
-            let size = io::copy(&mut from, &mut copy).at(&to, "copy it")?;
+            let mut size = io::copy(&mut from, &mut copy).at(&to, "copy it")?;
+            if let Some(addition) = addition.filter(|_| side.name == model_card::NAME) {
+                copy.write_all(addition.as_bytes()).at(&to, "write to it")?;
+                size += addition.len() as u64;
+            }
             let sha256 = hash_range(&RealDisk, &copy, &to, 0, size, &mut buffer, || true).at(&to, "read it back")?;
             copy.sync_all().at(&to, "sync it")?;
             Ok(FileRecord { name: side.name.clone(), size, sha256: sha256.ok_or(Error::Stopped)? })
         })
-        .collect()
+        .collect::<Result<_>>()?;
+    if let Some(addition) = addition.filter(|_| records.iter().all(|record| record.name != model_card::NAME)) {
+        let text = addition.trim_start();
+        records.push(write(staging, model_card::NAME, |file| file.write_all(text.as_bytes()))?);
+    }
+    Ok(records)
 }

@@ -7,6 +7,7 @@ pub mod format;
 mod journal;
 pub mod kernel;
 pub mod manifest;
+mod model_card;
 pub mod pipeline;
 pub mod plan;
 mod relay;

@@ -97,6 +97,24 @@ fn config_json_has_transformers_stop_where_experts_are_4_bit() {
 }
 
 #[test]
+fn the_model_card_tells_how_4_bit_experts_are_loaded() {
+    let folder = moe();
+    let card = || String::from_utf8(folder.read("README.md")).unwrap();
+    folder.convert(&[]).ok();
+    assert!(card().starts_with("## Loading") && card().contains("import prequant_loader"), "{}", card());
+    folder.write("README.md", "---\nlicense: mit\n---\n# A model\n");
+    folder.convert(&["--force"]).ok();
+    assert!(card().starts_with("---\nlicense: mit\n---\n# A model\n\n## Loading"), "{}", card());
+    let verify = |flags: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_prequant"));
+        Run::of(command.arg("verify").arg(folder.destination()).args(flags))
+    };
+    verify(&["--against", folder.source().to_str().unwrap()]).ok();
+    folder.convert(&["--force", "--exclude", "experts"]).ok();
+    assert_eq!(card(), "---\nlicense: mit\n---\n# A model\n");
+}
+
+#[test]
 fn what_lies_beside_the_weights_comes_along_but_other_weights_do_not() {
     let folder = Folder::llama();
     let kept = [
@@ -233,7 +251,7 @@ fn force_replaces_the_checkpoint_and_leaves_other_files() {
     fs::write(folder.destination().join("notes.txt"), "mine").unwrap();
     assert!(folder.destination().join("model.safetensors.index.json").exists());
     folder.convert(&["--force", "--format", "fp4"]).ok();
-    let names = ["SHA256SUMS", "config.json", "model.safetensors", "notes.txt", "prequant.json"];
+    let names = ["README.md", "SHA256SUMS", "config.json", "model.safetensors", "notes.txt", "prequant.json"];
     assert_eq!(file_names(&folder.destination()), names);
 }
 

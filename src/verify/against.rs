@@ -11,6 +11,7 @@ use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, RealDisk, Sha256Hash, Source
 use crate::convert::{self, Conversion};
 use crate::error::{Error, IoContext, Result};
 use crate::manifest::{Manifest, TensorRecord};
+use crate::model_card;
 use crate::pipeline::{self, FileOutcome, Means, Output, Outputs, Progress};
 use crate::plan::PlannedFile;
 
@@ -74,10 +75,23 @@ fn compare_others(
         expected.push((CONFIG_NAME.to_owned(), Sha256Hash::of(config.as_bytes())));
     }
     let mut buffer = vec![0; 1 << 16];
+    let addition = model_card::addition(&conversion.source, &conversion.plan);
     for side in &conversion.source.side_files {
         let file = File::open(&side.path).at(&side.path, "open it")?;
-        let hash = hash_range(&RealDisk, &file, &side.path, 0, side.len, &mut buffer, || true);
-        expected.push((side.name.clone(), hash.at(&side.path, "read it")?.ok_or(Error::Stopped)?));
+        let hash = match addition.filter(|_| side.name == model_card::NAME) {
+            Some(addition) => {
+                let text = std::fs::read(&side.path).at(&side.path, "read it")?;
+                Sha256Hash::of(&[&text, addition.as_bytes()].concat())
+            }
+            None => {
+                let hash = hash_range(&RealDisk, &file, &side.path, 0, side.len, &mut buffer, || true);
+                hash.at(&side.path, "read it")?.ok_or(Error::Stopped)?
+            }
+        };
+        expected.push((side.name.clone(), hash));
+    }
+    if let Some(addition) = addition.filter(|_| expected.iter().all(|(name, _)| name != model_card::NAME)) {
+        expected.push((model_card::NAME.to_owned(), Sha256Hash::of(addition.trim_start().as_bytes())));
     }
     for (name, sha256) in expected {
         let record = checkpoint.manifest.files.iter().find(|file| file.name == name);
@@ -106,7 +120,8 @@ fn compare_manifests(conversion: &Conversion, outcome: pipeline::Outcome, found:
     if relaid {
         // The order within the source's files may not have survived.
         let by_name = |record: &TensorRecord| record.outputs.first().map(|output| output.name.clone());
-        [&mut found, &mut expected].map(|manifest| manifest.tensors.sort_by_cached_key(by_name));
+        found.tensors.sort_by_cached_key(by_name);
+        expected.tensors.sort_by_cached_key(by_name);
     }
     for (found, expected) in found.tensors.iter().zip(&expected.tensors) {
         if *found != (TensorRecord { statistics: statistics(expected, found), ..expected.clone() }) {
