@@ -10,7 +10,22 @@ from .errors import PrequantError
 from .quantizer import PrequantQuantizer, install
 from .verify import Verified, verify
 
-__all__ = ["PrequantError", "PrequantQuantizer", "Verified", "install", "verify"]
+__all__ = ["PrequantError", "PrequantQuantizer", "Verified", "fix_peft", "install", "verify"]
 __version__ = "0.1.0"
+
+
+def fix_peft() -> None:
+    """Mends PEFT's `target_parameters` for 4-bit experts; see `prequant_loader.peft`. A second call does nothing.
+
+    Raises ImportError without PEFT, and RuntimeError, changing nothing, if its version isn't one the fixes were tried on.
+    """
+    try:
+        import peft as _  # noqa: F401  not needed to load a checkpoint
+    except ModuleNotFoundError as error:
+        raise ImportError("fix_peft needs PEFT: pip install 'prequant-loader[peft]'") from error
+    from .peft import fix_peft as apply
+
+    apply()
+
 
 install()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,6 +114,25 @@ def without_gradient(model: nn.Module) -> list[str]:
 
 
 # --- Suffixes --------------------------------------------------------------------------------------------------------
+
+
+def test_the_package_itself_has_the_fix(unfixed: None) -> None:
+    original = ParamWrapper._activate_lora
+    prequant_loader.fix_peft()
+    try:
+        assert ParamWrapper._activate_lora is not original
+    finally:
+        prequant_loader.peft._restore_peft()
+
+
+def test_the_package_does_without_peft_and_says_what_is_missing() -> None:
+    script = (
+        "import sys; sys.modules['peft'] = None; import prequant_loader\n"
+        "try: prequant_loader.fix_peft()\n"
+        "except ImportError as error: print(error)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "prequant-loader[peft]" in run.stdout
 
 
 def test_suffixes_match_nothing_without_the_fix(unfixed: None) -> None:

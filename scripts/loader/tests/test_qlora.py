@@ -1,4 +1,4 @@
-"""A QLoRA run on a tiny model with 4-bit experts: adapters learn, the base stays what it is."""
+"""A QLoRA run from a checkpoint that prequant converted: adapters learn, the base stays what it is."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from conftest import convert
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import prequant_loader.peft
 
@@ -25,10 +27,20 @@ def fixed() -> Iterator[None]:
     prequant_loader.peft._restore_peft()
 
 
-@pytest.fixture(params=tiny_models.MODEL_TYPES)
-def base_model(request: pytest.FixtureRequest) -> Callable[[], nn.Module]:
-    """Makes a model with experts in 4 bits, the same at every call."""
-    return lambda: tiny_models.quantized_model(request.param)
+@pytest.fixture(scope="module", params=["qwen3_moe-keep", "mixtral-fuse", "gpt_oss-fuse"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted checkpoint: Linears and experts in 4 bits."""
+    model_type, layout = request.param.split("-")
+    work = tmp_path_factory.mktemp(request.param)
+    tiny_models.bf16_model(model_type).save_pretrained(work / "source")
+    convert(work / "source", work / "converted", "--experts", layout)
+    return work / "converted"
+
+
+@pytest.fixture
+def base_model(folder: Path) -> Callable[[], nn.Module]:
+    """Loads it, the same at every call."""
+    return lambda: AutoModelForCausalLM.from_pretrained(folder).train()
 
 
 def adapted(base: nn.Module) -> PeftModel:
@@ -95,13 +107,15 @@ def test_every_expert_has_a_gradient(base_model: Callable[[], nn.Module]) -> Non
             assert per_expert.any(dim=1).all(), f"{name}: an expert has no gradient"
 
 
-def test_a_step_moves_adapters_and_nothing_else(base_model: Callable[[], nn.Module]) -> None:
+def test_a_step_moves_adapters_and_nothing_else(base_model: Callable[[], nn.Module], folder: Path) -> None:
     model = adapted(base_model())
     base = base_digests(model)
-    assert sum(".absmax" in name for name in base) == 2 * len(EXPERTS), "statistics are among what is compared"
+    of_experts = [name for name in base if ".experts." in name and ".absmax" in name]
+    assert len(of_experts) == 2 * len(EXPERTS), "statistics are among what is compared"
     start = {name: parameter.detach().clone() for name, parameter in adapters(model).items()}
     train(model, 2)
-    assert base_digests(model) == base
+    assert base_digests(model) == base == base_digests(adapted(base_model())), "what a fresh load gives"
+    prequant_loader.verify(folder)
     for name, parameter in adapters(model).items():
         assert not torch.equal(parameter, start[name]), f"{name} did not move"
 
