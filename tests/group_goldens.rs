@@ -1,0 +1,127 @@
+//! Our bytes against those of llm-compressor 0.14.0.1 and compressed-tensors 0.19.0, as `scripts/make-group-goldens` had
+//! them written.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use prequant::format::FloatDtype;
+use prequant::kernel::Figures;
+use prequant::kernel::group::{GroupScheme, Groups, quantize, scalar};
+use safetensors::SafeTensors;
+
+const DTYPES: [(&str, FloatDtype); 3] =
+    [("bf16", FloatDtype::Bfloat16), ("f16", FloatDtype::Float16), ("f32", FloatDtype::Float32)];
+
+/// A golden file's tensors by name: shape and bytes.
+fn goldens(file: &str) -> BTreeMap<String, (Vec<usize>, Vec<u8>)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/group-goldens");
+    let bytes = std::fs::read(folder.join(format!("{file}.safetensors"))).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    tensors.iter().map(|(name, view)| (name.to_owned(), (view.shape().to_vec(), view.data().to_vec()))).collect()
+}
+
+/// What quantizing a matrix gives.
+struct Quantized {
+    packed: Vec<u8>,
+    scales: Vec<u8>,
+    zero_points: Vec<u8>,
+}
+
+fn run(source: &[u8], dtype: FloatDtype, columns: usize, group: usize, scheme: GroupScheme) -> Quantized {
+    let rows = source.len() / dtype.size() / columns;
+    let groups = rows * (columns / group);
+    let mut packed = vec![0xff; rows * scheme.packed_row(columns)];
+    let mut scales = vec![0xff; groups * scheme.scale_size(dtype)];
+    let mut zero_points = vec![0xff; if scheme == GroupScheme::Int4Asym { groups } else { 0 }];
+    let [mut absmax, mut signal, mut noise, mut worst] = std::array::from_fn(|_| vec![0.0; groups]);
+    let figures = Figures { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
+    let (packed_out, scales_out, points) = (&mut packed, &mut scales, &mut zero_points);
+    let out = Groups {
+        source,
+        dtype,
+        columns,
+        group,
+        scheme,
+        packed: packed_out,
+        scales: scales_out,
+        zero_points: points,
+        figures,
+    };
+    quantize(out).unwrap();
+    Quantized { packed, scales, zero_points }
+}
+
+/// Zero points `[rows, groups]` as compressed-tensors packs them: eight rows an i32.
+fn pack_zero_points(points: &[u8], per_row: usize) -> Vec<u8> {
+    let rows = points.len() / per_row;
+    let words = (0..rows.div_ceil(8)).flat_map(|row| (0..per_row).map(move |group| (row * 8, group)));
+    let word = |(row, group): (usize, usize)| {
+        (row..rows.min(row + 8)).fold(0u32, |word, r| word | u32::from(points[r * per_row + group]) << (4 * (r - row)))
+    };
+    words.flat_map(|place| word(place).to_le_bytes()).collect()
+}
+
+fn check(name: &str, plain: GroupScheme) {
+    let mut compared = 0;
+    let mut wrong = Vec::new();
+    for (dtype_name, dtype) in DTYPES {
+        let (inputs, outputs) = (goldens(&format!("input-{dtype_name}")), goldens(&format!("{name}-{dtype_name}")));
+        for key in outputs.keys().filter_map(|key| key.strip_suffix("/packed")) {
+            let (case, size) = key.split_once("/g").unwrap();
+            let (shape, source) = &inputs[case];
+            let columns = shape[1];
+            let group = size.parse().unwrap_or(columns);
+            let scheme = match plain {
+                GroupScheme::Nvfp4 { .. } => {
+                    let global_scale = scalar::global_scale(scalar::absmax(source, dtype).unwrap(), dtype);
+                    let expected = &outputs[&format!("{key}/global")].1;
+                    if global_scale.to_le_bytes()[..] != expected[..] {
+                        wrong.push(format!("{dtype_name} {key}: global scale {global_scale}, expected {expected:x?}"));
+                    }
+                    GroupScheme::Nvfp4 { global_scale }
+                }
+                other => other,
+            };
+            let found = run(source, dtype, columns, group, scheme);
+            let mut differ = |kind: &str, found: &[u8]| {
+                let (_, expected) = &outputs[&format!("{key}/{kind}")];
+                compared += found.len();
+                let bytes = found.iter().zip(expected).filter(|(a, b)| a != b).count();
+                if bytes > 0 || found.len() != expected.len() {
+                    let first = found.iter().zip(expected).position(|(a, b)| a != b);
+                    wrong.push(format!(
+                        "{dtype_name} {key} {kind}: {bytes} of {} differ, first at {first:?}",
+                        found.len()
+                    ));
+                }
+            };
+            differ("packed", &found.packed);
+            differ("scale", &found.scales);
+            if scheme == GroupScheme::Int4Asym {
+                differ("zero_point", &pack_zero_points(&found.zero_points, columns / group));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(compared > 20_000, "{compared} bytes compared");
+}
+
+#[test]
+fn int4_is_the_references() {
+    check("int4", GroupScheme::Int4);
+}
+
+#[test]
+fn int4_asym_is_the_references() {
+    check("int4-asym", GroupScheme::Int4Asym);
+}
+
+#[test]
+fn nvfp4_is_the_references() {
+    check("nvfp4", GroupScheme::Nvfp4 { global_scale: 0.0 });
+}
+
+#[test]
+fn mxfp4_is_the_references() {
+    check("mxfp4", GroupScheme::Mxfp4);
+}
