@@ -61,8 +61,25 @@ fn pack_zero_points(points: &[u8], per_row: usize) -> Vec<u8> {
     words.flat_map(|place| word(place).to_le_bytes()).collect()
 }
 
+/// Whether the reference writes zeros for this group of MXFP4: its exponent overflows the dtype, or is that of f16's
+/// subnormal numbers or of zero.
+fn is_lost(source: &[u8], dtype: FloatDtype) -> bool {
+    let absmax = scalar::absmax(source, dtype).unwrap();
+    match dtype {
+        FloatDtype::Float16 => absmax < 2f32.powi(-14) || absmax >= 1.75 * 2f32.powi(15),
+        _ => absmax >= 1.75 * 2f32.powi(127),
+    }
+}
+
+/// The largest magnitude that a group of MXFP4 decodes to.
+fn decoded(found: &Quantized, group: usize, size: usize) -> f64 {
+    let code = found.packed[group * size / 2..][..size / 2].iter().flat_map(|byte| [byte & 7, byte >> 4 & 7]).max();
+    let value = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0][usize::from(code.unwrap())];
+    value * 2f64.powi(i32::from(found.scales[group]) - 127)
+}
+
 fn check(name: &str, plain: GroupScheme) {
-    let mut compared = 0;
+    let (mut compared, mut lost) = (0, 0);
     let mut wrong = Vec::new();
     for (dtype_name, dtype) in DTYPES {
         let (inputs, outputs) = (goldens(&format!("input-{dtype_name}")), goldens(&format!("{name}-{dtype_name}")));
@@ -82,7 +99,21 @@ fn check(name: &str, plain: GroupScheme) {
                 }
                 other => other,
             };
-            let found = run(source, dtype, columns, group, scheme);
+            let mut found = run(source, dtype, columns, group, scheme);
+            let mut outputs = outputs.clone();
+            if scheme == GroupScheme::Mxfp4 {
+                for (i, source) in source.chunks(group * dtype.size()).enumerate().filter(|(_, s)| is_lost(s, dtype)) {
+                    lost += 1;
+                    let decoded = decoded(&found, i, group);
+                    let largest = f64::from(scalar::absmax(source, dtype).unwrap());
+                    assert!(decoded >= largest * 0.74 && decoded <= largest * 1.34, "{decoded} for {largest}");
+                    let [packed, scale] = ["packed", "scale"].map(|kind| format!("{key}/{kind}"));
+                    found.packed[i * group / 2..][..group / 2].fill(0);
+                    assert!(outputs[&packed].1[i * group / 2..][..group / 2].iter().all(|byte| byte & 0x77 == 0));
+                    outputs.get_mut(&packed).unwrap().1[i * group / 2..][..group / 2].fill(0);
+                    found.scales[i] = outputs[&scale].1[i];
+                }
+            }
             let mut differ = |kind: &str, found: &[u8]| {
                 let (_, expected) = &outputs[&format!("{key}/{kind}")];
                 compared += found.len();
@@ -104,6 +135,7 @@ fn check(name: &str, plain: GroupScheme) {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     assert!(compared > 20_000, "{compared} bytes compared");
+    assert!(lost < 100, "{lost} groups not compared");
 }
 
 #[test]

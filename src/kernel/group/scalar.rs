@@ -115,8 +115,10 @@ fn choose(elements: &[f32], dtype: FloatDtype, scheme: GroupScheme) -> Chosen {
             Chosen { stored: Stored::Byte(byte), scale: e4m3_value(byte) * scale_2, zero_point: 0.0 }
         }
         GroupScheme::Mxfp4 => {
-            // The exponent, one higher from a mantissa of 1.75 on.
-            let exponent = (u32::from(bf16::from_f32(absmax).to_bits()) + 32) >> 7;
+            // The exponent, one higher from a mantissa of 1.75 on. The reference takes it in the source's dtype, where that
+            // of a group near the largest number overflows, and that of f16's subnormal numbers is none: it then writes
+            // zeros. Not so here.
+            let exponent = (absmax.to_bits() + (1 << 21)) >> 23;
             let byte = exponent.saturating_sub(2) as u8;
             Chosen { stored: Stored::Byte(byte), scale: power_of_two(byte), zero_point: 0.0 }
         }
