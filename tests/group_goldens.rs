@@ -6,7 +6,8 @@ use std::path::Path;
 
 use prequant::format::FloatDtype;
 use prequant::kernel::Figures;
-use prequant::kernel::group::{GroupScheme, Groups, quantize, scalar};
+use prequant::kernel::Kernel;
+use prequant::kernel::group::{GroupScheme, Groups, scalar};
 use safetensors::SafeTensors;
 
 const DTYPES: [(&str, FloatDtype); 3] =
@@ -27,7 +28,14 @@ struct Quantized {
     zero_points: Vec<u8>,
 }
 
-fn run(source: &[u8], dtype: FloatDtype, columns: usize, group: usize, scheme: GroupScheme) -> Quantized {
+fn run(
+    kernel: Kernel,
+    source: &[u8],
+    dtype: FloatDtype,
+    columns: usize,
+    group: usize,
+    scheme: GroupScheme,
+) -> Quantized {
     let rows = source.len() / dtype.size() / columns;
     let groups = rows * (columns / group);
     let mut packed = vec![0xff; rows * scheme.packed_row(columns)];
@@ -47,7 +55,7 @@ fn run(source: &[u8], dtype: FloatDtype, columns: usize, group: usize, scheme: G
         zero_points: points,
         figures,
     };
-    quantize(out).unwrap();
+    kernel.quantize_groups(out).unwrap();
     Quantized { packed, scales, zero_points }
 }
 
@@ -99,7 +107,7 @@ fn check(name: &str, plain: GroupScheme) {
                 }
                 other => other,
             };
-            let mut found = run(source, dtype, columns, group, scheme);
+            let mut found = run(kernel, source, dtype, columns, group, scheme);
             let mut outputs = outputs.clone();
             if scheme == GroupScheme::Mxfp4 {
                 for (i, source) in source.chunks(group * dtype.size()).enumerate().filter(|(_, s)| is_lost(s, dtype)) {

@@ -4,8 +4,12 @@
 //! hold; ModelOpt's for [`GroupScheme::Nvfp4ModelOpt`]. [`scalar`] is the specification.
 
 pub mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod vector;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
-use super::{Figures, NonFinite};
+use super::{Figures, Isa, Kernel, NonFinite};
 use crate::format::FloatDtype;
 
 /// How a group's elements become codes and a scale.
@@ -88,14 +92,22 @@ impl Groups<'_> {
     }
 }
 
-/// Quantizes whole rows.
-///
-/// # Errors
-/// [`NonFinite`] when the source holds a NaN or an infinity; what was written then means nothing.
-///
-/// # Panics
-/// When a slice's length is not what [`Groups`] says.
-pub fn quantize(groups: Groups<'_>) -> Result<(), NonFinite> {
-    groups.check_lengths();
-    scalar::quantize(groups)
+impl Kernel {
+    /// Quantizes whole rows.
+    ///
+    /// # Errors
+    /// [`NonFinite`] when the source holds a NaN or an infinity; what was written then means nothing.
+    ///
+    /// # Panics
+    /// When a slice's length is not what [`Groups`] says.
+    pub fn quantize_groups(self, groups: Groups<'_>) -> Result<(), NonFinite> {
+        groups.check_lengths();
+        match self.0 {
+            Isa::Scalar => scalar::quantize(groups),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => x86::quantize_avx2(groups),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => x86::quantize_avx512(groups),
+        }
+    }
 }

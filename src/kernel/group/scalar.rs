@@ -15,7 +15,7 @@ const FP4_MAX: f32 = 6.0;
 /// E4M3's largest value.
 const E4M3_MAX: f32 = 448.0;
 
-/// Quantizes whole rows; see [`Groups`] for the layout and [`super::quantize`] for the contract.
+/// Quantizes whole rows; see [`Groups`] for the layout and [`crate::kernel::Kernel::quantize_groups`] for the contract.
 pub(super) fn quantize(groups: Groups<'_>) -> Result<(), NonFinite> {
     let Groups { source, dtype, columns, group, scheme, packed, scales, zero_points, figures } = groups;
     let Figures { absmax, signal, noise, worst } = figures;
@@ -27,7 +27,7 @@ pub(super) fn quantize(groups: Groups<'_>) -> Result<(), NonFinite> {
         if !elements.iter().all(|x| x.is_finite()) {
             return Err(NonFinite);
         }
-        let chosen = choose(&elements, dtype, scheme);
+        let chosen = Chosen::new(Extent::of(&elements), dtype, scheme);
         chosen.stored.write(dtype, &mut scales[i * scale_size..][..scale_size]);
         if let Some(point) = zero_points.get_mut(i) {
             *point = (chosen.zero_point + 8.0) as u8;
@@ -62,24 +62,43 @@ pub fn global_scale(absmax: f32, dtype: FloatDtype) -> f32 {
     if scale.is_finite() { scale } else { 1.0 }
 }
 
-/// A group's scale, and how elements are coded with it.
-struct Chosen {
-    /// As it is stored.
-    stored: Stored,
-    /// What decoding multiplies by.
-    scale: f32,
-    /// -8 to 7; 0 without zero points.
-    zero_point: f32,
+/// What a group's scale is chosen by.
+pub(super) struct Extent {
+    /// The largest magnitude.
+    pub absmax: f32,
+    /// The least element, or 0 if none is below. For zero points only.
+    pub least: f32,
+    /// The greatest, or 0 if none is above. For zero points only.
+    pub greatest: f32,
 }
 
+impl Extent {
+    fn of(elements: &[f32]) -> Extent {
+        let absmax = elements.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+        let (least, greatest) = elements.iter().fold((0.0f32, 0.0f32), |(a, b), &x| (a.min(x), b.max(x)));
+        Extent { absmax, least, greatest }
+    }
+}
+
+/// A group's scale, and how elements are coded with it.
+pub(super) struct Chosen {
+    /// As it is stored.
+    pub stored: Stored,
+    /// What decoding multiplies by.
+    pub scale: f32,
+    /// -8 to 7; 0 without zero points.
+    pub zero_point: f32,
+}
+
+/// A scale as it is stored.
 #[derive(Clone, Copy)]
-enum Stored {
+pub(super) enum Stored {
     Float(f32),
     Byte(u8),
 }
 
 impl Stored {
-    fn write(&self, dtype: FloatDtype, into: &mut [u8]) {
+    pub fn write(&self, dtype: FloatDtype, into: &mut [u8]) {
         match (*self, dtype) {
             (Stored::Byte(byte), _) => into[0] = byte,
             (Stored::Float(x), FloatDtype::Bfloat16) => into.copy_from_slice(&bf16::from_f32(x).to_le_bytes()),
@@ -89,43 +108,43 @@ impl Stored {
     }
 }
 
-fn choose(elements: &[f32], dtype: FloatDtype, scheme: GroupScheme) -> Chosen {
-    let absmax = elements.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
-    match scheme {
-        GroupScheme::Int4 => {
-            let scale = or_epsilon(round(absmax / 7.5, dtype), dtype);
-            Chosen { stored: Stored::Float(scale), scale, zero_point: 0.0 }
-        }
-        GroupScheme::Int4Asym => {
-            let (least, greatest) = elements.iter().fold((0.0f32, 0.0f32), |(a, b), &x| (a.min(x), b.max(x)));
-            let scale = round(round(greatest - least, dtype) / 15.0, dtype);
-            let point = round(-8.0 - round(least / scale, dtype), dtype).clamp(-8.0, 7.0).round_ties_even();
-            let zero_point = if point.is_nan() { 0.0 } else { point };
-            let scale = or_epsilon(scale, dtype);
-            Chosen { stored: Stored::Float(scale), scale, zero_point }
-        }
-        GroupScheme::Nvfp4 { global_scale } => {
-            let byte = e4m3((global_scale * round(absmax / FP4_MAX, dtype)).min(E4M3_MAX));
-            let byte = if byte == 0 { e4m3(0.125) } else { byte };
-            Chosen { stored: Stored::Byte(byte), scale: e4m3_value(byte) / global_scale, zero_point: 0.0 }
-        }
-        GroupScheme::Nvfp4ModelOpt { scale_2 } => {
-            let wanted = absmax / (FP4_MAX * scale_2);
-            let byte = e4m3(if absmax == 0.0 { 1.0 } else { wanted.clamp(1.0 / 512.0, E4M3_MAX) });
-            Chosen { stored: Stored::Byte(byte), scale: e4m3_value(byte) * scale_2, zero_point: 0.0 }
-        }
-        GroupScheme::Mxfp4 => {
-            // The exponent, one higher from a mantissa of 1.75 on. The reference takes it in the source's dtype, where that
-            // of a group near the largest number overflows, and that of f16's subnormal numbers is none: it then writes
-            // zeros. Not so here.
-            let exponent = (absmax.to_bits() + (1 << 21)) >> 23;
-            let byte = exponent.saturating_sub(2) as u8;
-            Chosen { stored: Stored::Byte(byte), scale: power_of_two(byte), zero_point: 0.0 }
+impl Chosen {
+    /// The scale for elements of this extent.
+    pub fn new(extent: Extent, dtype: FloatDtype, scheme: GroupScheme) -> Chosen {
+        let Extent { absmax, least, greatest } = extent;
+        match scheme {
+            GroupScheme::Int4 => {
+                let scale = or_epsilon(round(absmax / 7.5, dtype), dtype);
+                Chosen { stored: Stored::Float(scale), scale, zero_point: 0.0 }
+            }
+            GroupScheme::Int4Asym => {
+                let scale = round(round(greatest - least, dtype) / 15.0, dtype);
+                let point = round(-8.0 - round(least / scale, dtype), dtype).clamp(-8.0, 7.0).round_ties_even();
+                let zero_point = if point.is_nan() { 0.0 } else { point };
+                let scale = or_epsilon(scale, dtype);
+                Chosen { stored: Stored::Float(scale), scale, zero_point }
+            }
+            GroupScheme::Nvfp4 { global_scale } => {
+                let byte = e4m3((global_scale * round(absmax / FP4_MAX, dtype)).min(E4M3_MAX));
+                let byte = if byte == 0 { e4m3(0.125) } else { byte };
+                Chosen { stored: Stored::Byte(byte), scale: e4m3_value(byte) / global_scale, zero_point: 0.0 }
+            }
+            GroupScheme::Nvfp4ModelOpt { scale_2 } => {
+                let wanted = absmax / (FP4_MAX * scale_2);
+                let byte = e4m3(if absmax == 0.0 { 1.0 } else { wanted.clamp(1.0 / 512.0, E4M3_MAX) });
+                Chosen { stored: Stored::Byte(byte), scale: e4m3_value(byte) * scale_2, zero_point: 0.0 }
+            }
+            GroupScheme::Mxfp4 => {
+                // The exponent, one higher from a mantissa of 1.75 on. The reference takes it in the source's dtype, where that
+                // of a group near the largest number overflows, and that of f16's subnormal numbers is none: it then writes
+                // zeros. Not so here.
+                let exponent = (absmax.to_bits() + (1 << 21)) >> 23;
+                let byte = exponent.saturating_sub(2) as u8;
+                Chosen { stored: Stored::Byte(byte), scale: power_of_two(byte), zero_point: 0.0 }
+            }
         }
     }
-}
 
-impl Chosen {
     /// An element's code, and the value that it stands for, in units of the scale.
     fn code(&self, x: f32, dtype: FloatDtype, scheme: GroupScheme) -> (u8, f32) {
         match scheme {
