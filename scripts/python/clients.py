@@ -17,7 +17,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import argparse
-import filecmp
 import hashlib
 import importlib.util
 import json
@@ -63,7 +62,10 @@ class Converter:
         check_sums(converted)
         for path in source.iterdir():
             if path.is_file() and path.name != "config.json" and ".safetensors" not in path.name:
-                assert filecmp.cmp(path, converted / path.name, shallow=False), f"{path.name} is not as it was"
+                copy = (converted / path.name).read_bytes()
+                if path.name == "README.md" and b"import prequant_loader" in copy:
+                    copy = copy[: copy.index(b"\n## Loading the 4-bit experts")]
+                assert copy == path.read_bytes(), f"{path.name} is not as it was"
         return converted
 
     def source(self) -> Path:
