@@ -5,8 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use prequant::format::FloatDtype;
-use prequant::kernel::Figures;
-use prequant::kernel::Kernel;
+use prequant::kernel::{Figures, Kernel};
 use prequant::kernel::group::{GroupScheme, Groups, scalar};
 use safetensors::SafeTensors;
 
@@ -87,6 +86,10 @@ fn decoded(found: &Quantized, group: usize, size: usize) -> f64 {
 }
 
 fn check(name: &str, plain: GroupScheme) {
+    Kernel::available().into_iter().for_each(|kernel| check_kernel(kernel, name, plain));
+}
+
+fn check_kernel(kernel: Kernel, name: &str, plain: GroupScheme) {
     let (mut compared, mut lost) = (0, 0);
     let mut wrong = Vec::new();
     for (dtype_name, dtype) in DTYPES {
@@ -141,7 +144,7 @@ fn check(name: &str, plain: GroupScheme) {
             }
         }
     }
-    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(wrong.is_empty(), "{}:\n{}", kernel.name(), wrong.join("\n"));
     assert!(compared > 20_000, "{compared} bytes compared");
     assert!(lost < 100, "{lost} groups not compared");
 }
