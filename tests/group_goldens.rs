@@ -1,13 +1,18 @@
 //! Our bytes against those of llm-compressor 0.14.0.1 and compressed-tensors 0.19.0, as `scripts/make-group-goldens` had
 //! them written.
 
+#[path = "support/groups.rs"]
+mod groups;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use prequant::format::FloatDtype;
-use prequant::kernel::{Figures, Kernel};
-use prequant::kernel::group::{GroupScheme, Groups, scalar};
+use prequant::kernel::Kernel;
+use prequant::kernel::group::{GroupScheme, scalar};
 use safetensors::SafeTensors;
+
+use groups::{Quantized, quantize};
 
 const DTYPES: [(&str, FloatDtype); 3] =
     [("bf16", FloatDtype::Bfloat16), ("f16", FloatDtype::Float16), ("f32", FloatDtype::Float32)];
@@ -18,44 +23,6 @@ fn goldens(file: &str) -> BTreeMap<String, (Vec<usize>, Vec<u8>)> {
     let bytes = std::fs::read(folder.join(format!("{file}.safetensors"))).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     tensors.iter().map(|(name, view)| (name.to_owned(), (view.shape().to_vec(), view.data().to_vec()))).collect()
-}
-
-/// What quantizing a matrix gives.
-struct Quantized {
-    packed: Vec<u8>,
-    scales: Vec<u8>,
-    zero_points: Vec<u8>,
-}
-
-fn run(
-    kernel: Kernel,
-    source: &[u8],
-    dtype: FloatDtype,
-    columns: usize,
-    group: usize,
-    scheme: GroupScheme,
-) -> Quantized {
-    let rows = source.len() / dtype.size() / columns;
-    let groups = rows * (columns / group);
-    let mut packed = vec![0xff; rows * scheme.packed_row(columns)];
-    let mut scales = vec![0xff; groups * scheme.scale_size(dtype)];
-    let mut zero_points = vec![0xff; if scheme == GroupScheme::Int4Asym { groups } else { 0 }];
-    let [mut absmax, mut signal, mut noise, mut worst] = std::array::from_fn(|_| vec![0.0; groups]);
-    let figures = Figures { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
-    let (packed_out, scales_out, points) = (&mut packed, &mut scales, &mut zero_points);
-    let out = Groups {
-        source,
-        dtype,
-        columns,
-        group,
-        scheme,
-        packed: packed_out,
-        scales: scales_out,
-        zero_points: points,
-        figures,
-    };
-    kernel.quantize_groups(out).unwrap();
-    Quantized { packed, scales, zero_points }
 }
 
 /// Zero points `[rows, groups]` as compressed-tensors packs them: eight rows an i32.
@@ -110,7 +77,7 @@ fn check_kernel(kernel: Kernel, name: &str, plain: GroupScheme) {
                 }
                 other => other,
             };
-            let mut found = run(kernel, source, dtype, columns, group, scheme);
+            let mut found = quantize(kernel, source, dtype, columns, group, scheme).unwrap();
             let mut outputs = outputs.clone();
             if scheme == GroupScheme::Mxfp4 {
                 for (i, source) in source.chunks(group * dtype.size()).enumerate().filter(|(_, s)| is_lost(s, dtype)) {
