@@ -241,9 +241,9 @@ fn extent<E: Element, C: Coding, const N: usize>(source: &[u8]) -> Option<Extent
             }
         }
     }
-    let largest = largest.into_iter().fold(0, u32::max);
+    let largest = fold(largest, |a, b| a.max(b));
     let (least, greatest) = match C::SIGNED {
-        true => (least.into_iter().fold(0.0, f32::min), greatest.into_iter().fold(0.0, f32::max)),
+        true => (fold(least, |a, b| if a < b { a } else { b }), fold(greatest, larger)),
         false => (0.0, 0.0),
     };
     (largest < INFINITY).then(|| Extent { absmax: f32::from_bits(largest), least, greatest })
@@ -262,13 +262,32 @@ fn codes<E: Element, C: Coding, const N: usize>(source: &[u8], chosen: &Chosen, 
             let error = ratio - if C::SIGNED { value - chosen.zero_point } else { value };
             signal[lane] = ratio.mul_add(ratio, signal[lane]);
             noise[lane] = error.mul_add(error, noise[lane]);
-            worst[lane] = worst[lane].max(error.abs());
+            worst[lane] = larger(worst[lane], error.abs());
         }
         for (i, byte) in packed.iter_mut().enumerate() {
             *byte = (codes[2 * i] | codes[2 * i + 1] << 4) as u8;
         }
     }
-    (tree_sum(signal), tree_sum(noise), worst.into_iter().fold(0.0, f32::max))
+    (tree_sum(signal), tree_sum(noise), fold(worst, larger))
+}
+
+/// The larger of two numbers that aren't NaN: one instruction, where `f32::max` is several.
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
+}
+
+/// All lanes in one, the upper half onto the lower.
+#[inline(always)]
+fn fold<T: Copy, const N: usize>(mut lanes: [T; N], with: impl Fn(T, T) -> T) -> T {
+    let mut half = N / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] = with(lanes[i], lanes[i + half]);
+        }
+        half /= 2;
+    }
+    lanes[0]
 }
 
 /// As scalar.rs's: neighbours first, then the upper half onto the lower. Lanes that there aren't are zeros, which add
