@@ -27,7 +27,7 @@ pub(super) fn quantize(groups: Groups<'_>) -> Result<(), NonFinite> {
         if !elements.iter().all(|x| x.is_finite()) {
             return Err(NonFinite);
         }
-        let chosen = Chosen::new(Extent::of(&elements), dtype, scheme);
+        let chosen = Chosen::new(Extent::of(&elements), dtype, scheme, |x| round(x, dtype));
         chosen.stored.write(dtype, &mut scales[i * scale_size..][..scale_size]);
         if let Some(point) = zero_points.get_mut(i) {
             *point = (chosen.zero_point + 8.0) as u8;
@@ -98,6 +98,7 @@ pub(super) enum Stored {
 }
 
 impl Stored {
+    #[inline(always)]
     pub fn write(&self, dtype: FloatDtype, into: &mut [u8]) {
         match (*self, dtype) {
             (Stored::Byte(byte), _) => into[0] = byte,
@@ -109,23 +110,25 @@ impl Stored {
 }
 
 impl Chosen {
-    /// The scale for elements of this extent.
-    pub fn new(extent: Extent, dtype: FloatDtype, scheme: GroupScheme) -> Chosen {
+    /// The scale for elements of this extent; `round` rounds to `dtype`.
+    #[inline(always)]
+    pub fn new(extent: Extent, dtype: FloatDtype, scheme: GroupScheme, round: impl Fn(f32) -> f32) -> Chosen {
         let Extent { absmax, least, greatest } = extent;
         match scheme {
             GroupScheme::Int4 => {
-                let scale = or_epsilon(round(absmax / 7.5, dtype), dtype);
+                let scale = or_epsilon(round(absmax / 7.5), dtype);
                 Chosen { stored: Stored::Float(scale), scale, zero_point: 0.0 }
             }
             GroupScheme::Int4Asym => {
-                let scale = round(round(greatest - least, dtype) / 15.0, dtype);
-                let point = round(-8.0 - round(least / scale, dtype), dtype).clamp(-8.0, 7.0).round_ties_even();
-                let zero_point = if point.is_nan() { 0.0 } else { point };
+                let scale = round(round(greatest - least) / 15.0);
+                let ratio = least / scale;
+                let point = round(-8.0 - round(ratio)).clamp(-8.0, 7.0).round_ties_even();
+                let zero_point = if ratio.is_nan() { 0.0 } else { point };
                 let scale = or_epsilon(scale, dtype);
                 Chosen { stored: Stored::Float(scale), scale, zero_point }
             }
             GroupScheme::Nvfp4 { global_scale } => {
-                let byte = e4m3((global_scale * round(absmax / FP4_MAX, dtype)).min(E4M3_MAX));
+                let byte = e4m3((global_scale * round(absmax / FP4_MAX)).min(E4M3_MAX));
                 let byte = if byte == 0 { e4m3(0.125) } else { byte };
                 Chosen { stored: Stored::Byte(byte), scale: e4m3_value(byte) / global_scale, zero_point: 0.0 }
             }
@@ -169,6 +172,7 @@ fn round(x: f32, dtype: FloatDtype) -> f32 {
 }
 
 /// A scale of 0 would divide by it: the dtype's epsilon in its place.
+#[inline(always)]
 fn or_epsilon(scale: f32, dtype: FloatDtype) -> f32 {
     let epsilon = match dtype {
         FloatDtype::Bfloat16 => bf16::EPSILON.to_f32(),
@@ -189,6 +193,7 @@ fn e2m1(x: f32) -> (u8, f32) {
 }
 
 /// The E4M3 float nearest to `x`, which is from 0 to 448; ties to even.
+#[inline(always)]
 fn e4m3(x: f32) -> u8 {
     if x < 1.0 / 64.0 {
         return (x * 512.0).round_ties_even() as u8; // subnormal; 8 is the least normal number
@@ -199,6 +204,7 @@ fn e4m3(x: f32) -> u8 {
 }
 
 /// The value of an E4M3 float that isn't negative.
+#[inline(always)]
 fn e4m3_value(byte: u8) -> f32 {
     match byte >> 3 {
         0 => f32::from(byte) / 512.0,
@@ -207,6 +213,7 @@ fn e4m3_value(byte: u8) -> f32 {
 }
 
 /// The value of an E8M0 float: 2^(byte - 127).
+#[inline(always)]
 fn power_of_two(byte: u8) -> f32 {
     if byte == 0 { f32::from_bits(1 << 22) } else { f32::from_bits(u32::from(byte) << 23) }
 }

@@ -216,7 +216,7 @@ fn rows<E: Element, C: Coding, const N: usize>(groups: Groups<'_>) -> Result<(),
     let each = source.chunks_exact(group * E::SIZE).zip(packed.chunks_exact_mut(group / 2));
     for (i, ((source, packed), scale)) in each.zip(scales.chunks_exact_mut(scale_size)).enumerate() {
         let extent = extent::<E, C, N>(source).ok_or(NonFinite)?;
-        let chosen = Chosen::new(extent, E::DTYPE, scheme);
+        let chosen = Chosen::new(extent, E::DTYPE, scheme, E::round);
         chosen.stored.write(E::DTYPE, scale);
         if C::SIGNED {
             zero_points[i] = (chosen.zero_point + 8.0) as u8;
