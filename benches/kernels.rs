@@ -8,9 +8,22 @@ use std::time::Duration;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
 use half::{bf16, f16};
 use prequant::format::{BlockSize, FloatDtype, Format};
+use prequant::kernel::group::{GroupScheme, Groups};
 use prequant::kernel::{Blocks, Figures, Kernel};
 
 const SOURCE_BYTES: usize = 1 << 20;
+
+/// Elements of a row, where there are rows.
+const COLUMNS: usize = 2048;
+
+/// Formats with a scale for each group of a row's columns.
+const GROUPS: [(&str, GroupScheme, usize); 5] = [
+    ("int4", GroupScheme::Int4, 128),
+    ("int4-asym", GroupScheme::Int4Asym, 128),
+    ("nvfp4", GroupScheme::Nvfp4 { global_scale: 16384.0 }, 16),
+    ("nvfp4 modelopt", GroupScheme::Nvfp4ModelOpt { scale_2: 6.1e-5 }, 16),
+    ("mxfp4", GroupScheme::Mxfp4, 32),
+];
 
 fn kernels(criterion: &mut Criterion) {
     for dtype in [FloatDtype::Bfloat16, FloatDtype::Float16, FloatDtype::Float32] {
@@ -24,6 +37,9 @@ fn kernels(criterion: &mut Criterion) {
                 for size in [32, 64, 256, 4096] {
                     quantize(&mut group, kernel, &source, dtype, format, size);
                 }
+            }
+            for (name, scheme, size) in GROUPS {
+                quantize_groups(&mut group, kernel, &source, dtype, name, scheme, size);
             }
         }
     }
@@ -72,6 +88,41 @@ fn quantize(
             let codebook = format.codebook();
             let packed = &mut packed;
             kernel.quantize(Blocks { source: black_box(source), dtype, block_size, codebook, packed, figures })
+        });
+    });
+}
+
+fn quantize_groups(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    kernel: Kernel,
+    source: &[u8],
+    dtype: FloatDtype,
+    name: &str,
+    scheme: GroupScheme,
+    size: usize,
+) {
+    let elements = source.len() / dtype.size();
+    let groups = elements / size;
+    let mut packed = vec![0; elements / 2];
+    let mut scales = vec![0; groups * scheme.scale_size(dtype)];
+    let mut points = vec![0; if scheme == GroupScheme::Int4Asym { groups } else { 0 }];
+    let [mut absmax, mut signal, mut noise, mut worst] = std::array::from_fn(|_| vec![0.0; groups]);
+    group.bench_function(format!("{} {name} {size}", kernel.name()), |bencher| {
+        bencher.iter(|| {
+            let figures = Figures { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
+            let (packed, scales, zero_points) = (&mut packed[..], &mut scales[..], &mut points[..]);
+            let (source, columns, group) = (black_box(source), COLUMNS, size);
+            kernel.quantize_groups(Groups {
+                source,
+                dtype,
+                columns,
+                group,
+                scheme,
+                packed,
+                scales,
+                zero_points,
+                figures,
+            })
         });
     });
 }

@@ -5,6 +5,7 @@
 
 pub mod cuda;
 mod device;
+pub mod group;
 pub mod nested;
 pub mod scalar;
 #[cfg(target_arch = "x86_64")]

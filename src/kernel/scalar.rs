@@ -15,7 +15,7 @@ use crate::format::{Codebook, FloatDtype};
 pub const ABSMAX_FLOOR: f32 = 1e-38;
 
 /// Lanes of the figures' sums.
-const LANES: usize = 32;
+pub(super) const LANES: usize = 32;
 
 /// Quantizes a run of blocks; see [`Blocks`] for the layout and [`super::Kernel::quantize`] for the contract.
 pub(super) fn quantize(blocks: Blocks<'_>) -> Result<(), NonFinite> {
@@ -91,7 +91,8 @@ fn encode_block(
         *byte = if i % 2 == 0 { code << 4 | *byte & 0x0f } else { *byte & 0xf0 | code };
         sums.add(i % LANES, t, values[usize::from(code)]);
     }
-    BlockFigures { absmax, signal: tree_sum(sums.signal), noise: tree_sum(sums.noise), worst: sums.worst }
+    let (signal, noise, worst) = sums.finish();
+    BlockFigures { absmax, signal, noise, worst }
 }
 
 /// The greater; NaN if the first is.
@@ -111,18 +112,23 @@ pub fn decode(bytes: &[u8], dtype: FloatDtype) -> f32 {
 
 /// The running sums of a block, by lane.
 #[derive(Default)]
-struct Lanes {
+pub(super) struct Lanes {
     signal: [f32; LANES],
     noise: [f32; LANES],
     worst: f32,
 }
 
 impl Lanes {
-    fn add(&mut self, lane: usize, t: f32, value: f32) {
+    pub fn add(&mut self, lane: usize, t: f32, value: f32) {
         let error = t - value;
         self.signal[lane] = t.mul_add(t, self.signal[lane]);
         self.noise[lane] = error.mul_add(error, self.noise[lane]);
         self.worst = self.worst.max(error.abs());
+    }
+
+    /// Signal, noise and worst.
+    pub fn finish(self) -> (f32, f32, f32) {
+        (tree_sum(self.signal), tree_sum(self.noise), self.worst)
     }
 }
 

@@ -1,0 +1,113 @@
+//! Group quantization: 4-bit formats with one scale for each run of consecutive columns of a row.
+//!
+//! Rules and rounding are those of llm-compressor 0.14.0.1 with compressed-tensors 0.19.0 on a CPU, which the golden tests
+//! hold; ModelOpt's for [`GroupScheme::Nvfp4ModelOpt`]. [`scalar`] is the specification.
+
+pub mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod vector;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use super::{Figures, Isa, Kernel, NonFinite};
+use crate::format::FloatDtype;
+
+/// How a group's elements become codes and a scale.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum GroupScheme {
+    /// Integers from -8 to 7 times a scale of the source's dtype.
+    Int4,
+    /// The same, less a zero point.
+    Int4Asym,
+    /// E2M1 floats times an E4M3 scale, over the tensor's `global_scale`; see [`scalar::global_scale`].
+    Nvfp4 {
+        /// What scales were multiplied by, and are divided by in decoding.
+        global_scale: f32,
+    },
+    /// The same values as ModelOpt arrives at them: times an E4M3 scale, times `scale_2`.
+    Nvfp4ModelOpt {
+        /// The tensor's absmax over 6 · 448.
+        scale_2: f32,
+    },
+    /// E2M1 floats times a power of two (E8M0).
+    Mxfp4,
+}
+
+impl GroupScheme {
+    /// Whether codes are E2M1 floats, two a byte, and not integers, eight a little-endian i32.
+    pub fn is_float(self) -> bool {
+        !matches!(self, GroupScheme::Int4 | GroupScheme::Int4Asym)
+    }
+
+    /// Bytes of a row's codes: integers fill whole i32s.
+    pub fn packed_row(self, columns: usize) -> usize {
+        if self.is_float() { columns.div_ceil(2) } else { columns.div_ceil(8) * 4 }
+    }
+
+    /// Bytes of a group's scale as it is stored.
+    pub fn scale_size(self, dtype: FloatDtype) -> usize {
+        if self.is_float() { 1 } else { dtype.size() }
+    }
+}
+
+/// What a kernel is given: whole rows of one matrix, and where they go.
+pub struct Groups<'a> {
+    /// Elements as they stand in the file: little-endian, without any alignment.
+    pub source: &'a [u8],
+    /// The elements' dtype.
+    pub dtype: FloatDtype,
+    /// Elements of a row.
+    pub columns: usize,
+    /// Elements that share a scale; divides `columns`.
+    pub group: usize,
+    /// The format.
+    pub scheme: GroupScheme,
+    /// Out: codes, the first element's in the lowest bits; [`GroupScheme::packed_row`] bytes a row.
+    pub packed: &'a mut [u8],
+    /// Out: one scale a group, as stored: the source's dtype, E4M3 or E8M0.
+    pub scales: &'a mut [u8],
+    /// Out, for [`GroupScheme::Int4Asym`] alone: one zero point a group, 0 to 15, and empty for others.
+    pub zero_points: &'a mut [u8],
+    /// Out: one figure a group; absmax is the scale that decoding multiplies by, and `t` an element over it.
+    pub figures: Figures<'a>,
+}
+
+impl Groups<'_> {
+    /// The number of rows.
+    pub fn rows(&self) -> usize {
+        self.source.len() / (self.columns * self.dtype.size())
+    }
+
+    fn check_lengths(&self) {
+        let rows = self.rows();
+        assert!(self.group > 0 && self.columns.is_multiple_of(self.group), "group: divides columns");
+        let groups = rows * (self.columns / self.group);
+        assert_eq!(self.source.len(), rows * self.columns * self.dtype.size(), "source: not whole rows");
+        assert_eq!(self.packed.len(), rows * self.scheme.packed_row(self.columns), "packed: length");
+        assert_eq!(self.scales.len(), groups * self.scheme.scale_size(self.dtype), "scales: length");
+        let points = if self.scheme == GroupScheme::Int4Asym { groups } else { 0 };
+        assert_eq!(self.zero_points.len(), points, "zero_points: length");
+        let Figures { absmax, signal, noise, worst } = &self.figures;
+        assert!([absmax, signal, noise, worst].iter().all(|f| f.len() == groups), "figures: length");
+    }
+}
+
+impl Kernel {
+    /// Quantizes whole rows.
+    ///
+    /// # Errors
+    /// [`NonFinite`] when the source holds a NaN or an infinity; what was written then means nothing.
+    ///
+    /// # Panics
+    /// When a slice's length is not what [`Groups`] says.
+    pub fn quantize_groups(self, groups: Groups<'_>) -> Result<(), NonFinite> {
+        groups.check_lengths();
+        match self.0 {
+            Isa::Scalar => scalar::quantize(groups),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => x86::quantize_avx2(groups),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => x86::quantize_avx512(groups),
+        }
+    }
+}

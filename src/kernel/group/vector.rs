@@ -1,0 +1,309 @@
+//! [`super::scalar`]'s arithmetic on arrays of 32 elements, in loops that compilers turn into vector instructions. The
+//! copies that are made for AVX2 and AVX-512 differ in nothing but the instructions.
+//!
+//! Groups are whole arrays, or one half (NVFP4's 16 columns); others are left to scalar.rs.
+
+use super::scalar::{self, Chosen, Extent};
+use super::{GroupScheme, Groups};
+use crate::format::FloatDtype;
+use crate::kernel::scalar::LANES;
+use crate::kernel::{Figures, NonFinite};
+
+/// f32's infinity, as bits: what isn't below has a NaN or an infinity in it.
+const INFINITY: u32 = 0x7f80_0000;
+
+/// Source dtypes as types, so that each has its own copy of the loops.
+trait Element {
+    const DTYPE: FloatDtype;
+    const SIZE: usize;
+    /// One element as f32, exact; `bytes` is `SIZE` long.
+    fn decode(bytes: &[u8]) -> f32;
+    /// The nearest number of this dtype, ties to even; infinite past the largest.
+    fn round(x: f32) -> f32;
+}
+
+struct Bfloat16;
+struct Float16;
+struct Float32;
+
+impl Element for Bfloat16 {
+    const DTYPE: FloatDtype = FloatDtype::Bfloat16;
+    const SIZE: usize = 2;
+
+    #[inline(always)]
+    fn decode(bytes: &[u8]) -> f32 {
+        f32::from_bits(u32::from(u16::from_le_bytes([bytes[0], bytes[1]])) << 16)
+    }
+
+    #[inline(always)]
+    fn round(x: f32) -> f32 {
+        let bits = x.to_bits();
+        f32::from_bits(bits.wrapping_add(0x7fff + (bits >> 16 & 1)) & 0xffff_0000)
+    }
+}
+
+impl Element for Float16 {
+    const DTYPE: FloatDtype = FloatDtype::Float16;
+    const SIZE: usize = 2;
+
+    #[inline(always)]
+    fn decode(bytes: &[u8]) -> f32 {
+        let half = u32::from(u16::from_le_bytes([bytes[0], bytes[1]]));
+        // Exponent and mantissa in f32's places; 2^112 makes up for the exponents' biases, subnormal numbers included.
+        let magnitude = f32::from_bits((half & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
+        let magnitude = if half & 0x7c00 == 0x7c00 { INFINITY } else { magnitude.to_bits() };
+        f32::from_bits(magnitude | (half & 0x8000) << 16)
+    }
+
+    #[inline(always)]
+    fn round(x: f32) -> f32 {
+        let (bits, magnitude) = (x.to_bits(), x.abs());
+        let normal = bits.wrapping_add(0xfff + (bits >> 13 & 1)) & 0xffff_e000;
+        // f32's last place at 0.5 is f16's subnormal step.
+        let subnormal = (magnitude + 0.5) - 0.5;
+        let small = subnormal.to_bits() | bits & 0x8000_0000;
+        let large = if normal & 0x7fff_ffff > 0x477f_e000 { INFINITY | bits & 0x8000_0000 } else { normal };
+        f32::from_bits(if magnitude < 6.103_515_6e-5 { small } else { large })
+    }
+}
+
+impl Element for Float32 {
+    const DTYPE: FloatDtype = FloatDtype::Float32;
+    const SIZE: usize = 4;
+
+    #[inline(always)]
+    fn decode(bytes: &[u8]) -> f32 {
+        f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+    }
+
+    #[inline(always)]
+    fn round(x: f32) -> f32 {
+        x
+    }
+}
+
+/// Schemes as types, likewise.
+trait Coding {
+    /// Whether the least and the greatest element are needed, not the absmax alone.
+    const SIGNED: bool;
+    /// The value that stands for an element, in units of the scale and with the zero point in it; `ratio` is the element
+    /// over the scale.
+    fn value<E: Element>(ratio: f32, zero_point: f32) -> f32;
+    /// A value's code.
+    fn code(value: f32) -> u32;
+}
+
+struct Integer;
+struct AsymmetricInteger;
+struct RoundedFloat;
+struct Float;
+
+#[inline(always)]
+fn clamp_to_integer(x: f32) -> f32 {
+    let x = if x < -8.0 { -8.0 } else { x };
+    let x = if x > 7.0 { 7.0 } else { x };
+    x.round_ties_even()
+}
+
+impl Coding for Integer {
+    const SIGNED: bool = false;
+
+    #[inline(always)]
+    fn value<E: Element>(ratio: f32, _: f32) -> f32 {
+        clamp_to_integer(E::round(ratio))
+    }
+
+    #[inline(always)]
+    fn code(value: f32) -> u32 {
+        // 2^23 + 8 + value has the integer in its lowest bits.
+        (value + 8_388_616.0).to_bits() & 15
+    }
+}
+
+impl Coding for AsymmetricInteger {
+    const SIGNED: bool = true;
+
+    #[inline(always)]
+    fn value<E: Element>(ratio: f32, zero_point: f32) -> f32 {
+        clamp_to_integer(E::round(E::round(ratio) + zero_point))
+    }
+
+    #[inline(always)]
+    fn code(value: f32) -> u32 {
+        Integer::code(value)
+    }
+}
+
+#[inline(always)]
+fn nearest_e2m1(x: f32) -> f32 {
+    let magnitude = x.abs();
+    let step = |is_above: bool, by: f32| if is_above { by } else { 0.0 };
+    let value = step(magnitude > 0.25, 0.5)
+        + step(magnitude >= 0.75, 0.5)
+        + step(magnitude > 1.25, 0.5)
+        + step(magnitude >= 1.75, 0.5)
+        + step(magnitude > 2.5, 1.0)
+        + step(magnitude >= 3.5, 1.0)
+        + step(magnitude > 5.0, 2.0);
+    // Zeros keep no sign; small negative numbers do.
+    if x < 0.0 { -value } else { value }
+}
+
+#[inline(always)]
+fn e2m1_code(value: f32) -> u32 {
+    // Below 1 the codes count halves; from there on they are f32's exponent and first mantissa bit, counted from 1's.
+    let (sign, magnitude) = (value.to_bits() >> 31, value.abs());
+    let halves = (magnitude + 4_194_304.0).to_bits() & 1;
+    let floating = (magnitude.to_bits() >> 22).wrapping_sub((127 << 1) - 2);
+    sign << 3 | if magnitude < 1.0 { halves } else { floating }
+}
+
+impl Coding for RoundedFloat {
+    const SIGNED: bool = false;
+
+    #[inline(always)]
+    fn value<E: Element>(ratio: f32, _: f32) -> f32 {
+        nearest_e2m1(E::round(ratio))
+    }
+
+    #[inline(always)]
+    fn code(value: f32) -> u32 {
+        e2m1_code(value)
+    }
+}
+
+impl Coding for Float {
+    const SIGNED: bool = false;
+
+    #[inline(always)]
+    fn value<E: Element>(ratio: f32, _: f32) -> f32 {
+        nearest_e2m1(ratio)
+    }
+
+    #[inline(always)]
+    fn code(value: f32) -> u32 {
+        e2m1_code(value)
+    }
+}
+
+/// [`crate::kernel::Kernel::quantize_groups`], inlined into a function with an instruction set.
+#[inline(always)]
+pub(super) fn quantize(groups: Groups<'_>) -> Result<(), NonFinite> {
+    match groups.dtype {
+        FloatDtype::Bfloat16 => by_scheme::<Bfloat16>(groups),
+        FloatDtype::Float16 => by_scheme::<Float16>(groups),
+        FloatDtype::Float32 => by_scheme::<Float32>(groups),
+    }
+}
+
+#[inline(always)]
+fn by_scheme<E: Element>(groups: Groups<'_>) -> Result<(), NonFinite> {
+    match (groups.scheme, groups.group % LANES, groups.group) {
+        (GroupScheme::Int4, 0, _) => rows::<E, Integer, LANES>(groups),
+        (GroupScheme::Int4Asym, 0, _) => rows::<E, AsymmetricInteger, LANES>(groups),
+        (GroupScheme::Mxfp4, 0, _) => rows::<E, RoundedFloat, LANES>(groups),
+        (GroupScheme::Nvfp4 { .. } | GroupScheme::Nvfp4ModelOpt { .. }, _, 16) => rows::<E, Float, 16>(groups),
+        _ => scalar::quantize(groups),
+    }
+}
+
+/// Groups of whole arrays of `N`: rows then follow each other without padding, and so do groups.
+#[inline(always)]
+fn rows<E: Element, C: Coding, const N: usize>(groups: Groups<'_>) -> Result<(), NonFinite> {
+    let Groups { source, group, scheme, packed, scales, zero_points, figures, .. } = groups;
+    let Figures { absmax, signal, noise, worst } = figures;
+    let scale_size = scheme.scale_size(E::DTYPE);
+    let each = source.chunks_exact(group * E::SIZE).zip(packed.chunks_exact_mut(group / 2));
+    for (i, ((source, packed), scale)) in each.zip(scales.chunks_exact_mut(scale_size)).enumerate() {
+        let extent = extent::<E, C, N>(source).ok_or(NonFinite)?;
+        let chosen = Chosen::new(extent, E::DTYPE, scheme, E::round);
+        chosen.stored.write(E::DTYPE, scale);
+        if C::SIGNED {
+            zero_points[i] = (chosen.zero_point + 8.0) as u8;
+        }
+        absmax[i] = chosen.scale;
+        (signal[i], noise[i], worst[i]) = codes::<E, C, N>(source, &chosen, packed);
+    }
+    Ok(())
+}
+
+/// What scales are chosen by; `None` with a NaN or an infinity.
+#[inline(always)]
+fn extent<E: Element, C: Coding, const N: usize>(source: &[u8]) -> Option<Extent> {
+    let (mut largest, mut least, mut greatest) = ([0u32; N], [0f32; N], [0f32; N]);
+    for array in source.chunks_exact(N * E::SIZE) {
+        for lane in 0..N {
+            let x = E::decode(&array[lane * E::SIZE..][..E::SIZE]);
+            largest[lane] = largest[lane].max(x.to_bits() & 0x7fff_ffff);
+            if C::SIGNED {
+                least[lane] = if x < least[lane] { x } else { least[lane] };
+                greatest[lane] = if x > greatest[lane] { x } else { greatest[lane] };
+            }
+        }
+    }
+    let largest = fold(largest, |a, b| a.max(b));
+    let (least, greatest) = match C::SIGNED {
+        true => (fold(least, |a, b| if a < b { a } else { b }), fold(greatest, larger)),
+        false => (0.0, 0.0),
+    };
+    (largest < INFINITY).then(|| Extent { absmax: f32::from_bits(largest), least, greatest })
+}
+
+/// Writes a group's codes; gives its signal, noise and worst.
+#[inline(always)]
+fn codes<E: Element, C: Coding, const N: usize>(source: &[u8], chosen: &Chosen, packed: &mut [u8]) -> (f32, f32, f32) {
+    let (mut signal, mut noise, mut worst) = ([0f32; N], [0f32; N], [0f32; N]);
+    for (array, packed) in source.chunks_exact(N * E::SIZE).zip(packed.chunks_exact_mut(N / 2)) {
+        let mut codes = [0u32; N];
+        for lane in 0..N {
+            let ratio = E::decode(&array[lane * E::SIZE..][..E::SIZE]) / chosen.scale;
+            let value = C::value::<E>(ratio, chosen.zero_point);
+            codes[lane] = C::code(value);
+            let error = ratio - if C::SIGNED { value - chosen.zero_point } else { value };
+            signal[lane] = ratio.mul_add(ratio, signal[lane]);
+            noise[lane] = error.mul_add(error, noise[lane]);
+            worst[lane] = larger(worst[lane], error.abs());
+        }
+        for (i, byte) in packed.iter_mut().enumerate() {
+            *byte = (codes[2 * i] | codes[2 * i + 1] << 4) as u8;
+        }
+    }
+    (tree_sum(signal), tree_sum(noise), fold(worst, larger))
+}
+
+/// The larger of two numbers that aren't NaN: one instruction, where `f32::max` is several.
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
+}
+
+/// All lanes in one, the upper half onto the lower.
+#[inline(always)]
+fn fold<T: Copy, const N: usize>(mut lanes: [T; N], with: impl Fn(T, T) -> T) -> T {
+    let mut half = N / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] = with(lanes[i], lanes[i + half]);
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// As scalar.rs's: neighbours first, then the upper half onto the lower. Lanes that there aren't are zeros, which add
+/// nothing.
+#[inline(always)]
+fn tree_sum<const N: usize>(lanes: [f32; N]) -> f32 {
+    let mut sums = [0f32; LANES / 2];
+    for i in 0..N / 2 {
+        sums[i] = lanes[2 * i] + lanes[2 * i + 1];
+    }
+    let mut half = N / 4;
+    while half > 0 {
+        for i in 0..half {
+            sums[i] += sums[i + half];
+        }
+        half /= 2;
+    }
+    sums[0]
+}

@@ -1,0 +1,26 @@
+//! [`super::vector`], compiled for x86-64's vector units.
+
+use super::{Groups, vector};
+use crate::kernel::{NonFinite, x86};
+
+/// [`crate::kernel::Kernel::quantize_groups`] with AVX2, FMA and F16C.
+pub fn quantize_avx2(groups: Groups<'_>) -> Result<(), NonFinite> {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn quantize(groups: Groups<'_>) -> Result<(), NonFinite> {
+        vector::quantize(groups)
+    }
+    assert!(x86::avx2_available());
+    // SAFETY: the processor has the features, as just asserted.
+    unsafe { quantize(groups) }
+}
+
+/// [`crate::kernel::Kernel::quantize_groups`] with AVX-512 F, BW, DQ and VL.
+pub fn quantize_avx512(groups: Groups<'_>) -> Result<(), NonFinite> {
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    fn quantize(groups: Groups<'_>) -> Result<(), NonFinite> {
+        vector::quantize(groups)
+    }
+    assert!(x86::avx512_available());
+    // SAFETY: the processor has the features, as just asserted.
+    unsafe { quantize(groups) }
+}

@@ -1,0 +1,137 @@
+//! Our bytes against those of llm-compressor 0.14.0.1 and compressed-tensors 0.19.0, as `scripts/make-group-goldens` had
+//! them written.
+
+#[path = "support/groups.rs"]
+mod groups;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use prequant::format::FloatDtype;
+use prequant::kernel::Kernel;
+use prequant::kernel::group::{GroupScheme, scalar};
+use safetensors::SafeTensors;
+
+use groups::{Quantized, quantize};
+
+const DTYPES: [(&str, FloatDtype); 3] =
+    [("bf16", FloatDtype::Bfloat16), ("f16", FloatDtype::Float16), ("f32", FloatDtype::Float32)];
+
+/// A golden file's tensors by name: shape and bytes.
+fn goldens(file: &str) -> BTreeMap<String, (Vec<usize>, Vec<u8>)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/group-goldens");
+    let bytes = std::fs::read(folder.join(format!("{file}.safetensors"))).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    tensors.iter().map(|(name, view)| (name.to_owned(), (view.shape().to_vec(), view.data().to_vec()))).collect()
+}
+
+/// Zero points `[rows, groups]` as compressed-tensors packs them: eight rows an i32.
+fn pack_zero_points(points: &[u8], per_row: usize) -> Vec<u8> {
+    let rows = points.len() / per_row;
+    let words = (0..rows.div_ceil(8)).flat_map(|row| (0..per_row).map(move |group| (row * 8, group)));
+    let word = |(row, group): (usize, usize)| {
+        (row..rows.min(row + 8)).fold(0u32, |word, r| word | u32::from(points[r * per_row + group]) << (4 * (r - row)))
+    };
+    words.flat_map(|place| word(place).to_le_bytes()).collect()
+}
+
+/// Whether the reference writes zeros for this group of MXFP4: its exponent overflows the dtype, or is that of f16's
+/// subnormal numbers or of zero.
+fn is_lost(source: &[u8], dtype: FloatDtype) -> bool {
+    let absmax = scalar::absmax(source, dtype).unwrap();
+    match dtype {
+        FloatDtype::Float16 => absmax < 2f32.powi(-14) || absmax >= 1.75 * 2f32.powi(15),
+        _ => absmax >= 1.75 * 2f32.powi(127),
+    }
+}
+
+/// The largest magnitude that a group of MXFP4 decodes to.
+fn decoded(found: &Quantized, group: usize, size: usize) -> f64 {
+    let code = found.packed[group * size / 2..][..size / 2].iter().flat_map(|byte| [byte & 7, byte >> 4 & 7]).max();
+    let value = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0][usize::from(code.unwrap())];
+    value * 2f64.powi(i32::from(found.scales[group]) - 127)
+}
+
+fn check(name: &str, plain: GroupScheme) {
+    Kernel::available().into_iter().for_each(|kernel| check_kernel(kernel, name, plain));
+}
+
+fn check_kernel(kernel: Kernel, name: &str, plain: GroupScheme) {
+    let (mut compared, mut lost) = (0, 0);
+    let mut wrong = Vec::new();
+    for (dtype_name, dtype) in DTYPES {
+        let (inputs, outputs) = (goldens(&format!("input-{dtype_name}")), goldens(&format!("{name}-{dtype_name}")));
+        for key in outputs.keys().filter_map(|key| key.strip_suffix("/packed")) {
+            let (case, size) = key.split_once("/g").unwrap();
+            let (shape, source) = &inputs[case];
+            let columns = shape[1];
+            let group = size.parse().unwrap_or(columns);
+            let scheme = match plain {
+                GroupScheme::Nvfp4 { .. } => {
+                    let global_scale = scalar::global_scale(scalar::absmax(source, dtype).unwrap(), dtype);
+                    let expected = &outputs[&format!("{key}/global")].1;
+                    if global_scale.to_le_bytes()[..] != expected[..] {
+                        wrong.push(format!("{dtype_name} {key}: global scale {global_scale}, expected {expected:x?}"));
+                    }
+                    GroupScheme::Nvfp4 { global_scale }
+                }
+                other => other,
+            };
+            let mut found = quantize(kernel, source, dtype, columns, group, scheme).unwrap();
+            let mut outputs = outputs.clone();
+            if scheme == GroupScheme::Mxfp4 {
+                for (i, source) in source.chunks(group * dtype.size()).enumerate().filter(|(_, s)| is_lost(s, dtype)) {
+                    lost += 1;
+                    let decoded = decoded(&found, i, group);
+                    let largest = f64::from(scalar::absmax(source, dtype).unwrap());
+                    assert!(decoded >= largest * 0.74 && decoded <= largest * 1.34, "{decoded} for {largest}");
+                    let [packed, scale] = ["packed", "scale"].map(|kind| format!("{key}/{kind}"));
+                    found.packed[i * group / 2..][..group / 2].fill(0);
+                    assert!(outputs[&packed].1[i * group / 2..][..group / 2].iter().all(|byte| byte & 0x77 == 0));
+                    outputs.get_mut(&packed).unwrap().1[i * group / 2..][..group / 2].fill(0);
+                    found.scales[i] = outputs[&scale].1[i];
+                }
+            }
+            let mut differ = |kind: &str, found: &[u8]| {
+                let (_, expected) = &outputs[&format!("{key}/{kind}")];
+                compared += found.len();
+                let bytes = found.iter().zip(expected).filter(|(a, b)| a != b).count();
+                if bytes > 0 || found.len() != expected.len() {
+                    let first = found.iter().zip(expected).position(|(a, b)| a != b);
+                    wrong.push(format!(
+                        "{dtype_name} {key} {kind}: {bytes} of {} differ, first at {first:?}",
+                        found.len()
+                    ));
+                }
+            };
+            differ("packed", &found.packed);
+            differ("scale", &found.scales);
+            if scheme == GroupScheme::Int4Asym {
+                differ("zero_point", &pack_zero_points(&found.zero_points, columns / group));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}:\n{}", kernel.name(), wrong.join("\n"));
+    assert!(compared > 20_000, "{compared} bytes compared");
+    assert!(lost < 100, "{lost} groups not compared");
+}
+
+#[test]
+fn int4_is_the_references() {
+    check("int4", GroupScheme::Int4);
+}
+
+#[test]
+fn int4_asym_is_the_references() {
+    check("int4-asym", GroupScheme::Int4Asym);
+}
+
+#[test]
+fn nvfp4_is_the_references() {
+    check("nvfp4", GroupScheme::Nvfp4 { global_scale: 0.0 });
+}
+
+#[test]
+fn mxfp4_is_the_references() {
+    check("mxfp4", GroupScheme::Mxfp4);
+}

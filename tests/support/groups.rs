@@ -1,0 +1,68 @@
+//! Rows to quantize in groups, and what a kernel makes of them.
+#![allow(dead_code, reason = "each test file uses a part of it")]
+
+use prequant::format::FloatDtype;
+use prequant::kernel::group::{GroupScheme, Groups};
+use prequant::kernel::{Figures, Kernel, NonFinite};
+
+/// What a kernel wrote; figures as bits.
+#[derive(Debug, PartialEq)]
+pub struct Quantized {
+    pub packed: Vec<u8>,
+    pub scales: Vec<u8>,
+    pub zero_points: Vec<u8>,
+    pub figures: [Vec<u32>; 4],
+}
+
+impl Quantized {
+    /// The first way in which this differs from what was expected, in words: outputs are too long to print.
+    pub fn difference(&self, expected: &Quantized) -> Option<String> {
+        let bytes = [
+            ("packed", &self.packed, &expected.packed),
+            ("scales", &self.scales, &expected.scales),
+            ("zero_points", &self.zero_points, &expected.zero_points),
+        ];
+        for (name, found, expected) in bytes {
+            if let Some(i) = (0..expected.len()).find(|&i| expected[i] != found[i]) {
+                return Some(format!("{name} byte {i} is {:#04x}, expected {:#04x}", found[i], expected[i]));
+            }
+        }
+        let names = ["scale", "signal", "noise", "worst"].into_iter();
+        names.zip(self.figures.iter().zip(&expected.figures)).find_map(|(name, (found, expected))| {
+            let i = (0..expected.len()).find(|&i| expected[i] != found[i])?;
+            let (found, expected) = (f32::from_bits(found[i]), f32::from_bits(expected[i]));
+            Some(format!("{name} of group {i} is {found:e}, expected {expected:e}"))
+        })
+    }
+}
+
+pub fn quantize(
+    kernel: Kernel,
+    source: &[u8],
+    dtype: FloatDtype,
+    columns: usize,
+    group: usize,
+    scheme: GroupScheme,
+) -> Result<Quantized, NonFinite> {
+    let rows = source.len() / dtype.size() / columns;
+    let groups = rows * (columns / group);
+    // Filled with what no kernel writes everywhere, so that what was left out shows.
+    let mut packed = vec![0xee; rows * scheme.packed_row(columns)];
+    let mut scales = vec![0xee; groups * scheme.scale_size(dtype)];
+    let mut zero_points = vec![0xee; if scheme == GroupScheme::Int4Asym { groups } else { 0 }];
+    let mut figures: [Vec<f32>; 4] = std::array::from_fn(|_| vec![f32::NAN; groups]);
+    let [absmax, signal, noise, worst] = &mut figures;
+    kernel.quantize_groups(Groups {
+        source,
+        dtype,
+        columns,
+        group,
+        scheme,
+        packed: &mut packed,
+        scales: &mut scales,
+        zero_points: &mut zero_points,
+        figures: Figures { absmax, signal, noise, worst },
+    })?;
+    let figures = figures.map(|figure| figure.iter().map(|x| x.to_bits()).collect());
+    Ok(Quantized { packed, scales, zero_points, figures })
+}
