@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
 use half::{bf16, f16};
-use prequant::format::{BlockSize, FloatDtype, Format};
+use prequant::format::{BlockFormat, BlockSize, FloatDtype};
 use prequant::kernel::group::{GroupScheme, Groups};
 use prequant::kernel::{Blocks, Figures, Kernel};
 
@@ -33,7 +33,7 @@ fn kernels(criterion: &mut Criterion) {
         let source = weights(dtype);
         copy(&mut group, &source);
         for kernel in Kernel::available() {
-            for format in [Format::Nf4, Format::Fp4] {
+            for format in [BlockFormat::Nf4, BlockFormat::Fp4] {
                 for size in [32, 64, 256, 4096] {
                     quantize(&mut group, kernel, &source, dtype, format, size);
                 }
@@ -73,7 +73,7 @@ fn quantize(
     kernel: Kernel,
     source: &[u8],
     dtype: FloatDtype,
-    format: Format,
+    format: BlockFormat,
     size: u32,
 ) {
     let block_size = BlockSize::try_from(size).expect("a block size");

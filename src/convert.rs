@@ -83,16 +83,21 @@ pub struct Conversion {
 /// # Errors
 /// When the source is no checkpoint or damaged, or the recipe doesn't fit it; or a GPU has too little memory free.
 pub fn plan(source: &Path, recipe: Recipe, mut options: Options) -> Result<Conversion> {
+    let recipe_is_for_cpu = recipe.scheme().blocks().is_none();
     let source = Source::open_any(source)?;
-    let (plan, relay) = match (source.check_not_quantized(), relay::manifest_of(&source.path)) {
+    let (mut plan, relay) = match (source.check_not_quantized(), relay::manifest_of(&source.path)) {
         (Ok(()), _) => (Plan::new(&source, recipe)?, None),
-        (Err(error), None) => return Err(error),
-        (Err(_), Some(manifest)) => {
+        (Err(_), Some(manifest)) if manifest.recipe.scheme().blocks().is_some() => {
             let (plan, relay) = Relay::new(&source, manifest, recipe)?;
             options.hash_source = true; // what is read must be what its manifest says
             (plan, Some(relay))
         }
+        (Err(error), _) => return Err(error),
     };
+    if recipe_is_for_cpu && !options.device.gpus().is_empty() {
+        plan.warnings.push("GPUs take nf4 and fp4 only: the processor quantizes to this format".to_owned());
+        options.device = Device::cpu();
+    }
     let Options { memory, threads, device_memory, .. } = options;
     let gpus = options.device.gpus().len();
     let budget = Budget::new(&plan, Limits { memory, threads, gpus, device_memory })?;

@@ -1,7 +1,7 @@
 //! README.md, which hubs show as the model card: what users must know who didn't convert the checkpoint themselves.
 
 use crate::checkpoint::Source;
-use crate::plan::{Decision, Plan};
+use crate::plan::Plan;
 
 /// The file's name.
 pub const NAME: &str = "README.md";
@@ -27,6 +27,5 @@ experts with random numbers, without an error.
 
 /// What the file gets on top of the source's own, if anything. One that is laid out anew has it already.
 pub fn addition(source: &Source, plan: &Plan) -> Option<&'static str> {
-    let experts = plan.tensors.iter().any(|tensor| tensor.role.is_expert() && tensor.decision != Decision::Keep);
-    (experts && source.config.is_some()).then_some(EXPERTS)
+    (plan.needs_loader() && source.config.is_some()).then_some(EXPERTS)
 }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use crate::checkpoint::{CONFIG_NAME, Config, Dtype, MANIFEST_NAME, Source, SourceFile, TensorInfo, sort_canonically};
 use crate::error::{Error, Result};
-use crate::format::{FloatDtype, OutputKind, QuantState, quant_state_bytes};
+use crate::format::{FloatDtype, OutputKind, QuantState, Scheme, quant_state_bytes};
 use crate::manifest::{DecisionRecord, Manifest, SCHEMA_VERSION, TensorRecord};
 use crate::pipeline::{Outcome, TensorOutcome};
 use crate::plan::{Decision, ExpertLayout, Part, Plan, PlannedFile, PlannedOutput, PlannedTensor, Recipe};
@@ -29,11 +29,11 @@ pub struct Relay {
     unchanged: Vec<Option<usize>>,
 }
 
-/// The recipe of the converted checkpoint at `path`, if that is what it is.
+/// The recipe of the converted checkpoint at `path`, if that is what it is, and its experts can be laid out anew.
 pub fn recipe_of(path: &Path) -> Option<Recipe> {
     let config = Config::read(&path.join(CONFIG_NAME)).ok()?;
     config.values().get("quantization_config")?;
-    Some(manifest_of(path)?.recipe)
+    Some(manifest_of(path)?.recipe).filter(|recipe| recipe.scheme().blocks().is_some())
 }
 
 /// The manifest of the converted checkpoint at `path`.
@@ -72,7 +72,8 @@ impl Relay {
             files.push(PlannedFile { tensors: first..tensors.len(), ..file.clone() });
         }
         let (config, warnings) = (plan.config.clone(), plan.warnings.clone());
-        let copying = Plan { recipe: plan.recipe.clone(), tensors, files, config, warnings };
+        let scale_sets = Vec::new();
+        let copying = Plan { recipe: plan.recipe.clone(), tensors, files, scale_sets, config, warnings };
         Ok((copying, Relay { manifest, origin, plan, unchanged }))
     }
 
@@ -285,9 +286,12 @@ impl Copies<'_> {
         if recipe.double_quant {
             return self.error(tensor, "with double quantization its scales depend on the layout".to_owned());
         }
+        let Scheme::Blocks(scheme) = &recipe.scheme() else {
+            return self.error(tensor, "groups are of experts one by one only".to_owned());
+        };
         let (packed, absmax) = self.parts(tensor, dtype, recipe)?;
         let first = &self.old.tensors[self.runs.of(tensor.parts[0]).next().map_or(0, |(run, ..)| run.tensor)];
-        let state = QuantState { scheme: &recipe.scheme(), dtype, shape: &tensor.shape, nested_offset: 0.0 };
+        let state = QuantState { scheme, dtype, shape: &tensor.shape, nested_offset: 0.0 };
         let outputs = tensor.outputs.iter().map(|output| match output.kind {
             Some(OutputKind::Packed) => copy(tensor, output, packed.clone()),
             Some(OutputKind::Absmax) => copy(tensor, output, absmax.clone()),

@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use prequant::convert::{Options, plan};
-use prequant::format::{BlockSize, FloatDtype, Format, NESTED_BLOCK_SIZE, QuantState, dynamic_map, quant_state_bytes};
+use prequant::format::{
+    BlockFormat, BlockSize, FloatDtype, Format, NESTED_BLOCK_SIZE, QuantState, dynamic_map, quant_state_bytes,
+};
 use prequant::kernel::{Blocks, Device, Figures, Kernel, nested};
 use prequant::manifest::{DecisionRecord, Manifest};
 use prequant::pipeline::Progress;
@@ -44,7 +46,7 @@ fn convert(source: &Path, destination: &Path, recipe: &Recipe, how: How) -> Mani
 
 /// A whole tensor at once, by the specification: its outputs by suffix.
 fn recompute(tensor: &Tensor, dtype: FloatDtype, recipe: &Recipe) -> BTreeMap<String, Stored> {
-    let scheme = recipe.scheme();
+    let scheme = *recipe.scheme().blocks().unwrap();
     let elements = tensor.data.len() / dtype.size();
     let blocks = elements.div_ceil(scheme.block_size.get());
     let mut packed = vec![0; elements.div_ceil(2)];
@@ -201,7 +203,7 @@ fn statistics_say_what_decoding_shows() {
             bytes.chunks_exact(4).map(|b| f64::from(f32::from_le_bytes(b.try_into().unwrap()))).collect()
         };
         let (absmax, source) = (floats(&plain[".absmax"].2), floats(&tensor.data));
-        let values = Format::Nf4.codebook().values();
+        let values = BlockFormat::Nf4.codebook().values();
         let decoded: Vec<f64> = (0..source.len())
             .map(|i| {
                 let byte = plain[""].2[i / 2];

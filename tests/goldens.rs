@@ -3,13 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use prequant::format::{BlockSize, FloatDtype, Format, NESTED_BLOCK_SIZE, dynamic_map};
+use prequant::format::{BlockFormat, BlockSize, FloatDtype, NESTED_BLOCK_SIZE, dynamic_map};
 use prequant::kernel::{Blocks, Figures, Kernel, nested, quantize_any};
 use safetensors::SafeTensors;
 
 const DTYPES: [(&str, FloatDtype); 3] =
     [("bf16", FloatDtype::Bfloat16), ("f16", FloatDtype::Float16), ("f32", FloatDtype::Float32)];
-const FORMATS: [Format; 2] = [Format::Nf4, Format::Fp4];
+const FORMATS: [BlockFormat; 2] = [BlockFormat::Nf4, BlockFormat::Fp4];
 
 /// A golden file's tensors by name, as bytes.
 fn goldens(file: &str) -> BTreeMap<String, Vec<u8>> {
@@ -40,7 +40,7 @@ fn tables_are_bitsandbytes_own() {
 }
 
 /// Codes and absmax of a whole tensor.
-fn quantize(kernel: Kernel, source: &[u8], dtype: FloatDtype, format: Format, size: u32) -> (Vec<u8>, Vec<u32>) {
+fn quantize(kernel: Kernel, source: &[u8], dtype: FloatDtype, format: BlockFormat, size: u32) -> (Vec<u8>, Vec<u32>) {
     let block_size = BlockSize::try_from(size).unwrap();
     let elements = source.len() / dtype.size();
     let blocks = elements.div_ceil(block_size.get());
@@ -53,7 +53,7 @@ fn quantize(kernel: Kernel, source: &[u8], dtype: FloatDtype, format: Format, si
 }
 
 /// Every golden of a format and dtype, on every kernel; returns the block sizes met and the number of goldens.
-fn check_format(format: Format, dtype_name: &str, dtype: FloatDtype) -> (BTreeSet<u32>, usize) {
+fn check_format(format: BlockFormat, dtype_name: &str, dtype: FloatDtype) -> (BTreeSet<u32>, usize) {
     let inputs = goldens(&format!("input-{dtype_name}"));
     let outputs = goldens(&format!("{}-{dtype_name}", format.name()));
     let (mut sizes, mut compared) = (BTreeSet::new(), 0);
@@ -146,10 +146,10 @@ fn equal_absmax_are_restored_exactly() {
 #[test]
 fn blocks_with_nan_or_infinity_are_bitsandbytes_own_when_they_are_kept() {
     let cases = [
-        (Format::Nf4, f32::NAN, vec![0xff; 35]),
-        (Format::Fp4, f32::NAN, vec![0x33; 35]),
-        (Format::Nf4, f32::INFINITY, [&[0x77, 0x7f][..], &[0x77; 31], &[0xf7, 0x77]].concat()),
-        (Format::Fp4, f32::NEG_INFINITY, [&[0x00, 0x03][..], &[0x00; 31], &[0x30, 0x00]].concat()),
+        (BlockFormat::Nf4, f32::NAN, vec![0xff; 35]),
+        (BlockFormat::Fp4, f32::NAN, vec![0x33; 35]),
+        (BlockFormat::Nf4, f32::INFINITY, [&[0x77, 0x7f][..], &[0x77; 31], &[0xf7, 0x77]].concat()),
+        (BlockFormat::Fp4, f32::NEG_INFINITY, [&[0x00, 0x03][..], &[0x00; 31], &[0x30, 0x00]].concat()),
     ];
     for (format, bad, expected) in cases {
         let mut elements: Vec<f32> = (1..=70).map(|i| i as f32 / 70.0).collect();

@@ -112,6 +112,22 @@ fn kernels_equal_the_specification_at_the_borders_between_codes() {
 }
 
 #[test]
+fn the_largest_magnitude_is_found_wherever_it_is() {
+    for dtype in DTYPES {
+        for n in [1, 31, 32, 33, 100, 640] {
+            for place in 0..n {
+                let mut elements = vec![0.25; n];
+                elements[place] = -0.75;
+                for kernel in Kernel::available() {
+                    assert_eq!(kernel.absmax(&encode(dtype, &elements), dtype), Ok(0.75));
+                }
+            }
+        }
+        assert_eq!(Kernel::detect().absmax(&[], dtype), Ok(0.0));
+    }
+}
+
+#[test]
 fn every_f16_is_decoded_and_rounded_to() {
     // In groups of one magnitude each, so that all bits of the numbers matter.
     let all: Vec<f32> =
@@ -138,7 +154,9 @@ fn what_is_not_finite_is_told_wherever_it_is() {
                     }
                 }
             }
-            assert_eq!(scalar::absmax(&source, dtype), Err(NonFinite));
+            for kernel in Kernel::available() {
+                assert_eq!(kernel.absmax(&source, dtype), Err(NonFinite));
+            }
         }
         assert!(largest(dtype) > 1.0);
     }

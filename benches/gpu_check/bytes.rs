@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use half::{bf16, f16};
-use prequant::format::{BlockSize, FloatDtype, Format, NESTED_BLOCK_SIZE, dynamic_map};
+use prequant::format::{BlockFormat, BlockSize, FloatDtype, NESTED_BLOCK_SIZE, dynamic_map};
 use prequant::kernel::cuda::{Gpu, Slot, SlotSize};
 use prequant::kernel::{Blocks, Figures, Kernel, nested};
 use prequant::units::Bytes;
@@ -25,7 +25,7 @@ const KINDS: u64 = 6;
 pub fn check(gpu: &Arc<Gpu>, size: u64, report: &mut Report) -> Result<(), Box<dyn std::error::Error>> {
     let seed = SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos() as u64;
     report.line(&format!("bytes: {} for each format, seed {seed}", Bytes(size)));
-    for format in [Format::Nf4, Format::Fp4] {
+    for format in [BlockFormat::Nf4, BlockFormat::Fp4] {
         let (next, done) = (AtomicU64::new(0), AtomicU64::new(0));
         let wrong = thread::scope(|scope| {
             let threads = thread::available_parallelism().map_or(4, usize::from);
@@ -41,7 +41,14 @@ pub fn check(gpu: &Arc<Gpu>, size: u64, report: &mut Report) -> Result<(), Box<d
 }
 
 /// Takes pieces until `size` bytes are done; says what differs.
-fn compare(gpu: &Arc<Gpu>, format: Format, seed: u64, size: u64, next: &AtomicU64, done: &AtomicU64) -> Option<String> {
+fn compare(
+    gpu: &Arc<Gpu>,
+    format: BlockFormat,
+    seed: u64,
+    size: u64,
+    next: &AtomicU64,
+    done: &AtomicU64,
+) -> Option<String> {
     let least = BlockSize::try_from(32).ok()?;
     let mut slot = match Slot::new(gpu, SlotSize::new(PIECE, 4, least, PIECE / 32)) {
         Ok(slot) => slot,
@@ -69,7 +76,7 @@ fn compare_piece(
     slot: &mut Slot,
     source: &[u8],
     dtype: FloatDtype,
-    format: Format,
+    format: BlockFormat,
     block_size: BlockSize,
 ) -> Result<(), String> {
     let elements = source.len() / dtype.size();
@@ -108,7 +115,7 @@ fn compare_piece(
 
 /// Finite weights of one kind, as they stand in a file.
 fn weights(random: &mut Random, kind: u64, elements: usize, dtype: FloatDtype) -> Vec<u8> {
-    let thresholds = Format::Nf4.codebook().thresholds();
+    let thresholds = BlockFormat::Nf4.codebook().thresholds();
     let mut bytes = Vec::with_capacity(elements * dtype.size());
     for i in 0..elements {
         let bits = random.next();

@@ -8,7 +8,7 @@ use std::time::Instant;
 use clap::{Args, ValueEnum};
 use prequant::checkpoint::RealDisk;
 use prequant::convert::{Options, plan};
-use prequant::format::{BlockSize, Format};
+use prequant::format::{BlockSize, Format, GroupSize};
 use prequant::plan::{ExpertLayout, NonFinitePolicy, Recipe};
 use prequant::units::Bytes;
 use prequant::{Error, recipe_of};
@@ -37,9 +37,13 @@ pub struct Arguments {
     #[arg(long, value_enum)]
     format: Option<FormatArg>,
 
-    /// Weights that share one scale: a power of two from 32 to 4096. Fewer is more exact and takes more room [default: 64]
+    /// Weights that share one scale in nf4 and fp4: a power of two from 32 to 4096. Fewer is more exact and takes more room [default: 64]
     #[arg(long, value_name = "N")]
     block_size: Option<BlockSize>,
+
+    /// Columns that share one scale in int4: 32, 64 or 128 [default: 128]
+    #[arg(long, value_name = "N")]
+    group_size: Option<GroupSize>,
 
     /// Quantize the scales too, to 8 bits: 0.37 bits a weight less, slightly less exact
     #[arg(long)]
@@ -113,6 +117,12 @@ enum FormatArg {
     Nf4,
     /// bitsandbytes' 4-bit float
     Fp4,
+    /// Integers with a scale for each group of columns: compressed-tensors' W4A16
+    Int4,
+    /// 4-bit floats with a power of two for each 32 columns: compressed-tensors' MXFP4A16
+    Mxfp4,
+    /// 4-bit floats with an 8-bit float for each 16 columns: compressed-tensors' NVFP4A16
+    Nvfp4,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -140,9 +150,13 @@ impl Arguments {
             format: match self.format {
                 Some(FormatArg::Nf4) => Format::Nf4,
                 Some(FormatArg::Fp4) => Format::Fp4,
+                Some(FormatArg::Int4) => Format::Int4,
+                Some(FormatArg::Mxfp4) => Format::Mxfp4,
+                Some(FormatArg::Nvfp4) => Format::Nvfp4,
                 None => base.format,
             },
             block_size: self.block_size.unwrap_or(base.block_size),
+            group_size: self.group_size.unwrap_or(base.group_size),
             double_quant: self.double_quant || base.double_quant,
             experts: match self.experts {
                 Some(ExpertsArg::Keep) => ExpertLayout::Keep,
@@ -203,8 +217,9 @@ pub enum Audience {
 
 fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
     let start = Instant::now();
-    let device = arguments.device.open()?;
-    let conversion = plan(&arguments.source, arguments.recipe(), arguments.options(&device))?;
+    let recipe = arguments.recipe();
+    let device = arguments.device.open_for(&recipe)?;
+    let conversion = plan(&arguments.source, recipe, arguments.options(&device))?;
     if arguments.dry_run {
         return Ok(dry_run::report(&conversion, &arguments.destination, &device.line, arguments.audience()));
     }

@@ -3,9 +3,11 @@
 use clap::Args;
 use prequant::Error;
 use prequant::kernel::{Device, DeviceChoice};
+use prequant::plan::Recipe;
 use prequant::units::Bytes;
 
 #[derive(Args)]
+#[group(skip)]
 pub struct Arguments {
     /// What quantizes: auto, cpu, cuda, cuda:N or cuda:N,cuda:M. The bytes are the same. auto takes a usable NVIDIA GPU if
     /// there is one, else the CPU
@@ -29,6 +31,14 @@ impl Arguments {
     /// Opens the device.
     pub fn open(&self) -> Result<Opened, Error> {
         open(&self.device, self.device_memory.0)
+    }
+
+    /// Opens the device for a recipe: a GPU isn't looked for where it is of no use.
+    pub fn open_for(&self, recipe: &Recipe) -> Result<Opened, Error> {
+        match self.device {
+            DeviceChoice::Auto if recipe.scheme().blocks().is_none() => open(&DeviceChoice::Cpu, self.device_memory.0),
+            _ => self.open(),
+        }
     }
 }
 

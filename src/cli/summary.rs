@@ -96,7 +96,8 @@ impl Done<'_> {
 
 /// The format and its options, in a few words.
 pub fn format_name(recipe: &Recipe) -> String {
-    let mut name = format!("{} (block {}", recipe.format.name(), recipe.block_size);
+    let kind = if recipe.scheme().blocks().is_some() { "block" } else { "group" };
+    let mut name = format!("{} ({kind} {}", recipe.format.name(), recipe.scheme().block_len());
     if recipe.double_quant {
         name += ", double quantization";
     }

@@ -5,7 +5,7 @@
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{FloatDtype, Scheme};
+use super::{BlockScheme, FloatDtype, OutputDtype, OutputKind, OutputTensor};
 
 /// Entries of absmax that share one nested absmax in double quantization.
 pub const NESTED_BLOCK_SIZE: usize = 256;
@@ -13,41 +13,14 @@ pub const NESTED_BLOCK_SIZE: usize = 256;
 /// Room for `nested_offset` in a quant_state: the longest f64 that is an f32, as Python prints it.
 const OFFSET_WIDTH: usize = 24;
 
-/// Which part of a quantized weight an output tensor is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OutputKind {
-    /// The codes, two a byte.
-    Packed,
-    /// One f32 a block; with double quantization its 8-bit code.
-    Absmax,
-    /// The codebook's sixteen values.
-    QuantMap,
-    /// One f32 for every 256 entries of absmax.
-    NestedAbsmax,
-    /// The dynamic map's 256 values.
-    NestedQuantMap,
-    /// JSON, as bytes.
-    QuantState,
-}
-
-/// A tensor that quantizing a weight yields. dtypes are U8 or F32.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct OutputTensor {
-    /// What it holds.
-    pub kind: OutputKind,
-    /// Appended to the weight's own name.
-    pub suffix: &'static str,
-    /// True for F32, false for U8.
-    pub is_f32: bool,
-    /// Its shape.
-    pub shape: Vec<u64>,
-}
-
 /// The tensors that a weight of `shape` becomes, for a dtype and scheme.
-pub fn output_tensors(scheme: &Scheme, dtype: FloatDtype, shape: &[u64]) -> Vec<OutputTensor> {
+pub fn output_tensors(scheme: &BlockScheme, dtype: FloatDtype, shape: &[u64]) -> Vec<OutputTensor> {
     let elements: u64 = shape.iter().product();
     let blocks = scheme.block_size.blocks(elements);
-    let tensor = |kind, suffix, is_f32, shape| OutputTensor { kind, suffix, is_f32, shape };
+    let tensor = |kind, suffix, is_f32, shape| {
+        let dtype = if is_f32 { OutputDtype::F32 } else { OutputDtype::U8 };
+        OutputTensor { kind, suffix, dtype, shape }
+    };
     let mut tensors = vec![
         tensor(OutputKind::Packed, "", false, vec![elements.div_ceil(2), 1]),
         tensor(OutputKind::Absmax, ".absmax", !scheme.double_quant, vec![blocks]),
@@ -67,7 +40,7 @@ pub fn output_tensors(scheme: &Scheme, dtype: FloatDtype, shape: &[u64]) -> Vec<
 #[derive(Clone, Copy, Debug)]
 pub struct QuantState<'a> {
     /// How the weight was quantized.
-    pub scheme: &'a Scheme,
+    pub scheme: &'a BlockScheme,
     /// The source's dtype, which decoding returns to.
     pub dtype: FloatDtype,
     /// The source's shape.
@@ -115,7 +88,7 @@ impl ParsedQuantState {
 }
 
 /// The length of [`quant_state_bytes`], whatever `nested_offset` turns out to be.
-pub fn quant_state_len(scheme: &Scheme, dtype: FloatDtype, shape: &[u64]) -> usize {
+pub fn quant_state_len(scheme: &BlockScheme, dtype: FloatDtype, shape: &[u64]) -> usize {
     let widest = "0".repeat(OFFSET_WIDTH);
     quant_state_json(&QuantState { scheme, dtype, shape, nested_offset: 0.0 }, &widest).len()
 }
@@ -158,7 +131,7 @@ fn python_float(x: f32) -> String {
 ///
 /// `compute_dtype` is the dtype that matrix products run in; `skip_modules` are the Linear modules left unquantized,
 /// which must be all of them: a given list replaces the client's own defaults.
-pub fn quantization_config(scheme: &Scheme, compute_dtype: FloatDtype, skip_modules: &[String]) -> Value {
+pub fn quantization_config(scheme: &BlockScheme, compute_dtype: FloatDtype, skip_modules: &[String]) -> Value {
     json!({
         "quant_method": "bitsandbytes",
         "load_in_4bit": true,
@@ -174,10 +147,10 @@ pub fn quantization_config(scheme: &Scheme, compute_dtype: FloatDtype, skip_modu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::{BlockSize, Format};
+    use crate::format::{BlockFormat, BlockSize};
 
-    fn scheme(double_quant: bool) -> Scheme {
-        Scheme { format: Format::Nf4, block_size: BlockSize::default(), double_quant }
+    fn scheme(double_quant: bool) -> BlockScheme {
+        BlockScheme { format: BlockFormat::Nf4, block_size: BlockSize::default(), double_quant }
     }
 
     #[test]

@@ -2,21 +2,25 @@
 //! `quantization_config`.
 //!
 //! Nothing here sees a file or runs over weights: it is what bitsandbytes would call "the quantization state", as
-//! values. Facts are bitsandbytes 0.50.2's, compared with its own output by the golden tests.
+//! values. Facts are bitsandbytes 0.50.2's and compressed-tensors 0.19.0's, compared with their own output by tests.
 
 mod block_size;
 mod bnb;
 mod codebook;
+mod compressed;
 mod dynamic_map;
+mod output;
 
 pub use block_size::BlockSize;
-pub use bnb::{NESTED_BLOCK_SIZE, OutputKind, OutputTensor, QuantState, output_tensors, quant_state_len};
-pub use bnb::{ParsedQuantState, quant_state_bytes, quantization_config};
+pub use bnb::{NESTED_BLOCK_SIZE, ParsedQuantState, QuantState, quant_state_bytes, quant_state_len};
 pub use codebook::{Codebook, FP4, NF4};
+pub use compressed::{GroupScheme, GroupSize, shape_bytes};
 pub use dynamic_map::{DynamicMap, dynamic_map};
+pub use output::{OutputDtype, OutputKind, OutputTensor};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 /// A 4-bit format that `convert` can write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -26,30 +30,58 @@ pub enum Format {
     Nf4,
     /// bitsandbytes' 4-bit float: sign and one of eight magnitudes.
     Fp4,
+    /// Integers from -8 to 7 and a scale for each group of columns (compressed-tensors' W4A16).
+    Int4,
+    /// E2M1 floats and a power of two for each 32 columns (compressed-tensors' MXFP4A16).
+    Mxfp4,
+    /// E2M1 floats, an E4M3 scale for each 16 columns and one for the tensor (compressed-tensors' NVFP4A16).
+    Nvfp4,
 }
 
 impl Format {
-    /// The name clients know: `quant_type` in a quant_state, `bnb_4bit_quant_type` in config.json.
+    /// Its name, as `--format` takes it.
     pub fn name(self) -> &'static str {
         match self {
             Format::Nf4 => "nf4",
             Format::Fp4 => "fp4",
+            Format::Int4 => "int4",
+            Format::Mxfp4 => "mxfp4",
+            Format::Nvfp4 => "nvfp4",
+        }
+    }
+}
+
+/// A format of bitsandbytes'.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlockFormat {
+    /// See [`Format::Nf4`].
+    Nf4,
+    /// See [`Format::Fp4`].
+    Fp4,
+}
+
+impl BlockFormat {
+    /// The name clients know: `quant_type` in a quant_state, `bnb_4bit_quant_type` in config.json.
+    pub fn name(self) -> &'static str {
+        match self {
+            BlockFormat::Nf4 => "nf4",
+            BlockFormat::Fp4 => "fp4",
         }
     }
 
     /// The end of the quant_state tensor's name, after the weight's.
     pub fn quant_state_suffix(self) -> &'static str {
         match self {
-            Format::Nf4 => ".quant_state.bitsandbytes__nf4",
-            Format::Fp4 => ".quant_state.bitsandbytes__fp4",
+            BlockFormat::Nf4 => ".quant_state.bitsandbytes__nf4",
+            BlockFormat::Fp4 => ".quant_state.bitsandbytes__fp4",
         }
     }
 
     /// The format's sixteen values and the thresholds between them.
     pub fn codebook(self) -> &'static Codebook {
         match self {
-            Format::Nf4 => &NF4,
-            Format::Fp4 => &FP4,
+            BlockFormat::Nf4 => &NF4,
+            BlockFormat::Fp4 => &FP4,
         }
     }
 }
@@ -92,9 +124,55 @@ impl FloatDtype {
 
 /// How weights are quantized: everything that decides a quantized tensor's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Scheme {
+pub enum Scheme {
+    /// Blocks of consecutive elements with a codebook: bitsandbytes'.
+    Blocks(BlockScheme),
+    /// Groups of a row's columns: compressed-tensors'.
+    Groups(GroupScheme),
+}
+
+impl Scheme {
+    /// Consecutive elements that share one scale.
+    pub fn block_len(&self) -> usize {
+        match self {
+            Scheme::Blocks(scheme) => scheme.block_size.get(),
+            Scheme::Groups(scheme) => scheme.group_len(),
+        }
+    }
+
+    /// The scheme, if it is of blocks.
+    pub fn blocks(&self) -> Option<&BlockScheme> {
+        match self {
+            Scheme::Blocks(scheme) => Some(scheme),
+            Scheme::Groups(_) => None,
+        }
+    }
+
+    /// config.json's `quantization_config`: what tells a client how to load the weights.
+    ///
+    /// `compute_dtype` is the dtype that matrix products run in; `kept` are the Linear modules left unquantized, all of
+    /// them.
+    pub fn quantization_config(&self, compute_dtype: FloatDtype, kept: &[String]) -> Value {
+        match self {
+            Scheme::Blocks(scheme) => bnb::quantization_config(scheme, compute_dtype, kept),
+            Scheme::Groups(scheme) => compressed::quantization_config(*scheme, kept),
+        }
+    }
+
+    /// The tensors that a weight of `shape` becomes.
+    pub fn output_tensors(&self, dtype: FloatDtype, shape: &[u64]) -> Vec<OutputTensor> {
+        match self {
+            Scheme::Blocks(scheme) => bnb::output_tensors(scheme, dtype, shape),
+            Scheme::Groups(scheme) => compressed::output_tensors(*scheme, shape),
+        }
+    }
+}
+
+/// How bitsandbytes quantizes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockScheme {
     /// NF4 or FP4.
-    pub format: Format,
+    pub format: BlockFormat,
     /// Consecutive elements that share one absmax.
     pub block_size: BlockSize,
     /// Whether absmax is itself quantized, to 8 bits ("double" or "nested" quantization).

@@ -158,7 +158,7 @@ fn element_size(plan: &Plan) -> usize {
 /// A thread's buffers: source, codes, four figures a block, and absmax as bytes.
 fn buffers_len(plan: &Plan, chunk: usize) -> u64 {
     let element = element_size(plan);
-    let blocks = chunk / plan.recipe.block_size.get();
+    let blocks = chunk / plan.recipe.scheme().block_len();
     (chunk * element + chunk / 2 + blocks * 5 * size_of::<f32>()) as u64
 }
 

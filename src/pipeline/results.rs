@@ -3,7 +3,8 @@
 use super::files::Files;
 use super::scheduler::Done;
 use crate::error::Result;
-use crate::format::{FloatDtype, NESTED_BLOCK_SIZE, OutputKind, QuantState, Scheme, dynamic_map, quant_state_bytes};
+use crate::format::{BlockScheme, FloatDtype, GroupScheme, NESTED_BLOCK_SIZE, OutputKind, QuantState};
+use crate::format::{dynamic_map, quant_state_bytes, shape_bytes};
 use crate::kernel::{Figures, nested};
 use crate::plan::PlannedTensor;
 use crate::stats::{AbsmaxGathering, Gathering};
@@ -11,7 +12,6 @@ use crate::stats::{AbsmaxGathering, Gathering};
 /// One tensor's places in the output file that is open.
 pub struct Results<'x, 'j, 'a> {
     pub files: &'x Files<'j, 'a>,
-    pub scheme: Scheme,
     pub tensor: &'x PlannedTensor,
     pub dtype: FloatDtype,
     /// f32 as they stand in the file; a buffer.
@@ -20,13 +20,19 @@ pub struct Results<'x, 'j, 'a> {
 
 impl Results<'_, '_, '_> {
     /// A run of blocks that starts at an element: codes, absmax and what is known without the weights.
-    pub fn quantized(&mut self, first_element: u64, packed: &[u8], figures: &Figures<'_>) -> Result<Done> {
+    pub fn quantized(
+        &mut self,
+        scheme: &BlockScheme,
+        first_element: u64,
+        packed: &[u8],
+        figures: &Figures<'_>,
+    ) -> Result<Done> {
         if first_element == 0 {
-            self.constants()?;
+            self.constants(scheme)?;
         }
         self.files.write(packed, self.offset(OutputKind::Packed) + first_element / 2)?;
-        let first_block = first_element / self.scheme.block_size.get() as u64;
-        let absmax = if self.scheme.double_quant {
+        let first_block = first_element / scheme.block_size.get() as u64;
+        let absmax = if scheme.double_quant {
             Some((first_block as usize, figures.absmax.to_vec()))
         } else {
             self.floats(figures.absmax, OutputKind::Absmax, first_block)?;
@@ -37,9 +43,42 @@ impl Results<'_, '_, '_> {
         Ok(Done::Quantized { gathering, absmax })
     }
 
+    /// A run of groups that starts at an element: codes, scales as stored, and what is known without the weights.
+    pub fn grouped(
+        &mut self,
+        scheme: GroupScheme,
+        global_scale: Option<f32>,
+        first_element: u64,
+        packed: &[u8],
+        scales: &[u8],
+        figures: &Figures<'_>,
+    ) -> Result<Done> {
+        if first_element == 0 {
+            for output in &self.tensor.outputs {
+                match (output.kind, global_scale) {
+                    (Some(OutputKind::Shape), _) => {
+                        self.files.write(&shape_bytes(&self.tensor.shape), output.offset)?;
+                    }
+                    (Some(OutputKind::GlobalScale), Some(scale)) => {
+                        self.files.write(&scale.to_le_bytes(), output.offset)?;
+                    }
+                    _ => {}
+                }
+            }
+        }
+        self.files.write(packed, self.offset(OutputKind::Packed) + first_element / 2)?;
+        let scale_size = (scales.len() / figures.absmax.len()) as u64;
+        let first_group = first_element / scheme.group_len() as u64;
+        self.files.write(scales, self.offset(OutputKind::Scale) + first_group * scale_size)?;
+        let mut gathering = Box::<Gathering>::default();
+        gathering.add(figures);
+        Ok(Done::Quantized { gathering, absmax: None })
+    }
+
     /// A run of quantized absmax that starts at entry `first`.
     pub fn nested(
         &mut self,
+        scheme: &BlockScheme,
         first: usize,
         absmax: &[f32],
         offset: f32,
@@ -49,7 +88,7 @@ impl Results<'_, '_, '_> {
         self.files.write(codes, self.offset(OutputKind::Absmax) + first as u64)?;
         self.floats(nested_absmax, OutputKind::NestedAbsmax, (first / NESTED_BLOCK_SIZE) as u64)?;
         if first == 0 {
-            self.quant_state(offset)?;
+            self.quant_state(scheme, offset)?;
         }
         let map = dynamic_map();
         let mut error = AbsmaxGathering::default();
@@ -62,17 +101,17 @@ impl Results<'_, '_, '_> {
     }
 
     /// The outputs that are known without the weights.
-    fn constants(&mut self) -> Result<()> {
-        self.floats(&self.scheme.format.codebook().values(), OutputKind::QuantMap, 0)?;
-        if self.scheme.double_quant {
+    fn constants(&mut self, scheme: &BlockScheme) -> Result<()> {
+        self.floats(&scheme.format.codebook().values(), OutputKind::QuantMap, 0)?;
+        if scheme.double_quant {
             self.floats(dynamic_map().values(), OutputKind::NestedQuantMap, 0)
         } else {
-            self.quant_state(0.0)
+            self.quant_state(scheme, 0.0)
         }
     }
 
-    fn quant_state(&self, nested_offset: f32) -> Result<()> {
-        let state = QuantState { scheme: &self.scheme, dtype: self.dtype, shape: &self.tensor.shape, nested_offset };
+    fn quant_state(&self, scheme: &BlockScheme, nested_offset: f32) -> Result<()> {
+        let state = QuantState { scheme, dtype: self.dtype, shape: &self.tensor.shape, nested_offset };
         self.files.write(&quant_state_bytes(&state), self.offset(OutputKind::QuantState))
     }
 

@@ -9,6 +9,7 @@ use super::{FileOutcome, Means, Outcome, TensorOutcome};
 use crate::checkpoint::Sha256Hash;
 use crate::error::{Error, Result};
 use crate::format::NESTED_BLOCK_SIZE;
+use crate::kernel::group;
 use crate::plan::{Plan, PlannedTensor};
 use crate::stats::{AbsmaxGathering, Gathering};
 
@@ -19,7 +20,9 @@ pub const NESTED_CHUNK: usize = 256 * NESTED_BLOCK_SIZE;
 #[derive(Clone, Debug)]
 pub enum Task {
     /// Read, quantize (or keep) and write a run of a tensor's bytes.
-    Chunk { tensor: usize, offset: u64, len: usize },
+    Chunk { tensor: usize, offset: u64, len: usize, global_scale: Option<f32> },
+    /// Read a run of a tensor's bytes for the largest magnitude in it.
+    Measure { tensor: usize, offset: u64, len: usize },
     /// Quantize a run of a tensor's absmax.
     Nested { tensor: usize, absmax: Arc<Vec<f32>>, offset: f32, first: usize, len: usize },
     /// Hash a finished output file.
@@ -39,6 +42,8 @@ pub enum Done {
     Written,
     /// A chunk's figures; its absmax too, if double quantization still needs them.
     Quantized { gathering: Box<Gathering>, absmax: Option<(usize, Vec<f32>)> },
+    /// The largest magnitude in a run.
+    Measured(f32),
     /// A run of absmax is quantized.
     Nested(AbsmaxGathering),
     /// One hash, or one for each of a tensor's outputs.
@@ -53,6 +58,8 @@ pub struct Scheduler<'a> {
     plan: &'a Plan,
     /// The output file of each tensor.
     file_of: Vec<usize>,
+    /// The set that each tensor shares a global scale with.
+    set_of: Vec<Option<usize>>,
     means: Means<'a>,
     source_files: usize,
     state: Mutex<State>,
@@ -71,6 +78,8 @@ struct State {
     finished: bool,
     /// Tensors of which chunks have been handed out and aren't all done.
     open: HashMap<usize, OpenTensor>,
+    /// The sets that are measured, or being so.
+    sets: HashMap<usize, ScaleSet>,
     /// Bytes of absmax held for double quantization.
     absmax_held: u64,
     files: Vec<FileState>,
@@ -87,6 +96,12 @@ struct OpenTensor {
     gathering: Gathering,
     absmax: Vec<f32>,
     absmax_error: AbsmaxGathering,
+}
+
+/// What tensors that share a global scale have for it.
+struct ScaleSet {
+    tasks_left: usize,
+    absmax: f32,
 }
 
 #[derive(Default)]
@@ -110,6 +125,10 @@ impl<'a> Scheduler<'a> {
     ) -> Scheduler<'a> {
         let file_of =
             plan.files.iter().enumerate().flat_map(|(i, file)| file.tensors.clone().map(move |_| i)).collect();
+        let mut set_of = vec![None; plan.tensors.len()];
+        for (i, set) in plan.scale_sets.iter().enumerate() {
+            set.iter().for_each(|&tensor| set_of[tensor] = Some(i));
+        }
         let mut state = State {
             tensors: vec![TensorOutcome::default(); plan.tensors.len()],
             source_hashes: vec![None; source_files],
@@ -127,7 +146,7 @@ impl<'a> Scheduler<'a> {
             state.files.push(FileState { was_sealed: true, sha256, total, total_absmax, ..FileState::default() });
         }
         let (state, changed, stopped) = (Mutex::new(state), Condvar::new(), AtomicBool::new(false));
-        let scheduler = Scheduler { plan, file_of, means, source_files, state, changed, stopped };
+        let scheduler = Scheduler { plan, file_of, set_of, means, source_files, state, changed, stopped };
         scheduler.check_finished(&mut scheduler.lock());
         scheduler
     }
@@ -159,6 +178,13 @@ impl<'a> Scheduler<'a> {
         state.running -= 1;
         match (task, done) {
             (Task::Chunk { tensor, .. }, done) => self.finish_chunk(&mut state, tensor, done),
+            (Task::Measure { tensor, .. }, Done::Measured(absmax)) => {
+                if let Some(set) = self.set_of[tensor].and_then(|set| state.sets.get_mut(&set)) {
+                    set.absmax = set.absmax.max(absmax);
+                    set.tasks_left -= 1;
+                }
+                self.changed.notify_all();
+            }
             (Task::Nested { tensor, absmax, .. }, Done::Nested(error)) => {
                 drop(absmax);
                 self.finish_nested(&mut state, tensor, &error);
@@ -281,6 +307,13 @@ impl<'a> Scheduler<'a> {
         let (tensor, offset) = state.next;
         let planned = self.plan.tensors.get(tensor)?;
         let chunk_len = self.chunk_len(planned);
+        let global_scale = match self.set_of[tensor] {
+            None => None,
+            Some(set) => match self.global_scale(state, set) {
+                None => return state.ready.pop_front(),
+                scale => scale,
+            },
+        };
         if offset == 0 {
             let absmax = self.absmax_len(planned);
             if state.absmax_held > 0 && state.absmax_held + absmax > self.means.budget.absmax {
@@ -293,7 +326,39 @@ impl<'a> Scheduler<'a> {
         }
         let len = chunk_len.min(planned.source_len() - offset);
         state.next = if offset + len == planned.source_len() { (tensor + 1, 0) } else { (tensor, offset + len) };
-        Some(Task::Chunk { tensor, offset, len: len as usize })
+        Some(Task::Chunk { tensor, offset, len: len as usize, global_scale })
+    }
+
+    /// The global scale of a set, if all of its tensors are measured. Has that done otherwise, and for the set after it too,
+    /// so that no thread need wait.
+    fn global_scale(&self, state: &mut State, set: usize) -> Option<f32> {
+        let is_left = |set: &usize| {
+            let mut files = self.plan.scale_sets[*set].iter().map(|&tensor| &state.files[self.file_of[tensor]]);
+            files.any(|file| !file.was_sealed)
+        };
+        let next = (set + 1..self.plan.scale_sets.len()).find(is_left);
+        for set in [Some(set), next].into_iter().flatten() {
+            self.measure(state, set);
+        }
+        let measured = state.sets.get(&set).filter(|set| set.tasks_left == 0)?;
+        let dtype = self.plan.tensors[self.plan.scale_sets[set][0]].quantized_from()?;
+        Some(group::scalar::global_scale(measured.absmax, dtype))
+    }
+
+    /// Queues the reading of a set's tensors, once.
+    fn measure(&self, state: &mut State, set: usize) {
+        if state.sets.contains_key(&set) {
+            return;
+        }
+        let mut tasks = VecDeque::new();
+        for &tensor in &self.plan.scale_sets[set] {
+            let (all, step) = (self.plan.tensors[tensor].source_len(), self.chunk_len(&self.plan.tensors[tensor]));
+            let starts = (0..all).step_by(step as usize);
+            tasks.extend(starts.map(|offset| Task::Measure { tensor, offset, len: step.min(all - offset) as usize }));
+        }
+        state.sets.insert(set, ScaleSet { tasks_left: tasks.len(), absmax: 0.0 });
+        state.ready.append(&mut tasks);
+        self.changed.notify_all();
     }
 
     /// Bytes of the source in one chunk of `tensor`.

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::{Decision, PlannedTensor};
 use crate::checkpoint::{Described, Dtype, header_bytes, shard_name, sort_canonically};
-use crate::format::{OutputKind, Scheme, output_tensors};
+use crate::format::{OutputDtype, OutputKind, Scheme};
 
 /// A tensor to be written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,12 +42,19 @@ pub fn outputs(tensor: &PlannedTensor, scheme: &Scheme) -> Vec<PlannedOutput> {
         let (dtype, shape, len) = (tensor.dtype, tensor.shape.clone(), tensor.source_len());
         return vec![PlannedOutput { kind: None, suffix: "", dtype, shape, len, offset: 0 }];
     };
-    let tensors = output_tensors(scheme, dtype, &tensor.shape).into_iter();
-    tensors
-        .map(|tensor| {
-            let dtype = if tensor.is_f32 { Dtype::F32 } else { Dtype::U8 };
-            let len = dtype.byte_len(&tensor.shape).expect("less than the source's bytes");
-            PlannedOutput { kind: Some(tensor.kind), suffix: tensor.suffix, dtype, shape: tensor.shape, len, offset: 0 }
+    let outputs = scheme.output_tensors(dtype, &tensor.shape).into_iter();
+    outputs
+        .map(|output| {
+            let dtype = match output.dtype {
+                OutputDtype::U8 => Dtype::U8,
+                OutputDtype::I32 => Dtype::I32,
+                OutputDtype::I64 => Dtype::I64,
+                OutputDtype::F8E4M3 => Dtype::F8E4M3,
+                OutputDtype::F32 => Dtype::F32,
+                OutputDtype::Source => tensor.dtype,
+            };
+            let len = dtype.byte_len(&output.shape).expect("less than the source's bytes");
+            PlannedOutput { kind: Some(output.kind), suffix: output.suffix, dtype, shape: output.shape, len, offset: 0 }
         })
         .collect()
 }

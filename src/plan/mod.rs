@@ -6,6 +6,7 @@ pub mod architectures;
 mod decide;
 pub mod experts;
 mod fuse;
+mod groups;
 mod layout;
 mod recipe;
 pub mod rules;
@@ -23,7 +24,7 @@ pub use rules::Role;
 
 use crate::checkpoint::{CONFIG_NAME, Dtype, Source};
 use crate::error::{Error, Result};
-use crate::format::{FloatDtype, OutputKind, quantization_config};
+use crate::format::{FloatDtype, GroupScheme, OutputKind, Scheme};
 use decide::Selection;
 use rules::Rules;
 
@@ -37,6 +38,8 @@ pub struct Plan {
     pub tensors: Vec<PlannedTensor>,
     /// The files of weights to be written. Each holds the next run of `tensors`.
     pub files: Vec<PlannedFile>,
+    /// Tensors that share a global scale, for formats that have one; each tensor is in one set at most.
+    pub scale_sets: Vec<Vec<usize>>,
     /// The new config.json's text, if the source has one.
     pub config: Option<String>,
     /// What the user should know before using the result; one sentence each.
@@ -138,6 +141,10 @@ impl Plan {
                 why: "one such value would spoil the scales of 256 blocks; leave one of them out",
             });
         }
+        let scheme = recipe.scheme();
+        if let Scheme::Groups(_) = scheme {
+            groups::check_options(&recipe)?;
+        }
         let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
         let rules = Rules::new(&model_types);
         let mut selection = Selection::new(&recipe, rules.clone())?;
@@ -146,6 +153,10 @@ impl Plan {
         let places = in_files.flat_map(|(i, file)| file.tensors.iter().enumerate().map(move |(j, info)| (i, j, info)));
         for (file, tensor, info) in places {
             let verdict = selection.decide(&info.name, &info.shape);
+            let mut verdict = verdict;
+            if let Scheme::Groups(scheme) = scheme {
+                groups::check(source, file, info, scheme, &mut verdict)?;
+            }
             let decision = match (verdict.quantize, float_dtype(info.dtype)) {
                 (false, _) => Decision::Keep,
                 (true, Some(dtype)) => Decision::Quantize(dtype),
@@ -166,13 +177,16 @@ impl Plan {
                 reason: verdict.reason,
                 outputs: Vec::new(),
             };
-            tensor.outputs = layout::outputs(&tensor, &recipe.scheme());
+            tensor.outputs = layout::outputs(&tensor, &scheme);
             tensors.push(tensor);
             linear.push(verdict.linear);
         }
         selection.check_patterns()?;
         check_anything_quantized(source, &tensors, &recipe)?;
-        let skip_modules = skip_modules::list(&rules, &tensors, &linear)?;
+        let skip_modules = match scheme {
+            Scheme::Blocks(_) => skip_modules::list(&rules, &tensors, &linear)?,
+            Scheme::Groups(_) => groups::ignored(&rules, &tensors, &linear),
+        };
         let config = quantized_config(source, &recipe, &tensors, &skip_modules)?;
         let warnings = warnings(source, &recipe, &rules, &tensors, &linear);
         if recipe.experts == ExpertLayout::Fuse {
@@ -180,7 +194,11 @@ impl Plan {
         }
         check_names_are_free(source, &tensors)?;
         let files = layout::lay_out(&mut tensors, recipe.max_shard_size);
-        Ok(Plan { recipe, tensors, files, config, warnings })
+        let scale_sets = match scheme {
+            Scheme::Groups(GroupScheme::Nvfp4) => groups::scale_sets(&tensors),
+            _ => Vec::new(),
+        };
+        Ok(Plan { recipe, tensors, files, scale_sets, config, warnings })
     }
 
     /// Bytes of the files of weights.
@@ -191,6 +209,11 @@ impl Plan {
     /// Bytes of all tensors of the source.
     pub fn source_len(&self) -> u64 {
         self.tensors.iter().map(PlannedTensor::source_len).sum()
+    }
+
+    /// Whether experts are quantized in a layout that transformers doesn't load by itself.
+    pub fn needs_loader(&self) -> bool {
+        has_4_bit_experts(&self.recipe, &self.tensors)
     }
 
     /// The tensors to be quantized.
@@ -274,11 +297,17 @@ fn quantized_config(
     let of_config = ["dtype", "torch_dtype"].iter().find_map(|key| config.values().get(*key)?.as_str());
     let of_weights = tensors.iter().find_map(PlannedTensor::quantized_from).unwrap_or(FloatDtype::Bfloat16);
     let compute_dtype = of_config.and_then(FloatDtype::from_torch_name).unwrap_or(of_weights);
-    let mut entries = vec![("quantization_config", quantization_config(&recipe.scheme(), compute_dtype, skip_modules))];
-    if tensors.iter().any(|tensor| tensor.role.is_expert() && tensor.decision != Decision::Keep) {
+    let mut entries = vec![("quantization_config", recipe.scheme().quantization_config(compute_dtype, skip_modules))];
+    if has_4_bit_experts(recipe, tensors) {
         entries.push(("experts_implementation", Value::from(EXPERTS_GUARD)));
     }
     config.with(&entries).map(Some).map_err(|error| Error::malformed(&source.path.join(CONFIG_NAME), error.to_string()))
+}
+
+/// Whether experts are quantized in a layout that transformers doesn't load by itself.
+fn has_4_bit_experts(recipe: &Recipe, tensors: &[PlannedTensor]) -> bool {
+    let is_quantized = |tensor: &PlannedTensor| tensor.role.is_expert() && tensor.decision != Decision::Keep;
+    recipe.scheme().blocks().is_some() && tensors.iter().any(is_quantized)
 }
 
 fn warnings(
@@ -304,7 +333,7 @@ fn warnings(
             tensor.name
         ));
     }
-    if quantized().any(|(tensor, _)| tensor.role.is_expert()) {
+    if has_4_bit_experts(recipe, tensors) {
         warnings.push(
             "experts are 4-bit: transformers 5 can't load them without prequant's loader; config.json's \
              experts_implementation has it stop rather than fill them with random numbers"

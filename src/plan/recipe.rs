@@ -3,15 +3,18 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::format::{BlockSize, Format, Scheme};
+use crate::format::{BlockFormat, BlockScheme, BlockSize, Format, GroupScheme, GroupSize, Scheme};
 
 /// The choices of a conversion.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Recipe {
     /// The 4-bit format.
     pub format: Format,
-    /// Consecutive elements that share one absmax.
+    /// Consecutive elements that share one absmax, in NF4 and FP4.
     pub block_size: BlockSize,
+    /// Columns that share one scale, in INT4.
+    #[serde(default)]
+    pub group_size: GroupSize,
     /// Whether absmax is quantized too, to 8 bits.
     pub double_quant: bool,
     /// How the experts of a Mixture-of-Experts model are laid out.
@@ -53,7 +56,17 @@ pub enum NonFinitePolicy {
 impl Recipe {
     /// The part that decides a quantized tensor's bytes.
     pub fn scheme(&self) -> Scheme {
-        Scheme { format: self.format, block_size: self.block_size, double_quant: self.double_quant }
+        let blocks = |format| {
+            let (block_size, double_quant) = (self.block_size, self.double_quant);
+            Scheme::Blocks(BlockScheme { format, block_size, double_quant })
+        };
+        match self.format {
+            Format::Nf4 => blocks(BlockFormat::Nf4),
+            Format::Fp4 => blocks(BlockFormat::Fp4),
+            Format::Int4 => Scheme::Groups(GroupScheme::Int4(self.group_size)),
+            Format::Mxfp4 => Scheme::Groups(GroupScheme::Mxfp4),
+            Format::Nvfp4 => Scheme::Groups(GroupScheme::Nvfp4),
+        }
     }
 }
 
@@ -63,6 +76,7 @@ impl Default for Recipe {
         Recipe {
             format: Format::Nf4,
             block_size: BlockSize::default(),
+            group_size: GroupSize::default(),
             double_quant: false,
             experts: ExpertLayout::Keep,
             only_experts: false,

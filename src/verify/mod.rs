@@ -16,7 +16,7 @@ pub(crate) use files::read_manifest;
 
 use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, STAGING_NAME, Sha256Hash};
 use crate::error::{Error, Result};
-use crate::format::{FloatDtype, quantization_config};
+use crate::format::FloatDtype;
 use crate::manifest::{DecisionRecord, Manifest, SCHEMA_VERSION};
 use crate::plan::rules::Rules;
 use crate::plan::skip_modules;
@@ -158,10 +158,10 @@ fn check_config(checkpoint: &Checkpoint, report: &mut Report) {
     let Some(found) = config.values().get("quantization_config") else {
         return report.differ(NAME, None, "has no quantization_config");
     };
-    let expected = quantization_config(&checkpoint.manifest.recipe.scheme(), FloatDtype::Bfloat16, &[]);
+    let expected = checkpoint.manifest.recipe.scheme().quantization_config(FloatDtype::Bfloat16, &[]);
     for (key, expected) in expected.as_object().into_iter().flatten() {
         let found = found.get(key).unwrap_or(&serde_json::Value::Null);
-        let free = ["bnb_4bit_compute_dtype", "llm_int8_skip_modules"].contains(&key.as_str());
+        let free = ["bnb_4bit_compute_dtype", "llm_int8_skip_modules", "ignore"].contains(&key.as_str());
         if !free && found != expected {
             report.differ(NAME, None, format!("quantization_config's {key} is {found}, expected {expected}"));
         }

@@ -41,7 +41,7 @@ pub fn float_dtype(dtype: Dtype) -> FloatDtype {
 
 /// Quantizes a whole tensor with the scalar kernel.
 pub fn recompute(tensor: &Tensor, recipe: &Recipe) -> Recomputed {
-    let (scheme, dtype) = (recipe.scheme(), float_dtype(tensor.dtype));
+    let (scheme, dtype) = (*recipe.scheme().blocks().unwrap(), float_dtype(tensor.dtype));
     let elements = tensor.data.len() / dtype.size();
     let blocks = elements.div_ceil(scheme.block_size.get());
     let mut packed = vec![0; elements.div_ceil(2)];
@@ -88,7 +88,7 @@ fn bytes(bytes: Vec<u8>) -> Stored {
 impl Loss {
     fn of(tensor: &Tensor, recipe: &Recipe, packed: &[u8], absmax: &[f32]) -> Loss {
         let (dtype, block_size) = (float_dtype(tensor.dtype), recipe.block_size.get());
-        let values = recipe.format.codebook().values();
+        let values = recipe.scheme().blocks().unwrap().format.codebook().values();
         let source: Vec<f64> =
             tensor.data.chunks(dtype.size()).map(|bytes| f64::from(scalar::decode(bytes, dtype))).collect();
         let mut loss = Loss { absmax: absmax.iter().copied().map(f64::from).collect(), ..Loss::default() };

@@ -16,7 +16,7 @@ pub use driver::Fault;
 pub use slot::{Quantized, Slot, SlotSize};
 pub use tables::{codebook_table, dynamic_map_table};
 
-use crate::format::{Codebook, FP4, FloatDtype, Format, NF4};
+use crate::format::{BlockFormat, Codebook, FP4, FloatDtype, NF4};
 use driver::{Context, DeviceBuffer, Function, Module};
 
 /// The kernels, as every driver of CUDA 11.8 and later takes them; made from kernels.cu by scripts/build-ptx.
@@ -193,11 +193,11 @@ impl Gpu {
         Version(self.version).to_string()
     }
 
-    fn quantize_function(&self, format: Format, dtype: FloatDtype) -> Function {
+    fn quantize_function(&self, format: BlockFormat, dtype: FloatDtype) -> Function {
         let [nf4, fp4] = &self.functions;
         let [bf16, f16, f32] = match format {
-            Format::Nf4 => nf4,
-            Format::Fp4 => fp4,
+            BlockFormat::Nf4 => nf4,
+            BlockFormat::Fp4 => fp4,
         };
         match dtype {
             FloatDtype::Bfloat16 => *bf16,
@@ -210,10 +210,10 @@ impl Gpu {
         self.absmax
     }
 
-    fn table(&self, format: Format) -> &DeviceBuffer {
+    fn table(&self, format: BlockFormat) -> &DeviceBuffer {
         match format {
-            Format::Nf4 => &self.nf4,
-            Format::Fp4 => &self.fp4,
+            BlockFormat::Nf4 => &self.nf4,
+            BlockFormat::Fp4 => &self.fp4,
         }
     }
 

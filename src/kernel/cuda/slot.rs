@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::driver::{Argument, DeviceBuffer, Fault, Launch, PinnedBuffer, Stream};
 use super::{Gpu, THREADS, thread_blocks};
-use crate::format::{BlockSize, FloatDtype, Format, NESTED_BLOCK_SIZE};
+use crate::format::{BlockFormat, BlockSize, FloatDtype, NESTED_BLOCK_SIZE};
 use crate::kernel::Figures;
 
 /// Bytes of a slot's buffers, on the device and here alike.
@@ -94,7 +94,7 @@ impl Slot {
         &mut self,
         elements: usize,
         dtype: FloatDtype,
-        format: Format,
+        format: BlockFormat,
         block_size: BlockSize,
     ) -> Result<Quantized<'_>, Fault> {
         let blocks = elements.div_ceil(block_size.get());

@@ -93,6 +93,20 @@ impl Groups<'_> {
 }
 
 impl Kernel {
+    /// The largest magnitude among `source`'s elements, which are whole.
+    ///
+    /// # Errors
+    /// [`NonFinite`] when one is a NaN or an infinity.
+    pub fn absmax(self, source: &[u8], dtype: FloatDtype) -> Result<f32, NonFinite> {
+        match self.0 {
+            Isa::Scalar => scalar::absmax(source, dtype),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => x86::absmax_avx2(source, dtype),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => x86::absmax_avx512(source, dtype),
+        }
+    }
+
     /// Quantizes whole rows.
     ///
     /// # Errors

@@ -207,6 +207,19 @@ fn by_scheme<E: Element>(groups: Groups<'_>) -> Result<(), NonFinite> {
     }
 }
 
+/// [`Kernel::absmax`](crate::kernel::Kernel::absmax), inlined into a function with an instruction set.
+#[inline(always)]
+pub(super) fn absmax(source: &[u8], dtype: FloatDtype) -> Result<f32, NonFinite> {
+    let whole = source.len() / (LANES * dtype.size()) * LANES * dtype.size();
+    let extent = match dtype {
+        FloatDtype::Bfloat16 => extent::<Bfloat16, Float, LANES>(&source[..whole]),
+        FloatDtype::Float16 => extent::<Float16, Float, LANES>(&source[..whole]),
+        FloatDtype::Float32 => extent::<Float32, Float, LANES>(&source[..whole]),
+    };
+    let rest = scalar::absmax(&source[whole..], dtype)?;
+    extent.map(|extent| larger(extent.absmax, rest)).ok_or(NonFinite)
+}
+
 /// Groups of whole arrays of `N`: rows then follow each other without padding, and so do groups.
 #[inline(always)]
 fn rows<E: Element, C: Coding, const N: usize>(groups: Groups<'_>) -> Result<(), NonFinite> {

@@ -1,6 +1,7 @@
 //! [`super::vector`], compiled for x86-64's vector units.
 
 use super::{Groups, vector};
+use crate::format::FloatDtype;
 use crate::kernel::{NonFinite, x86};
 
 /// [`crate::kernel::Kernel::quantize_groups`] with AVX2, FMA and F16C.
@@ -23,4 +24,26 @@ pub fn quantize_avx512(groups: Groups<'_>) -> Result<(), NonFinite> {
     assert!(x86::avx512_available());
     // SAFETY: the processor has the features, as just asserted.
     unsafe { quantize(groups) }
+}
+
+/// [`Kernel::absmax`](crate::kernel::Kernel::absmax) with AVX2.
+pub fn absmax_avx2(source: &[u8], dtype: FloatDtype) -> Result<f32, NonFinite> {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn absmax(source: &[u8], dtype: FloatDtype) -> Result<f32, NonFinite> {
+        vector::absmax(source, dtype)
+    }
+    assert!(x86::avx2_available());
+    // SAFETY: the processor has the features, as just asserted.
+    unsafe { absmax(source, dtype) }
+}
+
+/// [`Kernel::absmax`](crate::kernel::Kernel::absmax) with AVX-512 F, BW, DQ and VL.
+pub fn absmax_avx512(source: &[u8], dtype: FloatDtype) -> Result<f32, NonFinite> {
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    fn absmax(source: &[u8], dtype: FloatDtype) -> Result<f32, NonFinite> {
+        vector::absmax(source, dtype)
+    }
+    assert!(x86::avx512_available());
+    // SAFETY: the processor has the features, as just asserted.
+    unsafe { absmax(source, dtype) }
 }

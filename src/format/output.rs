@@ -1,0 +1,54 @@
+//! The tensors that one weight becomes.
+
+/// Which part of a quantized weight an output tensor is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OutputKind {
+    /// The codes, two a byte.
+    Packed,
+    /// One f32 a block; with double quantization its 8-bit code.
+    Absmax,
+    /// The codebook's sixteen values.
+    QuantMap,
+    /// One f32 for every 256 entries of absmax.
+    NestedAbsmax,
+    /// The dynamic map's 256 values.
+    NestedQuantMap,
+    /// JSON, as bytes.
+    QuantState,
+    /// One scale a group.
+    Scale,
+    /// What the groups' scales were multiplied by.
+    GlobalScale,
+    /// The weight's shape, as integers.
+    Shape,
+}
+
+/// An output tensor's dtype.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OutputDtype {
+    /// Bytes.
+    U8,
+    /// Four bytes, eight codes.
+    I32,
+    /// Integers.
+    I64,
+    /// 8-bit floats.
+    F8E4M3,
+    /// IEEE single precision.
+    F32,
+    /// The weight's own.
+    Source,
+}
+
+/// A tensor that quantizing a weight yields.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OutputTensor {
+    /// What it holds.
+    pub kind: OutputKind,
+    /// Appended to the weight's own name.
+    pub suffix: &'static str,
+    /// Its dtype.
+    pub dtype: OutputDtype,
+    /// Its shape.
+    pub shape: Vec<u64>,
+}

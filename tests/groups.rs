@@ -1,0 +1,292 @@
+//! `--format int4`, `mxfp4` and `nvfp4`: checkpoints in compressed-tensors' layout, with the references' bytes.
+
+#[path = "support/groups.rs"]
+mod groups;
+mod support;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+
+use prequant::format::FloatDtype;
+use prequant::kernel::Kernel;
+use prequant::kernel::group::{GroupScheme, scalar};
+use safetensors::SafeTensors;
+use safetensors::tensor::Dtype;
+use serde_json::{Value, json};
+
+use support::{Folder, Run, Stored, Tensor, contents, read_tensors, serialize};
+
+/// A golden file's tensors; scripts/make-group-goldens had llm-compressor write them.
+fn goldens(file: &str) -> BTreeMap<String, Stored> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/group-goldens");
+    let bytes = std::fs::read(folder.join(format!("{file}.safetensors"))).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let stored =
+        |view: safetensors::tensor::TensorView<'_>| (view.dtype(), view.shape().to_vec(), view.data().to_vec());
+    tensors.iter().map(|(name, view)| (name.to_owned(), stored(view))).collect()
+}
+
+fn linear(layer: usize) -> String {
+    format!("model.layers.{layer}.mlp.up_proj.weight")
+}
+
+fn stored(tensors: &BTreeMap<String, (String, Stored)>, name: &str) -> Stored {
+    tensors.get(name).unwrap_or_else(|| panic!("no {name}")).1.clone()
+}
+
+/// Every golden weight of the dtype as a Linear of its own, but one that the reference writes zeros for.
+fn check(format: &str, dtype: &str, group: &str, flags: &[&str]) {
+    let (inputs, outputs) = (goldens(&format!("input-{dtype}")), goldens(&format!("{format}-{dtype}")));
+    let cases: Vec<&String> = inputs.keys().filter(|case| format != "mxfp4" || *case != "huge").collect();
+    let weight = |(layer, case): (usize, &&String)| {
+        let (dtype, shape, data) = &inputs[*case];
+        Tensor::new(&linear(layer), *dtype, shape, data.clone())
+    };
+    let folder = Folder::new("llama");
+    folder.write("model.safetensors", serialize(&cases.iter().enumerate().map(weight).collect::<Vec<_>>()));
+    folder.convert(&[&["--format", format], flags].concat()).ok();
+    let found = read_tensors(&folder.destination());
+    let mut quantized = 0;
+    for (layer, case) in cases.iter().enumerate() {
+        let (_, shape, _) = &inputs[*case];
+        let Some(packed) = outputs.get(&format!("{case}/g{group}/packed")) else {
+            assert_eq!(stored(&found, &linear(layer)), inputs[*case], "{case} is kept");
+            continue;
+        };
+        assert_eq!(stored(&found, &format!("{}_packed", linear(layer))), *packed, "{format} {dtype} {case}");
+        let scale = &outputs[&format!("{case}/g{group}/scale")];
+        assert_eq!(stored(&found, &format!("{}_scale", linear(layer))), *scale, "{format} {dtype} {case}");
+        if format == "int4" {
+            let shape = shape.iter().flat_map(|&d| (d as u64).to_le_bytes()).collect();
+            assert_eq!(stored(&found, &format!("{}_shape", linear(layer))), (Dtype::I64, vec![2], shape));
+        }
+        if format == "nvfp4" {
+            let global = &outputs[&format!("{case}/g{group}/global")];
+            assert_eq!(stored(&found, &format!("{}_global_scale", linear(layer))), *global, "{dtype} {case}");
+        }
+        quantized += 1;
+    }
+    assert!(quantized > 10 && quantized < cases.len(), "{quantized} of {}", cases.len());
+    verify(&folder, &[]).ok();
+    verify(&folder, &["--against", folder.source().to_str().unwrap()]).ok();
+}
+
+fn verify(folder: &Folder, flags: &[&str]) -> Run {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_prequant"));
+    Run::of(command.arg("verify").arg(folder.destination()).args(flags))
+}
+
+#[test]
+fn int4_files_hold_the_references_bytes() {
+    for dtype in ["bf16", "f16", "f32"] {
+        check("int4", dtype, "128", &[]);
+        check("int4", dtype, "64", &["--group-size", "64"]);
+        check("int4", dtype, "32", &["--group-size", "32", "--max-shard-size", "3kB"]);
+    }
+}
+
+#[test]
+fn mxfp4_files_hold_the_references_bytes() {
+    for dtype in ["bf16", "f32"] {
+        check("mxfp4", dtype, "32", &[]);
+    }
+}
+
+#[test]
+fn nvfp4_files_hold_the_references_bytes() {
+    for dtype in ["bf16", "f16", "f32"] {
+        check("nvfp4", dtype, "16", &[]);
+    }
+}
+
+/// Names of modules, and the shard that each is in: those in a row share one global scale.
+const SETS: [&[(&str, usize)]; 7] = [
+    &[("self_attn.q_proj", 0), ("self_attn.k_proj", 1), ("self_attn.v_proj", 2)],
+    &[("self_attn.o_proj", 0)],
+    &[("mlp.experts.0.gate_proj", 2), ("mlp.experts.0.up_proj", 0)],
+    &[("mlp.experts.1.up_proj", 1), ("mlp.experts.1.gate_proj", 1)],
+    &[("mlp.experts.0.down_proj", 1)],
+    &[("mlp.experts.1.down_proj", 2)],
+    &[("mlp.shared_experts.gate_proj", 0), ("mlp.shared_experts.up_proj", 2)],
+];
+
+/// Among sets of all sizes, some longer than a chunk, in other shards than their partners.
+#[test]
+fn weights_that_are_put_together_share_a_global_scale() {
+    let (columns, mut shards) = (1024, vec![Vec::new(), Vec::new(), Vec::new()]);
+    let name = |layer: usize, module: &str| format!("model.layers.{layer}.{module}.weight");
+    let mut weights = BTreeMap::new();
+    for layer in 0..2 {
+        for (i, &(module, shard)) in SETS.concat().iter().enumerate() {
+            let rows = if module.ends_with("k_proj") { 2200 } else { 16 };
+            let mut weight = Tensor::random(&name(layer, module), Dtype::BF16, &[rows, columns]);
+            // Each with a largest element of its own.
+            weight.data[34..36].copy_from_slice(&half::bf16::from_f32(0.2 + 0.01 * i as f32).to_le_bytes());
+            weights.insert(weight.name.clone(), weight.clone());
+            shards[shard].push(weight);
+        }
+    }
+    let folder = Folder::new("deepseek_v3");
+    folder.write_shards(&shards);
+    let mut all = Vec::new();
+    for flags in [&[][..], &["--threads", "1"], &["--threads", "5", "--memory", "24MiB"]] {
+        folder.convert(&[&["--format", "nvfp4", "--max-shard-size", "700kB", "--force"], flags].concat()).ok();
+        all.push(contents(&folder.destination()));
+    }
+    assert!(all.iter().all(|files| *files == all[0]), "the same files, manifest included");
+    verify(&folder, &["--against", folder.source().to_str().unwrap()]).ok();
+    let found = read_tensors(&folder.destination());
+    let bf16 = FloatDtype::Bfloat16;
+    for (layer, set) in (0..2).flat_map(|layer| SETS.map(|set| (layer, set))) {
+        let absmax = |module: &str| scalar::absmax(&weights[&name(layer, module)].data, bf16).unwrap();
+        let largest = set.iter().map(|(module, _)| absmax(module)).fold(0.0, f32::max);
+        let global_scale = scalar::global_scale(largest, bf16);
+        for (module, _) in set {
+            let weight = name(layer, module);
+            let global = stored(&found, &format!("{weight}_global_scale"));
+            assert_eq!(global, (Dtype::F32, vec![1], global_scale.to_le_bytes().to_vec()), "{weight}");
+            let scheme = GroupScheme::Nvfp4 { global_scale };
+            let expected = groups::quantize(Kernel::SCALAR, &weights[&weight].data, bf16, columns, 16, scheme).unwrap();
+            assert!(stored(&found, &format!("{weight}_packed")).2 == expected.packed, "{weight}");
+            assert!(stored(&found, &format!("{weight}_scale")).2 == expected.scales, "{weight}");
+        }
+    }
+}
+
+/// More than one chunk of a tensor, and its last one short.
+#[test]
+fn large_weights_are_what_the_kernel_makes_of_them() {
+    let (rows, columns) = (1300, 4096);
+    let weight = Tensor::random(&linear(0), Dtype::BF16, &[rows, columns]);
+    let folder = Folder::new("llama");
+    folder.write("model.safetensors", serialize(std::slice::from_ref(&weight)));
+    for (format, scheme, group) in [("int4", GroupScheme::Int4, 128), ("mxfp4", GroupScheme::Mxfp4, 32)] {
+        let expected =
+            groups::quantize(Kernel::SCALAR, &weight.data, FloatDtype::Bfloat16, columns, group, scheme).unwrap();
+        let mut all = Vec::new();
+        for flags in [&[][..], &["--threads", "1"], &["--memory", "24MiB", "--threads", "3"]] {
+            folder.convert(&[&["--format", format, "--force"], flags].concat()).ok();
+            let found = read_tensors(&folder.destination());
+            assert!(stored(&found, &format!("{}_packed", linear(0))).2 == expected.packed, "{format}, {flags:?}");
+            assert!(stored(&found, &format!("{}_scale", linear(0))).2 == expected.scales, "{format}, {flags:?}");
+            all.push(contents(&folder.destination()));
+        }
+        assert!(all.iter().all(|files| *files == all[0]), "{format}: the same files, manifest included");
+        let manifest = folder.read_json("prequant.json");
+        let error = manifest["summary"]["statistics"]["relative_squared_error"].as_f64().unwrap();
+        assert!((0.002..0.05).contains(&error), "{format}: {error}");
+    }
+}
+
+/// Experts one by one, a router and weights of all kinds.
+fn moe() -> Vec<Tensor> {
+    let name = |end: &str| format!("model.layers.0.{end}.weight");
+    let mut tensors = vec![
+        Tensor::random("model.embed_tokens.weight", Dtype::BF16, &[32, 128]),
+        Tensor::random("lm_head.weight", Dtype::BF16, &[32, 128]),
+        Tensor::random("model.norm.weight", Dtype::BF16, &[128]),
+        Tensor::random(&name("mlp.gate"), Dtype::BF16, &[2, 128]),
+        Tensor::random(&name("self_attn.q_proj"), Dtype::BF16, &[64, 128]),
+        Tensor::random(&name("self_attn.o_proj"), Dtype::BF16, &[128, 72]),
+    ];
+    for e in 0..2 {
+        for projection in ["gate_proj", "up_proj", "down_proj"] {
+            tensors.push(Tensor::random(&name(&format!("mlp.experts.{e}.{projection}")), Dtype::BF16, &[128, 128]));
+        }
+    }
+    tensors
+}
+
+#[test]
+fn config_json_lists_exactly_the_linears_that_are_kept() {
+    let folder = Folder::new("qwen3_moe");
+    folder.write("model.safetensors", serialize(&moe()));
+    let ignored = |flags: &[&str]| {
+        folder.convert(&[&["--format", "int4", "--force"], flags].concat()).ok();
+        let config: Value = folder.read_json("config.json");
+        assert_eq!(config["experts_implementation"], Value::Null);
+        let quantization = &config["quantization_config"];
+        assert_eq!(quantization["quant_method"], "compressed-tensors");
+        assert_eq!(quantization["config_groups"]["W4A16"]["weights"]["group_size"], 128);
+        let mut list: Vec<String> = serde_json::from_value(quantization["ignore"].clone()).unwrap();
+        list.sort();
+        list
+    };
+    let layer = "model.layers.0";
+    let [gate, odd] = [format!("{layer}.mlp.gate"), format!("{layer}.self_attn.o_proj")];
+    let experts = format!("re:{}\\.mlp\\.experts\\..*", layer.replace('.', "\\."));
+    assert_eq!(ignored(&[]), ["lm_head", &gate, &odd]);
+    assert_eq!(ignored(&["--exclude", "experts"]), ["lm_head", &gate, &odd, &experts]);
+    let one = format!("{layer}.mlp.experts.1.up_proj");
+    assert_eq!(ignored(&["--exclude", r"experts\.1\.up"]), ["lm_head", &one, &gate, &odd]);
+    let manifest = folder.read_json("prequant.json");
+    let record = |name: &str| {
+        let of = |record: &&Value| record["sources"][0]["name"] == format!("{name}.weight");
+        manifest["tensors"].as_array().unwrap().iter().find(of).unwrap().clone()
+    };
+    assert_eq!(record(&odd)["reason"], "its 72 columns aren't whole groups of 128: kept in its dtype");
+    assert_eq!(manifest["recipe"]["group_size"], 128);
+    assert!(!folder.destination().join("README.md").exists());
+}
+
+#[test]
+fn options_of_other_formats_are_refused() {
+    let folder = Folder::new("qwen3_moe");
+    folder.write("model.safetensors", serialize(&moe()));
+    for (flags, word) in [
+        (&["--double-quant"][..], "--double-quant"),
+        (&["--nonfinite", "keep"], "--nonfinite"),
+        (&["--experts", "fuse"], "--experts fuse"),
+    ] {
+        folder.convert(&[&["--format", "mxfp4"], flags].concat()).fails(2, &[word, "nf4 and fp4"]);
+    }
+    folder.convert(&["--format", "int4", "--group-size", "96"]).fails(2, &["96"]);
+    assert!(!folder.destination().exists());
+}
+
+#[test]
+fn fused_experts_are_refused_by_name_and_can_be_kept() {
+    let name = "model.layers.0.mlp.experts.gate_up_proj";
+    let folder = Folder::new("qwen3_5_moe");
+    let tensors =
+        [Tensor::random(name, Dtype::BF16, &[2, 64, 128]), Tensor::random(&linear(0), Dtype::BF16, &[8, 128])];
+    folder.write("model.safetensors", serialize(&tensors));
+    folder.convert(&["--format", "int4"]).fails(3, &[name, "--exclude"]);
+    folder.convert(&["--format", "int4", "--exclude", "experts"]).ok();
+}
+
+#[test]
+fn what_was_converted_is_not_converted_again() {
+    let folder = Folder::new("qwen3_moe");
+    folder.write("model.safetensors", serialize(&moe()));
+    folder.convert(&["--format", "int4"]).ok();
+    let converted = folder.beside("source2");
+    std::fs::rename(folder.destination(), &converted).unwrap();
+    folder.convert_from(&converted, &["--experts", "fuse"]).fails(3, &["already quantized", "compressed-tensors"]);
+    folder.convert_from(&converted, &[]).fails(3, &["already quantized", "compressed-tensors"]);
+}
+
+#[test]
+fn a_nan_is_an_error_that_says_where() {
+    let folder = Folder::new("llama");
+    let mut weight = Tensor::random(&linear(0), Dtype::BF16, &[64, 128]);
+    weight.data[300..302].copy_from_slice(&half::bf16::NAN.to_le_bytes());
+    folder.write("model.safetensors", serialize(&[weight]));
+    folder.convert(&["--format", "int4"]).fails(3, &[&linear(0), "element 150"]);
+    folder.convert(&["--format", "mxfp4"]).fails(3, &[&linear(0), "element 150"]);
+    folder.convert(&["--format", "nvfp4"]).fails(3, &[&linear(0), "element 150"]);
+}
+
+#[test]
+fn a_dry_run_says_what_would_be_written() {
+    let folder = Folder::new("qwen3_moe");
+    folder.write("model.safetensors", serialize(&moe()));
+    let run = folder.convert(&["--format", "int4", "--dry-run"]).ok();
+    assert!(run.stdout.contains("int4 (group 128)"), "{}", run.stdout);
+    let json: Value =
+        serde_json::from_str(&folder.convert(&["--format", "int4", "--dry-run", "--json"]).ok().stdout).unwrap();
+    folder.convert(&["--format", "int4"]).ok();
+    let written = std::fs::metadata(folder.destination().join("model.safetensors")).unwrap().len();
+    assert_eq!(json["files"][0], json!({"name": "model.safetensors", "size": written, "tensors": moe().len()}));
+}
