@@ -19,7 +19,7 @@ use crate::manifest::{
 };
 use crate::model_card;
 use crate::pipeline::{self, Budget, FileOutcome, Limits, Means, Outcome, Progress, Staged, TensorOutcome};
-use crate::plan::{ExpertLayout, Plan, PlannedTensor, Recipe};
+use crate::plan::{ExpertLayout, Part, Plan, PlannedTensor, Recipe, input};
 use crate::relay::{self, Relay};
 use crate::resume;
 use crate::units::Bytes;
@@ -84,15 +84,18 @@ pub struct Conversion {
 /// When the source is no checkpoint or damaged, or the recipe doesn't fit it; or a GPU has too little memory free.
 pub fn plan(source: &Path, recipe: Recipe, mut options: Options) -> Result<Conversion> {
     let recipe_is_for_cpu = recipe.scheme().blocks().is_none();
-    let source = Source::open_any(source)?;
-    let (mut plan, relay) = match (source.check_not_quantized(), relay::manifest_of(&source.path)) {
-        (Ok(()), _) => (Plan::new(&source, recipe)?, None),
-        (Err(_), Some(manifest)) if manifest.recipe.scheme().blocks().is_some() => {
+    let source = Source::open(source)?;
+    let manifest = source.quantization().and_then(|_| relay::manifest_of(&source.path));
+    let (mut plan, relay) = match manifest.filter(|manifest| manifest.recipe.scheme().blocks().is_some()) {
+        None => {
+            input::check_quantization(&source, &recipe)?;
+            (Plan::new(&source, recipe)?, None)
+        }
+        Some(manifest) => {
             let (plan, relay) = Relay::new(&source, manifest, recipe)?;
             options.hash_source = true; // what is read must be what its manifest says
             (plan, Some(relay))
         }
-        (Err(error), _) => return Err(error),
     };
     if recipe_is_for_cpu && !options.device.gpus().is_empty() {
         plan.warnings.push("GPUs take nf4 and fp4 only: the processor quantizes to this format".to_owned());
@@ -370,9 +373,9 @@ fn tensor_record(source: &Source, tensor: &PlannedTensor, file: &str, outcome: T
 /// The tensors that it is made of, each once.
 fn source_tensors(source: &Source, tensor: &PlannedTensor) -> Vec<SourceTensorRecord> {
     let mut places: Vec<(usize, usize)> = Vec::new();
-    for part in &tensor.parts {
-        if !places.contains(&(part.file, part.tensor)) {
-            places.push((part.file, part.tensor));
+    for place in tensor.parts.iter().flat_map(Part::tensors) {
+        if !places.contains(&place) {
+            places.push(place);
         }
     }
     let record = |(file, tensor): (usize, usize)| {

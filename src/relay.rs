@@ -202,7 +202,7 @@ fn places(converted: &Source, plan: &Plan) -> Result<HashMap<String, Part>> {
     let mut places = HashMap::new();
     for (file, tensors) in converted.files.iter().enumerate() {
         for (tensor, info) in tensors.tensors.iter().enumerate() {
-            let part = Part { file, tensor, offset: info.offset, len: info.len, transposed: None };
+            let part = Part { file, tensor, offset: info.offset, len: info.len, matrix: None, coded: None };
             places.insert(info.name.clone(), part);
         }
     }
@@ -313,8 +313,11 @@ impl Copies<'_> {
         for &part in &tensor.parts {
             let mut covered = 0;
             for (run, skipped, len) in self.runs.of(part) {
-                if part.transposed.is_some() || run.part.transposed.is_some() {
+                if part.matrix.is_some() || run.part.matrix.is_some() {
                     return self.error(tensor, "one layout has it transposed".to_owned());
+                }
+                if part.coded.is_some() {
+                    return self.error(tensor, "its source was quantized itself".to_owned());
                 }
                 let block = recipe.block_size.get() as u64;
                 let (first, elements) = ((run.at + skipped) / dtype.size() as u64, len / dtype.size() as u64);

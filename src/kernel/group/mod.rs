@@ -10,7 +10,7 @@ mod vector;
 mod x86;
 
 use super::{Figures, Isa, Kernel, NonFinite};
-use crate::format::FloatDtype;
+use crate::format::{self, FloatDtype, GroupFormat, Layout};
 
 /// How a group's elements become codes and a scale.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -34,6 +34,18 @@ pub enum GroupScheme {
 }
 
 impl GroupScheme {
+    /// As `scheme` has it; `tensor_scale` is [`scalar::global_scale`] or [`scalar::scale_2`], for NVFP4.
+    pub fn new(scheme: &format::GroupScheme, tensor_scale: Option<f32>) -> GroupScheme {
+        let scale = tensor_scale.unwrap_or(1.0);
+        match (scheme.format, scheme.layout) {
+            (GroupFormat::Int4, _) => GroupScheme::Int4,
+            (GroupFormat::Int4Asym, _) => GroupScheme::Int4Asym,
+            (GroupFormat::Mxfp4, _) => GroupScheme::Mxfp4,
+            (GroupFormat::Nvfp4, Layout::Modelopt) => GroupScheme::Nvfp4ModelOpt { scale_2: scale },
+            (GroupFormat::Nvfp4, _) => GroupScheme::Nvfp4 { global_scale: scale },
+        }
+    }
+
     /// Whether codes are E2M1 floats, two a byte, and not integers, eight a little-endian i32.
     pub fn is_float(self) -> bool {
         !matches!(self, GroupScheme::Int4 | GroupScheme::Int4Asym)
