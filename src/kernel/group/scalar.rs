@@ -7,6 +7,7 @@ use half::{bf16, f16};
 
 use super::{GroupScheme, Groups};
 use crate::format::FloatDtype;
+use crate::kernel::float8::{e4m3_value, power_of_two};
 use crate::kernel::scalar::{LANES, Lanes, decode};
 use crate::kernel::{Figures, NonFinite};
 
@@ -201,19 +202,4 @@ fn e4m3(x: f32) -> u8 {
     let bits = x.to_bits();
     let rounded = bits + 0x7_ffff + (bits >> 20 & 1);
     ((rounded >> 20) - (120 << 3)) as u8
-}
-
-/// The value of an E4M3 float that isn't negative.
-#[inline(always)]
-fn e4m3_value(byte: u8) -> f32 {
-    match byte >> 3 {
-        0 => f32::from(byte) / 512.0,
-        exponent => f32::from_bits((u32::from(exponent) + 120) << 23 | u32::from(byte & 7) << 20),
-    }
-}
-
-/// The value of an E8M0 float: 2^(byte - 127).
-#[inline(always)]
-fn power_of_two(byte: u8) -> f32 {
-    if byte == 0 { f32::from_bits(1 << 22) } else { f32::from_bits(u32::from(byte) << 23) }
 }
