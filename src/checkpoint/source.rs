@@ -7,9 +7,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 
+use super::foreign::{self, Foreign};
 use super::index::Index;
 use super::side_files::{self, SideFile};
-use super::foreign::{self, Foreign};
 use super::{CONFIG_NAME, Config, Header, INDEX_NAME, Sha256Hash, TensorInfo};
 use crate::error::{Error, IoContext, Result};
 

@@ -7,6 +7,7 @@
 mod block_size;
 mod bnb;
 mod codebook;
+mod coding;
 mod compressed;
 mod dynamic_map;
 mod gpt_oss;
@@ -17,6 +18,7 @@ mod output;
 pub use block_size::BlockSize;
 pub use bnb::{NESTED_BLOCK_SIZE, ParsedQuantState, QuantState, quant_state_bytes, quant_state_len};
 pub use codebook::{Codebook, FP4, NF4};
+pub use coding::{Coding, ScaleDtype};
 pub use compressed::{ZERO_POINT_ROWS, shape_bytes};
 pub use dynamic_map::{DynamicMap, dynamic_map};
 pub use group::{GroupFormat, GroupScheme, GroupSize, Layout};

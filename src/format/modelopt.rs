@@ -18,3 +18,8 @@ pub fn output_tensors(scheme: &GroupScheme, shape: &[u64]) -> Vec<OutputTensor> 
         tensor(OutputKind::GlobalScale, "_scale_2", OutputDtype::F32, vec![]),
     ]
 }
+
+/// config.json's `quantization_config`; `ignore` are the modules left unquantized.
+pub fn quantization_config(ignore: &[String]) -> Value {
+    json!({"quant_method": "modelopt", "ignore": ignore})
+}

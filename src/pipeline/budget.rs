@@ -164,7 +164,10 @@ fn buffers_len(plan: &Plan, chunk: usize) -> u64 {
     let Capacity { source, packed, groups } = Capacity::new(plan, chunk);
     // Four figures, the scale as bytes, and a zero point that is packed into half a byte more.
     let group = 5 * size_of::<f32>() + 2;
-    (source + packed + groups * group) as u64
+    let decodes = plan.tensors.iter().flat_map(|tensor| &tensor.parts).any(|part| part.coded.is_some());
+    // Codes and scales take less than a byte and a quarter for each element.
+    let coded = if decodes { chunk + chunk / 4 } else { 0 };
+    (source + packed + groups * group + coded) as u64
 }
 
 /// What a thread's buffers must hold.

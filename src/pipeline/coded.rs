@@ -1,9 +1,8 @@
 //! Reading elements that stand in the file as codes and scales.
 
 use crate::error::Result;
-use crate::format::{Coding, NESTED_BLOCK_SIZE, ZERO_POINT_ROWS, dynamic_map};
-use crate::kernel::decode::{Row, decode};
-use crate::kernel::nested;
+use crate::format::{NESTED_BLOCK_SIZE, ZERO_POINT_ROWS};
+use crate::kernel::decode::{Row, decode, restore_absmax};
 use crate::plan::{Coded, Nested, Place};
 
 /// Codes and scales of a run; kept from run to run.
@@ -14,6 +13,7 @@ pub struct Scratch {
     zero_points: Vec<u8>,
     /// What scales and zero points are made of.
     raw: Vec<u8>,
+    nested: Vec<u8>,
 }
 
 /// Fills `into` with the elements from `first` on of a matrix whose codes begin at `codes`. `read` fills a slice with the
@@ -38,18 +38,19 @@ pub fn read(
     };
     scratch.read_scales(coded, first_scale, last_scale + 1, &mut read)?;
     scratch.read_zero_points(coded, first.0, last.0, &mut read)?;
+    let scale_len = coded.coding.scale_size(coded.dtype);
     let mut left = into;
     for row in first.0..=last.0 {
         let start = (row, if row == first.0 { first.1 } else { 0 });
         let count = (coded.columns - start.1).min((left.len() / size) as u64);
         let (here, rest) = left.split_at_mut(count as usize * size);
-        let point = (row - first.0) * per_row(coded) + start.1 / coded.group;
+        let point = (row - first.0) * coded.scales_of_row() + group_of(coded, start.1);
         decode(Row {
             coding: coded.coding,
             dtype: coded.dtype,
             first: start.1 as usize,
             codes: &scratch.codes[(code_at(coded, start) - begin) as usize..],
-            scales: &scratch.scales[(scale_at(coded, start) - first_scale) as usize * scale_len(coded)..],
+            scales: &scratch.scales[(scale_at(coded, start) - first_scale) as usize * scale_len..],
             zero_points: scratch.zero_points.get(point as usize..).unwrap_or_default(),
             into: here,
         });
@@ -60,21 +61,16 @@ pub fn read(
 
 /// The byte that holds an element's code, counted from the matrix's first.
 fn code_at(coded: &Coded, (row, column): (u64, u64)) -> u64 {
-    row * coded.row_len + if matches!(coded.coding, Coding::Fp8 { .. }) { column } else { column / 2 }
+    row * coded.row_len + coded.coding.code_byte(column as usize) as u64
 }
 
 /// The scale of an element, counted from the matrix's first.
 fn scale_at(coded: &Coded, (row, column): (u64, u64)) -> u64 {
-    row / coded.group_rows * per_row(coded) + column / coded.group
+    row / coded.group_rows * coded.scales_of_row() + group_of(coded, column)
 }
 
-fn per_row(coded: &Coded) -> u64 {
-    coded.columns.div_ceil(coded.group)
-}
-
-/// Bytes of a scale once it is no code any more.
-fn scale_len(coded: &Coded) -> usize {
-    if coded.nested.is_some() { size_of::<f32>() } else { coded.scale_len as usize }
+fn group_of(coded: &Coded, column: u64) -> u64 {
+    column / coded.coding.group() as u64
 }
 
 fn at(place: Place, offset: u64) -> Place {
@@ -94,22 +90,17 @@ impl Scratch {
         end: u64,
         read: &mut impl FnMut(Place, &mut [u8]) -> Result<()>,
     ) -> Result<()> {
-        let place = at(coded.scales, first * coded.scale_len);
-        let len = (end - first) * coded.scale_len;
+        let (place, len) = (at(coded.scales, first * coded.scale_len()), (end - first) * coded.scale_len());
         let Some(Nested { absmax, offset }) = coded.nested else {
             return fill(&mut self.scales, len, |bytes| read(place, bytes));
         };
-        fill(&mut self.raw, len, |bytes| read(place, bytes))?;
-        let codes = std::mem::take(&mut self.raw);
         let block = NESTED_BLOCK_SIZE as u64;
         let blocks = first / block..end.div_ceil(block);
-        fill(&mut self.raw, (blocks.end - blocks.start) * 4, |bytes| read(at(absmax, blocks.start * 4), bytes))?;
-        let nested: Vec<f32> =
-            self.raw.chunks_exact(4).map(|bytes| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])).collect();
-        self.scales.clear();
-        let of = |entry: u64| nested[(entry / block - blocks.start) as usize];
-        let restored = (first..end).zip(&codes).map(|(entry, &code)| nested::restore(code, of(entry), offset, dynamic_map()));
-        self.scales.extend(restored.flat_map(f32::to_le_bytes));
+        fill(&mut self.raw, len, |bytes| read(place, bytes))?;
+        let nested = (blocks.end - blocks.start) * 4;
+        fill(&mut self.nested, nested, |bytes| read(at(absmax, blocks.start * 4), bytes))?;
+        self.scales.resize(len as usize * size_of::<f32>(), 0);
+        restore_absmax(&self.raw, &self.nested, offset, first as usize, &mut self.scales);
         Ok(())
     }
 
@@ -123,7 +114,7 @@ impl Scratch {
     ) -> Result<()> {
         self.zero_points.clear();
         let Some(place) = coded.zero_points else { return Ok(()) };
-        let (groups, begin) = (per_row(coded), first / ZERO_POINT_ROWS);
+        let (groups, begin) = (coded.scales_of_row(), first / ZERO_POINT_ROWS);
         let words = last / ZERO_POINT_ROWS + 1 - begin;
         fill(&mut self.raw, words * groups * 4, |bytes| read(at(place, begin * groups * 4), bytes))?;
         for row in first..=last {

@@ -4,8 +4,8 @@ use super::files::Files;
 use super::scheduler::Done;
 use crate::error::Result;
 use crate::format::{
-    BlockScheme, FloatDtype, GroupFormat, GroupScheme, NESTED_BLOCK_SIZE, OutputKind, QuantState, Scheme, ZERO_POINT_ROWS,
-    dynamic_map, quant_state_bytes, shape_bytes,
+    BlockScheme, FloatDtype, GroupFormat, GroupScheme, NESTED_BLOCK_SIZE, OutputKind, QuantState, Scheme,
+    ZERO_POINT_ROWS, dynamic_map, quant_state_bytes, shape_bytes,
 };
 use crate::kernel::{Figures, nested};
 use crate::plan::PlannedTensor;

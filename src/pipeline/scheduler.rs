@@ -330,8 +330,8 @@ impl<'a> Scheduler<'a> {
         Some(Task::Chunk { tensor, offset, len: len as usize, tensor_scale })
     }
 
-    /// The global scale of a set, if all of its tensors are measured. Has that done otherwise, and for the set after it too,
-    /// so that no thread need wait.
+    /// The scale that a set's tensors share, if all of them are measured. Has that done otherwise, and for the set after it
+    /// too, so that no thread need wait.
     fn tensor_scale(&self, state: &mut State, set: usize) -> Option<f32> {
         let is_left = |set: &usize| {
             let mut files = self.plan.scale_sets[*set].iter().map(|&tensor| &state.files[self.file_of[tensor]]);
@@ -343,7 +343,7 @@ impl<'a> Scheduler<'a> {
         }
         let measured = state.sets.get(&set).filter(|set| set.tasks_left == 0)?;
         let dtype = self.plan.tensors[self.plan.scale_sets[set][0]].quantized_from()?;
-        Some(group::scalar::global_scale(measured.absmax, dtype))
+        Some(group::tensor_scale(self.plan.recipe.layout, measured.absmax, dtype))
     }
 
     /// Queues the reading of a set's tensors, once.

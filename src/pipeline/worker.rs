@@ -3,8 +3,8 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use super::files::{Files, open_source};
 use super::budget::Capacity;
+use super::files::{Files, open_source};
 use super::results::{GroupRun, Results};
 use super::ring::{Failed, Ring};
 use super::scheduler::{Done, Scheduler, Task};
@@ -137,7 +137,11 @@ impl<'j, 'a> Worker<'j, 'a> {
                 }
                 let ChunkOutputs { packed, scales, zero_points, figures } = outputs;
                 let mut results = Results { files, tensor, dtype, encoded };
-                results.grouped(&scheme, tensor_scale, &GroupRun { first_element, packed, scales, zero_points, figures })
+                results.grouped(
+                    &scheme,
+                    tensor_scale,
+                    &GroupRun { first_element, packed, scales, zero_points, figures },
+                )
             }
         }
     }

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::experts::{FAMILIES, Fusion};
-use super::layout;
 use super::input::expert_part;
+use super::layout;
 use super::{Decision, PlannedTensor, Role};
 use crate::checkpoint::Source;
 use crate::error::{Error, Result};

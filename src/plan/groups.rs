@@ -133,11 +133,15 @@ pub fn ignored(rules: &Rules, tensors: &[PlannedTensor], linear: &[bool], layout
     let quantized = tensors.iter().filter(|tensor| tensor.decision != Decision::Keep);
     let with_quantized: HashSet<String> = quantized.flat_map(names).filter_map(|module| container(&module)).collect();
     let mut seen = HashSet::new();
-    let kept = tensors.iter().zip(linear).filter(|(tensor, linear)| {
-        tensor.decision == Decision::Keep && (**linear || tensor.role.is_expert())
-    });
-    let entry = |module: String| match container(&module) {
-        Some(container) if !with_quantized.contains(&container) => format!("re:{}\\..*", container.replace('.', "\\.")),
+    let kept = tensors
+        .iter()
+        .zip(linear)
+        .filter(|(tensor, linear)| tensor.decision == Decision::Keep && (**linear || tensor.role.is_expert()));
+    let entry = |module: String| match (container(&module), layout) {
+        (Some(container), Layout::CompressedTensors) if !with_quantized.contains(&container) => {
+            format!("re:{}\\..*", container.replace('.', "\\."))
+        }
+        (Some(container), Layout::Modelopt) if !with_quantized.contains(&container) => format!("{container}*"),
         _ => module,
     };
     let mut entries: Vec<String> =

@@ -163,8 +163,9 @@ fn fp8(
     let scale_dtype = match scale.dtype {
         Dtype::F32 => ScaleDtype::F32,
         Dtype::Bf16 => ScaleDtype::Bf16,
-        Dtype::F8E8M0 | Dtype::U8 => ScaleDtype::E8m0,
-        other => return Err(format!("its scale {:?} is {other}: expected F32, BF16 or F8_E8M0", scale.name)),
+        Dtype::F8E8M0 => ScaleDtype::E8m0,
+        Dtype::U8 => ScaleDtype::U8,
+        other => return Err(format!("its scale {:?} is {other}: expected F32, BF16, F8_E8M0 or U8", scale.name)),
     };
     let &[ref outer @ .., rows, columns] = &info.shape[..] else {
         return Err(format!("FP8 with a shape of {:?}: expected a matrix", info.shape));
@@ -190,19 +191,7 @@ fn fp8(
         }
     };
     let coding = Coding::Fp8 { block: group as usize, scale: scale_dtype };
-    let scale_len = scale.dtype.bits() / 8;
-    let coded = Coded {
-        coding,
-        dtype,
-        columns,
-        row_len: columns,
-        group,
-        group_rows,
-        scales,
-        scale_len,
-        zero_points: None,
-        nested: None,
-    };
+    let coded = Coded { coding, dtype, columns, row_len: columns, group_rows, scales, zero_points: None, nested: None };
     decoded(info.name.clone(), info.shape.clone(), coded, place)
 }
 
@@ -228,21 +217,14 @@ fn mxfp4(
         }
     };
     if experts > MAX_EXPERTS || rows == 0 || groups == 0 {
-        return Err(format!("its shape is {:?}: more than {MAX_EXPERTS} experts, or none with an element", blocks.shape));
+        return Err(format!(
+            "its shape is {:?}: more than {MAX_EXPERTS} experts, or none with an element",
+            blocks.shape
+        ));
     }
     let columns = groups * 32;
-    let coded = Coded {
-        coding: Coding::Mxfp4,
-        dtype,
-        columns,
-        row_len: columns / 2,
-        group: 32,
-        group_rows: 1,
-        scales,
-        scale_len: 1,
-        zero_points: None,
-        nested: None,
-    };
+    let (coding, row_len) = (Coding::Mxfp4GptOss, columns / 2);
+    let coded = Coded { coding, dtype, columns, row_len, group_rows: 1, scales, zero_points: None, nested: None };
     let stored = decoded(name.to_owned(), vec![experts, rows, columns], coded, place)?;
     let parts = (0..experts).map(|expert| stored.expert(expert, experts).transposed([rows, columns])).collect();
     Ok(Input { shape: vec![experts, columns, rows], parts, ..stored })

@@ -57,14 +57,10 @@ pub struct Coded {
     pub columns: u64,
     /// Bytes of a row's codes.
     pub row_len: u64,
-    /// Columns that share a scale.
-    pub group: u64,
     /// Rows that share a scale.
     pub group_rows: u64,
     /// The scales: row by row, as many as a row has groups.
     pub scales: Place,
-    /// Bytes of a scale.
-    pub scale_len: u64,
     /// The zero points: integers that hold those of eight rows.
     pub zero_points: Option<Place>,
     /// How the scales are coded themselves: double quantization.
@@ -89,6 +85,18 @@ pub struct Place {
     pub tensor: usize,
     /// The file offset.
     pub offset: u64,
+}
+
+impl Coded {
+    /// Scales of a row.
+    pub fn scales_of_row(&self) -> u64 {
+        self.columns.div_ceil(self.coding.group() as u64)
+    }
+
+    /// Bytes of a scale as it is stored.
+    pub fn scale_len(&self) -> u64 {
+        if self.nested.is_some() { 1 } else { self.coding.scale_size(self.dtype) as u64 }
+    }
 }
 
 impl Part {
@@ -121,7 +129,7 @@ impl Part {
         let Some(coded) = self.coded else { return Part { offset: self.offset + number * len, len, ..*self } };
         let elements = len / coded.dtype.size() as u64;
         let rows = elements / coded.columns;
-        let scales = rows.div_ceil(coded.group_rows) * coded.columns.div_ceil(coded.group) * coded.scale_len;
+        let scales = rows.div_ceil(coded.group_rows) * coded.scales_of_row() * coded.scale_len();
         let scales = Place { offset: coded.scales.offset + number * scales, ..coded.scales };
         let coded = Coded { scales, ..coded };
         Part { offset: self.offset + number * rows * coded.row_len, len, coded: Some(coded), ..*self }

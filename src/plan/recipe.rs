@@ -3,9 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::format::{
-    BlockFormat, BlockScheme, BlockSize, Format, GroupFormat, GroupScheme, GroupSize, Layout, Scheme,
-};
+use crate::format::{BlockFormat, BlockScheme, BlockSize, Format, GroupFormat, GroupScheme, GroupSize, Layout, Scheme};
 
 /// The choices of a conversion.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

@@ -62,6 +62,15 @@ impl GroupScheme {
     }
 }
 
+/// NVFP4's scale of a tensor, or of all that share one, with this absmax: [`scalar::global_scale`], or [`scalar::scale_2`] in
+/// ModelOpt's layout.
+pub fn tensor_scale(layout: Layout, absmax: f32, dtype: FloatDtype) -> f32 {
+    match layout {
+        Layout::Modelopt => scalar::scale_2(absmax),
+        Layout::CompressedTensors | Layout::GptOss => scalar::global_scale(absmax, dtype),
+    }
+}
+
 /// What a kernel is given: whole rows of one matrix, and where they go.
 pub struct Groups<'a> {
     /// Elements as they stand in the file: little-endian, without any alignment.

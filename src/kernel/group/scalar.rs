@@ -63,6 +63,12 @@ pub fn global_scale(absmax: f32, dtype: FloatDtype) -> f32 {
     if scale.is_finite() { scale } else { 1.0 }
 }
 
+/// ModelOpt's scale of a tensor, or of all that share one, with this absmax: what brings the largest group's scale to E4M3's
+/// largest value.
+pub fn scale_2(absmax: f32) -> f32 {
+    absmax / (FP4_MAX * E4M3_MAX)
+}
+
 /// What a group's scale is chosen by.
 pub(super) struct Extent {
     /// The largest magnitude.
