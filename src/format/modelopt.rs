@@ -23,3 +23,8 @@ pub fn output_tensors(scheme: &GroupScheme, shape: &[u64]) -> Vec<OutputTensor> 
 pub fn quantization_config(ignore: &[String]) -> Value {
     json!({"quant_method": "modelopt", "ignore": ignore})
 }
+
+/// The content of [`CONFIG_NAME`].
+pub fn config_text(ignore: &[String]) -> String {
+    format!("{:#}\n", json!({"quantization": {"exclude_modules": ignore}}))
+}

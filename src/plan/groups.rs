@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 
 use super::input::Input;
 use super::rules::{Rules, Verdict};
+use super::split::MAX_EXPERTS;
 use super::{Decision, ExpertLayout, NonFinitePolicy, PlannedTensor, Recipe, Role, split};
 use crate::checkpoint::Source;
 use crate::error::{Error, Result};
@@ -114,16 +115,9 @@ fn check_gpt_oss(
         return error(format!("{}: in gpt-oss's layout all experts are quantized, or none", verdict.reason));
     }
     match input.shape[..] {
-        [_, columns, _] if columns.is_multiple_of(scheme.group_len(columns)) => Ok(()),
+        [experts, columns, _] if columns.is_multiple_of(scheme.group_len(columns)) && experts <= MAX_EXPERTS => Ok(()),
         _ => error(format!("its shape is {:?}: the second dimension must be whole groups of 32", input.shape)),
     }
-}
-
-/// An expert's matrices as gpt-oss's layout has them: what products sum over in rows, of which MXFP4's groups are.
-pub fn turned(input: Input) -> Input {
-    let &[experts, rows, columns] = &input.shape[..] else { return input };
-    let parts = (0..experts).map(|expert| input.expert(expert, experts).transposed([rows, columns])).collect();
-    Input { shape: vec![experts, columns, rows], parts, ..input }
 }
 
 /// The Linear modules that are kept: whole names, or a pattern for all experts of a layer if none is quantized.

@@ -27,6 +27,13 @@ pub struct Input {
 }
 
 impl Input {
+    /// With all experts' matrices transposed.
+    pub fn turned(self) -> Input {
+        let &[experts, rows, columns] = &self.shape[..] else { return self };
+        let parts = (0..experts).map(|expert| self.expert(expert, experts).transposed([rows, columns])).collect();
+        Input { shape: vec![experts, columns, rows], parts, ..self }
+    }
+
     /// Of a tensor of all experts, the part of one.
     pub fn expert(&self, expert: u64, experts: u64) -> Part {
         expert_part(&self.parts, expert, experts)
@@ -52,7 +59,7 @@ const INPUT_SCALES: [&str; 2] = [".activation_scale", ".input_scale"];
 pub fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
     let Some((path, Foreign { method, evidence })) = source.quantization() else { return Ok(()) };
     let has = |end: &str| source.tensors().any(|(_, info)| info.name.ends_with(end));
-    let (is_fp8, is_mxfp4) = (has(SCALE), has("_proj_blocks") && has("_proj_scales"));
+    let (is_fp8, is_mxfp4) = (has(SCALE) || method == "fp8", has("_proj_blocks") && has("_proj_scales"));
     let hint = match (is_fp8, is_mxfp4, recipe.dequantize_source) {
         (true, false, _) | (false, true, true) => return Ok(()),
         (false, true, false) => ", or decode it with --dequantize-source",
@@ -67,7 +74,7 @@ pub fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
 /// When a coded tensor's scales are missing, or don't fit.
 pub fn inputs(source: &Source, recipe: &Recipe) -> Result<Vec<Input>> {
     let places = Places::new(source);
-    let dtype = decoded_dtype(source);
+    let dtype = model_dtype(source);
     let mut beside: HashSet<(usize, usize)> = HashSet::new();
     let mut inputs = Vec::new();
     for (file, source_file) in source.files.iter().enumerate() {
@@ -80,7 +87,9 @@ pub fn inputs(source: &Source, recipe: &Recipe) -> Result<Vec<Input>> {
             let decoded = match (info.dtype, info.name.strip_suffix("_blocks")) {
                 (Dtype::F8E4M3, _) => match places.get(&format!("{}{SCALE}", info.name)) {
                     Some(scale) => Some(fp8(source, info, place, scale, dtype)),
-                    None => None,
+                    None => {
+                        return error(format!("it is F8_E4M3, and its scales (\"{}{SCALE}\") are missing", info.name));
+                    }
                 },
                 (Dtype::U8, Some(name)) if recipe.dequantize_source => match places.get(&format!("{name}_scales")) {
                     Some(scales) => Some(mxfp4(name, info, place, scales, dtype)),
@@ -108,7 +117,8 @@ pub fn inputs(source: &Source, recipe: &Recipe) -> Result<Vec<Input>> {
     Ok(inputs)
 }
 
-fn as_stored(info: &TensorInfo, place: Place) -> Input {
+/// A tensor as it is stored.
+pub fn as_stored(info: &TensorInfo, place: Place) -> Input {
     let Place { file, tensor, offset } = place;
     let part = Part { file, tensor, offset, len: info.len, matrix: None, coded: None };
     Input { name: info.name.clone(), dtype: info.dtype, shape: info.shape.clone(), parts: vec![part] }
@@ -132,7 +142,7 @@ impl<'a> Places<'a> {
 }
 
 /// The model's dtype by its config, which is what transformers decodes to; bf16 without one.
-fn decoded_dtype(source: &Source) -> FloatDtype {
+pub fn model_dtype(source: &Source) -> FloatDtype {
     let of = |values: &serde_json::Map<String, Value>| {
         let name = ["dtype", "torch_dtype"].iter().find_map(|key| values.get(*key)?.as_str())?;
         FloatDtype::from_torch_name(name)
@@ -225,9 +235,7 @@ fn mxfp4(
     let columns = groups * 32;
     let (coding, row_len) = (Coding::Mxfp4GptOss, columns / 2);
     let coded = Coded { coding, dtype, columns, row_len, group_rows: 1, scales, zero_points: None, nested: None };
-    let stored = decoded(name.to_owned(), vec![experts, rows, columns], coded, place)?;
-    let parts = (0..experts).map(|expert| stored.expert(expert, experts).transposed([rows, columns])).collect();
-    Ok(Input { shape: vec![experts, columns, rows], parts, ..stored })
+    Ok(decoded(name.to_owned(), vec![experts, rows, columns], coded, place)?.turned())
 }
 
 /// A tensor that is decoded in the order it is stored in.

@@ -28,7 +28,7 @@ pub use rules::Role;
 
 use crate::checkpoint::{CONFIG_NAME, Dtype, Source};
 use crate::error::{Error, Result};
-use crate::format::{FloatDtype, GroupFormat, GroupScheme, Layout, OutputKind, Scheme};
+use crate::format::{FloatDtype, GroupFormat, GroupScheme, Layout, OutputKind, Scheme, modelopt};
 use decide::Selection;
 use input::Input;
 use rules::{Rules, Verdict};
@@ -48,6 +48,8 @@ pub struct Plan {
     pub scale_sets: Vec<Vec<usize>>,
     /// The new config.json's text, if the source has one.
     pub config: Option<String>,
+    /// Files that the format has beside config.json: name and content.
+    pub side_files: Vec<(String, String)>,
     /// What the user should know before using the result; one sentence each.
     pub warnings: Vec<String>,
 }
@@ -170,7 +172,27 @@ impl Plan {
             Scheme::Groups(scheme) if scheme.format == GroupFormat::Nvfp4 => groups::scale_sets(&tensors),
             _ => Vec::new(),
         };
-        Ok(Plan { recipe, tensors, files, scale_sets, config, warnings })
+        let side_files = match &scheme {
+            Scheme::Groups(GroupScheme { layout: Layout::Modelopt, .. }) => {
+                vec![(modelopt::CONFIG_NAME.to_owned(), modelopt::config_text(&kept_modules))]
+            }
+            _ => Vec::new(),
+        };
+        Ok(Plan { recipe, tensors, files, scale_sets, config, side_files, warnings })
+    }
+
+    /// Plans the writing of `inputs` as they are, decoded; `recipe` tells how large files may be.
+    pub fn decoded(recipe: Recipe, inputs: Vec<Input>, config: Option<String>) -> Plan {
+        let keep = |input: Input| {
+            let is_coded = input.parts.iter().any(|part| part.coded.is_some());
+            let reason = if is_coded { "decoded" } else { "copied" };
+            let verdict = Verdict { role: Role::Unknown, quantize: false, linear: false, reason: reason.into() };
+            PlannedTensor::new((input, verdict, Decision::Keep), &recipe.scheme())
+        };
+        let mut tensors: Vec<PlannedTensor> = inputs.into_iter().map(keep).collect();
+        let files = layout::lay_out(&mut tensors, recipe.max_shard_size);
+        let (scale_sets, side_files, warnings) = Default::default();
+        Plan { recipe, tensors, files, scale_sets, config, side_files, warnings }
     }
 
     /// Bytes of the files of weights.
@@ -229,7 +251,8 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
         Scheme::Blocks(_) => Ok(decided),
         Scheme::Groups(GroupScheme { layout: Layout::GptOss, .. }) => {
             let turned = decided.into_iter().map(|(input, verdict, decision)| match decision {
-                Decision::Quantize(_) => (groups::turned(input), verdict, decision),
+                // What products sum over in rows, of which MXFP4's groups are.
+                Decision::Quantize(_) => (input.turned(), verdict, decision),
                 Decision::Keep => (input, verdict, decision),
             });
             Ok(turned.collect())
