@@ -1,7 +1,7 @@
 //! Group quantization: 4-bit formats with one scale for each run of consecutive columns of a row.
 //!
 //! Rules and rounding are those of llm-compressor 0.14.0.1 with compressed-tensors 0.19.0 on a CPU, which the golden tests
-//! hold; ModelOpt's for [`GroupScheme::Nvfp4ModelOpt`]. [`scalar`] is the specification.
+//! hold; ModelOpt 0.47.0's for [`GroupScheme::Nvfp4ModelOpt`]. [`scalar`] is the specification.
 
 pub mod scalar;
 #[cfg(target_arch = "x86_64")]
@@ -26,7 +26,7 @@ pub enum GroupScheme {
     },
     /// The same values as ModelOpt arrives at them: times an E4M3 scale, times `scale_2`.
     Nvfp4ModelOpt {
-        /// The tensor's absmax over 6 · 448.
+        /// The tensor's absmax over 6 · 448; see [`scalar::scale_2`].
         scale_2: f32,
     },
     /// E2M1 floats times a power of two (E8M0).

@@ -63,10 +63,13 @@ pub fn global_scale(absmax: f32, dtype: FloatDtype) -> f32 {
     if scale.is_finite() { scale } else { 1.0 }
 }
 
-/// ModelOpt's scale of a tensor, or of all that share one, with this absmax: what brings the largest group's scale to E4M3's
-/// largest value.
+/// ModelOpt's scale of scales, `weight_scale_2`, of a tensor, or of all that share one, with this absmax: the inverse of what
+/// [`global_scale`] aims at, in f32 whatever the dtype.
+///
+/// ModelOpt's own is 0 when nothing is left of the quotient, and the scales of groups of zeros are then NaN. Not so here.
 pub fn scale_2(absmax: f32) -> f32 {
-    absmax / (FP4_MAX * E4M3_MAX)
+    let scale = absmax / (FP4_MAX * E4M3_MAX);
+    if scale > 0.0 { scale } else { 1.0 }
 }
 
 /// What a group's scale is chosen by.
@@ -140,8 +143,9 @@ impl Chosen {
                 Chosen { stored: Stored::Byte(byte), scale: e4m3_value(byte) / global_scale, zero_point: 0.0 }
             }
             GroupScheme::Nvfp4ModelOpt { scale_2 } => {
+                // 0 for a group of zeros, or for one so small beside the tensor that nothing is left of the quotient.
                 let wanted = absmax / (FP4_MAX * scale_2);
-                let byte = e4m3(if absmax == 0.0 { 1.0 } else { wanted.clamp(1.0 / 512.0, E4M3_MAX) });
+                let byte = e4m3(if wanted == 0.0 { 1.0 } else { wanted.clamp(1.0 / 512.0, E4M3_MAX) });
                 Chosen { stored: Stored::Byte(byte), scale: e4m3_value(byte) * scale_2, zero_point: 0.0 }
             }
             GroupScheme::Mxfp4 => {
