@@ -174,7 +174,7 @@ impl Scheme {
             Scheme::Blocks(scheme) => bnb::quantization_config(scheme, compute_dtype, kept),
             Scheme::Groups(scheme) => match scheme.layout {
                 Layout::CompressedTensors => compressed::quantization_config(scheme, kept),
-                Layout::Modelopt => modelopt::quantization_config(kept),
+                Layout::Modelopt => modelopt::quantization_config(scheme, kept),
                 Layout::GptOss => gpt_oss::quantization_config(kept),
             },
         }

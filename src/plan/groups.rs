@@ -126,11 +126,12 @@ pub fn ignored(rules: &Rules, tensors: &[PlannedTensor], linear: &[bool], layout
     let names = |tensor: &PlannedTensor| rules.module_names(&tensor.name).into_iter();
     let quantized = tensors.iter().filter(|tensor| tensor.decision != Decision::Keep);
     let with_quantized: HashSet<String> = quantized.flat_map(names).filter_map(|module| container(&module)).collect();
+    // ModelOpt lists them too.
+    let listed = |tensor: &PlannedTensor| layout == Layout::Modelopt && tensor.role == Role::Embedding;
     let mut seen = HashSet::new();
-    let kept = tensors
-        .iter()
-        .zip(linear)
-        .filter(|(tensor, linear)| tensor.decision == Decision::Keep && (**linear || tensor.role.is_expert()));
+    let kept = tensors.iter().zip(linear).filter(|(tensor, linear)| {
+        tensor.decision == Decision::Keep && (**linear || tensor.role.is_expert() || listed(tensor))
+    });
     let entry = |module: String| match (container(&module), layout) {
         (Some(container), Layout::CompressedTensors) if !with_quantized.contains(&container) => {
             format!("re:{}\\..*", container.replace('.', "\\."))
@@ -145,12 +146,20 @@ pub fn ignored(rules: &Rules, tensors: &[PlannedTensor], linear: &[bool], layout
             entries.push(module.to_owned());
         }
     }
+    if layout == Layout::Modelopt {
+        entries.sort();
+    }
     entries
 }
 
 /// Linears that clients put together, which must then have one global scale: names of modules beside each other.
-const TOGETHER: &[&[&str]] =
-    &[&["q_proj", "k_proj", "v_proj"], &["gate_proj", "up_proj"], &["w1", "w3"], &["wq_a", "wkv_a_with_mqa"]];
+const TOGETHER: &[&[&str]] = &[
+    &["q_proj", "k_proj", "v_proj"],
+    &["gate_proj", "up_proj"],
+    &["w1", "w3"],
+    &["wq_a", "wkv_a_with_mqa"],
+    &["q_a_proj", "kv_a_proj_with_mqa"],
+];
 
 /// The quantized tensors by what shares a global scale, in the order of each set's first: of an expert or a dense MLP, gate and
 /// up; of attention, query, key and value; all others alone.
