@@ -180,6 +180,15 @@ impl Scheme {
         }
     }
 
+    /// The key of [`Scheme::quantization_config`] that lists what is kept.
+    pub fn kept_modules_key(&self) -> &'static str {
+        match self {
+            Scheme::Blocks(_) => "llm_int8_skip_modules",
+            Scheme::Groups(scheme) if scheme.layout == Layout::GptOss => "modules_to_not_convert",
+            Scheme::Groups(_) => "ignore",
+        }
+    }
+
     /// The tensors that a weight of `shape` becomes.
     pub fn output_tensors(&self, dtype: FloatDtype, shape: &[u64]) -> Vec<OutputTensor> {
         match self {

@@ -6,7 +6,7 @@ pub mod architectures;
 mod decide;
 pub mod experts;
 mod fuse;
-mod groups;
+pub mod groups;
 pub mod input;
 mod layout;
 mod part;
