@@ -253,6 +253,13 @@ def renamed(checkpoint: Checkpoint, name: str, drop: bool = True) -> str | None:
     return name
 
 
+def layer_name(checkpoint: Checkpoint, module: str, quantized: set[str]) -> str | None:
+    """A module's name in vLLM, by that of its weight; None if it isn't loaded."""
+    last = ".weight_packed" if module in quantized and not checkpoint.modelopt else ".weight"
+    name = renamed(checkpoint, module + last)
+    return name and name.removesuffix(last)
+
+
 def together(checkpoint: Checkpoint, name: str) -> str:
     """The vLLM layer that a Linear becomes part of."""
     for part, into in checkpoint.model["stacked"].items():
@@ -311,10 +318,9 @@ def check_layers(checkpoint: Checkpoint) -> None:
     layers: dict[str, list[str]] = {}
     experts: dict[str, dict[tuple[int, str], str]] = {}
     for module in sorted(quantized | set(kept_modules(checkpoint))):
-        weight = renamed(checkpoint, f"{module}.weight")
-        if weight is None:
+        name = layer_name(checkpoint, module, quantized)
+        if name is None:
             continue
-        name = weight.removesuffix(".weight")
         one = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)", name)
         if one:
             experts.setdefault(one[1], {})[int(one[2]), one[3]] = module
@@ -323,7 +329,7 @@ def check_layers(checkpoint: Checkpoint) -> None:
         else:
             layers.setdefault(together(checkpoint, name), []).append(module)
     for layer, members in layers.items():
-        name = layer if len(members) > 1 else (renamed(checkpoint, f"{members[0]}.weight") or "").removesuffix(".weight")
+        name = layer if len(members) > 1 else layer_name(checkpoint, members[0], quantized) or layer
         check_together(checkpoint, name, members, quantized)
         check_listed(checkpoint, name, [members[0] in quantized], [listed(checkpoint, name, patterns)])
     for container, parts in experts.items():
@@ -386,6 +392,10 @@ def check_shared(checkpoint: Checkpoint, layer: str, members: list[str]) -> None
 
 
 def check_listed(checkpoint: Checkpoint, layer: str, is_quantized: list[bool], is_listed: list[bool]) -> None:
+    if layer.rpartition(".")[2] in checkpoint.model["never"]:
+        if any(is_quantized):
+            checkpoint.problems.append(f"{layer} is quantized, but vLLM never quantizes it")
+        return
     if any(is_quantized) and any(is_listed):
         checkpoint.problems.append(f"{layer} is quantized, but config.json says that it isn't")
     if not all(is_quantized) and not all(is_listed):
@@ -567,7 +577,9 @@ def double(header: dict, name: str, data: bytearray) -> None:
 
 def unlist(folder: Path) -> bool:
     """Takes the last Linear that isn't a head off the list, under all its names."""
+    never = VLLM["models"][json.loads((folder / "config.json").read_text())["architectures"][0]]["never"]
     matrices = [name.removesuffix(".weight") for name, tensor in headers(folder) if len(tensor.shape) == 2]
+    matrices = [name for name in matrices if name.rpartition(".")[2] not in never]
 
     def change(quantization: dict) -> bool:
         for key in ("ignore", "exclude_modules"):

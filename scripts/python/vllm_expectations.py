@@ -9,7 +9,8 @@ Nothing of vLLM is imported or run: facts are taken from the syntax tree, and a 
 formats   which quantization_config selects the format ("select"), and the tensors beside a Linear's and an expert's name, with
           dtype and shape: R rows, C columns, G columns of a group, E experts, I and H an expert's inner and outer size
 models    by architecture: Linears that one layer is made of ("stacked"), what the ignore list knows of that ("packed", and
-          "packed_if" where a condition decides), how names become vLLM's ("prefix", "substr", "suffix"), experts' names
+          "packed_if" where a condition decides), how names become vLLM's ("prefix", "substr", "suffix"), experts' names, and
+          Linears that are never quantized
 fused     all sets of Linears that become one layer in any of its models, and in which files
 
 "at" is the file, below vllm/model_executor/, and line.
@@ -431,6 +432,19 @@ class Models:
                 pairs |= {row[1]: row[0] for row in rows if len(row) == 3 and isinstance(row[0], str) and row[1] != row[0]}
         return pairs
 
+    def never(self, path: str) -> list[str]:
+        """Linears that a file gives no quantization, whatever config.json says: by their last names."""
+        given: dict[str, set[bool]] = {}
+        for node in ast.walk(self.source.tree(path)):
+            words = {word.arg: word.value for word in node.keywords} if isinstance(node, ast.Call) else {}
+            prefix = words.get("prefix")
+            if ast.unparse(getattr(node, "func", ast.Pass())).endswith("Linear") and isinstance(prefix, ast.JoinedStr):
+                last = str(getattr(prefix.values[-1], "value", "")).rpartition(".")[2]
+                config = words.get("quant_config")
+                unquantized = config is None or (isinstance(config, ast.Constant) and config.value is None)
+                given.setdefault(last, set()).add(unquantized)
+        return sorted(last for last, states in given.items() if states == {True})
+
     def described(self, path: str, name: str) -> dict:
         """An architecture's row."""
         found = self.owner(path, name)
@@ -456,6 +470,7 @@ class Models:
             "substr": mapper.get("substr", {}),
             "suffix": mapper.get("suffix", {}),
             "experts": [gate, up, down],
+            "never": self.never(path),
             "at": f"{path}:{owner.lineno}",
         }
 
