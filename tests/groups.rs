@@ -320,6 +320,16 @@ fn config_json_lists_exactly_the_linears_that_are_kept() {
 }
 
 #[test]
+fn a_mix_that_vllm_does_not_read_is_warned_of() {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/tiny-qwen3-moe");
+    let folder = Folder::new("qwen3_moe");
+    let run = folder.convert_from(&fixture, &["--format", "int4"]).ok();
+    assert!(run.stderr.contains("--group-size 64") && run.stderr.contains("vLLM"), "{}", run.stderr);
+    let run = folder.convert_from(&fixture, &["--format", "int4", "--group-size", "64", "--force"]).ok();
+    assert!(!run.stderr.contains("warning"), "{}", run.stderr);
+}
+
+#[test]
 fn options_of_other_formats_are_refused() {
     let folder = Folder::new("qwen3_moe");
     folder.write("model.safetensors", serialize(&moe()));

@@ -97,6 +97,27 @@ pub fn check(
     keep(verdict, format!("its {columns} columns aren't whole groups of {group}: kept in its dtype").into())
 }
 
+/// What is to be known of experts of which only some have whole groups.
+pub fn warning(recipe: &Recipe, tensors: &[PlannedTensor]) -> Option<String> {
+    let Scheme::Groups(scheme) = recipe.scheme() else { return None };
+    let experts = || tensors.iter().filter(|tensor| tensor.role == Role::ExpertLinear);
+    let group = |tensor: &PlannedTensor| scheme.group_len(tensor.columns());
+    let kept = experts().find(|tensor| !tensor.columns().is_multiple_of(group(tensor)))?;
+    if experts().all(|tensor| tensor.decision == Decision::Keep) {
+        return None;
+    }
+    let smaller = [64, 32].into_iter().find(|size| scheme.is_integer() && kept.columns().is_multiple_of(*size));
+    let hint = smaller.map_or(String::new(), |size| format!("; --group-size {size} takes all of them"));
+    Some(format!(
+        "experts such as {:?} stay in {}, for {} columns aren't whole groups of {}, and vLLM doesn't read layers of which \
+         some experts' matrices are quantized and others aren't{hint}",
+        kept.name,
+        kept.dtype,
+        kept.columns(),
+        group(kept),
+    ))
+}
+
 /// Its loader takes all experts for MXFP4.
 fn check_gpt_oss(
     source: &Source,
@@ -176,6 +197,8 @@ const TOGETHER: &[&[&str]] = &[
     &["w1", "w3"],
     &["wq_a", "wkv_a_with_mqa"],
     &["q_a_proj", "kv_a_proj_with_mqa"],
+    &["in_proj_qkv", "in_proj_z"],
+    &["in_proj_b", "in_proj_a"],
 ];
 
 /// The quantized tensors by what shares a global scale, in the order of each set's first: of an expert or a dense MLP, gate and

@@ -376,6 +376,7 @@ fn warnings(
             );
         }
     }
+    warnings.extend(groups::warning(recipe, tensors));
     if tensors.iter().any(|tensor| tensor.dtype == Dtype::F64) {
         warnings.push("it has F64 tensors, which are copied as they are".to_owned());
     }
