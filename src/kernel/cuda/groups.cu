@@ -119,7 +119,8 @@ template <Dtype D, Scheme S> __device__ __forceinline__ u32 encode(float t, cons
         if (S == INT4_ASYM) shifted = rounded<D>(__fadd_rn(shifted, chosen.zero_point));
         // The last place of 1.5 * 2^23 is 1: adding it, and 8, rounds to an integer and leaves the code in the lowest bits.
         const float sum = __fadd_rn(fminf(fmaxf(shifted, -8.0f), 7.0f), 12582920.0f);
-        value = __fsub_rn(__fsub_rn(sum, 12582920.0f), chosen.zero_point);
+        value = __fsub_rn(sum, 12582920.0f);
+        if (S == INT4_ASYM) value = __fsub_rn(value, chosen.zero_point);
         return __float_as_uint(sum) & 15;
     }
     const float wanted = S == MXFP4 ? rounded<D>(t) : t;
