@@ -1,7 +1,7 @@
 //! Converting a checkpoint: open, plan, execute, seal.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::thread;
@@ -19,7 +19,7 @@ use crate::manifest::{
 };
 use crate::model_card;
 use crate::pipeline::{self, Budget, FileOutcome, Limits, Means, Outcome, Progress, Staged, TensorOutcome};
-use crate::plan::{ExpertLayout, Plan, PlannedTensor, Recipe};
+use crate::plan::{ExpertLayout, Part, Plan, PlannedTensor, Recipe, input};
 use crate::relay::{self, Relay};
 use crate::resume;
 use crate::units::Bytes;
@@ -73,6 +73,8 @@ pub struct Conversion {
     pub options: Options,
     /// What it comes to, if the source is a converted checkpoint whose experts are laid out anew.
     relay: Option<Relay>,
+    /// The manifest of the source, if it is a converted checkpoint that is decoded.
+    dequantized: Option<Manifest>,
 }
 
 /// Opens `source` and plans its conversion; reads headers only, and writes nothing.
@@ -84,15 +86,18 @@ pub struct Conversion {
 /// When the source is no checkpoint or damaged, or the recipe doesn't fit it; or a GPU has too little memory free.
 pub fn plan(source: &Path, recipe: Recipe, mut options: Options) -> Result<Conversion> {
     let recipe_is_for_cpu = recipe.scheme().blocks().is_none();
-    let source = Source::open_any(source)?;
-    let (mut plan, relay) = match (source.check_not_quantized(), relay::manifest_of(&source.path)) {
-        (Ok(()), _) => (Plan::new(&source, recipe)?, None),
-        (Err(_), Some(manifest)) if manifest.recipe.scheme().blocks().is_some() => {
+    let source = Source::open(source)?;
+    let manifest = source.quantization().and_then(|_| relay::manifest_of(&source.path));
+    let (mut plan, relay) = match manifest.filter(|manifest| manifest.recipe.scheme().blocks().is_some()) {
+        None => {
+            input::check_quantization(&source, &recipe)?;
+            (Plan::new(&source, recipe)?, None)
+        }
+        Some(manifest) => {
             let (plan, relay) = Relay::new(&source, manifest, recipe)?;
             options.hash_source = true; // what is read must be what its manifest says
             (plan, Some(relay))
         }
-        (Err(error), _) => return Err(error),
     };
     if recipe_is_for_cpu && !options.device.gpus().is_empty() {
         plan.warnings.push("GPUs take nf4 and fp4 only: the processor quantizes to this format".to_owned());
@@ -102,7 +107,7 @@ pub fn plan(source: &Path, recipe: Recipe, mut options: Options) -> Result<Conve
     let gpus = options.device.gpus().len();
     let budget = Budget::new(&plan, Limits { memory, threads, gpus, device_memory })?;
     check_device_memory(&options.device, &budget)?;
-    Ok(Conversion { source, plan, budget, options, relay })
+    Ok(Conversion { source, plan, budget, options, relay, dequantized: None })
 }
 
 /// Whether every GPU has its share of the ring's memory free.
@@ -119,6 +124,13 @@ fn check_device_memory(device: &Device, budget: &Budget) -> Result<()> {
 }
 
 impl Conversion {
+    /// The decoding of a converted checkpoint, by a plan that decodes.
+    pub(crate) fn dequantize(source: Source, plan: Plan, manifest: Manifest, options: Options) -> Result<Conversion> {
+        let Options { memory, threads, device_memory, .. } = options;
+        let budget = Budget::new(&plan, Limits { memory, threads, gpus: 0, device_memory })?;
+        Ok(Conversion { source, plan, budget, options, relay: None, dequantized: Some(manifest) })
+    }
+
     /// The tensors of the source and what becomes of them. It is `plan`, unless that only copies a converted checkpoint's
     /// parts to their new places.
     pub fn decisions(&self) -> &Plan {
@@ -200,6 +212,39 @@ impl Conversion {
         destination: &Path,
         progress: &dyn Progress,
     ) -> Result<Manifest> {
+        self.carry_out(disk, interrupt, destination, progress, |staging, files, outcome| {
+            let manifest = self.finish(staging, files, outcome)?;
+            Ok((published_names(&manifest), manifest))
+        })
+    }
+
+    /// Writes the files that a decoding gives, and SHA256SUMS; returns what was written. As [`Conversion::execute_on`] otherwise.
+    ///
+    /// # Errors
+    /// Those of reading and writing; [`Error::Interrupted`]; when the source isn't what its manifest says.
+    pub fn dequantize_on(
+        &self,
+        disk: &dyn Disk,
+        interrupt: &AtomicBool,
+        destination: &Path,
+        progress: &dyn Progress,
+    ) -> Result<Vec<FileRecord>> {
+        self.carry_out(disk, interrupt, destination, progress, |staging, files, _| {
+            write_sums(staging, files.iter())?;
+            let names = files.iter().map(|file| file.name.clone()).chain([SUMS_NAME.to_owned()]).collect();
+            Ok((names, files))
+        })
+    }
+
+    /// Writes all files to a staging folder, has `finish` add what it will and say what is published, and publishes it.
+    fn carry_out<T>(
+        &self,
+        disk: &dyn Disk,
+        interrupt: &AtomicBool,
+        destination: &Path,
+        progress: &dyn Progress,
+        finish: impl FnOnce(&Staging, Vec<FileRecord>, Outcome) -> Result<(Vec<String>, T)>,
+    ) -> Result<T> {
         let Options { ref device, hash_source, force, .. } = self.options;
         Staging::check(destination, &self.source.path, force)?;
         if !destination.join(STAGING_NAME).exists() {
@@ -208,10 +253,10 @@ impl Conversion {
         let staging = Staging::take(destination, &self.source.path, force)?;
         let means = Means { device, budget: self.budget, hash_source, disk, interrupt, progress };
         let files = self.write_files(&staging, means);
-        match files.and_then(|(files, outcome)| self.finish(&staging, files, outcome)) {
-            Ok(manifest) => {
-                staging.publish(&published_names(&manifest))?;
-                Ok(manifest)
+        match files.and_then(|(files, outcome)| finish(&staging, files, outcome)) {
+            Ok((names, result)) => {
+                staging.publish(&names)?;
+                Ok(result)
             }
             Err(error) => {
                 // Another job's files are not ours to tidy.
@@ -226,7 +271,8 @@ impl Conversion {
     /// Weights, side files, config.json and index, in the staging folder.
     fn write_files(&self, staging: &Staging, means: Means<'_>) -> Result<(Vec<FileRecord>, Outcome)> {
         let (source, plan) = (&self.source, &self.plan);
-        let resumed = Job::new(source, &plan.recipe).take_up(staging, self.options.restart)?;
+        let job = Job::new(source, &plan.recipe, self.dequantized.is_some());
+        let resumed = job.take_up(staging, self.options.restart)?;
         staging.remove_partial();
         let weights = plan.files.iter().map(|file| file.name.as_str());
         let names: Vec<&str> = weights.chain(source.side_files.iter().map(|file| file.name.as_str())).collect();
@@ -250,7 +296,9 @@ impl Conversion {
             (outcome, side_files.join().unwrap_or(Err(Error::Stopped)))
         });
         let outcome = outcome?;
-        self.relay.as_ref().map_or(Ok(()), |relay| relay.check_source(source, &outcome))?;
+        if let Some(manifest) = self.relay.as_ref().map(|relay| &relay.manifest).or(self.dequantized.as_ref()) {
+            relay::check_source(source, manifest, &outcome)?;
+        }
         let mut files = side_files?;
         files.extend(plan.files.iter().zip(&outcome.files).map(|(file, sha256)| FileRecord {
             name: file.name.clone(),
@@ -271,9 +319,7 @@ impl Conversion {
     fn finish(&self, staging: &Staging, files: Vec<FileRecord>, outcome: Outcome) -> Result<Manifest> {
         let manifest = self.manifest(files, outcome);
         let record = write(staging, MANIFEST_NAME, |file| manifest.write_json(file))?;
-        let all = manifest.files.iter().chain([&record]);
-        let sums = sha256_sums(all.map(|file| (file.name.as_str(), file.sha256)));
-        staging.write(SUMS_NAME, |file| file.write_all(sums.as_bytes()))?;
+        write_sums(staging, manifest.files.iter().chain([&record]))?;
         Ok(manifest)
     }
 
@@ -370,9 +416,9 @@ fn tensor_record(source: &Source, tensor: &PlannedTensor, file: &str, outcome: T
 /// The tensors that it is made of, each once.
 fn source_tensors(source: &Source, tensor: &PlannedTensor) -> Vec<SourceTensorRecord> {
     let mut places: Vec<(usize, usize)> = Vec::new();
-    for part in &tensor.parts {
-        if !places.contains(&(part.file, part.tensor)) {
-            places.push((part.file, part.tensor));
+    for place in tensor.parts.iter().flat_map(Part::tensors) {
+        if !places.contains(&place) {
+            places.push(place);
         }
     }
     let record = |(file, tensor): (usize, usize)| {
@@ -385,6 +431,11 @@ fn source_tensors(source: &Source, tensor: &PlannedTensor) -> Vec<SourceTensorRe
 
 fn output_names(tensor: &PlannedTensor) -> impl Iterator<Item = String> {
     tensor.outputs.iter().map(|output| format!("{}{}", tensor.name, output.suffix))
+}
+
+fn write_sums<'a>(staging: &Staging, files: impl Iterator<Item = &'a FileRecord>) -> Result<()> {
+    let sums = sha256_sums(files.map(|file| (file.name.as_str(), file.sha256)));
+    staging.write(SUMS_NAME, |file| file.write_all(sums.as_bytes())).map(|_| ())
 }
 
 /// All files of the checkpoint.
@@ -402,11 +453,12 @@ fn write(
     Ok(FileRecord { name: name.to_owned(), size, sha256 })
 }
 
-/// Copies what lies beside the weights, as it is; the model card gets its addition.
+/// Copies what lies beside the weights, as it is; the model card may be another.
 fn copy_side_files(conversion: &Conversion, staging: &Staging) -> Result<Vec<FileRecord>> {
     let mut buffer = vec![0; 1 << 16];
-    let addition = model_card::addition(&conversion.source, &conversion.plan);
+    let card = model_card::changed(&conversion.source, &conversion.plan, conversion.dequantized.is_some())?;
     let files = conversion.source.side_files.iter();
+    let files = files.filter(|side| card.is_none() || side.name != model_card::NAME);
     let mut records: Vec<FileRecord> = files
         .map(|side| {
             let to = staging.path(&side.name);
@@ -416,19 +468,17 @@ fn copy_side_files(conversion: &Conversion, staging: &Staging) -> Result<Vec<Fil
             let mut from = File::open(&side.path).at(&side.path, "open it")?;
             let mut copy =
                 File::options().read(true).write(true).create(true).truncate(true).open(&to).at(&to, "create it")?;
-            let mut size = io::copy(&mut from, &mut copy).at(&to, "copy it")?;
-            if let Some(addition) = addition.filter(|_| side.name == model_card::NAME) {
-                copy.write_all(addition.as_bytes()).at(&to, "write to it")?;
-                size += addition.len() as u64;
-            }
+            let size = io::copy(&mut from, &mut copy).at(&to, "copy it")?;
             let sha256 = hash_range(&RealDisk, &copy, &to, 0, size, &mut buffer, || true).at(&to, "read it back")?;
             copy.sync_all().at(&to, "sync it")?;
             Ok(FileRecord { name: side.name.clone(), size, sha256: sha256.ok_or(Error::Stopped)? })
         })
         .collect::<Result<_>>()?;
-    if let Some(addition) = addition.filter(|_| records.iter().all(|record| record.name != model_card::NAME)) {
-        let text = addition.trim_start();
-        records.push(write(staging, model_card::NAME, |file| file.write_all(text.as_bytes()))?);
+    if let Some(card) = card.filter(|card| !card.is_empty()) {
+        records.push(write(staging, model_card::NAME, |file| file.write_all(&card))?);
     }
+    let made = conversion.plan.side_files.iter();
+    let made = made.map(|(name, text)| write(staging, name, |file| file.write_all(text.as_bytes())));
+    records.extend(made.collect::<Result<Vec<_>>>()?);
     Ok(records)
 }

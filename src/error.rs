@@ -46,7 +46,7 @@ pub enum Error {
         dtype: &'static str,
     },
     /// The source is quantized already.
-    #[error("{}: already quantized with {method} ({evidence}); start from the bf16 checkpoint it was made from", path.display())]
+    #[error("{}: already quantized with {method} ({evidence}); start from the bf16 checkpoint it was made from{hint}", path.display())]
     AlreadyQuantized {
         /// The file that says so.
         path: PathBuf,
@@ -54,6 +54,8 @@ pub enum Error {
         method: String,
         /// What in the file gave it away.
         evidence: String,
+        /// What else can be done, if anything.
+        hint: &'static str,
     },
     /// The source is a converted checkpoint that can't be laid out anew.
     #[error("{}: {why}", path.display())]

@@ -15,6 +15,9 @@ use crate::plan::Recipe;
 pub struct Job {
     tool: Tool,
     recipe: Recipe,
+    /// Whether the source is decoded rather than quantized.
+    #[serde(default)]
+    dequantize: bool,
     config_sha256: Option<Sha256Hash>,
     source_files: Vec<SourceMark>,
 }
@@ -30,8 +33,8 @@ struct SourceMark {
 }
 
 impl Job {
-    /// The conversion of `source` by `recipe`.
-    pub fn new(source: &Source, recipe: &Recipe) -> Job {
+    /// The conversion of `source` by `recipe`, or its decoding.
+    pub fn new(source: &Source, recipe: &Recipe, dequantize: bool) -> Job {
         let mark = |file: &SourceFile| SourceMark {
             name: file.name.clone(),
             size: file.len,
@@ -41,6 +44,7 @@ impl Job {
         Job {
             tool: Tool::this(),
             recipe: recipe.clone(),
+            dequantize,
             config_sha256: source.config.as_ref().map(|config| config.sha256()),
             source_files: source.files.iter().map(mark).collect(),
         }
@@ -71,6 +75,9 @@ impl Job {
     fn difference(&self, now: &Job) -> Option<String> {
         if self.tool.version != now.tool.version {
             return Some(format!("it was begun by version {}, and this is {}", self.tool.version, now.tool.version));
+        }
+        if self.dequantize != now.dequantize {
+            return Some("one decodes to floats, and the other doesn't".to_owned());
         }
         if let Some(what) = recipe_difference(&self.recipe, &now.recipe) {
             return Some(what);

@@ -1,6 +1,7 @@
 //! prequant turns a bf16 Hugging Face safetensors checkpoint into a pre-quantized 4-bit one.
 pub mod checkpoint;
 pub mod convert;
+pub mod dequantize;
 pub mod error;
 mod exact_sum;
 pub mod format;

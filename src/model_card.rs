@@ -1,6 +1,7 @@
 //! README.md, which hubs show as the model card: what users must know who didn't convert the checkpoint themselves.
 
 use crate::checkpoint::Source;
+use crate::error::{IoContext, Result};
 use crate::plan::Plan;
 
 /// The file's name.
@@ -25,7 +26,22 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 experts with random numbers, without an error.
 "#;
 
-/// What the file gets on top of the source's own, if anything. One that is laid out anew has it already.
-pub fn addition(source: &Source, plan: &Plan) -> Option<&'static str> {
-    (plan.needs_loader() && source.config.is_some()).then_some(EXPERTS)
+/// The file's content, where it isn't the source's own: with the addition if experts are 4-bit, without it once they are
+/// decoded. Empty if nothing is left of it.
+///
+/// # Errors
+/// When the source's own can't be read.
+pub fn changed(source: &Source, plan: &Plan, is_decoded: bool) -> Result<Option<Vec<u8>>> {
+    let adds = plan.needs_loader() && source.config.is_some();
+    if !adds && !is_decoded {
+        return Ok(None);
+    }
+    let own = source.side_files.iter().find(|file| file.name == NAME);
+    let own = own.map(|file| std::fs::read(&file.path).at(&file.path, "read it")).transpose()?;
+    Ok(match (adds, own) {
+        (true, Some(own)) => Some([&own, EXPERTS.as_bytes()].concat()),
+        (true, None) => Some(EXPERTS.trim_start().as_bytes().to_vec()),
+        (false, Some(own)) if own == EXPERTS.trim_start().as_bytes() => Some(Vec::new()),
+        (false, own) => own.and_then(|own| own.strip_suffix(EXPERTS.as_bytes()).map(<[u8]>::to_vec)),
+    })
 }

@@ -72,8 +72,8 @@ impl Relay {
             files.push(PlannedFile { tensors: first..tensors.len(), ..file.clone() });
         }
         let (config, warnings) = (plan.config.clone(), plan.warnings.clone());
-        let scale_sets = Vec::new();
-        let copying = Plan { recipe: plan.recipe.clone(), tensors, files, scale_sets, config, warnings };
+        let (scale_sets, side_files) = Default::default();
+        let copying = Plan { recipe: plan.recipe.clone(), tensors, files, scale_sets, config, side_files, warnings };
         Ok((copying, Relay { manifest, origin, plan, unchanged }))
     }
 
@@ -91,17 +91,17 @@ impl Relay {
         let total = self.manifest.summary.statistics.clone();
         Outcome { tensors, files: copied.files, source_files: None, total }
     }
+}
 
-    /// Holds what was read against the manifest that it was read by.
-    pub fn check_source(&self, converted: &Source, copied: &Outcome) -> Result<()> {
-        for (file, sha256) in converted.files.iter().zip(copied.source_files.iter().flatten()) {
-            if !self.manifest.files.iter().any(|record| record.name == file.name && record.sha256 == *sha256) {
-                let why = format!("isn't what {MANIFEST_NAME} says it is (SHA-256 {sha256}); convert the source again");
-                return Err(Error::malformed(&file.path, why));
-            }
+/// Holds what was read of a converted checkpoint against its manifest.
+pub fn check_source(converted: &Source, manifest: &Manifest, outcome: &Outcome) -> Result<()> {
+    for (file, sha256) in converted.files.iter().zip(outcome.source_files.iter().flatten()) {
+        if !manifest.files.iter().any(|record| record.name == file.name && record.sha256 == *sha256) {
+            let why = format!("isn't what {MANIFEST_NAME} says it is (SHA-256 {sha256}); convert the source again");
+            return Err(Error::malformed(&file.path, why));
         }
-        Ok(())
     }
+    Ok(())
 }
 
 /// Only the layout and the shards can be others.
@@ -202,7 +202,7 @@ fn places(converted: &Source, plan: &Plan) -> Result<HashMap<String, Part>> {
     let mut places = HashMap::new();
     for (file, tensors) in converted.files.iter().enumerate() {
         for (tensor, info) in tensors.tensors.iter().enumerate() {
-            let part = Part { file, tensor, offset: info.offset, len: info.len, transposed: None };
+            let part = Part { file, tensor, offset: info.offset, len: info.len, matrix: None, coded: None };
             places.insert(info.name.clone(), part);
         }
     }
@@ -313,8 +313,11 @@ impl Copies<'_> {
         for &part in &tensor.parts {
             let mut covered = 0;
             for (run, skipped, len) in self.runs.of(part) {
-                if part.transposed.is_some() || run.part.transposed.is_some() {
+                if part.matrix.is_some() || run.part.matrix.is_some() {
                     return self.error(tensor, "one layout has it transposed".to_owned());
+                }
+                if part.coded.is_some() {
+                    return self.error(tensor, "its source was quantized itself".to_owned());
                 }
                 let block = recipe.block_size.get() as u64;
                 let (first, elements) = ((run.at + skipped) / dtype.size() as u64, len / dtype.size() as u64);

@@ -57,7 +57,11 @@ fn check(format: &str, dtype: &str, group: &str, flags: &[&str]) {
         assert_eq!(stored(&found, &format!("{}_packed", linear(layer))), *packed, "{format} {dtype} {case}");
         let scale = &outputs[&format!("{case}/g{group}/scale")];
         assert_eq!(stored(&found, &format!("{}_scale", linear(layer))), *scale, "{format} {dtype} {case}");
-        if format == "int4" {
+        if let Some(points) = outputs.get(&format!("{case}/g{group}/zero_point")) {
+            assert_eq!(format, "int4-asym");
+            assert_eq!(stored(&found, &format!("{}_zero_point", linear(layer))), *points, "{dtype} {case}");
+        }
+        if format.starts_with("int4") {
             let shape = shape.iter().flat_map(|&d| (d as u64).to_le_bytes()).collect();
             assert_eq!(stored(&found, &format!("{}_shape", linear(layer))), (Dtype::I64, vec![2], shape));
         }
@@ -67,7 +71,8 @@ fn check(format: &str, dtype: &str, group: &str, flags: &[&str]) {
         }
         quantized += 1;
     }
-    assert!(quantized > 10 && quantized < cases.len(), "{quantized} of {}", cases.len());
+    let all = group == "channel";
+    assert!(quantized > 10 && (quantized == cases.len()) == all, "{quantized} of {}", cases.len());
     verify(&folder, &[]).ok();
     verify(&folder, &["--against", folder.source().to_str().unwrap()]).ok();
 }
@@ -83,6 +88,22 @@ fn int4_files_hold_the_references_bytes() {
         check("int4", dtype, "128", &[]);
         check("int4", dtype, "64", &["--group-size", "64"]);
         check("int4", dtype, "32", &["--group-size", "32", "--max-shard-size", "3kB"]);
+    }
+}
+
+#[test]
+fn int4_files_with_zero_points_hold_the_references_bytes() {
+    for dtype in ["bf16", "f16", "f32"] {
+        check("int4-asym", dtype, "128", &[]);
+        check("int4-asym", dtype, "32", &["--group-size", "32", "--max-shard-size", "3kB"]);
+    }
+}
+
+#[test]
+fn channel_wise_files_hold_the_references_bytes() {
+    for dtype in ["bf16", "f16", "f32"] {
+        check("int4", dtype, "channel", &["--group-size", "channel"]);
+        check("int4-asym", dtype, "channel", &["--group-size", "channel"]);
     }
 }
 
@@ -154,29 +175,54 @@ fn weights_that_are_put_together_share_a_global_scale() {
     }
 }
 
-/// More than one chunk of a tensor, and its last one short.
+/// More than one chunk of a tensor, and its last one short: in rows, in groups, and with zero points of eight rows in one.
 #[test]
 fn large_weights_are_what_the_kernel_makes_of_them() {
-    let (rows, columns) = (1300, 4096);
-    let weight = Tensor::random(&linear(0), Dtype::BF16, &[rows, columns]);
-    let folder = Folder::new("llama");
-    folder.write("model.safetensors", serialize(std::slice::from_ref(&weight)));
-    for (format, scheme, group) in [("int4", GroupScheme::Int4, 128), ("mxfp4", GroupScheme::Mxfp4, 32)] {
+    use GroupScheme::{Int4, Int4Asym, Mxfp4};
+    for (format, scheme, flags, columns, group) in [
+        ("int4", Int4, &[][..], 4096, 128),
+        ("int4", Int4, &["--group-size", "channel"], 4100, 4100),
+        ("int4-asym", Int4Asym, &["--group-size", "64"], 4160, 64),
+        ("int4-asym", Int4Asym, &["--group-size", "channel"], 4099, 4099),
+        ("mxfp4", Mxfp4, &[], 4096, 32),
+    ] {
+        let rows = 1299;
+        let weight = Tensor::random(&linear(0), Dtype::BF16, &[rows, columns]);
+        let folder = Folder::new("llama");
+        folder.write("model.safetensors", serialize(std::slice::from_ref(&weight)));
         let expected =
-            groups::quantize(Kernel::SCALAR, &weight.data, FloatDtype::Bfloat16, columns, group, scheme).unwrap();
+            groups::quantize(Kernel::detect(), &weight.data, FloatDtype::Bfloat16, columns, group, scheme).unwrap();
         let mut all = Vec::new();
-        for flags in [&[][..], &["--threads", "1"], &["--memory", "24MiB", "--threads", "3"]] {
-            folder.convert(&[&["--format", format, "--force"], flags].concat()).ok();
+        for run in [&[][..], &["--threads", "1"], &["--memory", "24MiB", "--threads", "3"]] {
+            folder.convert(&[&["--format", format, "--force"], flags, run].concat()).ok();
             let found = read_tensors(&folder.destination());
-            assert!(stored(&found, &format!("{}_packed", linear(0))).2 == expected.packed, "{format}, {flags:?}");
-            assert!(stored(&found, &format!("{}_scale", linear(0))).2 == expected.scales, "{format}, {flags:?}");
+            assert!(
+                stored(&found, &format!("{}_packed", linear(0))).2 == expected.packed,
+                "{format} {flags:?} {run:?}"
+            );
+            assert!(stored(&found, &format!("{}_scale", linear(0))).2 == expected.scales, "{format} {flags:?} {run:?}");
+            if scheme == Int4Asym {
+                let found = stored(&found, &format!("{}_zero_point", linear(0)));
+                assert!(found.2 == packed_points(&expected.zero_points, columns / group), "{format} {flags:?} {run:?}");
+            }
             all.push(contents(&folder.destination()));
         }
-        assert!(all.iter().all(|files| *files == all[0]), "{format}: the same files, manifest included");
+        assert!(all.iter().all(|files| *files == all[0]), "{format} {flags:?}: the same files, manifest included");
         let manifest = folder.read_json("prequant.json");
         let error = manifest["summary"]["statistics"]["relative_squared_error"].as_f64().unwrap();
-        assert!((0.002..0.05).contains(&error), "{format}: {error}");
+        assert!((0.002..0.1).contains(&error), "{format} {flags:?}: {error}");
     }
+}
+
+/// Eight rows' zero points in a little-endian integer, nibble by nibble.
+fn packed_points(points: &[u8], per_row: usize) -> Vec<u8> {
+    let rows = points.len() / per_row;
+    let mut packed = vec![0; rows.div_ceil(8) * per_row * 4];
+    for (i, point) in points.iter().enumerate() {
+        let (row, group) = (i / per_row, i % per_row);
+        packed[(row / 8 * per_row + group) * 4 + row % 8 / 2] |= point << (row % 2 * 4);
+    }
+    packed
 }
 
 /// Experts one by one, a router and weights of all kinds.
@@ -241,19 +287,33 @@ fn options_of_other_formats_are_refused() {
     ] {
         folder.convert(&[&["--format", "mxfp4"], flags].concat()).fails(2, &[word, "nf4 and fp4"]);
     }
-    folder.convert(&["--format", "int4", "--group-size", "96"]).fails(2, &["96"]);
+    for flags in [
+        &["--format", "int4", "--group-size", "96"][..],
+        &["--format", "nvfp4", "--group-size", "32"],
+        &["--format", "int4", "--block-size", "32"],
+        &["--format", "nf4", "--group-size", "32"],
+        &["--format", "nf4", "--layout", "modelopt"],
+        &["--format", "int4", "--layout", "modelopt"],
+        &["--format", "nvfp4", "--layout", "gpt-oss"],
+    ] {
+        folder.convert(flags).fails(2, &[flags[2]]);
+    }
     assert!(!folder.destination().exists());
 }
 
 #[test]
-fn fused_experts_are_refused_by_name_and_can_be_kept() {
+fn fused_experts_of_unknown_models_are_refused_and_can_be_kept() {
     let name = "model.layers.0.mlp.experts.gate_up_proj";
-    let folder = Folder::new("qwen3_5_moe");
+    let folder = Folder::new("some_moe");
     let tensors =
         [Tensor::random(name, Dtype::BF16, &[2, 64, 128]), Tensor::random(&linear(0), Dtype::BF16, &[8, 128])];
     folder.write("model.safetensors", serialize(&tensors));
-    folder.convert(&["--format", "int4"]).fails(3, &[name, "--exclude"]);
+    folder.convert(&["--format", "int4"]).fails(3, &[name, "some_moe", "--exclude"]);
     folder.convert(&["--format", "int4", "--exclude", "experts"]).ok();
+    let found = read_tensors(&folder.destination());
+    assert_eq!(stored(&found, name).2, tensors[0].data);
+    let ignore = &folder.read_json("config.json")["quantization_config"]["ignore"];
+    assert_eq!(*ignore, json!([r"re:model\.layers\.0\.mlp\.experts\..*", "lm_head"]));
 }
 
 #[test]

@@ -11,6 +11,9 @@ double-quant.safetensors          CASE/absmax          F32, one a block: the tru
                                   CASE/nested_absmax   F32
                                   CASE/nested_offset   F32, one element
                                   CASE/restored        F32, absmax as bitsandbytes decodes it
+dequantized.safetensors           FORMAT/DTYPE/CASE/bSIZE         what those codes and absmax decode to, in DTYPE
+                                  FORMAT/DTYPE/double/...         a weight of its own with double quantization:
+                                  packed, absmax, nested_absmax, nested_offset and the dequantized elements
 tables.safetensors                nf4, fp4, dynamic    the code tables, F32
                                   nf4/thresholds, fp4/thresholds, nf4/code_of_rank, fp4/code_of_rank
 
@@ -45,6 +48,13 @@ FORMATS = ("nf4", "fp4")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 FLOOR = np.float32(1e-38)
+# Cases that are dequantized too, and in which block sizes: awkward ones, and few, as elements take space.
+DEQUANTIZED = {case: (64,) for case in ("zero_tail", "reciprocals", "subnormal", "negative_zeros", "length_3", "length_33")} | {
+    "huge": (32, 4096),
+    "one_negative": (32,),
+    "length_31": (32,),
+    "length_65": (32, 64),
+}
 
 
 def cases(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -210,6 +220,32 @@ def double_quantized(absmax: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+def double_dequantized(dtype: torch.dtype, name: str) -> dict[str, torch.Tensor]:
+    """A weight with double quantization, in blocks enough for two nested ones, and what it decodes to.
+
+    Its length is even: bitsandbytes decodes odd ones elsewhere, and there FP4's second zero (code 8) has no sign.
+    """
+    weight = torch.from_numpy(bell(seeded("double dequantized"), 257 * 32 + 6) * 0.02).to(dtype)
+    packed, state = functional.quantize_4bit(weight, blocksize=32, quant_type=name, compress_statistics=True)
+    return {
+        "packed": packed.reshape(-1),
+        "absmax": state.absmax,
+        "nested_absmax": state.state2.absmax,
+        "nested_offset": state.offset.reshape(1),
+        "dequantized": functional.dequantize_4bit(packed, state).reshape(-1),
+    }
+
+
+def dequantized(inputs: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """What `quantize_4bit`'s codes decode to, by case and block size."""
+    outputs = {}
+    for case, sizes in DEQUANTIZED.items():
+        for size in sizes:
+            packed, state = functional.quantize_4bit(inputs[case], blocksize=size, quant_type=name)
+            outputs[f"{case}/b{size}"] = functional.dequantize_4bit(packed, state).reshape(-1)
+    return outputs
+
+
 def save(tensors: dict[str, torch.Tensor], path: Path, corner_cases: dict[str, list[str]] | None = None) -> None:
     """One metadata entry only: safetensors writes several in no fixed order."""
     about = {"bitsandbytes": bitsandbytes.__version__, "corners": corner_cases or {}}
@@ -219,6 +255,7 @@ def save(tensors: dict[str, torch.Tensor], path: Path, corner_cases: dict[str, l
 def make(folder: Path) -> None:
     """Writes all golden files into an empty folder."""
     torch.set_num_threads(1)
+    functional.name2qmap["dynamic"] = dynamic_map()
     for dtype_name, dtype in DTYPES.items():
         inputs = cases(dtype)
         save(inputs, folder / f"input-{dtype_name}.safetensors")
@@ -232,11 +269,19 @@ def make(folder: Path) -> None:
                     corner_cases[key] = corners(values, block_size)
             save(outputs, folder / f"{name}-{dtype_name}.safetensors", corner_cases)
 
+    decoded = {}
+    for dtype_name, dtype in DTYPES.items():
+        for name in FORMATS:
+            parts = dequantized(cases(dtype), name)
+            parts |= {f"double/{part}": tensor for part, tensor in double_dequantized(dtype, name).items()}
+            decoded |= {f"{name}/{dtype_name}/{part}": tensor for part, tensor in parts.items()}
+    save(decoded, folder / "dequantized.safetensors")
+
     doubled = {case: double_quantized(absmax) for case, absmax in absmax_cases().items()}
     flat = {f"{case}/{part}": tensor for case, parts in doubled.items() for part, tensor in parts.items()}
     save(flat, folder / "double-quant.safetensors")
 
-    tables = {"dynamic": dynamic_map()}
+    tables = {"dynamic": functional.name2qmap["dynamic"]}
     for name in FORMATS:
         tables[name] = functional.get_4bit_type(name, device="cpu")
         thresholds, code_of_rank = _get_4bit_quantize_bounds(name, torch.device("cpu"))

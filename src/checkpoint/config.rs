@@ -63,6 +63,15 @@ impl Config {
     /// The text with each value at its key, in place of what was there. All other values keep their spelling, and the keys
     /// their order; where they are sorted, they stay so.
     pub fn with(&self, new: &[(&str, Value)]) -> Result<String, serde_json::Error> {
+        self.edited(new, &[])
+    }
+
+    /// The text without these keys.
+    pub fn without(&self, keys: &[&str]) -> Result<String, serde_json::Error> {
+        self.edited(&[], keys)
+    }
+
+    fn edited(&self, new: &[(&str, Value)], gone: &[&str]) -> Result<String, serde_json::Error> {
         let parsed = without_python_floats(&self.text);
         let RawObject(raw) = serde_json::from_str(&parsed)?;
         // The parsed text differs from the true one inside numbers only, not in where things are.
@@ -70,7 +79,8 @@ impl Config {
             let begin = raw.get().as_ptr().addr() - parsed.as_ptr().addr();
             self.text[begin..begin + raw.get().len()].to_owned()
         };
-        let others = raw.into_iter().filter(|(name, _)| new.iter().all(|(key, _)| name != key));
+        let stays = |name: &str| new.iter().all(|(key, _)| name != *key) && !gone.contains(&name);
+        let others = raw.into_iter().filter(|(name, _)| stays(name));
         let mut entries: Vec<(String, String)> = others.map(|(name, raw)| (name, spelled(raw))).collect();
         let sorted = entries.is_sorted_by(|a, b| a.0 <= b.0);
         for (key, value) in new {
@@ -79,6 +89,9 @@ impl Config {
             entries.insert(place, ((*key).to_owned(), value));
         }
 
+        if entries.is_empty() {
+            return Ok("{}\n".to_owned());
+        }
         let lines: Vec<String> =
             entries.iter().map(|(name, value)| format!("  {}: {value}", Value::from(name.as_str()))).collect();
         Ok(format!("{{\n{}\n}}\n", lines.join(",\n")))
@@ -164,6 +177,13 @@ mod tests {
         assert_eq!(with("{}"), "{\n  \"b\": 2\n}\n");
         let both = config(r#"{"a": 1, "z": 2, "d": 0}"#).with(&[("b", json!(3)), ("a", json!(4))]).unwrap();
         assert_eq!(both, "{\n  \"z\": 2,\n  \"d\": 0,\n  \"b\": 3,\n  \"a\": 4\n}\n");
+    }
+
+    #[test]
+    fn keys_are_taken_out_and_all_else_stays() {
+        let without = |text: &str| config(text).without(&["b", "x"]).unwrap();
+        assert_eq!(without(r#"{"a": 1e-06, "b": {"a": 1}, "c": NaN}"#), "{\n  \"a\": 1e-06,\n  \"c\": NaN\n}\n");
+        assert_eq!(without(r#"{"b": 1}"#), "{}\n");
     }
 
     #[test]

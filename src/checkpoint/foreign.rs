@@ -17,22 +17,37 @@ const SUFFIXES: &[(&str, &str)] = &[
     (".absmax", "bitsandbytes"),
 ];
 
+/// How a checkpoint is quantized.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Foreign {
+    /// The method's name.
+    pub method: String,
+    /// What gave it away.
+    pub evidence: String,
+}
+
+impl Foreign {
+    fn new(method: &str, evidence: String) -> Foreign {
+        Foreign { method: method.to_owned(), evidence }
+    }
+}
+
 /// The method that config.json names, and where it names it.
-pub fn in_config(config: &Config) -> Option<(String, String)> {
+pub fn in_config(config: &Config) -> Option<Foreign> {
     let found = ["quantization_config", "compression_config"].into_iter().find_map(|key| {
         let value = config.values().get(key)?;
         let method = value.get("quant_method").and_then(|method| method.as_str()).unwrap_or("an unnamed method");
-        value.is_object().then(|| (method.to_owned(), format!("its \"{key}\" says so")))
+        value.is_object().then(|| Foreign::new(method, format!("its \"{key}\" says so")))
     });
     found.or_else(|| {
         let value = config.values().get("text_config")?.get("quantization_config")?;
         let method = value.get("quant_method").and_then(|method| method.as_str()).unwrap_or("an unnamed method");
-        value.is_object().then(|| (method.to_owned(), "its \"text_config\" says so".to_owned()))
+        value.is_object().then(|| Foreign::new(method, "its \"text_config\" says so".to_owned()))
     })
 }
 
 /// The method that a tensor gives away, and how.
-pub fn in_tensors(tensors: &[TensorInfo]) -> Option<(String, String)> {
+pub fn in_tensors(tensors: &[TensorInfo]) -> Option<Foreign> {
     tensors.iter().find_map(|tensor| {
         let by_name = SUFFIXES.iter().find(|(suffix, _)| tensor.name.ends_with(suffix));
         let by_dtype = matches!(
@@ -40,9 +55,9 @@ pub fn in_tensors(tensors: &[TensorInfo]) -> Option<(String, String)> {
             Dtype::F8E4M3 | Dtype::F8E5M2 | Dtype::F8E4M3Fnuz | Dtype::F8E5M2Fnuz | Dtype::F4 | Dtype::F8E8M0
         );
         match by_name {
-            Some((_, method)) => Some(((*method).to_owned(), format!("it has a tensor {:?}", tensor.name))),
+            Some((_, method)) => Some(Foreign::new(method, format!("it has a tensor {:?}", tensor.name))),
             None if by_dtype => {
-                Some((tensor.dtype.name().to_owned(), format!("tensor {:?} has that dtype", tensor.name)))
+                Some(Foreign::new(tensor.dtype.name(), format!("tensor {:?} has that dtype", tensor.name)))
             }
             None => None,
         }

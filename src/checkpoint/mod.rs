@@ -18,6 +18,7 @@ mod staging;
 pub use config::Config;
 pub use disk::{Disk, RealDisk, read_exact_at};
 pub use dtype::Dtype;
+pub use foreign::Foreign;
 pub use hash::{Sha256Hash, hash_range};
 pub use header::{Described, Header, MAX_HEADER_LEN, TensorInfo, header_bytes, sort_canonically};
 pub use index::{Index, shard_name, write_index};

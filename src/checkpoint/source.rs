@@ -7,9 +7,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 
+use super::foreign::{self, Foreign};
 use super::index::Index;
 use super::side_files::{self, SideFile};
-use super::{CONFIG_NAME, Config, Header, INDEX_NAME, Sha256Hash, TensorInfo, foreign};
+use super::{CONFIG_NAME, Config, Header, INDEX_NAME, Sha256Hash, TensorInfo};
 use crate::error::{Error, IoContext, Result};
 
 /// Headers that are read at the same time.
@@ -46,18 +47,11 @@ pub struct SourceFile {
 }
 
 impl Source {
-    /// Opens a checkpoint's folder, or a single safetensors file.
+    /// Opens a checkpoint's folder, or a single safetensors file; quantized or not.
     ///
     /// # Errors
-    /// When it isn't there, isn't a checkpoint, is damaged as far as headers tell, or is quantized already.
+    /// When it isn't there, isn't a checkpoint, or is damaged as far as headers tell.
     pub fn open(path: &Path) -> Result<Source> {
-        let source = Self::open_any(path)?;
-        source.check_not_quantized()?;
-        Ok(source)
-    }
-
-    /// As [`Source::open`], quantized or not.
-    pub fn open_any(path: &Path) -> Result<Source> {
         let metadata = match path.metadata() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(Error::SourceMissing { path: path.to_owned() });
@@ -74,20 +68,13 @@ impl Source {
         self.files.iter().enumerate().flat_map(|(i, file)| file.tensors.iter().map(move |tensor| (i, tensor)))
     }
 
-    /// # Errors
-    /// When a config or a tensor's name says that it is quantized.
-    pub fn check_not_quantized(&self) -> Result<()> {
-        let config_path = self.path.join(CONFIG_NAME);
-        let in_config = self.config.as_ref().and_then(foreign::in_config).map(|found| (config_path, found));
-        let in_files = || {
-            self.files
-                .iter()
-                .find_map(|file| foreign::in_tensors(&file.tensors).map(|found| (file.path.clone(), found)))
-        };
-        match in_config.or_else(in_files) {
-            Some((path, (method, evidence))) => Err(Error::AlreadyQuantized { path, method, evidence }),
-            None => Ok(()),
-        }
+    /// How it is quantized, and the file that says so, if a config or a tensor says that it is.
+    pub fn quantization(&self) -> Option<(PathBuf, Foreign)> {
+        let in_config = self.config.as_ref().and_then(foreign::in_config);
+        in_config.map(|found| (self.path.join(CONFIG_NAME), found)).or_else(|| {
+            let in_file = |file: &SourceFile| Some((file.path.clone(), foreign::in_tensors(&file.tensors)?));
+            self.files.iter().find_map(in_file)
+        })
     }
 
     /// # Errors

@@ -8,7 +8,7 @@ use std::time::Instant;
 use clap::{Args, ValueEnum};
 use prequant::checkpoint::RealDisk;
 use prequant::convert::{Options, plan};
-use prequant::format::{BlockSize, Format, GroupSize};
+use prequant::format::{BlockSize, Format, GroupSize, Layout};
 use prequant::plan::{ExpertLayout, NonFinitePolicy, Recipe};
 use prequant::units::Bytes;
 use prequant::{Error, recipe_of};
@@ -41,9 +41,13 @@ pub struct Arguments {
     #[arg(long, value_name = "N")]
     block_size: Option<BlockSize>,
 
-    /// Columns that share one scale in int4: 32, 64 or 128 [default: 128]
+    /// Columns that share one scale in int4 and int4-asym: 32, 64 or 128, or channel for all of a row [default: 128]
     #[arg(long, value_name = "N")]
     group_size: Option<GroupSize>,
+
+    /// The tensors that int4, mxfp4 and nvfp4 are put in: who reads them [default: compressed-tensors]
+    #[arg(long, value_enum)]
+    layout: Option<LayoutArg>,
 
     /// Quantize the scales too, to 8 bits: 0.37 bits a weight less, slightly less exact
     #[arg(long)]
@@ -66,6 +70,10 @@ pub struct Arguments {
     /// Keep the tensors whose names match, before all other options; may be given more than once
     #[arg(long, value_name = "REGEX")]
     exclude: Vec<String>,
+
+    /// Decode gpt-oss's MXFP4 experts on the way in. FP8 in blocks (DeepSeek-V3's) is decoded without it
+    #[arg(long)]
+    dequantize_source: bool,
 
     /// What becomes of weights with a NaN or an infinity [default: error]
     #[arg(long, value_enum)]
@@ -119,10 +127,22 @@ enum FormatArg {
     Fp4,
     /// Integers with a scale for each group of columns: compressed-tensors' W4A16
     Int4,
+    /// The same with a zero point for each group: compressed-tensors' W4A16_ASYM
+    Int4Asym,
     /// 4-bit floats with a power of two for each 32 columns: compressed-tensors' MXFP4A16
     Mxfp4,
     /// 4-bit floats with an 8-bit float for each 16 columns: compressed-tensors' NVFP4A16
     Nvfp4,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LayoutArg {
+    /// compressed-tensors': vLLM, SGLang and transformers read it
+    CompressedTensors,
+    /// ModelOpt's, of nvfp4: TensorRT-LLM, vLLM and SGLang read it
+    Modelopt,
+    /// gpt-oss's own, of mxfp4: its experts as its checkpoint on the hub has them, and all else in its dtype
+    GptOss,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -151,12 +171,19 @@ impl Arguments {
                 Some(FormatArg::Nf4) => Format::Nf4,
                 Some(FormatArg::Fp4) => Format::Fp4,
                 Some(FormatArg::Int4) => Format::Int4,
+                Some(FormatArg::Int4Asym) => Format::Int4Asym,
                 Some(FormatArg::Mxfp4) => Format::Mxfp4,
                 Some(FormatArg::Nvfp4) => Format::Nvfp4,
                 None => base.format,
             },
             block_size: self.block_size.unwrap_or(base.block_size),
             group_size: self.group_size.unwrap_or(base.group_size),
+            layout: match self.layout {
+                Some(LayoutArg::CompressedTensors) => Layout::CompressedTensors,
+                Some(LayoutArg::Modelopt) => Layout::Modelopt,
+                Some(LayoutArg::GptOss) => Layout::GptOss,
+                None => base.layout,
+            },
             double_quant: self.double_quant || base.double_quant,
             experts: match self.experts {
                 Some(ExpertsArg::Keep) => ExpertLayout::Keep,
@@ -166,6 +193,7 @@ impl Arguments {
             only_experts: self.only_experts || base.only_experts,
             include: patterns(&self.include, base.include),
             exclude: patterns(&self.exclude, base.exclude),
+            dequantize_source: self.dequantize_source || base.dequantize_source,
             nonfinite: match self.nonfinite {
                 Some(NonFiniteArg::Error) => NonFinitePolicy::Error,
                 Some(NonFiniteArg::Keep) => NonFinitePolicy::Keep,

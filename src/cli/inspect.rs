@@ -40,7 +40,7 @@ struct Weight<'a> {
 
 /// Runs the command.
 pub fn run(arguments: &Arguments) -> ExitCode {
-    let result = Source::open_any(&arguments.path).map(|source| {
+    let result = Source::open(&arguments.path).map(|source| {
         let weights = weights(&source);
         let output = if arguments.json { format!("{}\n", json(&source, &weights)) } else { text(&source, &weights) };
         Outcome { output, error: None::<Error>, code: 0 }

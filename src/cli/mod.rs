@@ -1,6 +1,7 @@
 //! The command line: arguments in, words and exit codes out.
 
 mod convert;
+mod dequantize;
 mod device;
 mod dry_run;
 mod inspect;
@@ -25,6 +26,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     Convert(convert::Arguments),
+    Dequantize(dequantize::Arguments),
     Verify(verify::Arguments),
     Inspect(inspect::Arguments),
 }
@@ -42,6 +44,7 @@ pub fn run() -> ExitCode {
     }
     match command {
         Command::Convert(arguments) => convert::run(&arguments),
+        Command::Dequantize(arguments) => dequantize::run(&arguments),
         Command::Verify(arguments) => verify::run(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),
     }

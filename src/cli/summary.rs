@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use prequant::convert::Conversion;
+use prequant::format::{Layout, Scheme};
 use prequant::manifest::Manifest;
 use prequant::plan::Recipe;
 use prequant::stats::Statistics;
@@ -96,10 +97,15 @@ impl Done<'_> {
 
 /// The format and its options, in a few words.
 pub fn format_name(recipe: &Recipe) -> String {
-    let kind = if recipe.scheme().blocks().is_some() { "block" } else { "group" };
-    let mut name = format!("{} ({kind} {}", recipe.format.name(), recipe.scheme().block_len());
+    let mut name = match recipe.scheme() {
+        Scheme::Blocks(scheme) => format!("{} (block {}", recipe.format.name(), scheme.block_size),
+        Scheme::Groups(scheme) => format!("{} (group {}", recipe.format.name(), scheme.size),
+    };
     if recipe.double_quant {
         name += ", double quantization";
+    }
+    if recipe.layout != Layout::CompressedTensors {
+        name = format!("{name}, {}'s layout", recipe.layout.name());
     }
     name + ")"
 }

@@ -7,15 +7,21 @@
 mod block_size;
 mod bnb;
 mod codebook;
+mod coding;
 mod compressed;
 mod dynamic_map;
+mod gpt_oss;
+mod group;
+pub mod modelopt;
 mod output;
 
 pub use block_size::BlockSize;
 pub use bnb::{NESTED_BLOCK_SIZE, ParsedQuantState, QuantState, quant_state_bytes, quant_state_len};
 pub use codebook::{Codebook, FP4, NF4};
-pub use compressed::{GroupScheme, GroupSize, shape_bytes};
+pub use coding::{Coding, ScaleDtype};
+pub use compressed::{ZERO_POINT_ROWS, shape_bytes};
 pub use dynamic_map::{DynamicMap, dynamic_map};
+pub use group::{GroupFormat, GroupScheme, GroupSize, Layout};
 pub use output::{OutputDtype, OutputKind, OutputTensor};
 
 use schemars::JsonSchema;
@@ -24,7 +30,7 @@ use serde_json::Value;
 
 /// A 4-bit format that `convert` can write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Format {
     /// 4-bit NormalFloat (QLoRA): sixteen quantiles of a normal distribution.
     Nf4,
@@ -32,6 +38,8 @@ pub enum Format {
     Fp4,
     /// Integers from -8 to 7 and a scale for each group of columns (compressed-tensors' W4A16).
     Int4,
+    /// The same with a zero point for each group (compressed-tensors' W4A16_ASYM).
+    Int4Asym,
     /// E2M1 floats and a power of two for each 32 columns (compressed-tensors' MXFP4A16).
     Mxfp4,
     /// E2M1 floats, an E4M3 scale for each 16 columns and one for the tensor (compressed-tensors' NVFP4A16).
@@ -45,6 +53,7 @@ impl Format {
             Format::Nf4 => "nf4",
             Format::Fp4 => "fp4",
             Format::Int4 => "int4",
+            Format::Int4Asym => "int4-asym",
             Format::Mxfp4 => "mxfp4",
             Format::Nvfp4 => "nvfp4",
         }
@@ -127,16 +136,24 @@ impl FloatDtype {
 pub enum Scheme {
     /// Blocks of consecutive elements with a codebook: bitsandbytes'.
     Blocks(BlockScheme),
-    /// Groups of a row's columns: compressed-tensors'.
+    /// Groups of a row's columns.
     Groups(GroupScheme),
 }
 
 impl Scheme {
-    /// Consecutive elements that share one scale.
-    pub fn block_len(&self) -> usize {
+    /// Consecutive elements that share one scale in rows of `columns`.
+    pub fn block_len(&self, columns: u64) -> u64 {
         match self {
-            Scheme::Blocks(scheme) => scheme.block_size.get(),
-            Scheme::Groups(scheme) => scheme.group_len(),
+            Scheme::Blocks(scheme) => scheme.block_size.get() as u64,
+            Scheme::Groups(scheme) => scheme.group_len(columns),
+        }
+    }
+
+    /// Bytes of the codes of so many elements, in rows of `columns`: whole rows where these are padded.
+    pub fn packed_len(&self, elements: u64, columns: u64) -> u64 {
+        match self {
+            Scheme::Groups(scheme) if scheme.has_whole_rows() => elements / columns * scheme.packed_row(columns),
+            _ => elements.div_ceil(2),
         }
     }
 
@@ -155,7 +172,11 @@ impl Scheme {
     pub fn quantization_config(&self, compute_dtype: FloatDtype, kept: &[String]) -> Value {
         match self {
             Scheme::Blocks(scheme) => bnb::quantization_config(scheme, compute_dtype, kept),
-            Scheme::Groups(scheme) => compressed::quantization_config(*scheme, kept),
+            Scheme::Groups(scheme) => match scheme.layout {
+                Layout::CompressedTensors => compressed::quantization_config(scheme, kept),
+                Layout::Modelopt => modelopt::quantization_config(kept),
+                Layout::GptOss => gpt_oss::quantization_config(kept),
+            },
         }
     }
 
@@ -163,7 +184,7 @@ impl Scheme {
     pub fn output_tensors(&self, dtype: FloatDtype, shape: &[u64]) -> Vec<OutputTensor> {
         match self {
             Scheme::Blocks(scheme) => bnb::output_tensors(scheme, dtype, shape),
-            Scheme::Groups(scheme) => compressed::output_tensors(*scheme, shape),
+            Scheme::Groups(scheme) => scheme.output_tensors(shape),
         }
     }
 }

@@ -17,8 +17,10 @@ pub enum OutputKind {
     QuantState,
     /// One scale a group.
     Scale,
-    /// What the groups' scales were multiplied by.
+    /// One for all groups' scales.
     GlobalScale,
+    /// Zero points, of eight rows in an integer.
+    ZeroPoint,
     /// The weight's shape, as integers.
     Shape,
 }

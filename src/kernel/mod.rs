@@ -4,7 +4,9 @@
 //! made once, as a value ([`Kernel`]), and passed down.
 
 pub mod cuda;
+pub mod decode;
 mod device;
+mod float8;
 pub mod group;
 pub mod nested;
 pub mod scalar;

@@ -2,13 +2,14 @@
 
 use super::scheduler::NESTED_CHUNK;
 use crate::error::{Error, Result};
-use crate::format::BlockSize;
+use crate::format::{BlockSize, Scheme};
 use crate::kernel::cuda::{SlotSize, TABLE_BYTES};
 use crate::plan::{Plan, PlannedTensor};
 use crate::stats::GROUP;
 use crate::units::Bytes;
 
-/// Every run of this many elements is whole blocks, and whole groups of blocks for the statistics.
+/// Every run of this many elements is whole blocks, and whole groups of blocks for the statistics; of formats with groups
+/// too, unless a chunk is whole rows.
 const CHUNK_STEP: usize = BlockSize::MAX * GROUP;
 
 /// The most elements in a chunk: 4 MiB of bf16. Fewer and larger writes cost the file system less, more than the cache
@@ -44,6 +45,8 @@ pub struct Budget {
     pub threads: usize,
     /// Elements that a thread takes at once, at most.
     pub chunk_elements: usize,
+    /// The fewest that `chunk_elements` can be.
+    step: usize,
     /// Bytes for absmax that wait for their tensor's mean, with double quantization.
     pub absmax: u64,
     /// All memory that the plan takes here, by estimate; pinned buffers included.
@@ -71,10 +74,11 @@ impl Budget {
     pub fn new(plan: &Plan, limits: Limits) -> Result<Budget> {
         let Limits { memory, gpus, .. } = limits;
         let absmax = largest_absmax(plan);
+        let step = plan.quantized().map(|tensor| chunk_unit(plan, tensor)).max().unwrap_or(0).max(CHUNK_STEP);
         // A thread, and a slot for it to work in.
-        let pair = buffers_len(plan, CHUNK_STEP) + slot_len(plan, CHUNK_STEP, gpus);
+        let pair = buffers_len(plan, step) + slot_len(plan, step, gpus);
         let least = BASE + absmax + pair;
-        check_least(plan, least, absmax, limits)?;
+        check_least(plan, step, least, absmax, limits)?;
         // Names and offsets take what they take; buffers shrink for them as far as they can.
         let plan_len = plan_len(plan);
         let fixed = BASE + plan_len.min(memory - least);
@@ -86,9 +90,9 @@ impl Budget {
             let here = buffers_len(plan, chunk) * threads as u64 + slot_len(plan, chunk, gpus) * least_slots as u64;
             here <= room && slots_on_device(plan, chunk, limits) >= least_slots
         };
-        let mut chunk_elements = MAX_CHUNK;
-        while chunk_elements > CHUNK_STEP && !fits(chunk_elements) {
-            chunk_elements /= 2;
+        let mut chunk_elements = MAX_CHUNK.max(step);
+        while chunk_elements > step && !fits(chunk_elements) {
+            chunk_elements = (chunk_elements / 2).max(step);
         }
         let mut buffers = buffers_len(plan, chunk_elements) * threads as u64;
         let ring = (gpus > 0).then(|| {
@@ -100,7 +104,7 @@ impl Budget {
         });
         // Two tensors' worth, so that one can be read while the other's absmax are quantized.
         let absmax = (2 * absmax).min(memory - fixed - buffers);
-        Ok(Budget { threads, chunk_elements, absmax, peak: BASE + plan_len + absmax + buffers, ring })
+        Ok(Budget { threads, chunk_elements, step, absmax, peak: BASE + plan_len + absmax + buffers, ring })
     }
 
     /// Bytes that the ring and the kernels' tables take on each GPU.
@@ -110,13 +114,13 @@ impl Budget {
 
     /// The same with chunks of `elements` at most, rounded to what can be a chunk.
     pub fn with_chunk_elements(self, elements: usize) -> Budget {
-        let chunk_elements = elements.next_multiple_of(CHUNK_STEP).clamp(CHUNK_STEP, self.chunk_elements);
+        let chunk_elements = elements.next_multiple_of(CHUNK_STEP).clamp(self.step, self.chunk_elements);
         Budget { chunk_elements, ..self }
     }
 }
 
 /// Whether the least that `plan` can be executed with is there.
-fn check_least(plan: &Plan, least: u64, absmax: u64, limits: Limits) -> Result<()> {
+fn check_least(plan: &Plan, step: usize, least: u64, absmax: u64, limits: Limits) -> Result<()> {
     if least > limits.memory {
         let hint = match absmax > 0 && least - absmax <= limits.memory {
             true => "; double quantization holds one f32 for every block of a tensor: give more, or larger blocks",
@@ -125,8 +129,8 @@ fn check_least(plan: &Plan, least: u64, absmax: u64, limits: Limits) -> Result<(
         let (available, needed) = (Bytes(limits.memory).to_string(), Bytes(least).to_string());
         return Err(Error::Memory { available, needed, hint });
     }
-    if limits.gpus > 0 && slots_on_device(plan, CHUNK_STEP, limits) == 0 {
-        let needed = slot_len(plan, CHUNK_STEP, limits.gpus) + TABLE_BYTES;
+    if limits.gpus > 0 && slots_on_device(plan, step, limits) == 0 {
+        let needed = slot_len(plan, step, limits.gpus) + TABLE_BYTES;
         let (available, needed) = (Bytes(limits.device_memory).to_string(), Bytes(needed).to_string());
         return Err(Error::DeviceMemory { available, needed });
     }
@@ -155,11 +159,59 @@ fn element_size(plan: &Plan) -> usize {
     plan.quantized().filter_map(|tensor| Some(tensor.quantized_from()?.size())).max().unwrap_or(2)
 }
 
-/// A thread's buffers: source, codes, four figures a block, and absmax as bytes.
+/// A thread's buffers.
 fn buffers_len(plan: &Plan, chunk: usize) -> u64 {
-    let element = element_size(plan);
-    let blocks = chunk / plan.recipe.scheme().block_len();
-    (chunk * element + chunk / 2 + blocks * 5 * size_of::<f32>()) as u64
+    let Capacity { source, packed, groups } = Capacity::new(plan, chunk);
+    // Four figures, the scale as bytes, and a zero point that is packed into half a byte more.
+    let group = 5 * size_of::<f32>() + 2;
+    let decodes = plan.tensors.iter().flat_map(|tensor| &tensor.parts).any(|part| part.coded.is_some());
+    // Codes and scales take less than a byte and a quarter for each element.
+    let coded = if decodes { chunk + chunk / 4 } else { 0 };
+    (source + packed + groups * group + coded) as u64
+}
+
+/// What a thread's buffers must hold.
+#[derive(Clone, Copy, Debug)]
+pub struct Capacity {
+    /// Bytes of the source.
+    pub source: usize,
+    /// Bytes of codes.
+    pub packed: usize,
+    /// Blocks or groups.
+    pub groups: usize,
+}
+
+impl Capacity {
+    /// For chunks of `chunk` elements at most.
+    pub fn new(plan: &Plan, chunk: usize) -> Capacity {
+        let scheme = plan.recipe.scheme();
+        // Tensors that are kept go through the same buffer.
+        let mut capacity = Capacity { source: chunk * element_size(plan), packed: 0, groups: 0 };
+        for tensor in plan.quantized() {
+            let elements = tensor.elements().min(chunk_elements(plan, tensor, chunk) as u64);
+            let groups = elements.div_ceil(scheme.block_len(tensor.columns()));
+            capacity.groups = capacity.groups.max(groups as usize);
+            capacity.packed = capacity.packed.max(scheme.packed_len(elements, tensor.columns()) as usize);
+        }
+        capacity
+    }
+}
+
+/// Elements of `tensor` in a chunk, where buffers hold `most`.
+pub fn chunk_elements(plan: &Plan, tensor: &PlannedTensor, most: usize) -> usize {
+    let unit = chunk_unit(plan, tensor);
+    most / unit * unit
+}
+
+/// Elements of `tensor` that a chunk is whole multiples of.
+fn chunk_unit(plan: &Plan, tensor: &PlannedTensor) -> usize {
+    match plan.recipe.scheme() {
+        Scheme::Groups(scheme) if scheme.has_whole_rows() && tensor.quantized_from().is_some() => {
+            // Rows in a multiple of what share an integer for their zero points.
+            usize::try_from(tensor.columns()).unwrap_or(usize::MAX).saturating_mul(GROUP)
+        }
+        _ => CHUNK_STEP,
+    }
 }
 
 /// The most bytes of absmax that must be held at once.

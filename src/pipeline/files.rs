@@ -4,10 +4,11 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use super::{Job, Output, transpose};
-use crate::checkpoint::{SourceFile, read_exact_at};
+use super::coded::{self, Scratch};
+use super::{Job, Output, matrix};
+use crate::checkpoint::{Dtype, SourceFile, read_exact_at};
 use crate::error::{Error, IoContext, Result};
-use crate::plan::PlannedTensor;
+use crate::plan::{Part, Place, PlannedTensor};
 
 /// How far ahead of a read the system is told of it.
 const READ_AHEAD: u64 = 16 << 20;
@@ -17,11 +18,12 @@ pub struct Files<'j, 'a> {
     job: &'j Job<'a>,
     source: Option<(usize, File)>,
     output: Option<(usize, Arc<dyn Output + 'a>)>,
+    scratch: Scratch,
 }
 
 impl<'j, 'a> Files<'j, 'a> {
     pub fn new(job: &'j Job<'a>) -> Files<'j, 'a> {
-        Files { job, source: None, output: None }
+        Files { job, source: None, output: None, scratch: Scratch::default() }
     }
 
     /// Turns to an output file, the plan's `file`th; what is written goes there.
@@ -60,20 +62,32 @@ impl<'j, 'a> Files<'j, 'a> {
             }
             let len = (part.len - offset).min(into.len() as u64) as usize;
             let (here, rest) = into.split_at_mut(len);
-            match part.transposed {
-                None => self.read_at(part.file, part.offset + offset, here)?,
-                Some(matrix) => {
-                    let size = (part.len / (matrix[0] * matrix[1])) as usize;
-                    let read = |at, row: &mut [u8]| self.read_at(part.file, part.offset + at, row);
-                    transpose::read(matrix, size, offset / size as u64, here, read)?;
-                }
-            }
+            self.read_part(part, tensor.dtype, offset, here)?;
             (offset, into) = (0, rest);
             if into.is_empty() {
                 break;
             }
         }
         Ok(())
+    }
+
+    /// Fills `into` with what a part gives from byte `offset` on.
+    fn read_part(&mut self, part: &Part, dtype: Dtype, offset: u64, into: &mut [u8]) -> Result<()> {
+        let Some(matrix) = &part.matrix else { return self.read_stored(part, offset, into) };
+        let size = (dtype.bits() / 8) as usize;
+        matrix::read(matrix, size, offset / size as u64, into, |at, run| self.read_stored(part, at, run))
+    }
+
+    /// Fills `into` with the bytes from `offset` on of what a part is stored in, decoded if it is coded.
+    fn read_stored(&mut self, part: &Part, offset: u64, into: &mut [u8]) -> Result<()> {
+        let Some(coded) = &part.coded else { return self.read_at(part.file, part.offset + offset, into) };
+        let codes = Place { file: part.file, tensor: part.tensor, offset: part.offset };
+        let first = offset / coded.dtype.size() as u64;
+        let mut scratch = std::mem::take(&mut self.scratch);
+        let read = |place: Place, bytes: &mut [u8]| self.read_at(place.file, place.offset, bytes);
+        let result = coded::read(coded, codes, first, into, &mut scratch, read);
+        self.scratch = scratch;
+        result
     }
 
     /// A file of the source.
@@ -88,7 +102,7 @@ impl<'j, 'a> Files<'j, 'a> {
     }
 
     /// Fills `into` with the bytes at `position` of a file of the source.
-    fn read_at(&mut self, file: usize, position: u64, into: &mut [u8]) -> Result<()> {
+    pub fn read_at(&mut self, file: usize, position: u64, into: &mut [u8]) -> Result<()> {
         let (disk, source) = (self.job.means.disk, &self.job.source.files[file]);
         let len = into.len() as u64;
         let file = self.open_source(file)?;

@@ -7,13 +7,14 @@
 //! (whole, and tensor by tensor) out of the page cache, ahead of quantizing what comes next.
 
 mod budget;
+mod coded;
 mod files;
+mod matrix;
 mod nonfinite;
 mod results;
 mod ring;
 mod scheduler;
 mod staged;
-mod transpose;
 mod worker;
 
 use std::fs::File;

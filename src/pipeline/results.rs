@@ -3,8 +3,10 @@
 use super::files::Files;
 use super::scheduler::Done;
 use crate::error::Result;
-use crate::format::{BlockScheme, FloatDtype, GroupScheme, NESTED_BLOCK_SIZE, OutputKind, QuantState};
-use crate::format::{dynamic_map, quant_state_bytes, shape_bytes};
+use crate::format::{
+    BlockScheme, FloatDtype, GroupFormat, GroupScheme, NESTED_BLOCK_SIZE, OutputKind, QuantState, Scheme,
+    ZERO_POINT_ROWS, dynamic_map, quant_state_bytes, shape_bytes,
+};
 use crate::kernel::{Figures, nested};
 use crate::plan::PlannedTensor;
 use crate::stats::{AbsmaxGathering, Gathering};
@@ -16,6 +18,18 @@ pub struct Results<'x, 'j, 'a> {
     pub dtype: FloatDtype,
     /// f32 as they stand in the file; a buffer.
     pub encoded: &'x mut Vec<u8>,
+}
+
+/// What a run of groups came to.
+pub struct GroupRun<'x> {
+    /// The run's first element in the tensor.
+    pub first_element: u64,
+    pub packed: &'x [u8],
+    /// As stored.
+    pub scales: &'x [u8],
+    /// One a group, 0 to 15; none for formats without them.
+    pub zero_points: &'x [u8],
+    pub figures: Figures<'x>,
 }
 
 impl Results<'_, '_, '_> {
@@ -43,36 +57,40 @@ impl Results<'_, '_, '_> {
         Ok(Done::Quantized { gathering, absmax })
     }
 
-    /// A run of groups that starts at an element: codes, scales as stored, and what is known without the weights.
-    pub fn grouped(
-        &mut self,
-        scheme: GroupScheme,
-        global_scale: Option<f32>,
-        first_element: u64,
-        packed: &[u8],
-        scales: &[u8],
-        figures: &Figures<'_>,
-    ) -> Result<Done> {
-        if first_element == 0 {
-            for output in &self.tensor.outputs {
-                match (output.kind, global_scale) {
-                    (Some(OutputKind::Shape), _) => {
-                        self.files.write(&shape_bytes(&self.tensor.shape), output.offset)?;
-                    }
-                    (Some(OutputKind::GlobalScale), Some(scale)) => {
-                        self.files.write(&scale.to_le_bytes(), output.offset)?;
-                    }
-                    _ => {}
-                }
-            }
+    /// A run of groups that starts at an element, and what is known without the weights.
+    pub fn grouped(&mut self, scheme: &GroupScheme, tensor_scale: Option<f32>, run: &GroupRun<'_>) -> Result<Done> {
+        let GroupRun { first_element, packed, scales, zero_points, figures } = run;
+        if *first_element == 0 {
+            self.group_constants(tensor_scale)?;
         }
-        self.files.write(packed, self.offset(OutputKind::Packed) + first_element / 2)?;
-        let scale_size = (scales.len() / figures.absmax.len()) as u64;
-        let first_group = first_element / scheme.group_len() as u64;
-        self.files.write(scales, self.offset(OutputKind::Scale) + first_group * scale_size)?;
+        let columns = self.tensor.columns();
+        let before = Scheme::Groups(*scheme).packed_len(*first_element, columns);
+        self.files.write(packed, self.offset(OutputKind::Packed) + before)?;
+        let (group, scale_size) = (scheme.group_len(columns), (scales.len() / figures.absmax.len()) as u64);
+        self.files.write(scales, self.offset(OutputKind::Scale) + first_element / group * scale_size)?;
+        if scheme.format == GroupFormat::Int4Asym {
+            let per_row = (columns / group) as usize;
+            pack_zero_points(zero_points, per_row, self.encoded);
+            let before = first_element / columns / ZERO_POINT_ROWS * per_row as u64 * 4;
+            self.files.write(self.encoded, self.offset(OutputKind::ZeroPoint) + before)?;
+        }
         let mut gathering = Box::<Gathering>::default();
         gathering.add(figures);
         Ok(Done::Quantized { gathering, absmax: None })
+    }
+
+    /// The outputs that are known without the weights.
+    fn group_constants(&self, tensor_scale: Option<f32>) -> Result<()> {
+        for output in &self.tensor.outputs {
+            match (output.kind, tensor_scale) {
+                (Some(OutputKind::Shape), _) => self.files.write(&shape_bytes(&self.tensor.shape), output.offset)?,
+                (Some(OutputKind::GlobalScale), Some(scale)) => {
+                    self.files.write(&scale.to_le_bytes(), output.offset)?;
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// A run of quantized absmax that starts at entry `first`.
@@ -124,5 +142,17 @@ impl Results<'_, '_, '_> {
 
     fn offset(&self, kind: OutputKind) -> u64 {
         self.tensor.output(kind).offset
+    }
+}
+
+/// Zero points of rows of `per_row` groups, as they are stored: integers that hold those of eight rows, the first one's in the
+/// lowest bits.
+fn pack_zero_points(points: &[u8], per_row: usize, into: &mut Vec<u8>) {
+    into.clear();
+    for rows in points.chunks(per_row * ZERO_POINT_ROWS as usize) {
+        into.extend((0..per_row).flat_map(|group| {
+            let of_rows = rows.iter().skip(group).step_by(per_row).enumerate();
+            of_rows.fold(0u32, |word, (row, &point)| word | u32::from(point) << (4 * row)).to_le_bytes()
+        }));
     }
 }

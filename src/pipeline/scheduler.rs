@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::budget::chunk_elements;
 use super::{FileOutcome, Means, Outcome, TensorOutcome};
 use crate::checkpoint::Sha256Hash;
 use crate::error::{Error, Result};
@@ -20,7 +21,7 @@ pub const NESTED_CHUNK: usize = 256 * NESTED_BLOCK_SIZE;
 #[derive(Clone, Debug)]
 pub enum Task {
     /// Read, quantize (or keep) and write a run of a tensor's bytes.
-    Chunk { tensor: usize, offset: u64, len: usize, global_scale: Option<f32> },
+    Chunk { tensor: usize, offset: u64, len: usize, tensor_scale: Option<f32> },
     /// Read a run of a tensor's bytes for the largest magnitude in it.
     Measure { tensor: usize, offset: u64, len: usize },
     /// Quantize a run of a tensor's absmax.
@@ -307,9 +308,9 @@ impl<'a> Scheduler<'a> {
         let (tensor, offset) = state.next;
         let planned = self.plan.tensors.get(tensor)?;
         let chunk_len = self.chunk_len(planned);
-        let global_scale = match self.set_of[tensor] {
+        let tensor_scale = match self.set_of[tensor] {
             None => None,
-            Some(set) => match self.global_scale(state, set) {
+            Some(set) => match self.tensor_scale(state, set) {
                 None => return state.ready.pop_front(),
                 scale => scale,
             },
@@ -326,12 +327,12 @@ impl<'a> Scheduler<'a> {
         }
         let len = chunk_len.min(planned.source_len() - offset);
         state.next = if offset + len == planned.source_len() { (tensor + 1, 0) } else { (tensor, offset + len) };
-        Some(Task::Chunk { tensor, offset, len: len as usize, global_scale })
+        Some(Task::Chunk { tensor, offset, len: len as usize, tensor_scale })
     }
 
-    /// The global scale of a set, if all of its tensors are measured. Has that done otherwise, and for the set after it too,
-    /// so that no thread need wait.
-    fn global_scale(&self, state: &mut State, set: usize) -> Option<f32> {
+    /// The scale that a set's tensors share, if all of them are measured. Has that done otherwise, and for the set after it
+    /// too, so that no thread need wait.
+    fn tensor_scale(&self, state: &mut State, set: usize) -> Option<f32> {
         let is_left = |set: &usize| {
             let mut files = self.plan.scale_sets[*set].iter().map(|&tensor| &state.files[self.file_of[tensor]]);
             files.any(|file| !file.was_sealed)
@@ -342,7 +343,7 @@ impl<'a> Scheduler<'a> {
         }
         let measured = state.sets.get(&set).filter(|set| set.tasks_left == 0)?;
         let dtype = self.plan.tensors[self.plan.scale_sets[set][0]].quantized_from()?;
-        Some(group::scalar::global_scale(measured.absmax, dtype))
+        Some(group::tensor_scale(self.plan.recipe.layout, measured.absmax, dtype))
     }
 
     /// Queues the reading of a set's tensors, once.
@@ -363,8 +364,9 @@ impl<'a> Scheduler<'a> {
 
     /// Bytes of the source in one chunk of `tensor`.
     fn chunk_len(&self, tensor: &PlannedTensor) -> u64 {
+        let elements = chunk_elements(self.plan, tensor, self.means.budget.chunk_elements);
         // A kept tensor's bytes go through the same buffer, which holds this many elements of at least two bytes.
-        (self.means.budget.chunk_elements * tensor.quantized_from().map_or(2, |dtype| dtype.size())) as u64
+        (elements * tensor.quantized_from().map_or(2, |dtype| dtype.size())) as u64
     }
 
     /// Bytes of absmax to be held while `tensor` is open.

@@ -1,16 +1,17 @@
 //! One thread's work, task by task.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use super::budget::Capacity;
 use super::files::{Files, open_source};
-use super::results::Results;
+use super::results::{GroupRun, Results};
 use super::ring::{Failed, Ring};
 use super::scheduler::{Done, Scheduler, Task};
 use super::{Job, nonfinite};
 use crate::checkpoint::{Sha256Hash, hash_range};
 use crate::error::{Error, IoContext, Result};
-use crate::format::{BlockScheme, FloatDtype, GroupScheme, NESTED_BLOCK_SIZE, Scheme, dynamic_map};
+use crate::format::{BlockScheme, FloatDtype, GroupFormat, GroupScheme, NESTED_BLOCK_SIZE, Scheme, dynamic_map};
 use crate::kernel::group::{self, Groups};
 use crate::kernel::{Blocks, Device, Figures, Kernel, nested, quantize_any};
 use crate::plan::{Decision, NonFinitePolicy, PlannedTensor};
@@ -49,9 +50,9 @@ impl<'j, 'a> Worker<'j, 'a> {
 
     fn perform(&mut self, task: &Task, scheduler: &Scheduler<'_>) -> Result<Done> {
         match task {
-            Task::Chunk { tensor, offset, len, global_scale } => {
+            Task::Chunk { tensor, offset, len, tensor_scale } => {
                 self.files.open_output(scheduler.file_of(*tensor))?;
-                self.chunk(&self.job.plan.tensors[*tensor], *offset, *len, *global_scale)
+                self.chunk(&self.job.plan.tensors[*tensor], *offset, *len, *tensor_scale)
             }
             Task::Measure { tensor, offset, len } => self.measure(&self.job.plan.tensors[*tensor], *offset, *len),
             Task::Nested { tensor, absmax, offset, first, len } => {
@@ -86,10 +87,10 @@ impl<'j, 'a> Worker<'j, 'a> {
     }
 
     /// Reads a run of a tensor's bytes, and does with them what the plan says.
-    fn chunk(&mut self, tensor: &PlannedTensor, offset: u64, len: usize, global_scale: Option<f32>) -> Result<Done> {
+    fn chunk(&mut self, tensor: &PlannedTensor, offset: u64, len: usize, tensor_scale: Option<f32>) -> Result<Done> {
         let done = match (tensor.decision, self.job.means.device, &self.job.ring) {
             (Decision::Quantize(dtype), Device::Cpu(kernel), _) => {
-                self.quantize(*kernel, tensor, dtype, offset, len, global_scale)?
+                self.quantize(*kernel, tensor, dtype, offset, len, tensor_scale)?
             }
             (Decision::Quantize(dtype), Device::Cuda(_), Some(ring)) => {
                 self.quantize_on_gpu(ring, tensor, dtype, offset, len)?
@@ -112,11 +113,11 @@ impl<'j, 'a> Worker<'j, 'a> {
         dtype: FloatDtype,
         offset: u64,
         len: usize,
-        global_scale: Option<f32>,
+        tensor_scale: Option<f32>,
     ) -> Result<Done> {
         self.files.read(tensor, offset, &mut self.buffers.bytes[..len])?;
         let first_element = offset / dtype.size() as u64;
-        let (bytes, mut outputs) = self.buffers.split(len, dtype, &self.scheme);
+        let (bytes, mut outputs) = self.buffers.split(tensor, len, dtype, &self.scheme);
         let (files, encoded) = (&self.files, &mut self.encoded);
         match &self.scheme {
             Scheme::Blocks(scheme) => {
@@ -129,23 +130,18 @@ impl<'j, 'a> Worker<'j, 'a> {
                 let mut results = Results { files, tensor, dtype, encoded };
                 results.quantized(scheme, first_element, outputs.packed, &outputs.figures)
             }
-            &Scheme::Groups(scheme) => {
-                let mut scales = std::mem::take(encoded);
-                let finite = kernel.quantize_groups(outputs.groups(
-                    bytes,
-                    dtype,
-                    kernel_scheme(scheme, global_scale),
-                    scheme.group_len(),
-                    &mut scales,
-                ));
-                if finite.is_err() {
+            Scheme::Groups(scheme) => {
+                let scheme = *scheme;
+                if kernel.quantize_groups(outputs.groups(bytes, tensor, dtype, &scheme, tensor_scale)).is_err() {
                     return Err(self.describe_nonfinite(tensor, dtype));
                 }
+                let ChunkOutputs { packed, scales, zero_points, figures } = outputs;
                 let mut results = Results { files, tensor, dtype, encoded };
-                let done =
-                    results.grouped(scheme, global_scale, first_element, outputs.packed, &scales, &outputs.figures);
-                self.encoded = scales;
-                done
+                results.grouped(
+                    &scheme,
+                    tensor_scale,
+                    &GroupRun { first_element, packed, scales, zero_points, figures },
+                )
             }
         }
     }
@@ -171,7 +167,7 @@ impl<'j, 'a> Worker<'j, 'a> {
             if self.job.plan.recipe.nonfinite == NonFinitePolicy::Error {
                 return Err(Failed::Other(self.describe_nonfinite(tensor, dtype)));
             }
-            let (_, mut outputs) = self.buffers.split(len, dtype, &self.scheme);
+            let (_, mut outputs) = self.buffers.split(tensor, len, dtype, &self.scheme);
             quantize_any(outputs.blocks(slot.source(len), dtype, &scheme));
             let mut results = Results { files: &self.files, tensor, dtype, encoded: &mut self.encoded };
             Ok(results.quantized(&scheme, first_element, outputs.packed, &outputs.figures)?)
@@ -226,26 +222,39 @@ impl<'j, 'a> Worker<'j, 'a> {
     }
 
     fn describe_nonfinite(&mut self, tensor: &PlannedTensor, dtype: FloatDtype) -> Error {
-        let (disk, source) = (self.job.means.disk, self.job.source);
+        let buffer = &mut self.buffers.bytes;
+        if tensor.parts.iter().any(|part| part.coded.is_some()) {
+            let path = self.job.source.files[tensor.parts[0].file].path.clone();
+            let read = |offset, bytes: &mut [u8]| self.files.read(tensor, offset, bytes);
+            return nonfinite::describe(&path, &tensor.name, tensor.source_len(), dtype, buffer, read)
+                .unwrap_or_else(Some)
+                .unwrap_or_else(|| no_longer(path, tensor));
+        }
+        // Where they are in the source, of which the tensor may have another order.
+        let source = self.job.source;
         for part in &tensor.parts {
             let (path, info) = (&source.files[part.file].path, &source.files[part.file].tensors[part.tensor]);
-            let file = self.files.open_source(part.file);
-            let buffer = &mut self.buffers.bytes;
-            match file.and_then(|file| nonfinite::describe(disk, file, path, info, dtype, buffer)) {
+            let read = |offset, bytes: &mut [u8]| self.files.read_at(part.file, info.offset + offset, bytes);
+            match nonfinite::describe(path, &info.name, info.len, dtype, buffer, read) {
                 Ok(None) => {}
                 Ok(Some(error)) | Err(error) => return error,
             }
         }
-        let path = source.files[tensor.parts[0].file].path.clone();
-        let why = format!("tensor {:?} held values that aren't finite, and no longer does", tensor.name);
-        Error::SourceChanged { path, why }
+        no_longer(source.files[tensor.parts[0].file].path.clone(), tensor)
     }
+}
+
+fn no_longer(path: PathBuf, tensor: &PlannedTensor) -> Error {
+    let why = format!("tensor {:?} held values that aren't finite, and no longer does", tensor.name);
+    Error::SourceChanged { path, why }
 }
 
 /// What a thread quantizes from and to; also what it hashes and copies through.
 struct Buffers {
     bytes: Vec<u8>,
     packed: Vec<u8>,
+    scales: Vec<u8>,
+    zero_points: Vec<u8>,
     absmax: Vec<f32>,
     signal: Vec<f32>,
     noise: Vec<f32>,
@@ -255,35 +264,53 @@ struct Buffers {
 /// The parts of [`Buffers`] that a chunk's results go to.
 struct ChunkOutputs<'b> {
     packed: &'b mut [u8],
+    /// As stored; of groups only.
+    scales: &'b mut [u8],
+    zero_points: &'b mut [u8],
     figures: Figures<'b>,
 }
 
 impl Buffers {
     fn new(job: &Job<'_>) -> Buffers {
-        let elements = job.means.budget.chunk_elements;
-        let element = job.plan.quantized().filter_map(|t| t.quantized_from()).map(FloatDtype::size).max().unwrap_or(2);
-        let blocks = elements / job.plan.recipe.scheme().block_len();
+        let Capacity { source, packed, groups } = Capacity::new(job.plan, job.means.budget.chunk_elements);
         Buffers {
-            bytes: vec![0; elements * element],
-            packed: vec![0; elements / 2],
-            absmax: vec![0.0; blocks],
-            signal: vec![0.0; blocks],
-            noise: vec![0.0; blocks],
-            worst: vec![0.0; blocks],
+            bytes: vec![0; source],
+            packed: vec![0; packed],
+            scales: vec![0; groups * size_of::<f32>()],
+            zero_points: vec![0; groups],
+            absmax: vec![0.0; groups],
+            signal: vec![0.0; groups],
+            noise: vec![0.0; groups],
+            worst: vec![0.0; groups],
         }
     }
 
-    /// A chunk of `len` bytes, and room for its results.
-    fn split(&mut self, len: usize, dtype: FloatDtype, scheme: &Scheme) -> (&[u8], ChunkOutputs<'_>) {
-        let elements = len / dtype.size();
-        let blocks = elements.div_ceil(scheme.block_len());
-        let figures = Figures {
-            absmax: &mut self.absmax[..blocks],
-            signal: &mut self.signal[..blocks],
-            noise: &mut self.noise[..blocks],
-            worst: &mut self.worst[..blocks],
+    /// A chunk of `tensor` of `len` bytes, and room for its results.
+    fn split(
+        &mut self,
+        tensor: &PlannedTensor,
+        len: usize,
+        dtype: FloatDtype,
+        scheme: &Scheme,
+    ) -> (&[u8], ChunkOutputs<'_>) {
+        let (elements, columns) = ((len / dtype.size()) as u64, tensor.columns());
+        let groups = elements.div_ceil(scheme.block_len(columns)) as usize;
+        let (scale_size, points) = match scheme {
+            Scheme::Groups(scheme) => (scheme.scale_size(dtype), scheme.format == GroupFormat::Int4Asym),
+            Scheme::Blocks(_) => (0, false),
         };
-        (&self.bytes[..len], ChunkOutputs { packed: &mut self.packed[..elements.div_ceil(2)], figures })
+        let outputs = ChunkOutputs {
+            packed: &mut self.packed[..scheme.packed_len(elements, columns) as usize],
+            scales: &mut self.scales[..groups * scale_size],
+            zero_points: &mut self.zero_points[..if points { groups } else { 0 }],
+            figures: Figures {
+                absmax: &mut self.absmax[..groups],
+                signal: &mut self.signal[..groups],
+                noise: &mut self.noise[..groups],
+                worst: &mut self.worst[..groups],
+            },
+        };
+        (&self.bytes[..len], outputs)
     }
 }
 
@@ -300,28 +327,28 @@ impl ChunkOutputs<'_> {
         }
     }
 
-    /// Groups, each as a row of its own: rows are whole groups, and lie one after the other as they do.
     fn groups<'s>(
         &'s mut self,
         source: &'s [u8],
+        tensor: &PlannedTensor,
         dtype: FloatDtype,
-        scheme: group::GroupScheme,
-        group: usize,
-        scales: &'s mut Vec<u8>,
+        scheme: &GroupScheme,
+        tensor_scale: Option<f32>,
     ) -> Groups<'s> {
         let Figures { absmax, signal, noise, worst } = &mut self.figures;
-        scales.clear();
-        scales.resize(absmax.len() * scheme.scale_size(dtype), 0);
-        let (packed, figures) = (&mut *self.packed, Figures { absmax, signal, noise, worst });
-        Groups { source, dtype, columns: group, group, scheme, packed, scales, zero_points: &mut [], figures }
-    }
-}
-
-fn kernel_scheme(scheme: GroupScheme, global_scale: Option<f32>) -> group::GroupScheme {
-    match scheme {
-        GroupScheme::Nvfp4 => group::GroupScheme::Nvfp4 { global_scale: global_scale.unwrap_or(1.0) },
-        GroupScheme::Int4(_) => group::GroupScheme::Int4,
-        GroupScheme::Mxfp4 => group::GroupScheme::Mxfp4,
+        let group = scheme.group_len(tensor.columns()) as usize;
+        Groups {
+            source,
+            dtype,
+            // Where a chunk isn't whole rows, rows have no padding: groups lie one after the other, as rows do.
+            columns: if scheme.has_whole_rows() { tensor.columns() as usize } else { group },
+            group,
+            scheme: group::GroupScheme::new(scheme, tensor_scale),
+            packed: self.packed,
+            scales: self.scales,
+            zero_points: self.zero_points,
+            figures: Figures { absmax, signal, noise, worst },
+        }
     }
 }
 

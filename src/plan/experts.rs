@@ -199,7 +199,7 @@ impl Fusion {
 }
 
 /// Matches the end of `name`, part by part.
-fn match_end<'n>(name: &'n str, pattern: &str) -> Option<(&'n str, Option<usize>)> {
+pub(super) fn match_end<'n>(name: &'n str, pattern: &str) -> Option<(&'n str, Option<usize>)> {
     let (mut rest, mut expert) = (name, None);
     for expected in pattern.rsplit('.') {
         let part = rest.rsplit('.').next()?;

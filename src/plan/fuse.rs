@@ -2,11 +2,10 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use serde_json::Value;
-
-use super::experts::{FAMILIES, Fusion, Shape};
+use super::experts::{FAMILIES, Fusion};
+use super::input::expert_part;
 use super::layout;
-use super::{Decision, Part, PlannedTensor, Role};
+use super::{Decision, PlannedTensor, Role};
 use crate::checkpoint::Source;
 use crate::error::{Error, Result};
 use crate::format::Scheme;
@@ -109,14 +108,12 @@ impl Group<'_> {
         } else if stacked {
             for expert in 0..experts {
                 parts.extend((0..matrices.len()).map(|i| {
-                    let part = self.member(tensors, i).parts[0];
-                    let len = part.len / experts;
-                    let transposed = transposed.then_some(matrices[i]);
-                    Part { offset: part.offset + expert * len, len, transposed, ..part }
+                    let part = expert_part(&self.member(tensors, i).parts, expert, experts);
+                    if transposed { part.transposed(matrices[i]) } else { part }
                 }));
             }
         } else {
-            parts.extend(self.members.values().map(|&i| tensors[i].parts[0]));
+            parts.extend(self.members.values().flat_map(|&i| &tensors[i].parts));
         }
         Ok(PlannedTensor {
             name: self.name(self.fusion.target),
@@ -194,37 +191,11 @@ impl Group<'_> {
     /// Whether the matrices are stored with rows and columns exchanged, as transformers decides it: by the shape.
     fn is_transposed(&self, source: &Source, tensor: &PlannedTensor) -> Result<bool> {
         let Some(shape) = self.fusion.transposed_unless else { return Ok(false) };
-        let number = |key: &str| {
-            let values = source.config.as_ref()?.values();
-            let nested = values.get("text_config").and_then(|text| text.get(key));
-            nested.or_else(|| values.get(key)).and_then(Value::as_u64)
-        };
-        let error = |why: String| {
+        shape.is_transposed(source.config.as_ref(), &tensor.shape).map_err(|why| {
             let path = source.files[tensor.parts[0].file].path.clone();
-            Err(Error::Experts {
-                path,
-                tensor: tensor.name.clone(),
-                why: format!("{why}; --experts keep leaves it as it is"),
-            })
-        };
-        let (Some(hidden), Some(intermediate)) = (number("hidden_size"), number("moe_intermediate_size")) else {
-            return error(
-                "config.json has no hidden_size or no moe_intermediate_size to tell its layout by".to_owned(),
-            );
-        };
-        let expected = match shape {
-            Shape::GateUp => [2 * intermediate, hidden],
-            Shape::Down => [hidden, intermediate],
-        };
-        let found = matrix(tensor);
-        if found != expected && found != [expected[1], expected[0]] {
-            let [rows, columns] = expected;
-            let found = &tensor.shape;
-            return error(format!(
-                "its shape is {found:?}, and config.json makes it [_, {rows}, {columns}] or [_, {columns}, {rows}]"
-            ));
-        }
-        Ok(found != expected)
+            let why = format!("{why}; --experts keep leaves it as it is");
+            Error::Experts { path, tensor: tensor.name.clone(), why }
+        })
     }
 }
 

@@ -1,17 +1,31 @@
 //! What formats with groups ask of a plan: whole groups in every row, experts one by one, and a list of what is left out.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 
+use super::input::Input;
 use super::rules::{Rules, Verdict};
-use super::{Decision, ExpertLayout, NonFinitePolicy, PlannedTensor, Recipe, Role};
-use crate::checkpoint::{Source, TensorInfo};
+use super::split::MAX_EXPERTS;
+use super::{Decision, ExpertLayout, NonFinitePolicy, PlannedTensor, Recipe, Role, split};
+use crate::checkpoint::Source;
 use crate::error::{Error, Result};
-use crate::format::GroupScheme;
+use crate::format::{GroupFormat, GroupScheme, Layout, Scheme};
 
 /// # Errors
-/// When the recipe has options that are bitsandbytes' alone.
+/// When the recipe has options that the format has no use for.
 pub fn check_options(recipe: &Recipe) -> Result<()> {
     let error = |what, why| Err(Error::Options { what, why });
+    let default = Recipe::default();
+    let scheme = match recipe.scheme() {
+        Scheme::Groups(scheme) => scheme,
+        Scheme::Blocks(_) if recipe.layout != default.layout => {
+            return error("--layout", "nf4 and fp4 have bitsandbytes' layout only: leave it out");
+        }
+        Scheme::Blocks(_) if recipe.group_size != default.group_size => {
+            return error("--group-size", "nf4 and fp4 have blocks, whose size is --block-size");
+        }
+        Scheme::Blocks(_) => return Ok(()),
+    };
     if recipe.double_quant {
         return error("--double-quant", "only nf4 and fp4 have scales that can be quantized: leave it out");
     }
@@ -19,56 +33,109 @@ pub fn check_options(recipe: &Recipe) -> Result<()> {
         return error("--nonfinite keep", "only nf4 and fp4 have a way to write such values: leave it out");
     }
     if recipe.experts == ExpertLayout::Fuse {
-        return error(
-            "--experts fuse",
-            "only nf4 and fp4 have fused experts: what reads other formats wants them one by one",
-        );
+        let why = "only nf4 and fp4 have fused experts: what reads other formats wants them one by one";
+        return error("--experts fuse", why);
     }
-    Ok(())
+    if recipe.block_size != default.block_size {
+        return error("--block-size", "only nf4 and fp4 have blocks; int4's groups have --group-size");
+    }
+    if !scheme.is_integer() && recipe.group_size != default.group_size {
+        return error("--group-size", "only int4 and int4-asym have a choice: leave it out");
+    }
+    match (scheme.layout, scheme.format) {
+        (Layout::Modelopt, format) if format != GroupFormat::Nvfp4 => {
+            error("--layout modelopt", "it is a layout of nvfp4: give --format nvfp4")
+        }
+        (Layout::GptOss, format) if format != GroupFormat::Mxfp4 => {
+            error("--layout gpt-oss", "it is a layout of mxfp4: give --format mxfp4")
+        }
+        _ => Ok(()),
+    }
 }
 
-/// Keeps a weight whose rows aren't whole groups.
+/// Keeps a weight that the format can't hold: its rows aren't whole groups, or the layout is for others.
 ///
 /// # Errors
-/// When experts to be quantized are fused.
+/// When gpt-oss's layout is asked of another model, or can't be had of all its experts.
 pub fn check(
     source: &Source,
-    file: usize,
-    info: &TensorInfo,
-    scheme: GroupScheme,
+    model_types: &[&str],
+    input: &Input,
+    scheme: &GroupScheme,
     verdict: &mut Verdict,
 ) -> Result<()> {
+    let keep = |verdict: &mut Verdict, reason: Cow<'static, str>| {
+        (verdict.quantize, verdict.reason) = (false, reason);
+        Ok(())
+    };
+    if scheme.layout == Layout::GptOss {
+        return match verdict.role {
+            Role::FusedExperts => check_gpt_oss(source, model_types, input, scheme, verdict),
+            _ if verdict.quantize => keep(verdict, "gpt-oss's layout is of experts only: kept in its dtype".into()),
+            _ => Ok(()),
+        };
+    }
     if !verdict.quantize {
         return Ok(());
     }
-    let (columns, group) = (info.shape.last().copied().unwrap_or(0), scheme.group_len() as u64);
-    if info.shape.len() != 2 {
-        let path = source.files[file].path.clone();
-        let why =
-            "fused experts can't be written in groups: only nf4 and fp4 take them; --exclude keeps them in their dtype";
-        return Err(Error::Experts { path, tensor: info.name.clone(), why: why.to_owned() });
+    let columns = match verdict.role {
+        Role::FusedExperts => split::columns(source, model_types, input)?,
+        _ if input.shape.len() != 2 => {
+            return keep(verdict, "it isn't a matrix, as what has groups must be: kept in its dtype".into());
+        }
+        _ if !input.name.ends_with(".weight") => {
+            return keep(verdict, "its name doesn't end in .weight, as that of what has groups must: kept".into());
+        }
+        _ => input.shape[1],
+    };
+    let group = scheme.group_len(columns);
+    if columns.is_multiple_of(group) {
+        return Ok(());
     }
-    if !info.name.ends_with(".weight") {
-        (verdict.quantize, verdict.reason) = (false, "its name doesn't end in .weight, as groups' must: kept".into());
-    } else if !columns.is_multiple_of(group) {
-        let reason = format!("its {columns} columns aren't whole groups of {group}: kept in its dtype");
-        (verdict.quantize, verdict.reason) = (false, reason.into());
+    keep(verdict, format!("its {columns} columns aren't whole groups of {group}: kept in its dtype").into())
+}
+
+/// Its loader takes all experts for MXFP4.
+fn check_gpt_oss(
+    source: &Source,
+    model_types: &[&str],
+    input: &Input,
+    scheme: &GroupScheme,
+    verdict: &Verdict,
+) -> Result<()> {
+    let error = |why: String| {
+        let path = source.files[input.parts[0].file].path.clone();
+        Err(Error::Experts { path, tensor: input.name.clone(), why })
+    };
+    if !model_types.contains(&"gpt_oss") {
+        let other = "only gpt_oss models are read in gpt-oss's layout; leave --layout out for compressed-tensors'";
+        return error(other.to_owned());
     }
-    Ok(())
+    if !verdict.quantize {
+        return error(format!("{}: in gpt-oss's layout all experts are quantized, or none", verdict.reason));
+    }
+    match input.shape[..] {
+        [experts, columns, _] if columns.is_multiple_of(scheme.group_len(columns)) && experts <= MAX_EXPERTS => Ok(()),
+        _ => error(format!("its shape is {:?}: the second dimension must be whole groups of 32", input.shape)),
+    }
 }
 
 /// The Linear modules that are kept: whole names, or a pattern for all experts of a layer if none is quantized.
-pub fn ignored(rules: &Rules, tensors: &[PlannedTensor], linear: &[bool]) -> Vec<String> {
+pub fn ignored(rules: &Rules, tensors: &[PlannedTensor], linear: &[bool], layout: Layout) -> Vec<String> {
     let container = |module: &str| module.find(".experts.").map(|at| module[..at + ".experts".len()].to_owned());
     let names = |tensor: &PlannedTensor| rules.module_names(&tensor.name).into_iter();
     let quantized = tensors.iter().filter(|tensor| tensor.decision != Decision::Keep);
     let with_quantized: HashSet<String> = quantized.flat_map(names).filter_map(|module| container(&module)).collect();
     let mut seen = HashSet::new();
-    let kept = tensors.iter().zip(linear).filter(|(tensor, linear)| {
-        tensor.decision == Decision::Keep && (**linear || tensor.role == Role::ExpertLinear)
-    });
-    let entry = |module: String| match container(&module) {
-        Some(container) if !with_quantized.contains(&container) => format!("re:{}\\..*", container.replace('.', "\\.")),
+    let kept = tensors
+        .iter()
+        .zip(linear)
+        .filter(|(tensor, linear)| tensor.decision == Decision::Keep && (**linear || tensor.role.is_expert()));
+    let entry = |module: String| match (container(&module), layout) {
+        (Some(container), Layout::CompressedTensors) if !with_quantized.contains(&container) => {
+            format!("re:{}\\..*", container.replace('.', "\\."))
+        }
+        (Some(container), Layout::Modelopt) if !with_quantized.contains(&container) => format!("{container}*"),
         _ => module,
     };
     let mut entries: Vec<String> =

@@ -7,10 +7,13 @@ mod decide;
 pub mod experts;
 mod fuse;
 mod groups;
+pub mod input;
 mod layout;
+mod part;
 mod recipe;
 pub mod rules;
 pub mod skip_modules;
+mod split;
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -19,14 +22,17 @@ use std::sync::Arc;
 use serde_json::Value;
 
 pub use layout::{PlannedFile, PlannedOutput};
+pub use part::{Coded, Matrix, Nested, Part, Place};
 pub use recipe::{ExpertLayout, NonFinitePolicy, Recipe};
 pub use rules::Role;
 
 use crate::checkpoint::{CONFIG_NAME, Dtype, Source};
 use crate::error::{Error, Result};
-use crate::format::{FloatDtype, GroupScheme, OutputKind, Scheme};
+use crate::format::{FloatDtype, GroupFormat, GroupScheme, Layout, OutputKind, Scheme, modelopt};
 use decide::Selection;
-use rules::Rules;
+use input::Input;
+use rules::{Rules, Verdict};
+use split::Decided;
 
 /// What will be written, byte by byte.
 #[derive(Debug)]
@@ -42,6 +48,8 @@ pub struct Plan {
     pub scale_sets: Vec<Vec<usize>>,
     /// The new config.json's text, if the source has one.
     pub config: Option<String>,
+    /// Files that the format has beside config.json: name and content.
+    pub side_files: Vec<(String, String)>,
     /// What the user should know before using the result; one sentence each.
     pub warnings: Vec<String>,
 }
@@ -69,21 +77,6 @@ pub struct PlannedTensor {
     pub outputs: Vec<PlannedOutput>,
 }
 
-/// A run of a source tensor's bytes, or all of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Part {
-    /// Which of the source's files holds it.
-    pub file: usize,
-    /// Which of the file's tensors it is of.
-    pub tensor: usize,
-    /// The file offset of its first byte.
-    pub offset: u64,
-    /// Its size in bytes.
-    pub len: u64,
-    /// `[rows, columns]` in the file, if the part is that matrix transposed.
-    pub transposed: Option<[u64; 2]>,
-}
-
 /// Keep or quantize.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
@@ -94,9 +87,23 @@ pub enum Decision {
 }
 
 impl PlannedTensor {
+    fn new((input, verdict, decision): Decided, scheme: &Scheme) -> PlannedTensor {
+        let Input { name, dtype, shape, parts } = input;
+        let Verdict { role, reason, .. } = verdict;
+        let (constant, outputs) = (None, Vec::new());
+        let mut tensor = PlannedTensor { name, dtype, shape, parts, constant, role, decision, reason, outputs };
+        tensor.outputs = layout::outputs(&tensor, scheme);
+        tensor
+    }
+
     /// The number of elements.
     pub fn elements(&self) -> u64 {
         self.shape.iter().product()
+    }
+
+    /// Elements of a row: of its last dimension.
+    pub fn columns(&self) -> u64 {
+        self.shape.last().copied().unwrap_or(1)
     }
 
     /// Bytes that it is made of.
@@ -141,64 +148,51 @@ impl Plan {
                 why: "one such value would spoil the scales of 256 blocks; leave one of them out",
             });
         }
+        groups::check_options(&recipe)?;
         let scheme = recipe.scheme();
-        if let Scheme::Groups(_) = scheme {
-            groups::check_options(&recipe)?;
-        }
         let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
         let rules = Rules::new(&model_types);
-        let mut selection = Selection::new(&recipe, rules.clone())?;
-        let (mut tensors, mut linear) = (Vec::new(), Vec::new());
-        let in_files = source.files.iter().enumerate();
-        let places = in_files.flat_map(|(i, file)| file.tensors.iter().enumerate().map(move |(j, info)| (i, j, info)));
-        for (file, tensor, info) in places {
-            let verdict = selection.decide(&info.name, &info.shape);
-            let mut verdict = verdict;
-            if let Scheme::Groups(scheme) = scheme {
-                groups::check(source, file, info, scheme, &mut verdict)?;
-            }
-            let decision = match (verdict.quantize, float_dtype(info.dtype)) {
-                (false, _) => Decision::Keep,
-                (true, Some(dtype)) => Decision::Quantize(dtype),
-                (true, None) => {
-                    let path = source.files[file].path.clone();
-                    let (tensor, dtype) = (info.name.clone(), info.dtype.name());
-                    return Err(Error::UnsupportedDtype { path, tensor, dtype });
-                }
-            };
-            let mut tensor = PlannedTensor {
-                name: info.name.clone(),
-                dtype: info.dtype,
-                shape: info.shape.clone(),
-                parts: vec![Part { file, tensor, offset: info.offset, len: info.len, transposed: None }],
-                constant: None,
-                role: verdict.role,
-                decision,
-                reason: verdict.reason,
-                outputs: Vec::new(),
-            };
-            tensor.outputs = layout::outputs(&tensor, &scheme);
-            tensors.push(tensor);
-            linear.push(verdict.linear);
-        }
-        selection.check_patterns()?;
+        let decided = decide(source, &recipe, &model_types, &rules)?;
+        let linear: Vec<bool> = decided.iter().map(|(_, verdict, _)| verdict.linear).collect();
+        let mut tensors: Vec<PlannedTensor> =
+            decided.into_iter().map(|decided| PlannedTensor::new(decided, &scheme)).collect();
         check_anything_quantized(source, &tensors, &recipe)?;
-        let skip_modules = match scheme {
+        let kept_modules = match &scheme {
             Scheme::Blocks(_) => skip_modules::list(&rules, &tensors, &linear)?,
-            Scheme::Groups(_) => groups::ignored(&rules, &tensors, &linear),
+            Scheme::Groups(scheme) => groups::ignored(&rules, &tensors, &linear, scheme.layout),
         };
-        let config = quantized_config(source, &recipe, &tensors, &skip_modules)?;
+        let config = quantized_config(source, &recipe, &tensors, &kept_modules)?;
         let warnings = warnings(source, &recipe, &rules, &tensors, &linear);
         if recipe.experts == ExpertLayout::Fuse {
             tensors = fuse::fuse(source, &model_types, tensors, &recipe.scheme())?;
         }
         check_names_are_free(source, &tensors)?;
         let files = layout::lay_out(&mut tensors, recipe.max_shard_size);
-        let scale_sets = match scheme {
-            Scheme::Groups(GroupScheme::Nvfp4) => groups::scale_sets(&tensors),
+        let scale_sets = match &scheme {
+            Scheme::Groups(scheme) if scheme.format == GroupFormat::Nvfp4 => groups::scale_sets(&tensors),
             _ => Vec::new(),
         };
-        Ok(Plan { recipe, tensors, files, scale_sets, config, warnings })
+        let side_files = match &scheme {
+            Scheme::Groups(GroupScheme { layout: Layout::Modelopt, .. }) => {
+                vec![(modelopt::CONFIG_NAME.to_owned(), modelopt::config_text(&kept_modules))]
+            }
+            _ => Vec::new(),
+        };
+        Ok(Plan { recipe, tensors, files, scale_sets, config, side_files, warnings })
+    }
+
+    /// Plans the writing of `inputs` as they are, decoded; `recipe` tells how large files may be.
+    pub fn decoded(recipe: Recipe, inputs: Vec<Input>, config: Option<String>) -> Plan {
+        let keep = |input: Input| {
+            let is_coded = input.parts.iter().any(|part| part.coded.is_some());
+            let reason = if is_coded { "decoded" } else { "copied" };
+            let verdict = Verdict { role: Role::Unknown, quantize: false, linear: false, reason: reason.into() };
+            PlannedTensor::new((input, verdict, Decision::Keep), &recipe.scheme())
+        };
+        let mut tensors: Vec<PlannedTensor> = inputs.into_iter().map(keep).collect();
+        let files = layout::lay_out(&mut tensors, recipe.max_shard_size);
+        let (scale_sets, side_files, warnings) = Default::default();
+        Plan { recipe, tensors, files, scale_sets, config, side_files, warnings }
     }
 
     /// Bytes of the files of weights.
@@ -229,6 +223,41 @@ impl Plan {
     /// Bits that a weight takes over the whole checkpoint.
     pub fn bits_per_weight(&self) -> f64 {
         bits_per_element(self.tensors.iter())
+    }
+}
+
+/// What becomes of each tensor, with fused experts taken apart where the format wants it.
+fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules) -> Result<Vec<Decided>> {
+    let scheme = recipe.scheme();
+    let mut selection = Selection::new(recipe, rules.clone())?;
+    let mut decided = Vec::new();
+    for input in input::inputs(source, recipe)? {
+        let mut verdict = selection.decide(&input.name, &input.shape);
+        if let Scheme::Groups(scheme) = &scheme {
+            groups::check(source, model_types, &input, scheme, &mut verdict)?;
+        }
+        let decision = match (verdict.quantize, float_dtype(input.dtype)) {
+            (false, _) => Decision::Keep,
+            (true, Some(dtype)) => Decision::Quantize(dtype),
+            (true, None) => {
+                let path = source.files[input.parts[0].file].path.clone();
+                return Err(Error::UnsupportedDtype { path, tensor: input.name, dtype: input.dtype.name() });
+            }
+        };
+        decided.push((input, verdict, decision));
+    }
+    selection.check_patterns()?;
+    match scheme {
+        Scheme::Blocks(_) => Ok(decided),
+        Scheme::Groups(GroupScheme { layout: Layout::GptOss, .. }) => {
+            let turned = decided.into_iter().map(|(input, verdict, decision)| match decision {
+                // What products sum over in rows, of which MXFP4's groups are.
+                Decision::Quantize(_) => (input.turned(), verdict, decision),
+                Decision::Keep => (input, verdict, decision),
+            });
+            Ok(turned.collect())
+        }
+        Scheme::Groups(_) => split::split_experts(source, model_types, decided),
     }
 }
 

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::format::{BlockFormat, BlockScheme, BlockSize, Format, GroupScheme, GroupSize, Scheme};
+use crate::format::{BlockFormat, BlockScheme, BlockSize, Format, GroupFormat, GroupScheme, GroupSize, Layout, Scheme};
 
 /// The choices of a conversion.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -15,6 +15,9 @@ pub struct Recipe {
     /// Columns that share one scale, in INT4.
     #[serde(default)]
     pub group_size: GroupSize,
+    /// The tensors that formats with groups are put in.
+    #[serde(default)]
+    pub layout: Layout,
     /// Whether absmax is quantized too, to 8 bits.
     pub double_quant: bool,
     /// How the experts of a Mixture-of-Experts model are laid out.
@@ -25,6 +28,9 @@ pub struct Recipe {
     pub include: Vec<String>,
     /// Regular expressions: tensors to be kept, whatever else says otherwise.
     pub exclude: Vec<String>,
+    /// Whether gpt-oss's MXFP4 experts are decoded on the way in.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub dequantize_source: bool,
     /// What becomes of weights with a NaN or an infinity.
     pub nonfinite: NonFinitePolicy,
     /// The most bytes of tensors in one file; a weight and its statistics stay together even if they are more.
@@ -60,12 +66,14 @@ impl Recipe {
             let (block_size, double_quant) = (self.block_size, self.double_quant);
             Scheme::Blocks(BlockScheme { format, block_size, double_quant })
         };
+        let groups = |format, size| Scheme::Groups(GroupScheme { format, size, layout: self.layout });
         match self.format {
             Format::Nf4 => blocks(BlockFormat::Nf4),
             Format::Fp4 => blocks(BlockFormat::Fp4),
-            Format::Int4 => Scheme::Groups(GroupScheme::Int4(self.group_size)),
-            Format::Mxfp4 => Scheme::Groups(GroupScheme::Mxfp4),
-            Format::Nvfp4 => Scheme::Groups(GroupScheme::Nvfp4),
+            Format::Int4 => groups(GroupFormat::Int4, self.group_size),
+            Format::Int4Asym => groups(GroupFormat::Int4Asym, self.group_size),
+            Format::Mxfp4 => groups(GroupFormat::Mxfp4, GroupSize::Columns(32)),
+            Format::Nvfp4 => groups(GroupFormat::Nvfp4, GroupSize::Columns(16)),
         }
     }
 }
@@ -77,11 +85,13 @@ impl Default for Recipe {
             format: Format::Nf4,
             block_size: BlockSize::default(),
             group_size: GroupSize::default(),
+            layout: Layout::default(),
             double_quant: false,
             experts: ExpertLayout::Keep,
             only_experts: false,
             include: Vec::new(),
             exclude: Vec::new(),
+            dequantize_source: false,
             nonfinite: NonFinitePolicy::Error,
             max_shard_size: 5_000_000_000,
         }

@@ -75,24 +75,16 @@ fn compare_others(
         expected.push((CONFIG_NAME.to_owned(), Sha256Hash::of(config.as_bytes())));
     }
     let mut buffer = vec![0; 1 << 16];
-    let addition = model_card::addition(&conversion.source, &conversion.plan);
-    for side in &conversion.source.side_files {
+    let card = model_card::changed(&conversion.source, &conversion.plan, false)?;
+    let sides = conversion.source.side_files.iter();
+    for side in sides.filter(|side| card.is_none() || side.name != model_card::NAME) {
         let file = File::open(&side.path).at(&side.path, "open it")?;
-        let hash = match addition.filter(|_| side.name == model_card::NAME) {
-            Some(addition) => {
-                let text = std::fs::read(&side.path).at(&side.path, "read it")?;
-                Sha256Hash::of(&[&text, addition.as_bytes()].concat())
-            }
-            None => {
-                let hash = hash_range(&RealDisk, &file, &side.path, 0, side.len, &mut buffer, || true);
-                hash.at(&side.path, "read it")?.ok_or(Error::Stopped)?
-            }
-        };
-        expected.push((side.name.clone(), hash));
+        let hash = hash_range(&RealDisk, &file, &side.path, 0, side.len, &mut buffer, || true);
+        expected.push((side.name.clone(), hash.at(&side.path, "read it")?.ok_or(Error::Stopped)?));
     }
-    if let Some(addition) = addition.filter(|_| expected.iter().all(|(name, _)| name != model_card::NAME)) {
-        expected.push((model_card::NAME.to_owned(), Sha256Hash::of(addition.trim_start().as_bytes())));
-    }
+    expected.extend(card.map(|card| (model_card::NAME.to_owned(), Sha256Hash::of(&card))));
+    let made = conversion.plan.side_files.iter();
+    expected.extend(made.map(|(name, text)| (name.clone(), Sha256Hash::of(text.as_bytes()))));
     for (name, sha256) in expected {
         let record = checkpoint.manifest.files.iter().find(|file| file.name == name);
         let path = checkpoint.folder.join(&name);

@@ -1,7 +1,7 @@
 //! Group quantization: 4-bit formats with one scale for each run of consecutive columns of a row.
 //!
 //! Rules and rounding are those of llm-compressor 0.14.0.1 with compressed-tensors 0.19.0 on a CPU, which the golden tests
-//! hold; ModelOpt's for [`GroupScheme::Nvfp4ModelOpt`]. [`scalar`] is the specification.
+//! hold; ModelOpt 0.47.0's for [`GroupScheme::Nvfp4ModelOpt`]. [`scalar`] is the specification.
 
 pub mod scalar;
 #[cfg(target_arch = "x86_64")]
@@ -10,7 +10,7 @@ mod vector;
 mod x86;
 
 use super::{Figures, Isa, Kernel, NonFinite};
-use crate::format::FloatDtype;
+use crate::format::{self, FloatDtype, GroupFormat, Layout};
 
 /// How a group's elements become codes and a scale.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -26,7 +26,7 @@ pub enum GroupScheme {
     },
     /// The same values as ModelOpt arrives at them: times an E4M3 scale, times `scale_2`.
     Nvfp4ModelOpt {
-        /// The tensor's absmax over 6 · 448.
+        /// The tensor's absmax over 6 · 448; see [`scalar::scale_2`].
         scale_2: f32,
     },
     /// E2M1 floats times a power of two (E8M0).
@@ -34,6 +34,18 @@ pub enum GroupScheme {
 }
 
 impl GroupScheme {
+    /// As `scheme` has it; `tensor_scale` is [`scalar::global_scale`] or [`scalar::scale_2`], for NVFP4.
+    pub fn new(scheme: &format::GroupScheme, tensor_scale: Option<f32>) -> GroupScheme {
+        let scale = tensor_scale.unwrap_or(1.0);
+        match (scheme.format, scheme.layout) {
+            (GroupFormat::Int4, _) => GroupScheme::Int4,
+            (GroupFormat::Int4Asym, _) => GroupScheme::Int4Asym,
+            (GroupFormat::Mxfp4, _) => GroupScheme::Mxfp4,
+            (GroupFormat::Nvfp4, Layout::Modelopt) => GroupScheme::Nvfp4ModelOpt { scale_2: scale },
+            (GroupFormat::Nvfp4, _) => GroupScheme::Nvfp4 { global_scale: scale },
+        }
+    }
+
     /// Whether codes are E2M1 floats, two a byte, and not integers, eight a little-endian i32.
     pub fn is_float(self) -> bool {
         !matches!(self, GroupScheme::Int4 | GroupScheme::Int4Asym)
@@ -47,6 +59,15 @@ impl GroupScheme {
     /// Bytes of a group's scale as it is stored.
     pub fn scale_size(self, dtype: FloatDtype) -> usize {
         if self.is_float() { 1 } else { dtype.size() }
+    }
+}
+
+/// NVFP4's scale of a tensor, or of all that share one, with this absmax: [`scalar::global_scale`], or [`scalar::scale_2`] in
+/// ModelOpt's layout.
+pub fn tensor_scale(layout: Layout, absmax: f32, dtype: FloatDtype) -> f32 {
+    match layout {
+        Layout::Modelopt => scalar::scale_2(absmax),
+        Layout::CompressedTensors | Layout::GptOss => scalar::global_scale(absmax, dtype),
     }
 }
 

@@ -7,6 +7,7 @@ use half::{bf16, f16};
 
 use super::{GroupScheme, Groups};
 use crate::format::FloatDtype;
+use crate::kernel::float8::{e4m3_value, power_of_two};
 use crate::kernel::scalar::{LANES, Lanes, decode};
 use crate::kernel::{Figures, NonFinite};
 
@@ -60,6 +61,15 @@ pub fn absmax(source: &[u8], dtype: FloatDtype) -> Result<f32, NonFinite> {
 pub fn global_scale(absmax: f32, dtype: FloatDtype) -> f32 {
     let scale = round(round(1.0 / absmax, dtype) * (E4M3_MAX * FP4_MAX), dtype);
     if scale.is_finite() { scale } else { 1.0 }
+}
+
+/// ModelOpt's scale of scales, `weight_scale_2`, of a tensor, or of all that share one, with this absmax: the inverse of what
+/// [`global_scale`] aims at, in f32 whatever the dtype.
+///
+/// ModelOpt's own is 0 when nothing is left of the quotient, and the scales of groups of zeros are then NaN. Not so here.
+pub fn scale_2(absmax: f32) -> f32 {
+    let scale = absmax / (FP4_MAX * E4M3_MAX);
+    if scale > 0.0 { scale } else { 1.0 }
 }
 
 /// What a group's scale is chosen by.
@@ -133,8 +143,9 @@ impl Chosen {
                 Chosen { stored: Stored::Byte(byte), scale: e4m3_value(byte) / global_scale, zero_point: 0.0 }
             }
             GroupScheme::Nvfp4ModelOpt { scale_2 } => {
+                // 0 for a group of zeros, or for one so small beside the tensor that nothing is left of the quotient.
                 let wanted = absmax / (FP4_MAX * scale_2);
-                let byte = e4m3(if absmax == 0.0 { 1.0 } else { wanted.clamp(1.0 / 512.0, E4M3_MAX) });
+                let byte = e4m3(if wanted == 0.0 { 1.0 } else { wanted.clamp(1.0 / 512.0, E4M3_MAX) });
                 Chosen { stored: Stored::Byte(byte), scale: e4m3_value(byte) * scale_2, zero_point: 0.0 }
             }
             GroupScheme::Mxfp4 => {
@@ -201,19 +212,4 @@ fn e4m3(x: f32) -> u8 {
     let bits = x.to_bits();
     let rounded = bits + 0x7_ffff + (bits >> 20 & 1);
     ((rounded >> 20) - (120 << 3)) as u8
-}
-
-/// The value of an E4M3 float that isn't negative.
-#[inline(always)]
-fn e4m3_value(byte: u8) -> f32 {
-    match byte >> 3 {
-        0 => f32::from(byte) / 512.0,
-        exponent => f32::from_bits((u32::from(exponent) + 120) << 23 | u32::from(byte & 7) << 20),
-    }
-}
-
-/// The value of an E8M0 float: 2^(byte - 127).
-#[inline(always)]
-fn power_of_two(byte: u8) -> f32 {
-    if byte == 0 { f32::from_bits(1 << 22) } else { f32::from_bits(u32::from(byte) << 23) }
 }

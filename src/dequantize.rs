@@ -1,0 +1,229 @@
+//! Writing a checkpoint's weights back as floats: for merging adapters, or a look.
+//!
+//! What is read is a checkpoint that prequant converted; its manifest tells what is what. Decoding is an execution of a plan
+//! like any other, in which all tensors are kept and some are read decoded.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::Path;
+
+use crate::checkpoint::{CONFIG_NAME, Dtype, MANIFEST_NAME, RealDisk, Source, TensorInfo, read_exact_at};
+use crate::convert::{Conversion, Options};
+use crate::error::{Error, IoContext, Result};
+use crate::format::{
+    BlockScheme, Coding, FloatDtype, GroupFormat, GroupScheme, Layout, ParsedQuantState, Scheme, modelopt,
+};
+use crate::kernel::Device;
+use crate::manifest::{DecisionRecord, Manifest, TensorRecord};
+use crate::plan::input::{Input, as_stored, decoded, model_dtype};
+use crate::plan::{Coded, Nested, Place, Plan};
+use crate::relay;
+
+/// What config.json says because of the 4-bit weights.
+const CONFIG_KEYS: [&str; 2] = ["quantization_config", "experts_implementation"];
+
+/// The longest quant_state that is read.
+const MAX_QUANT_STATE: u64 = 1 << 16;
+
+/// Plans the decoding of `converted`; reads headers and what is one number a tensor, and writes nothing.
+///
+/// # Errors
+/// When it is no checkpoint that prequant converted, or isn't what its manifest says.
+pub fn plan(converted: &Path, max_shard_size: u64, mut options: Options) -> Result<Conversion> {
+    let mut source = Source::open(converted)?;
+    let Some(manifest) = relay::manifest_of(converted) else {
+        let why = format!(
+            "it has no {MANIFEST_NAME} that this version reads: give the folder of a checkpoint that prequant converted"
+        );
+        return Err(Error::NotACheckpoint { path: converted.to_owned(), why });
+    };
+    source.side_files.retain(|file| file.name != modelopt::CONFIG_NAME);
+    let inputs = Converted::new(&source, &manifest).inputs()?;
+    let config = source.config.as_ref().map(|config| config.without(&CONFIG_KEYS)).transpose();
+    let config = config.map_err(|error| Error::malformed(&source.path.join(CONFIG_NAME), error.to_string()))?;
+    let recipe = crate::plan::Recipe { max_shard_size, ..manifest.recipe.clone() };
+    let plan = Plan::decoded(recipe, inputs, config);
+    options.device = Device::cpu();
+    options.hash_source = true; // what is read must be what its manifest says
+    Conversion::dequantize(source, plan, manifest, options)
+}
+
+/// A converted checkpoint.
+struct Converted<'a> {
+    source: &'a Source,
+    manifest: &'a Manifest,
+    /// Tensors by name.
+    places: HashMap<&'a str, (Place, &'a TensorInfo)>,
+    /// Files of the source, opened as they are needed.
+    files: Vec<Option<File>>,
+}
+
+impl<'a> Converted<'a> {
+    fn new(source: &'a Source, manifest: &'a Manifest) -> Converted<'a> {
+        let mut places = HashMap::new();
+        for (file, of_file) in source.files.iter().enumerate() {
+            for (tensor, info) in of_file.tensors.iter().enumerate() {
+                places.insert(&*info.name, (Place { file, tensor, offset: info.offset }, info));
+            }
+        }
+        Converted { source, manifest, places, files: source.files.iter().map(|_| None).collect() }
+    }
+
+    /// Every tensor of the manifest, decoded.
+    fn inputs(mut self) -> Result<Vec<Input>> {
+        let manifest = self.manifest;
+        manifest.tensors.iter().map(|record| self.input(record)).collect()
+    }
+
+    fn input(&mut self, record: &TensorRecord) -> Result<Input> {
+        let first = record.outputs.first().ok_or_else(|| self.malformed("a tensor without outputs".to_owned()))?;
+        if record.decision == DecisionRecord::Keep {
+            let (place, info) = self.tensor(&first.name)?;
+            return Ok(as_stored(info, place));
+        }
+        let (name, coded, shape) = match self.manifest.recipe.scheme() {
+            Scheme::Blocks(scheme) => {
+                let (coded, shape) = self.blocks(&scheme, &first.name)?;
+                (first.name.clone(), coded, shape)
+            }
+            Scheme::Groups(scheme) => {
+                let suffix = match scheme.layout {
+                    Layout::CompressedTensors => "_packed",
+                    Layout::Modelopt => "",
+                    Layout::GptOss => "_blocks",
+                };
+                let name = first.name.strip_suffix(suffix);
+                let name = name.ok_or_else(|| self.malformed(format!("{:?} doesn't end in {suffix:?}", first.name)))?;
+                let (coded, shape) = self.groups(&scheme, name, &first.name)?;
+                (name.to_owned(), coded, shape)
+            }
+        };
+        let (place, info) = self.tensor(&first.name)?;
+        self.check(&coded, info, &shape)?;
+        let input = decoded(name, shape, coded, place).map_err(|why| self.malformed(why))?;
+        // gpt-oss's model has rows and columns the other way round.
+        let turned = self.manifest.recipe.layout == Layout::GptOss;
+        Ok(if turned { input.turned() } else { input })
+    }
+
+    /// bitsandbytes' weights: their quant_state tells all.
+    fn blocks(&mut self, scheme: &BlockScheme, name: &str) -> Result<(Coded, Vec<u64>)> {
+        let state_name = format!("{name}{}", scheme.format.quant_state_suffix());
+        let json = self.bytes(&state_name, MAX_QUANT_STATE)?;
+        let state =
+            ParsedQuantState::parse(&json).map_err(|error| self.malformed(format!("{state_name:?}: {error}")))?;
+        let dtype = FloatDtype::from_torch_name(&state.dtype);
+        let dtype = dtype.ok_or_else(|| self.malformed(format!("{state_name:?}: unknown dtype {:?}", state.dtype)))?;
+        let elements = state.shape.iter().try_fold(1u64, |product, &dimension| product.checked_mul(dimension));
+        let elements = elements.filter(|&elements| elements > 0);
+        let columns =
+            elements.ok_or_else(|| self.malformed(format!("{state_name:?}: a shape of {:?}", state.shape)))?;
+        let (scales, _) = self.tensor(&format!("{name}.absmax"))?;
+        let nested = match scheme.double_quant {
+            true => {
+                let (absmax, _) = self.tensor(&format!("{name}.nested_absmax"))?;
+                Some(Nested { absmax, offset: state.nested_offset.unwrap_or(0.0) as f32 })
+            }
+            false => None,
+        };
+        let coding = Coding::Blocks { format: scheme.format, block_size: scheme.block_size.get() };
+        let row_len = columns.div_ceil(2);
+        Ok((Coded { coding, dtype, columns, row_len, group_rows: 1, scales, zero_points: None, nested }, state.shape))
+    }
+
+    fn groups(&mut self, scheme: &GroupScheme, name: &str, codes: &str) -> Result<(Coded, Vec<u64>)> {
+        let suffix = if scheme.layout == Layout::GptOss { "_scales" } else { "_scale" };
+        let (scales, scale) = self.tensor(&format!("{name}{suffix}"))?;
+        let (_, packed) = self.tensor(codes)?;
+        let shape = match (&packed.shape[..], scheme.layout) {
+            (&[experts, rows, groups, 16], Layout::GptOss) => vec![experts, rows, groups.saturating_mul(32)],
+            (&[rows, columns], _) if !scheme.is_integer() => vec![rows, columns.saturating_mul(2)],
+            (&[_, _], _) => {
+                let bytes = self.bytes(&format!("{name}_shape"), 16)?;
+                bytes.as_chunks().0.iter().map(|dimension| u64::from_le_bytes(*dimension)).collect()
+            }
+            (shape, _) => return Err(self.malformed(format!("{codes:?} has the shape {shape:?}"))),
+        };
+        let columns = shape.last().copied().filter(|_| !shape.contains(&0));
+        let columns = columns.ok_or_else(|| self.malformed(format!("{name:?}: a shape of {shape:?}")))?;
+        let of_model = model_dtype(self.source);
+        let (coding, dtype) = match (scheme.format, scheme.layout) {
+            (GroupFormat::Int4 | GroupFormat::Int4Asym, _) => {
+                let dtype = match scale.dtype {
+                    Dtype::Bf16 => FloatDtype::Bfloat16,
+                    Dtype::F16 => FloatDtype::Float16,
+                    Dtype::F32 => FloatDtype::Float32,
+                    other => return Err(self.malformed(format!("{:?} is {other}", scale.name))),
+                };
+                (Coding::Int { group: scheme.group_len(columns) as usize }, dtype)
+            }
+            (GroupFormat::Mxfp4, Layout::GptOss) => (Coding::Mxfp4GptOss, of_model),
+            (GroupFormat::Mxfp4, _) => (Coding::Mxfp4, FloatDtype::Bfloat16),
+            (GroupFormat::Nvfp4, Layout::Modelopt) => {
+                (Coding::Nvfp4ModelOpt { scale_2: self.number(&format!("{name}_scale_2"))? }, of_model)
+            }
+            (GroupFormat::Nvfp4, _) => {
+                let global_scale = self.number(&format!("{name}_global_scale"))?;
+                (Coding::Nvfp4 { global_scale }, FloatDtype::Bfloat16)
+            }
+        };
+        let zero_points = match scheme.format {
+            GroupFormat::Int4Asym => Some(self.tensor(&format!("{name}_zero_point"))?.0),
+            _ => None,
+        };
+        let row_len = scheme.packed_row(columns);
+        Ok((Coded { coding, dtype, columns, row_len, group_rows: 1, scales, zero_points, nested: None }, shape))
+    }
+
+    /// Whether codes, scales and zero points are as long as the shape wants them.
+    fn check(&self, coded: &Coded, codes: &TensorInfo, shape: &[u64]) -> Result<()> {
+        let elements = shape.iter().try_fold(1u64, |product, &dimension| product.checked_mul(dimension));
+        let rows = elements.map(|elements| elements / coded.columns);
+        let len_of = |place: Place| self.source.files[place.file].tensors[place.tensor].len;
+        let (per_row, scale_len) = (coded.scales_of_row(), coded.scale_len());
+        let is = |rows: Option<u64>, each: u64, found: u64| rows.and_then(|rows| rows.checked_mul(each)) == Some(found);
+        let nested = coded.nested.is_none_or(|nested| {
+            is(Some(per_row.div_ceil(crate::format::NESTED_BLOCK_SIZE as u64)), 4, len_of(nested.absmax))
+        });
+        let zero_points = coded.zero_points.is_none_or(|place| {
+            is(rows.map(|rows| rows.div_ceil(crate::format::ZERO_POINT_ROWS)), per_row.saturating_mul(4), len_of(place))
+        });
+        let scales = is(rows, per_row.saturating_mul(scale_len), len_of(coded.scales));
+        if is(rows, coded.row_len, codes.len) && scales && nested && zero_points {
+            return Ok(());
+        }
+        Err(self.malformed(format!("{:?} or its scales aren't as long as the shape {shape:?} wants them", codes.name)))
+    }
+
+    fn tensor(&self, name: &str) -> Result<(Place, &'a TensorInfo)> {
+        self.places.get(name).copied().ok_or_else(|| self.malformed(format!("{name:?} is missing from the files")))
+    }
+
+    /// A tensor of one f32.
+    fn number(&mut self, name: &str) -> Result<f32> {
+        let bytes = self.bytes(name, 4)?;
+        let number = <[u8; 4]>::try_from(&bytes[..]).map(f32::from_le_bytes);
+        number.map_err(|_| self.malformed(format!("{name:?} has {} bytes, expected one f32", bytes.len())))
+    }
+
+    /// All bytes of a small tensor.
+    fn bytes(&mut self, name: &str, most: u64) -> Result<Vec<u8>> {
+        let (place, info) = self.tensor(name)?;
+        if info.len > most {
+            return Err(self.malformed(format!("{name:?} has {} bytes, expected {most} at most", info.len)));
+        }
+        let path = &self.source.files[place.file].path;
+        let file = match &mut self.files[place.file] {
+            Some(file) => file,
+            none => none.insert(File::open(path).at(path, "open it")?),
+        };
+        let mut bytes = vec![0; info.len as usize];
+        read_exact_at(&RealDisk, file, path, &mut bytes, place.offset).at(path, "read it")?;
+        Ok(bytes)
+    }
+
+    fn malformed(&self, why: String) -> Error {
+        let why = format!("{why}: the files aren't what the manifest says; `prequant verify` tells more");
+        Error::malformed(&self.source.path.join(MANIFEST_NAME), why)
+    }
+}

@@ -1,0 +1,19 @@
+//! 8-bit floats, as f32; exact.
+
+/// The value of an E4M3 float: subnormal numbers count 512ths, there are no infinities, and all ones are NaN.
+#[inline(always)]
+pub fn e4m3_value(byte: u8) -> f32 {
+    let magnitude = u32::from(byte & 0x7f);
+    let number = match magnitude {
+        0..8 => magnitude as f32 / 512.0,
+        0x7f => f32::NAN,
+        _ => f32::from_bits((magnitude + (120 << 3)) << 20),
+    };
+    f32::from_bits(number.to_bits() | u32::from(byte & 0x80) << 24)
+}
+
+/// The value of an E8M0 float, 2^(byte - 127); 2^128, which 255 would be, is infinite.
+#[inline(always)]
+pub fn power_of_two(byte: u8) -> f32 {
+    if byte == 0 { f32::from_bits(1 << 22) } else { f32::from_bits(u32::from(byte) << 23) }
+}

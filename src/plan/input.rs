@@ -1,0 +1,252 @@
+//! What is planned with: the source's tensors, and what those decode to that are quantized themselves.
+//!
+//! DeepSeek-V3's weights are FP8 with a scale for each block of 128 by 128; gpt-oss's experts are MXFP4. Their hubs have no
+//! others. They decode to what transformers' own dequantization gives.
+
+use std::collections::{HashMap, HashSet};
+
+use serde_json::Value;
+
+use super::split::MAX_EXPERTS;
+use super::{Coded, Part, Place, Recipe};
+use crate::checkpoint::{Dtype, Foreign, Source, TensorInfo};
+use crate::error::{Error, Result};
+use crate::format::{Coding, FloatDtype, ScaleDtype};
+
+/// A tensor to be planned.
+#[derive(Clone, Debug)]
+pub struct Input {
+    /// Its name.
+    pub name: String,
+    /// Its dtype, decoded.
+    pub dtype: Dtype,
+    /// Its shape, decoded.
+    pub shape: Vec<u64>,
+    /// Where its bytes come from.
+    pub parts: Vec<Part>,
+}
+
+impl Input {
+    /// With all experts' matrices transposed.
+    pub fn turned(self) -> Input {
+        let &[experts, rows, columns] = &self.shape[..] else { return self };
+        let parts = (0..experts).map(|expert| self.expert(expert, experts).transposed([rows, columns])).collect();
+        Input { shape: vec![experts, columns, rows], parts, ..self }
+    }
+
+    /// Of a tensor of all experts, the part of one.
+    pub fn expert(&self, expert: u64, experts: u64) -> Part {
+        expert_part(&self.parts, expert, experts)
+    }
+}
+
+/// The part of one expert, of one for all or one for each.
+pub fn expert_part(parts: &[Part], expert: u64, experts: u64) -> Part {
+    match parts {
+        [all] => all.slice(expert, experts),
+        each => each[expert as usize],
+    }
+}
+
+/// The end of a scale's name, after its weight's.
+const SCALE: &str = "_scale_inv";
+
+/// What may stand beside an FP8 weight for products with FP8 inputs; it has no meaning once the weight is decoded.
+const INPUT_SCALES: [&str; 2] = [".activation_scale", ".input_scale"];
+
+/// # Errors
+/// When the source is quantized, and not as FP8 blocks; or as gpt-oss's experts, and the recipe doesn't have it decoded.
+pub fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
+    let Some((path, Foreign { method, evidence })) = source.quantization() else { return Ok(()) };
+    let has = |end: &str| source.tensors().any(|(_, info)| info.name.ends_with(end));
+    let (is_fp8, is_mxfp4) = (has(SCALE) || method == "fp8", has("_proj_blocks") && has("_proj_scales"));
+    let hint = match (is_fp8, is_mxfp4, recipe.dequantize_source) {
+        (true, false, _) | (false, true, true) => return Ok(()),
+        (false, true, false) => ", or decode it with --dequantize-source",
+        _ => "",
+    };
+    Err(Error::AlreadyQuantized { path, method, evidence, hint })
+}
+
+/// The source's tensors in their order, decoded where they are coded; scales are part of what they scale.
+///
+/// # Errors
+/// When a coded tensor's scales are missing, or don't fit.
+pub fn inputs(source: &Source, recipe: &Recipe) -> Result<Vec<Input>> {
+    let places = Places::new(source);
+    let dtype = model_dtype(source);
+    let mut beside: HashSet<(usize, usize)> = HashSet::new();
+    let mut inputs = Vec::new();
+    for (file, source_file) in source.files.iter().enumerate() {
+        for (tensor, info) in source_file.tensors.iter().enumerate() {
+            let place = Place { file, tensor, offset: info.offset };
+            let error = |why: String| {
+                let why = format!("tensor {:?}: {why}", info.name);
+                Err(Error::malformed(&source_file.path, why))
+            };
+            let decoded = match (info.dtype, info.name.strip_suffix("_blocks")) {
+                (Dtype::F8E4M3, _) => match places.get(&format!("{}{SCALE}", info.name)) {
+                    Some(scale) => Some(fp8(source, info, place, scale, dtype)),
+                    None => {
+                        return error(format!("it is F8_E4M3, and its scales (\"{}{SCALE}\") are missing", info.name));
+                    }
+                },
+                (Dtype::U8, Some(name)) if recipe.dequantize_source => match places.get(&format!("{name}_scales")) {
+                    Some(scales) => Some(mxfp4(name, info, place, scales, dtype)),
+                    None => return error(format!("{name:?}'s scales (\"{name}_scales\") are missing")),
+                },
+                _ => None,
+            };
+            match decoded {
+                Some(Ok(input)) => {
+                    beside.extend(input.parts.iter().flat_map(Part::tensors).filter(|found| *found != (file, tensor)));
+                    let module = info.name.strip_suffix(".weight").unwrap_or(&info.name);
+                    let scales = INPUT_SCALES.iter().filter_map(|end| places.get(&format!("{module}{end}")));
+                    beside.extend(scales.map(|(place, _)| (place.file, place.tensor)));
+                    inputs.push(input);
+                }
+                Some(Err(why)) => return error(why),
+                None => inputs.push(as_stored(info, place)),
+            }
+        }
+    }
+    inputs.retain(|input| {
+        let Part { file, tensor, coded, .. } = input.parts[0];
+        coded.is_some() || !beside.contains(&(file, tensor))
+    });
+    Ok(inputs)
+}
+
+/// A tensor as it is stored.
+pub fn as_stored(info: &TensorInfo, place: Place) -> Input {
+    let Place { file, tensor, offset } = place;
+    let part = Part { file, tensor, offset, len: info.len, matrix: None, coded: None };
+    Input { name: info.name.clone(), dtype: info.dtype, shape: info.shape.clone(), parts: vec![part] }
+}
+
+/// Tensors by name.
+struct Places<'a>(HashMap<&'a str, (Place, &'a TensorInfo)>);
+
+impl<'a> Places<'a> {
+    fn new(source: &'a Source) -> Places<'a> {
+        let in_file = |(file, tensors): (usize, &'a [TensorInfo])| {
+            let each = tensors.iter().enumerate();
+            each.map(move |(tensor, info)| (&*info.name, (Place { file, tensor, offset: info.offset }, info)))
+        };
+        Places(source.files.iter().map(|file| &*file.tensors).enumerate().flat_map(in_file).collect())
+    }
+
+    fn get(&self, name: &str) -> Option<(Place, &'a TensorInfo)> {
+        self.0.get(name).copied()
+    }
+}
+
+/// The model's dtype by its config, which is what transformers decodes to; bf16 without one.
+pub fn model_dtype(source: &Source) -> FloatDtype {
+    let of = |values: &serde_json::Map<String, Value>| {
+        let name = ["dtype", "torch_dtype"].iter().find_map(|key| values.get(*key)?.as_str())?;
+        FloatDtype::from_torch_name(name)
+    };
+    let values = source.config.as_ref().map(|config| config.values());
+    let nested = |values: &serde_json::Map<String, Value>| of(values.get("text_config")?.as_object()?);
+    values.and_then(|values| of(values).or_else(|| nested(values))).unwrap_or(FloatDtype::Bfloat16)
+}
+
+/// Rows and columns that share a scale, by config.json; DeepSeek-V3's where it doesn't say.
+fn block_of_config(source: &Source) -> [u64; 2] {
+    let config = source.config.as_ref().and_then(|config| config.values().get("quantization_config"));
+    let block = config.and_then(|config| config.get("weight_block_size")?.as_array());
+    match block.map(|block| block.iter().filter_map(Value::as_u64).collect::<Vec<_>>()).as_deref() {
+        Some(&[rows, columns]) if rows > 0 && columns > 0 => [rows, columns],
+        _ => [128, 128],
+    }
+}
+
+/// An FP8 weight `[.., rows, columns]` with a scale for each block.
+fn fp8(
+    source: &Source,
+    info: &TensorInfo,
+    place: Place,
+    (scales, scale): (Place, &TensorInfo),
+    dtype: FloatDtype,
+) -> Result<Input, String> {
+    let scale_dtype = match scale.dtype {
+        Dtype::F32 => ScaleDtype::F32,
+        Dtype::Bf16 => ScaleDtype::Bf16,
+        Dtype::F8E8M0 => ScaleDtype::E8m0,
+        Dtype::U8 => ScaleDtype::U8,
+        other => return Err(format!("its scale {:?} is {other}: expected F32, BF16, F8_E8M0 or U8", scale.name)),
+    };
+    let &[ref outer @ .., rows, columns] = &info.shape[..] else {
+        return Err(format!("FP8 with a shape of {:?}: expected a matrix", info.shape));
+    };
+    let grid = match &scale.shape[..] {
+        // One for all.
+        [] | [1] => [1, 1],
+        [before @ .., rows, columns] if before == outer => [*rows, *columns],
+        _ => [0, 0],
+    };
+    let block = block_of_config(source);
+    let of_config = [rows.div_ceil(block[0]), columns.div_ceil(block[1])];
+    let evenly = grid.iter().zip([rows, columns]).all(|(&grid, all)| grid > 0 && all > 0 && all.is_multiple_of(grid));
+    let [group_rows, group] = match grid {
+        grid if grid == of_config && rows > 0 && columns > 0 => block,
+        [a, b] if evenly => [rows / a, columns / b],
+        _ => {
+            return Err(format!(
+                "its scale {:?} has the shape {:?}, which doesn't divide {:?} into blocks; expected {of_config:?} for blocks of \
+                 {block:?}",
+                scale.name, scale.shape, info.shape
+            ));
+        }
+    };
+    let coding = Coding::Fp8 { block: group as usize, scale: scale_dtype };
+    let coded = Coded { coding, dtype, columns, row_len: columns, group_rows, scales, zero_points: None, nested: None };
+    decoded(info.name.clone(), info.shape.clone(), coded, place)
+}
+
+/// gpt-oss's experts: blocks `[experts, rows, groups, 16]` and scales `[experts, rows, groups]` decode to what transformers'
+/// model has, `[experts, columns, rows]`.
+fn mxfp4(
+    name: &str,
+    blocks: &TensorInfo,
+    place: Place,
+    (scales, scale): (Place, &TensorInfo),
+    dtype: FloatDtype,
+) -> Result<Input, String> {
+    let [experts, rows, groups] = match (&blocks.shape[..], &scale.shape[..]) {
+        (&[experts, rows, groups, 16], found) if found == [experts, rows, groups] && scale.dtype == Dtype::U8 => {
+            [experts, rows, groups]
+        }
+        (found, beside) => {
+            return Err(format!(
+                "its shape is {found:?} and {} {beside:?} that of its scales {:?}; expected [experts, rows, groups, 16] and U8 \
+                 [experts, rows, groups]",
+                scale.dtype, scale.name
+            ));
+        }
+    };
+    if experts > MAX_EXPERTS || rows == 0 || groups == 0 {
+        return Err(format!(
+            "its shape is {:?}: more than {MAX_EXPERTS} experts, or none with an element",
+            blocks.shape
+        ));
+    }
+    let columns = groups * 32;
+    let (coding, row_len) = (Coding::Mxfp4GptOss, columns / 2);
+    let coded = Coded { coding, dtype, columns, row_len, group_rows: 1, scales, zero_points: None, nested: None };
+    Ok(decoded(name.to_owned(), vec![experts, rows, columns], coded, place)?.turned())
+}
+
+/// A tensor that is decoded in the order it is stored in.
+pub fn decoded(name: String, shape: Vec<u64>, coded: Coded, place: Place) -> Result<Input, String> {
+    let dtype = match coded.dtype {
+        FloatDtype::Bfloat16 => Dtype::Bf16,
+        FloatDtype::Float16 => Dtype::F16,
+        FloatDtype::Float32 => Dtype::F32,
+    };
+    let len = dtype.byte_len(&shape).ok_or_else(|| format!("decoded, its shape {shape:?} is past all bounds"))?;
+    let Place { file, tensor, offset } = place;
+    let part = Part { file, tensor, offset, len, matrix: None, coded: Some(coded) };
+    Ok(Input { name, dtype, shape, parts: vec![part] })
+}

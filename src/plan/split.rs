@@ -1,0 +1,285 @@
+//! Fused experts taken apart: what reads formats with groups wants one matrix for each expert and projection.
+
+use std::collections::HashSet;
+
+use super::experts::{FAMILIES, Shape, match_end};
+use super::input::Input;
+use super::rules::Verdict;
+use super::{Decision, Part, Role};
+use crate::checkpoint::{Config, Dtype, Source};
+use crate::error::{Error, Result};
+
+/// Experts that are fused on disk: how their matrices lie, and what they are called one by one.
+#[derive(Debug)]
+struct Split {
+    model_types: &'static [&'static str],
+    /// What the fused tensor's name ends with, after a dot.
+    fused: &'static str,
+    /// What stands in its place for one expert, whose number `*` is; matrices lie one after the other along the rows.
+    targets: &'static [&'static str],
+    stored: Stored,
+    /// Whether rows of the matrices take turns.
+    interleaved: bool,
+}
+
+/// What a fused tensor's last two dimensions are.
+#[derive(Clone, Copy, Debug)]
+enum Stored {
+    /// Rows and columns.
+    Rows,
+    /// Columns and rows.
+    Transposed,
+    /// The one or the other: config.json tells.
+    ByConfig(Shape),
+}
+
+const fn split(
+    model_types: &'static [&'static str],
+    fused: &'static str,
+    targets: &'static [&'static str],
+    stored: Stored,
+) -> Split {
+    Split { model_types, fused, targets, stored, interleaved: false }
+}
+
+const GATE_UP: &[&str] = &["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"];
+const DOWN: &[&str] = &["mlp.experts.*.down_proj.weight"];
+
+/// Architectures whose checkpoints have fused experts. Those that have them one by one are in [`FAMILIES`]: a checkpoint with
+/// the model's own, fused parameters is taken apart the other way round.
+const SPLITS: &[Split] = &[
+    split(&["qwen3_5_moe"], "mlp.experts.gate_up_proj", GATE_UP, Stored::Rows),
+    split(&["qwen3_5_moe"], "mlp.experts.down_proj", DOWN, Stored::Rows),
+    split(&["qwen3_vl_moe"], "mlp.experts.gate_up_proj", GATE_UP, Stored::ByConfig(Shape::GateUp)),
+    split(&["qwen3_vl_moe"], "mlp.experts.down_proj", DOWN, Stored::ByConfig(Shape::Down)),
+    split(
+        &["gemma4", "gemma4_text"],
+        "experts.gate_up_proj",
+        &["experts.*.gate_proj.weight", "experts.*.up_proj.weight"],
+        Stored::Rows,
+    ),
+    split(&["gemma4", "gemma4_text"], "experts.down_proj", &["experts.*.down_proj.weight"], Stored::Rows),
+    split(
+        &["llama4", "llama4_text"],
+        "feed_forward.experts.gate_up_proj",
+        &["feed_forward.experts.*.gate_proj.weight", "feed_forward.experts.*.up_proj.weight"],
+        Stored::Transposed,
+    ),
+    split(
+        &["llama4", "llama4_text"],
+        "feed_forward.experts.down_proj",
+        &["feed_forward.experts.*.down_proj.weight"],
+        Stored::Transposed,
+    ),
+    Split {
+        model_types: &["gpt_oss"],
+        fused: "mlp.experts.gate_up_proj",
+        targets: GATE_UP,
+        stored: Stored::Transposed,
+        interleaved: true,
+    },
+    split(&["gpt_oss"], "mlp.experts.down_proj", DOWN, Stored::Transposed),
+    Split {
+        model_types: &["gpt_oss"],
+        fused: "mlp.experts.gate_up_proj_bias",
+        targets: &["mlp.experts.*.gate_proj.bias", "mlp.experts.*.up_proj.bias"],
+        stored: Stored::Transposed,
+        interleaved: true,
+    },
+    split(&["gpt_oss"], "mlp.experts.down_proj_bias", &["mlp.experts.*.down_proj.bias"], Stored::Transposed),
+    split(
+        &["granitemoe", "granitemoehybrid", "granitemoeshared"],
+        "block_sparse_moe.input_linear.weight",
+        &["block_sparse_moe.experts.*.w1.weight", "block_sparse_moe.experts.*.w3.weight"],
+        Stored::Rows,
+    ),
+    split(
+        &["granitemoe", "granitemoehybrid", "granitemoeshared"],
+        "block_sparse_moe.output_linear.weight",
+        &["block_sparse_moe.experts.*.w2.weight"],
+        Stored::Rows,
+    ),
+];
+
+/// More experts than any model has.
+pub const MAX_EXPERTS: u64 = 1 << 16;
+
+/// A tensor with what was decided of it.
+pub type Decided = (Input, Verdict, Decision);
+
+/// Takes fused experts apart wherever one of a layer's is quantized; all others stay as they are.
+///
+/// # Errors
+/// When it isn't known how they lie.
+pub fn split_experts(source: &Source, model_types: &[&str], tensors: Vec<Decided>) -> Result<Vec<Decided>> {
+    let splits = Splits::new(model_types);
+    let mut layers: HashSet<String> = HashSet::new();
+    for (input, verdict, decision) in &tensors {
+        if *decision == Decision::Keep || verdict.role != Role::FusedExperts {
+            continue;
+        }
+        let (prefix, _) = splits.of(&input.name).ok_or_else(|| unknown(source, model_types, input))?;
+        layers.insert(prefix.to_owned());
+    }
+    let mut all = Vec::with_capacity(tensors.len());
+    for (input, verdict, decision) in tensors {
+        match splits.of(&input.name).filter(|(prefix, _)| layers.contains(*prefix)) {
+            None => all.push((input, verdict, decision)),
+            Some((prefix, split)) => {
+                let inputs = split.apply(source, prefix, &input)?;
+                all.extend(inputs.into_iter().map(|input| (input, of_one(&verdict, decision), decision)));
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// Columns of each matrix that fused experts are taken apart into.
+///
+/// # Errors
+/// When it isn't known how they lie.
+pub fn columns(source: &Source, model_types: &[&str], input: &Input) -> Result<u64> {
+    let splits = Splits::new(model_types);
+    let (_, split) = splits.of(&input.name).ok_or_else(|| unknown(source, model_types, input))?;
+    split.layout(source, input).map(|layout| layout.columns)
+}
+
+/// The verdict on all experts' matrices, as that on one of them.
+fn of_one(verdict: &Verdict, decision: Decision) -> Verdict {
+    let role = if verdict.role == Role::FusedExperts { Role::ExpertLinear } else { verdict.role };
+    let reason = match decision {
+        Decision::Keep => verdict.reason.clone(),
+        Decision::Quantize(_) => "matrix of one expert, of the layer's fused ones".into(),
+    };
+    Verdict { role, reason, ..verdict.clone() }
+}
+
+fn unknown(source: &Source, model_types: &[&str], input: &Input) -> Error {
+    let model = model_types.first().map_or("without a config.json".to_owned(), |name| format!("of {name:?}"));
+    let why = format!(
+        "how the fused experts {model} lie isn't known, and this format has them one by one; --exclude keeps them in \
+         their dtype"
+    );
+    Error::Experts { path: source.files[input.parts[0].file].path.clone(), tensor: input.name.clone(), why }
+}
+
+/// What can be taken apart in one checkpoint.
+struct Splits(Vec<Split>);
+
+impl Splits {
+    fn new(model_types: &[&str]) -> Splits {
+        let is_it = |names: &[&str]| names.iter().any(|name| model_types.contains(name));
+        let on_disk = SPLITS.iter().filter(|split| is_it(split.model_types)).map(|row| Split { ..*row });
+        let fusions = FAMILIES.iter().filter(|family| is_it(family.model_types)).flat_map(|family| family.fusions);
+        let turned = fusions.filter(|fusion| fusion.sources.iter().all(|name| name.contains('*')));
+        let turned = turned.map(|fusion| split(&[], fusion.target, fusion.sources, Stored::Rows));
+        Splits(on_disk.chain(turned).collect())
+    }
+
+    /// What comes before the part of the name that is replaced, and by what.
+    fn of<'n>(&self, name: &'n str) -> Option<(&'n str, &Split)> {
+        self.0.iter().find_map(|split| Some((match_end(name, split.fused)?.0, split)))
+    }
+}
+
+/// How the matrices in a fused tensor lie, expert by expert.
+struct Matrices {
+    experts: u64,
+    /// The last two dimensions as stored.
+    stored: [u64; 2],
+    transposed: bool,
+    /// Of all matrices of an expert.
+    rows: u64,
+    columns: u64,
+}
+
+impl Split {
+    /// How a tensor's matrices lie.
+    fn layout(&self, source: &Source, input: &Input) -> Result<Matrices> {
+        let error = |why: String| {
+            let path = source.files[input.parts[0].file].path.clone();
+            let why = format!("its shape is {:?}: {why}; --exclude keeps it in its dtype", input.shape);
+            Err(Error::Experts { path, tensor: input.name.clone(), why })
+        };
+        let (experts, stored) = match input.shape[..] {
+            // A bias is one row; transposed, each of its elements is one.
+            [experts, elements] if input.name.ends_with("bias") => (experts, [1, elements]),
+            [experts, rows, columns] if !input.name.ends_with("bias") => (experts, [rows, columns]),
+            _ => return error("of other dimensions than experts have".to_owned()),
+        };
+        if experts > MAX_EXPERTS || stored.contains(&0) {
+            return error(format!("more than {MAX_EXPERTS} experts, or none with an element"));
+        }
+        let transposed = match self.stored {
+            Stored::Rows => false,
+            Stored::Transposed => true,
+            Stored::ByConfig(shape) => match shape.is_transposed(source.config.as_ref(), &input.shape) {
+                Ok(transposed) => transposed,
+                Err(why) => return error(why),
+            },
+        };
+        let [rows, columns] = if transposed { [stored[1], stored[0]] } else { stored };
+        let count = self.targets.len() as u64;
+        if !rows.is_multiple_of(count) {
+            return error(format!("{rows} rows can't be those of {count} matrices"));
+        }
+        Ok(Matrices { experts, stored, transposed, rows, columns })
+    }
+
+    /// The matrices of all experts.
+    fn apply(&self, source: &Source, prefix: &str, input: &Input) -> Result<Vec<Input>> {
+        let Matrices { experts, stored, transposed, rows, columns } = self.layout(source, input)?;
+        let rows_of_one = rows / self.targets.len() as u64;
+        let shape = if input.shape.len() == 2 { vec![rows_of_one] } else { vec![rows_of_one, columns] };
+        let mut inputs = Vec::new();
+        for expert in 0..experts {
+            let part = input.expert(expert, experts);
+            let part = if transposed { part.transposed(stored) } else { part };
+            for (which, target) in (0..).zip(self.targets) {
+                let end = target.replace('*', &expert.to_string());
+                let name = if prefix.is_empty() { end } else { format!("{prefix}.{end}") };
+                let parts = vec![self.matrix(&part, [rows, columns], input.dtype, which)];
+                inputs.push(Input { name, dtype: input.dtype, shape: shape.clone(), parts });
+            }
+        }
+        Ok(inputs)
+    }
+
+    /// Of an expert's rows those of one matrix.
+    fn matrix(&self, part: &Part, [rows, columns]: [u64; 2], dtype: Dtype, which: u64) -> Part {
+        let count = self.targets.len() as u64;
+        if count == 1 {
+            return *part;
+        }
+        let (first, step) = if self.interleaved { (which, count) } else { (which * (rows / count), 1) };
+        part.rows([rows, columns], dtype.bits() / 8, first, step, rows / count)
+    }
+}
+
+impl Shape {
+    /// Whether a fused tensor of this `shape` has rows and columns exchanged, by the config's numbers.
+    pub fn is_transposed(self, config: Option<&Config>, shape: &[u64]) -> Result<bool, String> {
+        let number = |key: &str| {
+            let values = config?.values();
+            let nested = values.get("text_config").and_then(|text| text.get(key));
+            nested.or_else(|| values.get(key)).and_then(serde_json::Value::as_u64)
+        };
+        let (Some(hidden), Some(intermediate)) = (number("hidden_size"), number("moe_intermediate_size")) else {
+            return Err("config.json has no hidden_size or no moe_intermediate_size to tell its layout by".to_owned());
+        };
+        let expected = match self {
+            Shape::GateUp => [intermediate.saturating_mul(2), hidden],
+            Shape::Down => [hidden, intermediate],
+        };
+        match shape {
+            [_, found @ ..] if found == expected => Ok(false),
+            [_, found @ ..] if found == [expected[1], expected[0]] => Ok(true),
+            found => {
+                let [rows, columns] = expected;
+                Err(format!(
+                    "its shape is {found:?}, and config.json makes it [_, {rows}, {columns}] or [_, {columns}, {rows}]"
+                ))
+            }
+        }
+    }
+}

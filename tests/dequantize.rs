@@ -1,0 +1,225 @@
+//! `prequant dequantize`: what a converted checkpoint's codes stand for, as the formats' own libraries have it.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+
+use half::bf16;
+use safetensors::SafeTensors;
+use safetensors::tensor::Dtype;
+use serde_json::json;
+
+use support::{Folder, Run, Stored, Tensor, contents, file_names, llama, read_tensors, serialize};
+
+fn dequantize(folder: &Folder, flags: &[&str]) -> Run {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_prequant"));
+    Run::of(command.arg("dequantize").arg(folder.destination()).arg(folder.beside("restored")).args(flags))
+}
+
+fn restored(folder: &Folder) -> BTreeMap<String, Stored> {
+    read_tensors(&folder.beside("restored")).into_iter().map(|(name, (_, stored))| (name, stored)).collect()
+}
+
+/// A golden file's tensors.
+fn goldens(file: &str) -> BTreeMap<String, Stored> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/group-goldens").join(format!("{file}.safetensors"));
+    let bytes = std::fs::read(path).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let stored =
+        |view: safetensors::tensor::TensorView<'_>| (view.dtype(), view.shape().to_vec(), view.data().to_vec());
+    tensors.iter().map(|(name, view)| (name.to_owned(), stored(view))).collect()
+}
+
+fn linear(layer: usize) -> String {
+    format!("model.layers.{layer}.mlp.up_proj.weight")
+}
+
+/// Every golden weight: converted, and back. MXFP4's largest numbers overflow in the reference alone.
+fn check(format: &str, dtype: &str, group: &str, flags: &[&str]) {
+    let (inputs, outputs) = (goldens(&format!("input-{dtype}")), goldens(&format!("{format}-{dtype}")));
+    let cases: Vec<&String> = inputs.keys().filter(|case| format != "mxfp4" || *case != "huge").collect();
+    let folder = Folder::new("llama");
+    let weight = |(layer, case): (usize, &&String)| {
+        let (dtype, shape, data) = &inputs[*case];
+        Tensor::new(&linear(layer), *dtype, shape, data.clone())
+    };
+    folder.write("model.safetensors", serialize(&cases.iter().enumerate().map(weight).collect::<Vec<_>>()));
+    folder.convert(&[&["--format", format], flags].concat()).ok();
+    dequantize(&folder, &[]).ok();
+    let found = restored(&folder);
+    assert_eq!(found.len(), cases.len());
+    for (layer, case) in cases.iter().enumerate() {
+        let expected = outputs.get(&format!("{case}/g{group}/restored")).unwrap_or(&inputs[*case]);
+        let stored = &found[&linear(layer)];
+        assert_eq!((stored.0, &stored.1), (expected.0, &expected.1), "{format} {dtype} {case}");
+        assert!(stored.2 == expected.2, "{format} {dtype} {case}");
+    }
+}
+
+#[test]
+fn integers_decode_as_compressed_tensors_decompresses_them() {
+    for dtype in ["bf16", "f16", "f32"] {
+        check("int4", dtype, "128", &[]);
+        check("int4", dtype, "channel", &["--group-size", "channel"]);
+        check("int4-asym", dtype, "64", &["--group-size", "64"]);
+        check("int4-asym", dtype, "channel", &["--group-size", "channel", "--max-shard-size", "5kB"]);
+    }
+}
+
+#[test]
+fn floats_decode_as_compressed_tensors_decompresses_them() {
+    for dtype in ["bf16", "f16", "f32"] {
+        check("nvfp4", dtype, "16", &[]);
+    }
+    for dtype in ["bf16", "f32"] {
+        check("mxfp4", dtype, "32", &[]);
+    }
+}
+
+/// The bf16 that an f32 product rounds to.
+fn bytes(values: impl Iterator<Item = f32>) -> Vec<u8> {
+    values.flat_map(|value| bf16::from_f32(value).to_le_bytes()).collect()
+}
+
+/// bitsandbytes' weights by the book, with absmax as they are stored.
+#[test]
+fn nf4_and_fp4_decode_to_value_times_absmax() {
+    for (format, fuse) in [("nf4", "keep"), ("fp4", "keep"), ("nf4", "fuse")] {
+        let folder = Folder::new("qwen3_moe");
+        let name = |expert: usize, part: &str| format!("model.layers.0.mlp.experts.{expert}.{part}_proj.weight");
+        let experts = (0..2).flat_map(|expert| ["gate", "up", "down"].map(|part| name(expert, part)));
+        let tensors: Vec<Tensor> = experts.map(|name| Tensor::random(&name, Dtype::BF16, &[64, 64])).collect();
+        let odd = Tensor::random("model.layers.0.self_attn.q_proj.weight", Dtype::BF16, &[3, 35]);
+        folder.write("model.safetensors", serialize(&[tensors, vec![odd]].concat()));
+        folder.convert(&["--format", format, "--experts", fuse]).ok();
+        dequantize(&folder, &[]).ok();
+        let (found, coded) = (restored(&folder), read_tensors(&folder.destination()));
+        assert_eq!(found.len(), if fuse == "fuse" { 3 } else { 7 });
+        for (name, (dtype, shape, data)) in &found {
+            let floats = |suffix: &str| -> Vec<f32> {
+                let (_, (_, _, data)) = &coded[&format!("{name}{suffix}")];
+                data.chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+            };
+            let (values, absmax, codes) = (floats(".quant_map"), floats(".absmax"), &coded[name].1.2);
+            let count: usize = shape.iter().product();
+            let value = |i: usize| values[usize::from(codes[i / 2] >> (4 - i % 2 * 4) & 15)] * absmax[i / 64];
+            assert_eq!(*dtype, Dtype::BF16);
+            assert!(*data == bytes((0..count).map(value)), "{format} {fuse} {name}");
+        }
+    }
+}
+
+#[test]
+fn double_quantization_is_undone_first() {
+    let folder = Folder::new("llama");
+    let weight = Tensor::random(&linear(0), Dtype::F32, &[300, 640]);
+    folder.write("model.safetensors", serialize(&[weight.clone()]));
+    folder.convert(&["--double-quant"]).ok();
+    dequantize(&folder, &["--memory", "24MiB", "--threads", "3"]).ok();
+    let found = &restored(&folder)[&linear(0)];
+    let floats = |data: &[u8]| -> Vec<f64> {
+        data.chunks(4).map(|b| f64::from(f32::from_le_bytes(b.try_into().unwrap()))).collect()
+    };
+    let (found, source) = (floats(&found.2), floats(&weight.data));
+    let error: f64 = found.iter().zip(&source).map(|(a, b)| (a - b).powi(2)).sum();
+    let relative = error / source.iter().map(|x| x * x).sum::<f64>();
+    let expected =
+        folder.read_json("prequant.json")["summary"]["statistics"]["relative_squared_error"].as_f64().unwrap();
+    assert!((relative / expected - 1.0).abs() < 0.02, "{relative}, and the manifest says {expected}");
+}
+
+/// Rows and columns are the model's again, and what MXFP4 holds exactly comes back exactly.
+#[test]
+fn gpt_oss_layout_decodes_to_the_models_own() {
+    let name = "model.layers.0.mlp.experts.down_proj";
+    let value = |i: usize| [0.0, 0.5, -1.0, 1.5, 2.0, -3.0, 4.0, 6.0][i * 7 % 8];
+    let weight = Tensor::new(name, Dtype::BF16, &[2, 64, 48], bytes((0..2 * 64 * 48).map(value)));
+    let folder = Folder::new("gpt_oss");
+    folder.write("model.safetensors", serialize(&[weight.clone()]));
+    folder.convert(&["--format", "mxfp4", "--layout", "gpt-oss"]).ok();
+    dequantize(&folder, &[]).ok();
+    assert_eq!(restored(&folder)[name], (weight.dtype, weight.shape, weight.data));
+}
+
+#[test]
+fn all_else_is_as_it_was_in_the_source() {
+    let folder = Folder::new("qwen3_moe");
+    let config = "{\n  \"eps\": 1e-06,\n  \"model_type\": \"qwen3_moe\"\n}\n";
+    folder.write("config.json", config);
+    folder.write("tokenizer.json", "{}");
+    folder.write("README.md", "# A model\n");
+    let expert = Tensor::random("model.layers.0.mlp.experts.0.up_proj.weight", Dtype::BF16, &[64, 64]);
+    folder.write("model.safetensors", serialize(&[llama(), vec![expert]].concat()));
+    folder.convert(&[]).ok();
+    assert_ne!(folder.read("README.md"), b"# A model\n");
+    let run = dequantize(&folder, &["--json", "--max-shard-size", "10kB"]).ok();
+    let json: serde_json::Value = serde_json::from_str(&run.stdout).unwrap();
+    let files = contents(&folder.beside("restored"));
+    assert_eq!(files["config.json"], config.as_bytes());
+    assert_eq!(files["README.md"], b"# A model\n");
+    assert_eq!(files["tokenizer.json"], b"{}");
+    assert!(files.contains_key("model-00001-of-00003.safetensors") && !files.contains_key("prequant.json"));
+    assert_eq!(json["files"].as_array().unwrap().len() + 1, files.len());
+    let (found, source) = (restored(&folder), read_tensors(&folder.source()));
+    for name in ["lm_head.weight", "model.norm.weight"] {
+        assert_eq!(found[name], source[name].1);
+    }
+    assert!(found.iter().all(|(name, (dtype, shape, _))| (*dtype, shape) == (source[name].1.0, &source[name].1.1)));
+    // It can be converted again, as any source.
+    folder.convert_from(&folder.beside("restored"), &["--force", "--format", "int4", "--group-size", "32"]).ok();
+}
+
+#[test]
+fn what_prequant_did_not_convert_is_refused() {
+    let folder = Folder::llama();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_prequant"));
+    let run = Run::of(command.arg("dequantize").arg(folder.source()).arg(folder.beside("restored")));
+    run.fails(3, &["prequant.json"]);
+    assert!(!folder.beside("restored").exists());
+}
+
+#[test]
+fn damage_is_told_and_nothing_is_left() {
+    let folder = Folder::llama();
+    for damage in 0..3 {
+        folder.convert(&["--force"]).ok();
+        let (weights, manifest) =
+            (folder.destination().join("model.safetensors"), folder.destination().join("prequant.json"));
+        match damage {
+            0 => {
+                let mut bytes = std::fs::read(&weights).unwrap();
+                *bytes.last_mut().unwrap() ^= 1;
+                std::fs::write(&weights, bytes).unwrap();
+            }
+            1 => {
+                let text = std::fs::read_to_string(&manifest).unwrap();
+                std::fs::write(&manifest, text.replace(".absmax", ".absmin")).unwrap();
+                let mut bytes = std::fs::read(&weights).unwrap();
+                let at = bytes.windows(7).position(|window| window == b".absmax").unwrap();
+                bytes[at..at + 7].copy_from_slice(b".absmin");
+                std::fs::write(&weights, bytes).unwrap();
+            }
+            _ => {
+                let mut json: serde_json::Value = folder.read_json("prequant.json");
+                json["recipe"]["block_size"] = json!(32);
+                std::fs::write(&manifest, json.to_string()).unwrap();
+            }
+        }
+        let found = dequantize(&folder, &[]);
+        found.fails(3, &["prequant.json"]);
+        assert!(!folder.beside("restored").exists(), "{:?}", file_names(&folder.beside("restored")));
+    }
+}
+
+#[test]
+fn files_that_a_stopped_run_finished_are_kept() {
+    let folder = Folder::llama();
+    folder.convert(&[]).ok();
+    std::fs::create_dir(folder.beside("restored")).unwrap();
+    std::fs::write(folder.beside("restored").join("mine"), "x").unwrap();
+    dequantize(&folder, &[]).fails(3, &["--force"]);
+    dequantize(&folder, &["--force"]).ok();
+    assert!(folder.beside("restored").join("mine").exists());
+}
