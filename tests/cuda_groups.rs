@@ -160,7 +160,7 @@ fn at_the_borders_between_scales() {
     for dtype in DTYPES {
         let source = &encode(dtype, &elements)[..];
         let nvfp4 = [1.0, 1.0 / 3.0, 0.0].map(|global_scale| GroupScheme::Nvfp4 { global_scale });
-        let modelopt = [1.0, 3.0, 0.0].map(|scale_2| GroupScheme::Nvfp4ModelOpt { scale_2 });
+        let modelopt = [1.0, 3.0, 1e30].map(|scale_2| GroupScheme::Nvfp4ModelOpt { scale_2 });
         for scheme in nvfp4.into_iter().chain(modelopt) {
             assert_equal(Rows { source, dtype, columns: COLUMNS, group: 16, scheme });
         }

@@ -213,7 +213,7 @@ fn try_groups(kernels: &Kernels, kernel: GroupKernel, dtype: FloatDtype) -> Resu
         let mut schemes = schemes(&finite, dtype).to_vec();
         schemes.push(GroupScheme::Nvfp4 { global_scale: 1.0 });
         schemes.push(GroupScheme::Nvfp4ModelOpt { scale_2: 0.25 });
-        schemes.push(GroupScheme::Nvfp4ModelOpt { scale_2: 0.0 });
+        schemes.push(GroupScheme::Nvfp4ModelOpt { scale_2: f32::from_bits(1) });
         for &(columns, group) in shapes {
             let source = &finite[..finite.len() / (columns * dtype.size()) * columns * dtype.size()];
             for &scheme in &schemes {

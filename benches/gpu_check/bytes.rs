@@ -63,7 +63,7 @@ fn compare(
 ) -> Option<String> {
     let slot_size = match format {
         Compared::Blocks(_) => SlotSize::new(PIECE, 4, BlockSize::try_from(32).ok()?, PIECE / 32),
-        Compared::Groups(_) => SlotSize::for_groups(PIECE, 4, PIECE / 16),
+        Compared::Groups(_) => SlotSize::for_groups(4 * PIECE, PIECE, PIECE / 16),
     };
     let mut slot = match Slot::new(gpu, slot_size) {
         Ok(slot) => slot,

@@ -19,7 +19,7 @@ fn scheme(name: &str, source: &[u8], dtype: FloatDtype) -> GroupScheme {
         "int4-asym" => GroupScheme::Int4Asym,
         "nvfp4" => GroupScheme::Nvfp4 { global_scale: scalar::global_scale(absmax, dtype) },
         "mxfp4" => GroupScheme::Mxfp4,
-        _ => GroupScheme::Nvfp4ModelOpt { scale_2: if absmax > 0.0 { absmax / (6.0 * 448.0) } else { 1.0 } },
+        _ => GroupScheme::Nvfp4ModelOpt { scale_2: scalar::scale_2(absmax) },
     }
 }
 

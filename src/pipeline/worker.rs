@@ -12,6 +12,7 @@ use super::{Job, nonfinite};
 use crate::checkpoint::{Sha256Hash, hash_range};
 use crate::error::{Error, IoContext, Result};
 use crate::format::{BlockScheme, FloatDtype, GroupFormat, GroupScheme, NESTED_BLOCK_SIZE, Scheme, dynamic_map};
+use crate::kernel::cuda::QuantizedGroups;
 use crate::kernel::group::{self, Groups};
 use crate::kernel::{Blocks, Device, Figures, Kernel, nested, quantize_any};
 use crate::plan::{Decision, NonFinitePolicy, PlannedTensor};
@@ -88,13 +89,13 @@ impl<'j, 'a> Worker<'j, 'a> {
 
     /// Reads a run of a tensor's bytes, and does with them what the plan says.
     fn chunk(&mut self, tensor: &PlannedTensor, offset: u64, len: usize, tensor_scale: Option<f32>) -> Result<Done> {
+        let run = |dtype| Run { tensor, dtype, offset, len, tensor_scale };
         let done = match (tensor.decision, self.job.means.device, &self.job.ring) {
-            (Decision::Quantize(dtype), Device::Cpu(kernel), _) => {
-                self.quantize(*kernel, tensor, dtype, offset, len, tensor_scale)?
-            }
-            (Decision::Quantize(dtype), Device::Cuda(_), Some(ring)) => {
-                self.quantize_on_gpu(ring, tensor, dtype, offset, len)?
-            }
+            (Decision::Quantize(dtype), Device::Cpu(kernel), _) => self.quantize(*kernel, run(dtype))?,
+            (Decision::Quantize(dtype), Device::Cuda(_), Some(ring)) => match self.scheme {
+                Scheme::Blocks(scheme) => self.quantize_blocks_on_gpu(ring, &scheme, run(dtype))?,
+                Scheme::Groups(scheme) => self.quantize_groups_on_gpu(ring, &scheme, run(dtype))?,
+            },
             (Decision::Keep, ..) | (_, _, None) => {
                 let bytes = &mut self.buffers.bytes[..len];
                 self.files.read(tensor, offset, bytes)?;
@@ -106,17 +107,10 @@ impl<'j, 'a> Worker<'j, 'a> {
         Ok(done)
     }
 
-    fn quantize(
-        &mut self,
-        kernel: Kernel,
-        tensor: &PlannedTensor,
-        dtype: FloatDtype,
-        offset: u64,
-        len: usize,
-        tensor_scale: Option<f32>,
-    ) -> Result<Done> {
+    fn quantize(&mut self, kernel: Kernel, run: Run<'_>) -> Result<Done> {
+        let Run { tensor, dtype, offset, len, tensor_scale } = run;
         self.files.read(tensor, offset, &mut self.buffers.bytes[..len])?;
-        let first_element = offset / dtype.size() as u64;
+        let first_element = run.first_element();
         let (bytes, mut outputs) = self.buffers.split(tensor, len, dtype, &self.scheme);
         let (files, encoded) = (&self.files, &mut self.encoded);
         match &self.scheme {
@@ -146,31 +140,41 @@ impl<'j, 'a> Worker<'j, 'a> {
         }
     }
 
-    fn quantize_on_gpu(
-        &mut self,
-        ring: &Ring<'_>,
-        tensor: &PlannedTensor,
-        dtype: FloatDtype,
-        offset: u64,
-        len: usize,
-    ) -> Result<Done> {
-        let Scheme::Blocks(scheme) = self.scheme else { unreachable!("GPUs are given blocks only") };
-        let (elements, first_element) = (len / dtype.size(), offset / dtype.size() as u64);
+    fn quantize_blocks_on_gpu(&mut self, ring: &Ring<'_>, scheme: &BlockScheme, run: Run<'_>) -> Result<Done> {
+        let Run { tensor, dtype, offset, len, .. } = run;
+        let (elements, first_element) = (len / dtype.size(), run.first_element());
         ring.with(|slot| {
             self.files.read(tensor, offset, slot.source(len))?;
             let quantized = slot.quantize(elements, dtype, scheme.format, scheme.block_size)?;
             let finite = quantized.figures.absmax.iter().all(|absmax| absmax.is_finite());
             if finite {
                 let mut results = Results { files: &self.files, tensor, dtype, encoded: &mut self.encoded };
-                return Ok(results.quantized(&scheme, first_element, quantized.packed, &quantized.figures)?);
+                return Ok(results.quantized(scheme, first_element, quantized.packed, &quantized.figures)?);
             }
             if self.job.plan.recipe.nonfinite == NonFinitePolicy::Error {
                 return Err(Failed::Other(self.describe_nonfinite(tensor, dtype)));
             }
             let (_, mut outputs) = self.buffers.split(tensor, len, dtype, &self.scheme);
-            quantize_any(outputs.blocks(slot.source(len), dtype, &scheme));
+            quantize_any(outputs.blocks(slot.source(len), dtype, scheme));
             let mut results = Results { files: &self.files, tensor, dtype, encoded: &mut self.encoded };
-            Ok(results.quantized(&scheme, first_element, outputs.packed, &outputs.figures)?)
+            Ok(results.quantized(scheme, first_element, outputs.packed, &outputs.figures)?)
+        })
+    }
+
+    fn quantize_groups_on_gpu(&mut self, ring: &Ring<'_>, scheme: &GroupScheme, run: Run<'_>) -> Result<Done> {
+        let Run { tensor, dtype, offset, len, tensor_scale } = run;
+        let (columns, group) = columns_and_group(scheme, tensor);
+        let kernel_scheme = group::GroupScheme::new(scheme, tensor_scale);
+        ring.with(|slot| {
+            self.files.read(tensor, offset, slot.source(len))?;
+            let quantized = slot.quantize_groups(len / dtype.size(), dtype, columns, group, kernel_scheme)?;
+            let QuantizedGroups { packed, scales, zero_points, figures } = quantized;
+            if figures.absmax.iter().any(|absmax| absmax.is_nan()) {
+                return Err(Failed::Other(self.describe_nonfinite(tensor, dtype)));
+            }
+            let run = GroupRun { first_element: run.first_element(), packed, scales, zero_points, figures };
+            let mut results = Results { files: &self.files, tensor, dtype, encoded: &mut self.encoded };
+            Ok(results.grouped(scheme, tensor_scale, &run)?)
         })
     }
 
@@ -247,6 +251,30 @@ impl<'j, 'a> Worker<'j, 'a> {
 fn no_longer(path: PathBuf, tensor: &PlannedTensor) -> Error {
     let why = format!("tensor {:?} held values that aren't finite, and no longer does", tensor.name);
     Error::SourceChanged { path, why }
+}
+
+/// A run of a tensor's bytes that is to be quantized.
+#[derive(Clone, Copy)]
+struct Run<'t> {
+    tensor: &'t PlannedTensor,
+    dtype: FloatDtype,
+    offset: u64,
+    len: usize,
+    /// Of the tensor, if its format has one.
+    tensor_scale: Option<f32>,
+}
+
+impl Run<'_> {
+    fn first_element(&self) -> u64 {
+        self.offset / self.dtype.size() as u64
+    }
+}
+
+/// The rows and groups that kernels take a tensor for. Where a chunk isn't whole rows, rows have no padding: groups lie one
+/// after the other, as rows do.
+fn columns_and_group(scheme: &GroupScheme, tensor: &PlannedTensor) -> (usize, usize) {
+    let group = scheme.group_len(tensor.columns()) as usize;
+    (if scheme.has_whole_rows() { tensor.columns() as usize } else { group }, group)
 }
 
 /// What a thread quantizes from and to; also what it hashes and copies through.
@@ -336,12 +364,11 @@ impl ChunkOutputs<'_> {
         tensor_scale: Option<f32>,
     ) -> Groups<'s> {
         let Figures { absmax, signal, noise, worst } = &mut self.figures;
-        let group = scheme.group_len(tensor.columns()) as usize;
+        let (columns, group) = columns_and_group(scheme, tensor);
         Groups {
             source,
             dtype,
-            // Where a chunk isn't whole rows, rows have no padding: groups lie one after the other, as rows do.
-            columns: if scheme.has_whole_rows() { tensor.columns() as usize } else { group },
+            columns,
             group,
             scheme: group::GroupScheme::new(scheme, tensor_scale),
             packed: self.packed,

@@ -49,7 +49,7 @@ pub fn schemes(source: &[u8], dtype: FloatDtype) -> [GroupScheme; 5] {
         GroupScheme::Int4,
         GroupScheme::Int4Asym,
         GroupScheme::Nvfp4 { global_scale: scalar::global_scale(absmax, dtype) },
-        GroupScheme::Nvfp4ModelOpt { scale_2: absmax / (448.0 * 6.0) },
+        GroupScheme::Nvfp4ModelOpt { scale_2: scalar::scale_2(absmax) },
         GroupScheme::Mxfp4,
     ]
 }

@@ -100,7 +100,7 @@ template <Dtype D, Scheme S> __device__ __forceinline__ Chosen choose(const Exte
     }
     if (S == MODELOPT) {
         const float wanted = __fdiv_rn(absmax, __fmul_rn(6.0f, factor));
-        chosen.stored = e4m3(absmax == 0.0f ? 1.0f : fminf(fmaxf(wanted, 0.001953125f), 448.0f));
+        chosen.stored = e4m3(wanted == 0.0f ? 1.0f : fminf(fmaxf(wanted, 0.001953125f), 448.0f));
         chosen.scale = __fmul_rn(e4m3_value(chosen.stored), factor);
     }
     if (S == MXFP4) {
@@ -124,7 +124,7 @@ template <Dtype D, Scheme S> __device__ __forceinline__ u32 encode(float t, cons
         return __float_as_uint(sum) & 15;
     }
     const float wanted = S == MXFP4 ? rounded<D>(t) : t;
-    // With a scale_2 of 0, zeros are NaN here, and their code is 0.
+    // Where nothing is left of a scale times scale_2, zeros are NaN here, and their code is 0.
     const float magnitude = fminf(S == MODELOPT && isnan(wanted) ? 0.0f : fabsf(wanted), 6.0f);
     // E2M1 floats are 0.5 apart up to 2, and twice as much from 2 and from 4 on: the last place of 2^22, 2^23 and 2^24.
     const u32 doublings = max(__float_as_uint(magnitude) >> 23, 127) - 127;

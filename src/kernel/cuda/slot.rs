@@ -26,11 +26,10 @@ impl SlotSize {
         }
     }
 
-    /// Room for whole rows of `elements` weights of `element` bytes in no more than `groups` groups, whatever the scheme.
-    pub fn for_groups(elements: usize, element: usize, groups: usize) -> SlotSize {
-        // Figures, a scale, a row's padding to whole i32s, a zero point.
-        let of_group = 4 * size_of::<f32>() + element + size_of::<u32>() + 1;
-        SlotSize { source: elements * element, results: elements.div_ceil(2) + groups * of_group }
+    /// Room for `source` bytes of weights that become `packed` bytes of codes, in no more than `groups` groups.
+    pub fn for_groups(source: usize, packed: usize, groups: usize) -> SlotSize {
+        // Four figures, the scale, and a zero point.
+        SlotSize { source, results: packed + groups * (5 * size_of::<f32>() + 1) }
     }
 
     /// Bytes on the device, which are as many as here.
@@ -288,7 +287,8 @@ mod tests {
         for (columns, group, scheme) in rows.chain(groups) {
             for dtype in [FloatDtype::Bfloat16, FloatDtype::Float32] {
                 let elements = 3 * columns;
-                let size = SlotSize::for_groups(elements, dtype.size(), elements / group);
+                let packed = 3 * scheme.packed_row(columns);
+                let size = SlotSize::for_groups(elements * dtype.size(), packed, elements / group);
                 let needed = GroupResults::new(elements, dtype, columns, group, scheme).len();
                 assert!(needed <= size.results, "{columns} {group} {scheme:?}: {needed} of {}", size.results);
             }
