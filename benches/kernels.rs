@@ -1,6 +1,7 @@
 //! Every kernel this processor runs, on one core, against a memory copy of the same source bytes.
 //!
-//! Sources are 1 MiB, as the pipeline hands them out; rates are of source bytes.
+//! Sources are 1 MiB, as the pipeline hands them out; rates are of source bytes. Decoding, which has one way for every
+//! processor, is the other way round: rates are of the bytes it writes.
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -8,6 +9,7 @@ use std::time::Duration;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
 use half::{bf16, f16};
 use prequant::format::{BlockFormat, BlockSize, FloatDtype};
+use prequant::kernel::decode::{Coding, Row, ScaleDtype, decode};
 use prequant::kernel::group::{GroupScheme, Groups};
 use prequant::kernel::{Blocks, Figures, Kernel};
 
@@ -23,6 +25,18 @@ const GROUPS: [(&str, GroupScheme, usize); 5] = [
     ("nvfp4", GroupScheme::Nvfp4 { global_scale: 16384.0 }, 16),
     ("nvfp4 modelopt", GroupScheme::Nvfp4ModelOpt { scale_2: 6.1e-5 }, 16),
     ("mxfp4", GroupScheme::Mxfp4, 32),
+];
+
+/// What is decoded.
+const CODINGS: [(&str, Coding); 8] = [
+    ("nf4/64", Coding::Blocks { format: BlockFormat::Nf4, block_size: 64 }),
+    ("fp4/64", Coding::Blocks { format: BlockFormat::Fp4, block_size: 64 }),
+    ("int4 128", Coding::Int { group: 128 }),
+    ("nvfp4 16", Coding::Nvfp4 { global_scale: 16384.0 }),
+    ("nvfp4 modelopt 16", Coding::Nvfp4ModelOpt { scale_2: 6.1e-5 }),
+    ("mxfp4 32", Coding::Mxfp4),
+    ("fp8 128", Coding::Fp8 { block: 128, scale: ScaleDtype::F32 }),
+    ("fp8 e8m0 128", Coding::Fp8 { block: 128, scale: ScaleDtype::E8m0 }),
 ];
 
 fn kernels(criterion: &mut Criterion) {
@@ -127,5 +141,35 @@ fn quantize_groups(
     });
 }
 
-criterion_group!(benches, kernels);
+fn decoding(criterion: &mut Criterion) {
+    for dtype in [FloatDtype::Bfloat16, FloatDtype::Float16, FloatDtype::Float32] {
+        let mut group = criterion.benchmark_group(format!("decode to {}", dtype.torch_name()));
+        group.throughput(Throughput::Bytes(SOURCE_BYTES as u64));
+        group.warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1)).sample_size(20);
+        let elements = SOURCE_BYTES / dtype.size();
+        let codes: Vec<u8> = (0..elements as u32).map(|i| (i.wrapping_mul(2654435761) >> 24) as u8).collect();
+        let mut into = vec![0; SOURCE_BYTES];
+        for (name, coding) in CODINGS {
+            // 0x3c in every byte: a number near 0.01 or 1 in every dtype that scales have.
+            let scales = vec![0x3c; elements / coding.group() * coding.scale_size(dtype)];
+            group.bench_function(name, |bencher| {
+                bencher.iter(|| decode_rows(coding, dtype, black_box(&codes), &scales, &mut into));
+            });
+        }
+    }
+}
+
+/// Row by row where there are rows, all at once where there are none.
+fn decode_rows(coding: Coding, dtype: FloatDtype, codes: &[u8], scales: &[u8], into: &mut [u8]) {
+    let elements = into.len() / dtype.size();
+    let columns = if matches!(coding, Coding::Blocks { .. }) { elements } else { COLUMNS };
+    let scales_of_row = columns / coding.group() * coding.scale_size(dtype);
+    for (row, into) in into.chunks_exact_mut(columns * dtype.size()).enumerate() {
+        let codes = &codes[row * coding.code_byte(columns)..][..coding.code_byte(columns)];
+        let scales = &scales[row * scales_of_row..][..scales_of_row];
+        decode(Row { coding, dtype, first: 0, codes, scales, zero_points: &[], into });
+    }
+}
+
+criterion_group!(benches, kernels, decoding);
 criterion_main!(benches);

@@ -4,10 +4,10 @@
 use std::path::Path;
 
 use prequant::checkpoint::{Config, Header, Index, Source, SourceFile};
-use prequant::format::ParsedQuantState;
+use prequant::format::{Format, GroupSize, Layout, ParsedQuantState};
 use prequant::manifest::Manifest;
 use prequant::pipeline::{Budget, Limits};
-use prequant::plan::{Plan, Recipe};
+use prequant::plan::{ExpertLayout, Plan, Recipe};
 
 /// What a fuzzer calls with whatever it makes up.
 pub type Target = fn(&[u8]);
@@ -75,8 +75,17 @@ pub fn plan(data: &[u8]) {
     let (path, header_sha256, tensors) = (name.clone().into(), header.sha256, header.tensors);
     let files = vec![SourceFile { name, path, len, modified: 0, header_sha256, tensors }];
     let source = Source { path: "fuzzed".into(), files, config: Some(config), side_files: Vec::new() };
-    for double_quant in [false, true] {
-        let recipe = Recipe { double_quant, max_shard_size: 1000, ..Recipe::default() };
+    let base = Recipe { max_shard_size: 1000, dequantize_source: true, ..Recipe::default() };
+    let channel = GroupSize::Channel;
+    for recipe in [
+        base.clone(),
+        Recipe { double_quant: true, ..base.clone() },
+        Recipe { experts: ExpertLayout::Fuse, ..base.clone() },
+        Recipe { format: Format::Int4, ..base.clone() },
+        Recipe { format: Format::Int4Asym, group_size: channel, ..base.clone() },
+        Recipe { format: Format::Nvfp4, layout: Layout::Modelopt, ..base.clone() },
+        Recipe { format: Format::Mxfp4, layout: Layout::GptOss, ..base },
+    ] {
         if let Ok(plan) = Plan::new(&source, recipe) {
             assert_eq!(plan.tensors.len(), plan.files.iter().map(|file| file.tensors.len()).sum::<usize>());
             let limits = Limits { memory: 1 << 28, threads: 4, gpus: 0, device_memory: 0 };

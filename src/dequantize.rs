@@ -87,11 +87,7 @@ impl<'a> Converted<'a> {
                 (first.name.clone(), coded, shape)
             }
             Scheme::Groups(scheme) => {
-                let suffix = match scheme.layout {
-                    Layout::CompressedTensors => "_packed",
-                    Layout::Modelopt => "",
-                    Layout::GptOss => "_blocks",
-                };
+                let suffix = scheme.codes_suffix();
                 let name = first.name.strip_suffix(suffix);
                 let name = name.ok_or_else(|| self.malformed(format!("{:?} doesn't end in {suffix:?}", first.name)))?;
                 let (coded, shape) = self.groups(&scheme, name, &first.name)?;

@@ -225,6 +225,49 @@ fn packed_points(points: &[u8], per_row: usize) -> Vec<u8> {
     packed
 }
 
+/// All of a small model as ModelOpt's own export has it, by digests that scripts/make-modelopt-goldens took.
+#[test]
+fn modelopts_layout_is_its_own_tensor_by_tensor() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
+    let text = std::fs::read_to_string(root.join("modelopt-goldens/tiny-qwen3-moe.json")).unwrap();
+    let golden: Value = serde_json::from_str(&text).unwrap();
+    let folder = Folder::new("qwen3_moe");
+    folder.convert_from(&root.join("tiny-qwen3-moe"), &["--format", "nvfp4", "--layout", "modelopt"]).ok();
+    let manifest = folder.read_json("prequant.json");
+    let records = manifest["tensors"].as_array().unwrap().iter();
+    let outputs: BTreeMap<&str, &Value> = records
+        .flat_map(|record| record["outputs"].as_array().unwrap())
+        .map(|output| (output["name"].as_str().unwrap(), output))
+        .collect();
+    let expected = golden["tensors"].as_object().unwrap();
+    assert!(outputs.keys().eq(expected.keys().collect::<std::collections::BTreeSet<_>>()), "the same names");
+    for (name, expected) in expected {
+        let dtype = match expected["dtype"].as_str().unwrap() {
+            "bfloat16" => "BF16",
+            "uint8" => "U8",
+            "float8_e4m3fn" => "F8_E4M3",
+            "float32" => "F32",
+            other => panic!("{other}"),
+        };
+        assert_eq!(outputs[&**name]["dtype"], dtype, "{name}");
+        assert_eq!(outputs[&**name]["shape"], expected["shape"], "{name}");
+        assert_eq!(outputs[&**name]["sha256"], expected["sha256"], "{name}");
+    }
+    // The word for weights alone is another, which more clients take; and it isn't ModelOpt that wrote it.
+    let but_for_those = |value: &Value| {
+        let mut value = value.clone();
+        value["producer"] = Value::Null;
+        let part = if value.get("quantization").is_some() { &mut value["quantization"] } else { &mut value };
+        part["quant_algo"] = "NVFP4".into();
+        value
+    };
+    let config = folder.read_json("config.json");
+    assert_eq!(but_for_those(&config["quantization_config"]), but_for_those(&golden["quantization_config"]));
+    let beside = folder.read_json("hf_quant_config.json");
+    assert_eq!(but_for_those(&beside), but_for_those(&golden["hf_quant_config"]));
+    verify(&folder, &["--against", root.join("tiny-qwen3-moe").to_str().unwrap()]).ok();
+}
+
 /// Experts one by one, a router and weights of all kinds.
 fn moe() -> Vec<Tensor> {
     let name = |end: &str| format!("model.layers.0.{end}.weight");

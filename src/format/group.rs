@@ -175,6 +175,15 @@ impl GroupScheme {
         if self.is_integer() { columns.div_ceil(8) * 4 } else { columns.div_ceil(2) }
     }
 
+    /// The end of the codes' name, after the weight's.
+    pub fn codes_suffix(&self) -> &'static str {
+        match self.layout {
+            Layout::CompressedTensors => "_packed",
+            Layout::Modelopt => "",
+            Layout::GptOss => "_blocks",
+        }
+    }
+
     /// The tensors that a weight of whole groups becomes.
     pub fn output_tensors(&self, shape: &[u64]) -> Vec<OutputTensor> {
         match self.layout {

@@ -174,9 +174,18 @@ impl Scheme {
             Scheme::Blocks(scheme) => bnb::quantization_config(scheme, compute_dtype, kept),
             Scheme::Groups(scheme) => match scheme.layout {
                 Layout::CompressedTensors => compressed::quantization_config(scheme, kept),
-                Layout::Modelopt => modelopt::quantization_config(kept),
+                Layout::Modelopt => modelopt::quantization_config(scheme, kept),
                 Layout::GptOss => gpt_oss::quantization_config(kept),
             },
+        }
+    }
+
+    /// The key of [`Scheme::quantization_config`] that lists what is kept.
+    pub fn kept_modules_key(&self) -> &'static str {
+        match self {
+            Scheme::Blocks(_) => "llm_int8_skip_modules",
+            Scheme::Groups(scheme) if scheme.layout == Layout::GptOss => "modules_to_not_convert",
+            Scheme::Groups(_) => "ignore",
         }
     }
 

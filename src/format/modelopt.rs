@@ -19,12 +19,33 @@ pub fn output_tensors(scheme: &GroupScheme, shape: &[u64]) -> Vec<OutputTensor> 
     ]
 }
 
+/// What clients tell the format by. ModelOpt's own word for weights alone is `W4A16_NVFP4`; with this one axolotl takes it too, and
+/// vLLM sees from `config_groups` that no inputs are quantized.
+const QUANT_ALGO: &str = "NVFP4";
+
 /// config.json's `quantization_config`; `ignore` are the modules left unquantized.
-pub fn quantization_config(ignore: &[String]) -> Value {
-    json!({"quant_method": "modelopt", "ignore": ignore})
+pub fn quantization_config(scheme: &GroupScheme, ignore: &[String]) -> Value {
+    let weights = json!({"dynamic": false, "num_bits": 4, "type": "float", "group_size": scheme.size});
+    json!({
+        "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
+        "ignore": ignore,
+        "quant_algo": QUANT_ALGO,
+        "producer": producer(),
+        "quant_method": "modelopt",
+    })
 }
 
 /// The content of [`CONFIG_NAME`].
-pub fn config_text(ignore: &[String]) -> String {
-    format!("{:#}\n", json!({"quantization": {"exclude_modules": ignore}}))
+pub fn config_text(scheme: &GroupScheme, ignore: &[String]) -> String {
+    let quantization = json!({
+        "quant_algo": QUANT_ALGO,
+        "kv_cache_quant_algo": null,
+        "group_size": scheme.size,
+        "exclude_modules": ignore,
+    });
+    format!("{:#}\n", json!({"producer": producer(), "quantization": quantization}))
+}
+
+fn producer() -> Value {
+    json!({"name": env!("CARGO_PKG_NAME"), "version": env!("CARGO_PKG_VERSION")})
 }

@@ -1,15 +1,26 @@
 //! 8-bit floats, as f32; exact.
 
+/// [`e4m3_value`] of every byte, for where there are many.
+pub static E4M3_VALUES: [f32; 256] = {
+    let mut values = [0.0; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        values[byte] = e4m3_value(byte as u8);
+        byte += 1;
+    }
+    values
+};
+
 /// The value of an E4M3 float: subnormal numbers count 512ths, there are no infinities, and all ones are NaN.
 #[inline(always)]
-pub fn e4m3_value(byte: u8) -> f32 {
-    let magnitude = u32::from(byte & 0x7f);
+pub const fn e4m3_value(byte: u8) -> f32 {
+    let magnitude = (byte & 0x7f) as u32;
     let number = match magnitude {
         0..8 => magnitude as f32 / 512.0,
         0x7f => f32::NAN,
         _ => f32::from_bits((magnitude + (120 << 3)) << 20),
     };
-    f32::from_bits(number.to_bits() | u32::from(byte & 0x80) << 24)
+    f32::from_bits(number.to_bits() | ((byte & 0x80) as u32) << 24)
 }
 
 /// The value of an E8M0 float, 2^(byte - 127); 2^128, which 255 would be, is infinite.

@@ -1,6 +1,6 @@
 //! Who does what next, and what is finished when.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -9,7 +9,7 @@ use super::budget::chunk_elements;
 use super::{FileOutcome, Means, Outcome, TensorOutcome};
 use crate::checkpoint::Sha256Hash;
 use crate::error::{Error, Result};
-use crate::format::NESTED_BLOCK_SIZE;
+use crate::format::{FloatDtype, NESTED_BLOCK_SIZE};
 use crate::kernel::group;
 use crate::plan::{Plan, PlannedTensor};
 use crate::stats::{AbsmaxGathering, Gathering};
@@ -22,6 +22,8 @@ pub const NESTED_CHUNK: usize = 256 * NESTED_BLOCK_SIZE;
 pub enum Task {
     /// Read, quantize (or keep) and write a run of a tensor's bytes.
     Chunk { tensor: usize, offset: u64, len: usize, tensor_scale: Option<f32> },
+    /// Read tensors that share a scale, all at once; find that, quantize and write these of them.
+    Set { set: usize, tensors: Vec<usize> },
     /// Read a run of a tensor's bytes for the largest magnitude in it.
     Measure { tensor: usize, offset: u64, len: usize },
     /// Quantize a run of a tensor's absmax.
@@ -43,6 +45,8 @@ pub enum Done {
     Written,
     /// A chunk's figures; its absmax too, if double quantization still needs them.
     Quantized { gathering: Box<Gathering>, absmax: Option<(usize, Vec<f32>)> },
+    /// The figures of tensors that were quantized at once.
+    Set(Vec<(usize, Box<Gathering>)>),
     /// The largest magnitude in a run.
     Measured(f32),
     /// A run of absmax is quantized.
@@ -79,6 +83,8 @@ struct State {
     finished: bool,
     /// Tensors of which chunks have been handed out and aren't all done.
     open: HashMap<usize, OpenTensor>,
+    /// Tensors that were handed out with others of their set.
+    taken: HashSet<usize>,
     /// The sets that are measured, or being so.
     sets: HashMap<usize, ScaleSet>,
     /// Bytes of absmax held for double quantization.
@@ -179,6 +185,11 @@ impl<'a> Scheduler<'a> {
         state.running -= 1;
         match (task, done) {
             (Task::Chunk { tensor, .. }, done) => self.finish_chunk(&mut state, tensor, done),
+            (Task::Set { .. }, Done::Set(tensors)) => {
+                for (tensor, gathering) in tensors {
+                    self.finish_chunk(&mut state, tensor, Done::Quantized { gathering, absmax: None });
+                }
+            }
             (Task::Measure { tensor, .. }, Done::Measured(absmax)) => {
                 if let Some(set) = self.set_of[tensor].and_then(|set| state.sets.get_mut(&set)) {
                     set.absmax = set.absmax.max(absmax);
@@ -302,7 +313,9 @@ impl<'a> Scheduler<'a> {
 
     /// The next chunk in the plan's order, if there is room for what must be held of it.
     fn take_chunk(&self, state: &mut State) -> Option<Task> {
-        while self.file_of.get(state.next.0).is_some_and(|&file| state.files[file].was_sealed) {
+        while self.file_of.get(state.next.0).is_some_and(|&file| state.files[file].was_sealed)
+            || state.taken.remove(&state.next.0)
+        {
             state.next.0 += 1;
         }
         let (tensor, offset) = state.next;
@@ -310,6 +323,7 @@ impl<'a> Scheduler<'a> {
         let chunk_len = self.chunk_len(planned);
         let tensor_scale = match self.set_of[tensor] {
             None => None,
+            Some(set) if self.fits(set) => return Some(self.take_set(state, set)),
             Some(set) => match self.tensor_scale(state, set) {
                 None => return state.ready.pop_front(),
                 scale => scale,
@@ -328,6 +342,25 @@ impl<'a> Scheduler<'a> {
         let len = chunk_len.min(planned.source_len() - offset);
         state.next = if offset + len == planned.source_len() { (tensor + 1, 0) } else { (tensor, offset + len) };
         Some(Task::Chunk { tensor, offset, len: len as usize, tensor_scale })
+    }
+
+    /// Whether a thread's buffer takes all of a set.
+    fn fits(&self, set: usize) -> bool {
+        let tensors = self.plan.scale_sets[set].iter().map(|&tensor| &self.plan.tensors[tensor]);
+        let element = tensors.clone().filter_map(|tensor| tensor.quantized_from()).map(FloatDtype::size).max();
+        let room = self.means.budget.chunk_elements * element.unwrap_or(2);
+        self.means.device.gpus().is_empty() && tensors.map(PlannedTensor::source_len).sum::<u64>() <= room as u64
+    }
+
+    /// All tensors of a set that aren't written yet.
+    fn take_set(&self, state: &mut State, set: usize) -> Task {
+        let tensors = self.plan.scale_sets[set].iter().copied();
+        let tensors: Vec<usize> = tensors.filter(|&tensor| !state.files[self.file_of[tensor]].was_sealed).collect();
+        for &tensor in &tensors {
+            state.open.insert(tensor, OpenTensor { tasks_left: 1, ..OpenTensor::default() });
+        }
+        state.taken.extend(tensors.iter().copied());
+        Task::Set { set, tensors }
     }
 
     /// The scale that a set's tensors share, if all of them are measured. Has that done otherwise, and for the set after it

@@ -1,6 +1,7 @@
 //! One thread's work, task by task.
 
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::budget::Capacity;
@@ -55,6 +56,7 @@ impl<'j, 'a> Worker<'j, 'a> {
                 self.files.open_output(scheduler.file_of(*tensor))?;
                 self.chunk(&self.job.plan.tensors[*tensor], *offset, *len, *tensor_scale)
             }
+            Task::Set { set, tensors } => self.set(&self.job.plan.scale_sets[*set], tensors, scheduler),
             Task::Measure { tensor, offset, len } => self.measure(&self.job.plan.tensors[*tensor], *offset, *len),
             Task::Nested { tensor, absmax, offset, first, len } => {
                 self.files.open_output(scheduler.file_of(*tensor))?;
@@ -89,12 +91,15 @@ impl<'j, 'a> Worker<'j, 'a> {
 
     /// Reads a run of a tensor's bytes, and does with them what the plan says.
     fn chunk(&mut self, tensor: &PlannedTensor, offset: u64, len: usize, tensor_scale: Option<f32>) -> Result<Done> {
-        let run = |dtype| Run { tensor, dtype, offset, len, tensor_scale };
+        let piece = |dtype: FloatDtype| {
+            let first_element = offset / dtype.size() as u64;
+            Piece { tensor, dtype, first_element, place: 0..len, tensor_scale }
+        };
         let done = match (tensor.decision, self.job.means.device, &self.job.ring) {
-            (Decision::Quantize(dtype), Device::Cpu(kernel), _) => self.quantize(*kernel, run(dtype))?,
+            (Decision::Quantize(dtype), Device::Cpu(kernel), _) => self.quantize(*kernel, piece(dtype))?,
             (Decision::Quantize(dtype), Device::Cuda(_), Some(ring)) => match self.scheme {
-                Scheme::Blocks(scheme) => self.quantize_blocks_on_gpu(ring, &scheme, run(dtype))?,
-                Scheme::Groups(scheme) => self.quantize_groups_on_gpu(ring, &scheme, run(dtype))?,
+                Scheme::Blocks(scheme) => self.quantize_blocks_on_gpu(ring, &scheme, piece(dtype))?,
+                Scheme::Groups(scheme) => self.quantize_groups_on_gpu(ring, &scheme, piece(dtype))?,
             },
             (Decision::Keep, ..) | (_, _, None) => {
                 let bytes = &mut self.buffers.bytes[..len];
@@ -107,44 +112,81 @@ impl<'j, 'a> Worker<'j, 'a> {
         Ok(done)
     }
 
-    fn quantize(&mut self, kernel: Kernel, run: Run<'_>) -> Result<Done> {
-        let Run { tensor, dtype, offset, len, tensor_scale } = run;
-        self.files.read(tensor, offset, &mut self.buffers.bytes[..len])?;
-        let first_element = run.first_element();
-        let (bytes, mut outputs) = self.buffers.split(tensor, len, dtype, &self.scheme);
-        let (files, encoded) = (&self.files, &mut self.encoded);
+    fn quantize(&mut self, kernel: Kernel, piece: Piece<'_>) -> Result<Done> {
+        let Piece { tensor, dtype, first_element, .. } = piece;
+        self.files.read(tensor, piece.offset(), &mut self.buffers.bytes[piece.place.clone()])?;
         match &self.scheme {
             Scheme::Blocks(scheme) => {
+                let (bytes, mut outputs) = self.buffers.split(tensor, piece.place, dtype, &self.scheme);
                 if kernel.quantize(outputs.blocks(bytes, dtype, scheme)).is_err() {
                     match self.job.plan.recipe.nonfinite {
                         NonFinitePolicy::Error => return Err(self.describe_nonfinite(tensor, dtype)),
                         NonFinitePolicy::Keep => quantize_any(outputs.blocks(bytes, dtype, scheme)),
                     }
                 }
-                let mut results = Results { files, tensor, dtype, encoded };
+                let mut results = Results { files: &self.files, tensor, dtype, encoded: &mut self.encoded };
                 results.quantized(scheme, first_element, outputs.packed, &outputs.figures)
             }
-            Scheme::Groups(scheme) => {
-                let scheme = *scheme;
-                if kernel.quantize_groups(outputs.groups(bytes, tensor, dtype, &scheme, tensor_scale)).is_err() {
-                    return Err(self.describe_nonfinite(tensor, dtype));
-                }
-                let ChunkOutputs { packed, scales, zero_points, figures } = outputs;
-                let mut results = Results { files, tensor, dtype, encoded };
-                results.grouped(
-                    &scheme,
-                    tensor_scale,
-                    &GroupRun { first_element, packed, scales, zero_points, figures },
-                )
-            }
+            &Scheme::Groups(scheme) => self.quantize_groups(kernel, &scheme, piece),
         }
     }
 
-    fn quantize_blocks_on_gpu(&mut self, ring: &Ring<'_>, scheme: &BlockScheme, run: Run<'_>) -> Result<Done> {
-        let Run { tensor, dtype, offset, len, .. } = run;
-        let (elements, first_element) = (len / dtype.size(), run.first_element());
+    fn quantize_groups(&mut self, kernel: Kernel, scheme: &GroupScheme, piece: Piece<'_>) -> Result<Done> {
+        let Piece { tensor, dtype, first_element, place, tensor_scale } = piece;
+        let (bytes, mut outputs) = self.buffers.split(tensor, place, dtype, &self.scheme);
+        if kernel.quantize_groups(outputs.groups(bytes, tensor, dtype, scheme, tensor_scale)).is_err() {
+            return Err(self.describe_nonfinite(tensor, dtype));
+        }
+        let ChunkOutputs { packed, scales, zero_points, figures } = outputs;
+        let mut results = Results { files: &self.files, tensor, dtype, encoded: &mut self.encoded };
+        results.grouped(scheme, tensor_scale, &GroupRun { first_element, packed, scales, zero_points, figures })
+    }
+
+    /// Reads tensors that share a scale one after the other into the buffer, and quantizes from it `written` of them.
+    fn set(&mut self, set: &[usize], written: &[usize], scheduler: &Scheduler<'_>) -> Result<Done> {
+        let Scheme::Groups(scheme) = self.scheme else { return Ok(Done::Written) };
+        let (plan, kernel) = (self.job.plan, self.kernel());
+        let (mut absmax, mut end, mut places) = (0f32, 0, Vec::new());
+        for &tensor in set {
+            let planned = &plan.tensors[tensor];
+            let Some(dtype) = planned.quantized_from() else { continue };
+            let place = end..end + planned.source_len() as usize;
+            end = place.end;
+            let bytes = &mut self.buffers.bytes[place.clone()];
+            self.files.read(planned, 0, bytes)?;
+            match kernel.absmax(bytes, dtype) {
+                Ok(found) => absmax = absmax.max(found),
+                Err(_) => return Err(self.describe_nonfinite(planned, dtype)),
+            }
+            places.push((tensor, dtype, place));
+        }
+        let mut done = Vec::new();
+        let tensor_scale = places.first().map(|(_, dtype, _)| group::tensor_scale(plan.recipe.layout, absmax, *dtype));
+        for (i, dtype, place) in places.into_iter().filter(|(i, ..)| written.contains(i)) {
+            let tensor = &plan.tensors[i];
+            self.files.open_output(scheduler.file_of(i))?;
+            let piece = Piece { tensor, dtype, first_element: 0, place, tensor_scale };
+            if let Done::Quantized { gathering, .. } = self.quantize_groups(kernel, &scheme, piece)? {
+                done.push((i, gathering));
+            }
+            self.job.means.progress.advanced(&tensor.name, tensor.source_len());
+        }
+        Ok(Done::Set(done))
+    }
+
+    /// What works on this machine's processor.
+    fn kernel(&self) -> Kernel {
+        match self.job.means.device {
+            Device::Cpu(kernel) => *kernel,
+            Device::Cuda(_) => Kernel::detect(),
+        }
+    }
+
+    fn quantize_blocks_on_gpu(&mut self, ring: &Ring<'_>, scheme: &BlockScheme, piece: Piece<'_>) -> Result<Done> {
+        let Piece { tensor, dtype, first_element, .. } = piece;
+        let elements = piece.place.len() / dtype.size();
         ring.with(|slot| {
-            self.files.read(tensor, offset, slot.source(len))?;
+            self.files.read(tensor, piece.offset(), slot.source(piece.place.len()))?;
             let quantized = slot.quantize(elements, dtype, scheme.format, scheme.block_size)?;
             let finite = quantized.figures.absmax.iter().all(|absmax| absmax.is_finite());
             if finite {
@@ -154,25 +196,26 @@ impl<'j, 'a> Worker<'j, 'a> {
             if self.job.plan.recipe.nonfinite == NonFinitePolicy::Error {
                 return Err(Failed::Other(self.describe_nonfinite(tensor, dtype)));
             }
-            let (_, mut outputs) = self.buffers.split(tensor, len, dtype, &self.scheme);
-            quantize_any(outputs.blocks(slot.source(len), dtype, scheme));
+            let (_, mut outputs) = self.buffers.split(tensor, piece.place.clone(), dtype, &self.scheme);
+            quantize_any(outputs.blocks(slot.source(piece.place.len()), dtype, scheme));
             let mut results = Results { files: &self.files, tensor, dtype, encoded: &mut self.encoded };
             Ok(results.quantized(scheme, first_element, outputs.packed, &outputs.figures)?)
         })
     }
 
-    fn quantize_groups_on_gpu(&mut self, ring: &Ring<'_>, scheme: &GroupScheme, run: Run<'_>) -> Result<Done> {
-        let Run { tensor, dtype, offset, len, tensor_scale } = run;
+    fn quantize_groups_on_gpu(&mut self, ring: &Ring<'_>, scheme: &GroupScheme, piece: Piece<'_>) -> Result<Done> {
+        let Piece { tensor, dtype, first_element, tensor_scale, .. } = piece;
+        let elements = piece.place.len() / dtype.size();
         let (columns, group) = columns_and_group(scheme, tensor);
         let kernel_scheme = group::GroupScheme::new(scheme, tensor_scale);
         ring.with(|slot| {
-            self.files.read(tensor, offset, slot.source(len))?;
-            let quantized = slot.quantize_groups(len / dtype.size(), dtype, columns, group, kernel_scheme)?;
+            self.files.read(tensor, piece.offset(), slot.source(piece.place.len()))?;
+            let quantized = slot.quantize_groups(elements, dtype, columns, group, kernel_scheme)?;
             let QuantizedGroups { packed, scales, zero_points, figures } = quantized;
             if figures.absmax.iter().any(|absmax| absmax.is_nan()) {
                 return Err(Failed::Other(self.describe_nonfinite(tensor, dtype)));
             }
-            let run = GroupRun { first_element: run.first_element(), packed, scales, zero_points, figures };
+            let run = GroupRun { first_element, packed, scales, zero_points, figures };
             let mut results = Results { files: &self.files, tensor, dtype, encoded: &mut self.encoded };
             Ok(results.grouped(scheme, tensor_scale, &run)?)
         })
@@ -182,11 +225,7 @@ impl<'j, 'a> Worker<'j, 'a> {
     fn measure(&mut self, tensor: &PlannedTensor, offset: u64, len: usize) -> Result<Done> {
         let Some(dtype) = tensor.quantized_from() else { return Ok(Done::Measured(0.0)) };
         self.files.read(tensor, offset, &mut self.buffers.bytes[..len])?;
-        let kernel = match self.job.means.device {
-            Device::Cpu(kernel) => *kernel,
-            Device::Cuda(_) => Kernel::detect(),
-        };
-        match kernel.absmax(&self.buffers.bytes[..len], dtype) {
+        match self.kernel().absmax(&self.buffers.bytes[..len], dtype) {
             Ok(absmax) => Ok(Done::Measured(absmax)),
             Err(_) => Err(self.describe_nonfinite(tensor, dtype)),
         }
@@ -253,28 +292,29 @@ fn no_longer(path: PathBuf, tensor: &PlannedTensor) -> Error {
     Error::SourceChanged { path, why }
 }
 
-/// A run of a tensor's bytes that is to be quantized.
-#[derive(Clone, Copy)]
-struct Run<'t> {
-    tensor: &'t PlannedTensor,
-    dtype: FloatDtype,
-    offset: u64,
-    len: usize,
-    /// Of the tensor, if its format has one.
-    tensor_scale: Option<f32>,
-}
-
-impl Run<'_> {
-    fn first_element(&self) -> u64 {
-        self.offset / self.dtype.size() as u64
-    }
-}
-
 /// The rows and groups that kernels take a tensor for. Where a chunk isn't whole rows, rows have no padding: groups lie one
 /// after the other, as rows do.
 fn columns_and_group(scheme: &GroupScheme, tensor: &PlannedTensor) -> (usize, usize) {
     let group = scheme.group_len(tensor.columns()) as usize;
     (if scheme.has_whole_rows() { tensor.columns() as usize } else { group }, group)
+}
+
+/// A run of whole blocks or groups in a buffer.
+struct Piece<'p> {
+    tensor: &'p PlannedTensor,
+    dtype: FloatDtype,
+    /// The run's first element in the tensor.
+    first_element: u64,
+    /// Where it is in the buffer.
+    place: Range<usize>,
+    tensor_scale: Option<f32>,
+}
+
+impl Piece<'_> {
+    /// The run's first byte in the tensor.
+    fn offset(&self) -> u64 {
+        self.first_element * self.dtype.size() as u64
+    }
 }
 
 /// What a thread quantizes from and to; also what it hashes and copies through.
@@ -313,15 +353,15 @@ impl Buffers {
         }
     }
 
-    /// A chunk of `tensor` of `len` bytes, and room for its results.
+    /// The bytes of `tensor` at a place, and room for their results.
     fn split(
         &mut self,
         tensor: &PlannedTensor,
-        len: usize,
+        place: Range<usize>,
         dtype: FloatDtype,
         scheme: &Scheme,
     ) -> (&[u8], ChunkOutputs<'_>) {
-        let (elements, columns) = ((len / dtype.size()) as u64, tensor.columns());
+        let (elements, columns) = ((place.len() / dtype.size()) as u64, tensor.columns());
         let groups = elements.div_ceil(scheme.block_len(columns)) as usize;
         let (scale_size, points) = match scheme {
             Scheme::Groups(scheme) => (scheme.scale_size(dtype), scheme.format == GroupFormat::Int4Asym),
@@ -338,7 +378,7 @@ impl Buffers {
                 worst: &mut self.worst[..groups],
             },
         };
-        (&self.bytes[..len], outputs)
+        (&self.bytes[place], outputs)
     }
 }
 
@@ -384,6 +424,7 @@ impl Task {
     fn place(&self, job: &Job<'_>) -> usize {
         match self {
             Task::Chunk { tensor, .. } | Task::Measure { tensor, .. } => *tensor,
+            Task::Set { set, .. } => job.plan.scale_sets[*set].iter().copied().min().unwrap_or_default(),
             Task::Nested { tensor, .. } | Task::HashTensor { tensor } => *tensor,
             Task::HashFile { file } | Task::Seal { file, .. } => job.plan.files[*file].tensors.start,
             Task::HashSource { .. } => job.plan.tensors.len(),

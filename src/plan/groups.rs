@@ -3,6 +3,8 @@
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 
+use regex::Regex;
+
 use super::input::Input;
 use super::rules::{Rules, Verdict};
 use super::split::MAX_EXPERTS;
@@ -126,11 +128,12 @@ pub fn ignored(rules: &Rules, tensors: &[PlannedTensor], linear: &[bool], layout
     let names = |tensor: &PlannedTensor| rules.module_names(&tensor.name).into_iter();
     let quantized = tensors.iter().filter(|tensor| tensor.decision != Decision::Keep);
     let with_quantized: HashSet<String> = quantized.flat_map(names).filter_map(|module| container(&module)).collect();
+    // ModelOpt lists them too.
+    let listed = |tensor: &PlannedTensor| layout == Layout::Modelopt && tensor.role == Role::Embedding;
     let mut seen = HashSet::new();
-    let kept = tensors
-        .iter()
-        .zip(linear)
-        .filter(|(tensor, linear)| tensor.decision == Decision::Keep && (**linear || tensor.role.is_expert()));
+    let kept = tensors.iter().zip(linear).filter(|(tensor, linear)| {
+        tensor.decision == Decision::Keep && (**linear || tensor.role.is_expert() || listed(tensor))
+    });
     let entry = |module: String| match (container(&module), layout) {
         (Some(container), Layout::CompressedTensors) if !with_quantized.contains(&container) => {
             format!("re:{}\\..*", container.replace('.', "\\."))
@@ -145,12 +148,35 @@ pub fn ignored(rules: &Rules, tensors: &[PlannedTensor], linear: &[bool], layout
             entries.push(module.to_owned());
         }
     }
+    if layout == Layout::Modelopt {
+        entries.sort();
+    }
     entries
 }
 
+/// An entry of [`ignored`]'s list that clients would take to mean a quantized weight's module, and that module.
+pub fn clash(rules: &Rules, layout: Layout, entries: &[&str], quantized: &[&str]) -> Option<(String, String)> {
+    let modules: Vec<String> = quantized.iter().flat_map(|weight| rules.module_names(weight)).collect();
+    entries.iter().find_map(|entry| {
+        let pattern = match (entry.strip_prefix("re:"), layout) {
+            (Some(pattern), Layout::CompressedTensors) => format!("^(?:{pattern})"),
+            (_, Layout::Modelopt) => format!("^{}$", regex::escape(entry).replace("\\*", ".*")),
+            _ => format!("^{}$", regex::escape(entry)),
+        };
+        let pattern = Regex::new(&pattern).ok()?;
+        let module = modules.iter().find(|module| pattern.is_match(module))?;
+        Some(((*entry).to_owned(), module.clone()))
+    })
+}
+
 /// Linears that clients put together, which must then have one global scale: names of modules beside each other.
-const TOGETHER: &[&[&str]] =
-    &[&["q_proj", "k_proj", "v_proj"], &["gate_proj", "up_proj"], &["w1", "w3"], &["wq_a", "wkv_a_with_mqa"]];
+const TOGETHER: &[&[&str]] = &[
+    &["q_proj", "k_proj", "v_proj"],
+    &["gate_proj", "up_proj"],
+    &["w1", "w3"],
+    &["wq_a", "wkv_a_with_mqa"],
+    &["q_a_proj", "kv_a_proj_with_mqa"],
+];
 
 /// The quantized tensors by what shares a global scale, in the order of each set's first: of an expert or a dense MLP, gate and
 /// up; of attention, query, key and value; all others alone.
@@ -169,4 +195,29 @@ pub fn scale_sets(tensors: &[PlannedTensor]) -> Vec<Vec<usize>> {
         }
     }
     sets
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_are_matched_as_clients_match_them() {
+        let rules = Rules::new(&["llama"]);
+        let quantized = ["model.layers.1.mlp.experts.0.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"];
+        let found = |layout, entry: &str| clash(&rules, layout, &[entry], &quantized).is_some();
+        for (entry, compressed, modelopt, gpt_oss) in [
+            ("model.layers.1.self_attn.q_proj", true, true, true),
+            ("model.layers.1.self_attn", false, false, false),
+            ("re:model\\.layers\\.1\\.mlp\\.experts\\..*", true, false, false),
+            ("re:.*q_proj", true, false, false),
+            ("re:q_proj", false, false, false),
+            ("model.layers.1.mlp.experts*", false, true, false),
+            ("q_proj", false, false, false),
+        ] {
+            let expected = [compressed, modelopt, gpt_oss];
+            let layouts = [Layout::CompressedTensors, Layout::Modelopt, Layout::GptOss];
+            assert_eq!(layouts.map(|layout| found(layout, entry)), expected, "{entry}");
+        }
+    }
 }

@@ -6,7 +6,7 @@ pub mod architectures;
 mod decide;
 pub mod experts;
 mod fuse;
-mod groups;
+pub mod groups;
 pub mod input;
 mod layout;
 mod part;
@@ -173,8 +173,8 @@ impl Plan {
             _ => Vec::new(),
         };
         let side_files = match &scheme {
-            Scheme::Groups(GroupScheme { layout: Layout::Modelopt, .. }) => {
-                vec![(modelopt::CONFIG_NAME.to_owned(), modelopt::config_text(&kept_modules))]
+            Scheme::Groups(scheme) if scheme.layout == Layout::Modelopt => {
+                vec![(modelopt::CONFIG_NAME.to_owned(), modelopt::config_text(scheme, &kept_modules))]
             }
             _ => Vec::new(),
         };

@@ -16,10 +16,10 @@ pub(crate) use files::read_manifest;
 
 use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, STAGING_NAME, Sha256Hash};
 use crate::error::{Error, Result};
-use crate::format::FloatDtype;
+use crate::format::{FloatDtype, Scheme};
 use crate::manifest::{DecisionRecord, Manifest, SCHEMA_VERSION};
 use crate::plan::rules::Rules;
-use crate::plan::skip_modules;
+use crate::plan::{groups, skip_modules};
 
 /// Bytes that are read at once.
 const BUFFER: usize = 1 << 20;
@@ -145,6 +145,10 @@ fn open(folder: &Path, report: &mut Report) -> Result<Option<Checkpoint>> {
     }
 }
 
+/// What the recipe alone doesn't tell of `quantization_config`.
+const FREE_KEYS: [&str; 5] =
+    ["bnb_4bit_compute_dtype", "llm_int8_skip_modules", "ignore", "modules_to_not_convert", "producer"];
+
 /// config.json must tell clients what the recipe says. That it is the file that was written is checked by its hash.
 fn check_config(checkpoint: &Checkpoint, report: &mut Report) {
     const NAME: &str = CONFIG_NAME;
@@ -161,18 +165,34 @@ fn check_config(checkpoint: &Checkpoint, report: &mut Report) {
     let expected = checkpoint.manifest.recipe.scheme().quantization_config(FloatDtype::Bfloat16, &[]);
     for (key, expected) in expected.as_object().into_iter().flatten() {
         let found = found.get(key).unwrap_or(&serde_json::Value::Null);
-        let free = ["bnb_4bit_compute_dtype", "llm_int8_skip_modules", "ignore"].contains(&key.as_str());
+        let free = FREE_KEYS.contains(&key.as_str());
         if !free && found != expected {
             report.differ(NAME, None, format!("quantization_config's {key} is {found}, expected {expected}"));
         }
     }
-    let skipped = found.get("llm_int8_skip_modules").and_then(|list| list.as_array());
-    let skipped: Vec<&str> = skipped.into_iter().flatten().filter_map(|entry| entry.as_str()).collect();
+    check_kept_modules(checkpoint, &config, found, report);
+}
+
+/// No module that is quantized may be among those that clients are told to leave alone.
+fn check_kept_modules(checkpoint: &Checkpoint, config: &Config, found: &serde_json::Value, report: &mut Report) {
+    let scheme = checkpoint.manifest.recipe.scheme();
+    let key = scheme.kept_modules_key();
+    let listed = found.get(key).and_then(|list| list.as_array());
+    let listed: Vec<&str> = listed.into_iter().flatten().filter_map(|entry| entry.as_str()).collect();
     let tensors = checkpoint.manifest.tensors.iter();
     let quantized = tensors.filter(|tensor| tensor.decision == DecisionRecord::Quantize);
-    let quantized: Vec<&str> = quantized.flat_map(|tensor| &tensor.sources).map(|s| s.name.as_str()).collect();
     let rules = Rules::new(&config.model_types());
-    if let Some((entry, module)) = skip_modules::clash(&rules, &skipped, &quantized) {
-        report.differ(NAME, None, format!("llm_int8_skip_modules has {entry:?}, but {module:?} is quantized"));
+    let clash = match scheme {
+        Scheme::Blocks(_) => {
+            let weights: Vec<&str> = quantized.flat_map(|tensor| &tensor.sources).map(|s| s.name.as_str()).collect();
+            skip_modules::clash(&rules, &listed, &weights)
+        }
+        Scheme::Groups(scheme) => {
+            let codes = quantized.filter_map(|tensor| tensor.outputs.first()?.name.strip_suffix(scheme.codes_suffix()));
+            groups::clash(&rules, scheme.layout, &listed, &codes.collect::<Vec<_>>())
+        }
+    };
+    if let Some((entry, module)) = clash {
+        report.differ(CONFIG_NAME, None, format!("{key} has {entry:?}, but {module:?} is quantized"));
     }
 }

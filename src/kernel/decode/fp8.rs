@@ -1,7 +1,10 @@
 //! E4M3 floats times a block's scale, as in DeepSeek-V3's checkpoints: transformers 5.23's `Fp8Dequantize`.
+//!
+//! A row's last block may be short. transformers takes the block's size from the scales' grid, and so refuses such weights
+//! or, where the grid happens to divide them, cuts them into even blocks.
 
 use super::{Run, ScaleDtype};
-use crate::kernel::float8::{e4m3_value, power_of_two};
+use crate::kernel::float8::{E4M3_VALUES, power_of_two};
 
 /// Decodes blocks of codes; `scale(i)` is that of the `i`th block of the run.
 #[inline(always)]
@@ -12,7 +15,7 @@ pub fn decode<const SIZE: usize>(run: Run<'_, SIZE>, scale: impl Fn(usize) -> f3
         let scale = scale(i);
         let (elements, rest) = into.split_at_mut(columns.len());
         for (element, &code) in elements.iter_mut().zip(codes) {
-            *element = round(e4m3_value(code) * scale);
+            *element = round(E4M3_VALUES[usize::from(code)] * scale);
         }
         (codes, into) = (&codes[columns.len()..], rest);
     }

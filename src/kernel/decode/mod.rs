@@ -109,8 +109,10 @@ impl<const SIZE: usize> Run<'_, SIZE> {
     /// The columns, cut where groups end.
     fn groups(&self) -> impl Iterator<Item = Range<usize>> + use<SIZE> {
         let (mut start, end, group) = (self.first, self.first + self.into.len(), self.group);
+        let mut boundary = (start / group).saturating_add(1).saturating_mul(group);
         std::iter::from_fn(move || {
-            let columns = start..end.min((start / group + 1) * group);
+            let columns = start..end.min(boundary);
+            boundary = boundary.saturating_add(group);
             start = columns.end;
             (!columns.is_empty()).then_some(columns)
         })

@@ -14,7 +14,11 @@ pub fn decode<const SIZE: usize, const EVEN_HIGH: bool>(
     let groups = run.groups();
     let Run { first, codes, mut into, .. } = run;
     for (i, columns) in groups.enumerate() {
-        let outputs = values(i).map(&round);
+        // A loop and not map(), which compilers don't turn into vector instructions.
+        let mut outputs = [[0; SIZE]; 16];
+        for (output, value) in outputs.iter_mut().zip(values(i)) {
+            *output = round(value);
+        }
         let (elements, rest) = into.split_at_mut(columns.len());
         into = rest;
         let codes = &codes[columns.start / 2 - first / 2..];
