@@ -16,7 +16,7 @@ use crate::format::{
 use crate::kernel::Device;
 use crate::manifest::{DecisionRecord, Manifest, TensorRecord};
 use crate::plan::input::{Input, as_stored, decoded, model_dtype};
-use crate::plan::{Coded, Nested, Place, Plan};
+use crate::plan::{Coded, Nested, Place, Plan, split};
 use crate::relay;
 
 /// What config.json says because of the 4-bit weights.
@@ -38,11 +38,18 @@ pub fn plan(converted: &Path, max_shard_size: u64, mut options: Options) -> Resu
         return Err(Error::NotACheckpoint { path: converted.to_owned(), why });
     };
     source.side_files.retain(|file| file.name != modelopt::CONFIG_NAME);
-    let inputs = Converted::new(&source, &manifest).inputs()?;
+    let (inputs, left_apart) = Converted::new(&source, &manifest).inputs()?;
     let config = source.config.as_ref().map(|config| config.without(&CONFIG_KEYS)).transpose();
     let config = config.map_err(|error| Error::malformed(&source.path.join(CONFIG_NAME), error.to_string()))?;
     let recipe = crate::plan::Recipe { max_shard_size, ..manifest.recipe.clone() };
-    let plan = Plan::decoded(recipe, inputs, config);
+    let mut plan = Plan::decoded(recipe, inputs, config);
+    if left_apart {
+        plan.warnings.push(
+            "experts that the source had fused, with rows and columns exchanged, stay one by one: its model takes them only \
+             fused"
+                .to_owned(),
+        );
+    }
     options.device = Device::cpu();
     options.hash_source = true; // what is read must be what its manifest says
     Conversion::dequantize(source, plan, manifest, options)
@@ -69,10 +76,23 @@ impl<'a> Converted<'a> {
         Converted { source, manifest, places, files: source.files.iter().map(|_| None).collect() }
     }
 
-    /// Every tensor of the manifest, decoded.
-    fn inputs(mut self) -> Result<Vec<Input>> {
-        let manifest = self.manifest;
-        manifest.tensors.iter().map(|record| self.input(record)).collect()
+    /// Every tensor of the manifest, decoded; experts that were fused are so again. Also whether some can't be.
+    fn inputs(mut self) -> Result<(Vec<Input>, bool)> {
+        let (manifest, source) = (self.manifest, self.source);
+        let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
+        let (mut inputs, mut left_apart) = (Vec::new(), false);
+        // What one tensor of the source was taken apart into stands together.
+        for records in manifest.tensors.chunk_by(|a, b| a.sources == b.sources) {
+            let matrices = records.iter().map(|record| self.input(record)).collect::<Result<Vec<_>>>()?;
+            let was_fused = records[0].sources.first().filter(|_| matrices.len() > 1);
+            let joined = was_fused.map(|fused| split::join(source, &model_types, &fused.name, &fused.shape, &matrices));
+            left_apart |= joined == Some(None);
+            match joined.flatten() {
+                Some(joined) => inputs.push(joined),
+                None => inputs.extend(matrices),
+            }
+        }
+        Ok((inputs, left_apart))
     }
 
     fn input(&mut self, record: &TensorRecord) -> Result<Input> {

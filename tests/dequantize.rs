@@ -24,7 +24,11 @@ fn restored(folder: &Folder) -> BTreeMap<String, Stored> {
 
 /// A golden file's tensors.
 fn goldens(file: &str) -> BTreeMap<String, Stored> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/group-goldens").join(format!("{file}.safetensors"));
+    goldens_of("group-goldens", file)
+}
+
+fn goldens_of(folder: &str, file: &str) -> BTreeMap<String, Stored> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(folder).join(format!("{file}.safetensors"));
     let bytes = std::fs::read(path).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     let stored =
@@ -86,6 +90,62 @@ fn floats_decode_as_compressed_tensors_decompresses_them() {
     }
     for dtype in ["bf16", "f32"] {
         check("mxfp4", dtype, "32", &[]);
+    }
+}
+
+/// In the model's dtype, as its config.json says.
+#[test]
+fn modelopts_layout_decodes_as_modelopt_dequantizes_it() {
+    for (short, long) in [("bf16", "bfloat16"), ("f16", "float16"), ("f32", "float32")] {
+        let outputs = goldens_of("modelopt-goldens", &format!("nvfp4-{short}"));
+        let mut inputs = goldens(&format!("input-{short}"));
+        inputs.extend(goldens_of("modelopt-goldens", &format!("input-{short}")));
+        inputs.retain(|case, _| outputs.contains_key(&format!("{case}/restored")));
+        assert!(inputs.len() > 5);
+        let folder = Folder::new("llama");
+        folder.write("config.json", json!({"model_type": "llama", "dtype": long}).to_string());
+        let weights = inputs
+            .iter()
+            .enumerate()
+            .map(|(layer, (_, (dtype, shape, data)))| Tensor::new(&linear(layer), *dtype, shape, data.clone()));
+        folder.write("model.safetensors", serialize(&weights.collect::<Vec<_>>()));
+        folder.convert(&["--format", "nvfp4", "--layout", "modelopt"]).ok();
+        dequantize(&folder, &[]).ok();
+        let found = restored(&folder);
+        for (layer, case) in inputs.keys().enumerate() {
+            assert!(found[&linear(layer)] == outputs[&format!("{case}/restored")], "{short} {case}");
+        }
+    }
+}
+
+/// Experts that were fused are so again, as they were; others stay one by one.
+#[test]
+fn fused_experts_are_put_together_again_where_they_can_be() {
+    for (model_type, shapes, fused) in
+        [("qwen3_5_moe", [[2, 64, 96], [2, 96, 32]], true), ("gpt_oss", [[2, 96, 64], [2, 32, 96]], false)]
+    {
+        let name = |end: &str| format!("model.layers.0.mlp.experts.{end}");
+        let tensors = [
+            Tensor::random(&name("gate_up_proj"), Dtype::BF16, &shapes[0]),
+            Tensor::random(&name("down_proj"), Dtype::BF16, &shapes[1]),
+        ];
+        let folder = Folder::new(model_type);
+        folder.write("model.safetensors", serialize(&tensors));
+        folder.convert(&["--format", "int4", "--group-size", "32"]).ok();
+        let run = dequantize(&folder, &[]).ok();
+        assert_eq!(run.stderr.contains("warning"), !fused, "{}", run.stderr);
+        let found = restored(&folder);
+        if !fused {
+            assert_eq!(found.keys().collect::<Vec<_>>().len(), 6);
+            continue;
+        }
+        for tensor in &tensors {
+            let (dtype, shape, data) = &found[&tensor.name];
+            assert_eq!((*dtype, shape), (Dtype::BF16, &tensor.shape));
+            let float = |b: &[u8]| bf16::from_le_bytes([b[0], b[1]]).to_f32();
+            let far = data.chunks(2).zip(tensor.data.chunks(2)).filter(|(a, b)| (float(a) - float(b)).abs() > 0.02);
+            assert_eq!(far.count(), 0, "{}", tensor.name);
+        }
     }
 }
 

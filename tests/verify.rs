@@ -204,3 +204,27 @@ fn inspect_shows_weights_with_their_formats_and_sizes() {
     let source = Run::of(Command::new(env!("CARGO_BIN_EXE_prequant")).arg("inspect").arg(folder.source())).ok();
     assert!(source.stdout.contains("16.00 bits a weight"), "{}", source.stdout);
 }
+
+/// Codes and all that belongs to them are one line, whatever the format.
+#[test]
+fn inspect_puts_the_parts_of_every_format_together() {
+    let fixture = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/tiny-qwen3-moe");
+    for (format, flags, bits) in [
+        ("fp4", &["--double-quant"][..], 5.2..5.3),
+        ("int4", &["--group-size", "32"], 4.5..4.6),
+        ("int4-asym", &["--group-size", "32"], 4.6..4.7),
+        ("mxfp4", &[], 4.25..4.26),
+        ("nvfp4", &[], 4.5..4.6),
+        ("nvfp4", &["--layout", "modelopt"], 4.5..4.6),
+    ] {
+        let folder = Folder::new("qwen3_moe");
+        folder.convert_from(&fixture, &[&["--format", format], flags].concat()).ok();
+        let json: Value = serde_json::from_str(&run("inspect", &folder, &["--json"]).ok().stdout).unwrap();
+        let formats = json["formats"].as_object().unwrap();
+        assert_eq!(formats.keys().collect::<Vec<_>>(), ["BF16", format], "{flags:?}");
+        assert_eq!(json["tensors"].as_array().unwrap().len(), 69, "{format} {flags:?}");
+        let (bytes, weights) = (&formats[format]["bytes"], &formats[format]["weights"]);
+        let found = bytes.as_f64().unwrap() * 8.0 / weights.as_f64().unwrap();
+        assert!(bits.contains(&found), "{format} {flags:?}: {found}");
+    }
+}

@@ -1,13 +1,13 @@
 //! `prequant inspect`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
 use prequant::Error;
-use prequant::checkpoint::{Source, TensorInfo};
+use prequant::checkpoint::{Dtype, Source, TensorInfo};
 use prequant::units::Bytes;
 use serde_json::{Value, json};
 
@@ -48,45 +48,70 @@ pub fn run(arguments: &Arguments) -> ExitCode {
     output::finish(result, arguments.json)
 }
 
-/// The suffixes of what bitsandbytes puts beside a weight.
-const PARTS: [&str; 4] = [".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"];
+/// What formats put beside a weight's codes: the end of their own name, and those of the other parts.
+const LAYOUTS: [(&str, &[&str]); 3] = [
+    ("", &[".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", "_scale", "_scale_2"]),
+    ("_packed", &["_scale", "_zero_point", "_global_scale", "_shape"]),
+    ("_blocks", &["_scales"]),
+];
+
+/// Tensors by name.
+type Tensors<'a> = BTreeMap<&'a str, &'a TensorInfo>;
 
 /// Puts the parts of 4-bit weights together.
 fn weights(source: &Source) -> Vec<Weight<'_>> {
-    let mut formats: BTreeMap<&str, &str> = BTreeMap::new();
-    let mut parts: BTreeMap<&str, u64> = BTreeMap::new();
-    for (_, info) in source.tensors() {
-        if let Some((name, format)) = info.name.split_once(".quant_state.bitsandbytes__") {
-            formats.insert(name, format);
-            *parts.entry(name).or_default() += info.len;
+    let tensors: Tensors<'_> = source.tensors().map(|(_, info)| (&*info.name, info)).collect();
+    let mut parts: BTreeSet<&str> = BTreeSet::new();
+    let mut weights: Vec<Weight<'_>> = Vec::new();
+    for (file, info) in source.tensors() {
+        let coded = coded(info, &tensors);
+        let elements: u64 = info.shape.iter().product();
+        let mut weight = Weight {
+            name: coded.as_ref().map_or(&info.name, |coded| coded.name),
+            file: &source.files[file].name,
+            format: coded.as_ref().map_or(info.dtype.name(), |coded| coded.format).to_owned(),
+            shape: info.shape.clone(),
+            // Two codes a byte; whether the last ones are a pad, only what stands beside them knows.
+            elements: if coded.is_some() { 2 * info.len } else { elements },
+            bytes: info.len,
+        };
+        for part in coded.into_iter().flat_map(|coded| coded.parts) {
+            weight.bytes += part.len;
+            parts.insert(&part.name);
         }
+        weights.push(weight);
     }
-    let part_of = |info: &TensorInfo| -> Option<&str> {
-        let owner = PARTS.iter().find_map(|part| info.name.strip_suffix(part))?;
-        formats.get_key_value(owner).map(|(owner, _)| *owner)
-    };
-    for (_, info) in source.tensors() {
-        if let Some(bytes) = part_of(info).and_then(|owner| parts.get_mut(owner)) {
-            *bytes += info.len;
-        }
-    }
-    let is_part = |info: &TensorInfo| part_of(info).is_some() || info.name.contains(".quant_state.bitsandbytes__");
-    let weights = source.tensors().filter(|(_, info)| !is_part(info));
+    weights.retain(|weight| !parts.contains(weight.name));
     weights
-        .map(|(file, info)| {
-            let format = formats.get(info.name.as_str());
-            let elements: u64 = info.shape.iter().product();
-            Weight {
-                name: &info.name,
-                file: &source.files[file].name,
-                format: format.map_or(info.dtype.name().to_owned(), |format| (*format).to_owned()),
-                shape: info.shape.clone(),
-                // Two codes a byte; whether the last one is a pad, only the quant_state knows.
-                elements: if format.is_some() { 2 * elements } else { elements },
-                bytes: info.len + parts.get(info.name.as_str()).unwrap_or(&0),
-            }
-        })
-        .collect()
+}
+
+/// A weight's codes with what belongs to them.
+struct CodedWeight<'a> {
+    name: &'a str,
+    format: &'static str,
+    parts: Vec<&'a TensorInfo>,
+}
+
+/// What `info` is the codes of, if it is.
+fn coded<'a>(info: &'a TensorInfo, tensors: &Tensors<'a>) -> Option<CodedWeight<'a>> {
+    LAYOUTS.iter().find_map(|(own, others)| {
+        let name = info.name.strip_suffix(own)?;
+        let part = |end: &str| tensors.get(&*format!("{name}{end}")).copied();
+        let states = [".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4"];
+        let format = match (*own, info.dtype, part("_scale").map(|scale| scale.dtype)) {
+            ("_packed", Dtype::I32, _) if part("_zero_point").is_some() => "int4-asym",
+            ("_packed", Dtype::I32, _) => "int4",
+            ("_packed", Dtype::U8, Some(Dtype::U8)) => "mxfp4",
+            ("_packed", Dtype::U8, Some(_)) => "nvfp4",
+            ("_blocks", Dtype::U8, _) if part("_scales").is_some() => "mxfp4",
+            ("", ..) if part(states[0]).is_some() => "nf4",
+            ("", ..) if part(states[1]).is_some() => "fp4",
+            ("", Dtype::U8, Some(_)) if part("_scale_2").is_some() => "nvfp4",
+            _ => return None,
+        };
+        let parts = others.iter().chain(&states).filter_map(|end| part(end)).collect();
+        Some(CodedWeight { name, format, parts })
+    })
 }
 
 fn bits(bytes: u64, elements: u64) -> f64 {
@@ -112,18 +137,18 @@ fn text(source: &Source, weights: &[Weight<'_>]) -> String {
         let (bytes, bits) = (Bytes(weight.bytes).to_string(), bits(weight.bytes, weight.elements));
         let _ = writeln!(
             text,
-            "{:6} {:name_width$}  {shape:shape_width$}  {bytes:>8}  {bits:5.2} bits",
+            "{:9} {:name_width$}  {shape:shape_width$}  {bytes:>8}  {bits:5.2} bits",
             weight.format, weight.name
         );
     }
     text.push('\n');
     for (format, (count, elements, bytes)) in by_format(weights) {
         let (size, bits) = (Bytes(bytes).to_string(), bits(bytes, elements));
-        let _ = writeln!(text, "{format:6} {count} tensors, {elements} weights, {size}, {bits:.2} bits a weight");
+        let _ = writeln!(text, "{format:9} {count} tensors, {elements} weights, {size}, {bits:.2} bits a weight");
     }
     let (elements, bytes) = weights.iter().fold((0, 0), |(e, b), weight| (e + weight.elements, b + weight.bytes));
     let files = source.files.len();
-    let _ = writeln!(text, "all    {} in {files} files, {:.2} bits a weight", Bytes(bytes), bits(bytes, elements));
+    let _ = writeln!(text, "all       {} in {files} files, {:.2} bits a weight", Bytes(bytes), bits(bytes, elements));
     text
 }
 

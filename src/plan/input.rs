@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::format::{Coding, FloatDtype, ScaleDtype};
 
 /// A tensor to be planned.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Input {
     /// Its name.
     pub name: String,

@@ -13,7 +13,7 @@ mod part;
 mod recipe;
 pub mod rules;
 pub mod skip_modules;
-mod split;
+pub mod split;
 
 use std::borrow::Cow;
 use std::collections::HashSet;

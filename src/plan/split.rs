@@ -144,6 +144,25 @@ pub fn columns(source: &Source, model_types: &[&str], input: &Input) -> Result<u
     split.layout(source, input).map(|layout| layout.columns)
 }
 
+/// Puts the matrices that a fused tensor was taken apart into together again, if they lie in it one after the other.
+pub fn join(source: &Source, model_types: &[&str], name: &str, shape: &[u64], matrices: &[Input]) -> Option<Input> {
+    let splits = Splits::new(model_types);
+    let (prefix, split) = splits.of(name)?;
+    let dtype = matrices.first()?.dtype;
+    let parts = matrices.iter().flat_map(|matrix| &matrix.parts).copied().collect();
+    let joined = Input { name: name.to_owned(), dtype, shape: shape.to_vec(), parts };
+    let Matrices { experts, transposed, .. } = split.layout(source, &joined).ok()?;
+    let expected = (0..experts).flat_map(|expert| split.targets.iter().map(move |target| (expert, target)));
+    let names = expected.map(|(expert, target)| {
+        let end = target.replace('*', &expert.to_string());
+        if prefix.is_empty() { end } else { format!("{prefix}.{end}") }
+    });
+    let is_whole = names.eq(matrices.iter().map(|matrix| matrix.name.clone()))
+        && matrices.iter().all(|matrix| matrix.dtype == dtype)
+        && dtype.byte_len(shape) == Some(joined.parts.iter().map(|part| part.len).sum());
+    (is_whole && !transposed && !split.interleaved).then_some(joined)
+}
+
 /// The verdict on all experts' matrices, as that on one of them.
 fn of_one(verdict: &Verdict, decision: Decision) -> Verdict {
     let role = if verdict.role == Role::FusedExperts { Role::ExpertLinear } else { verdict.role };

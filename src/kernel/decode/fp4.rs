@@ -17,5 +17,9 @@ pub fn values(coding: Coding, scale: u8) -> [f32; 16] {
         Coding::Mxfp4GptOss if scale == 255 => return E2M1.map(|value| value * power_of_two(254) * 2.0),
         _ => power_of_two(scale),
     };
-    E2M1.map(|value| value * scale)
+    let mut values = E2M1.map(|value| value * scale);
+    if let Coding::Nvfp4ModelOpt { .. } = coding {
+        values[8] = 0.0; // ModelOpt has one zero only
+    }
+    values
 }
