@@ -171,10 +171,10 @@ fn group_trials() -> Vec<Vec<f32>> {
         (0..1920).map(|i| random.normal() * 2f32.powi(-(i / 64 % 24))).collect(),
     ];
     // The largest, and the least, at each place.
-    trials.push((0..1920).map(|i| if i % 33 == 0 { -7.0 } else { 0.5 }).collect());
-    trials.push((0..1920).map(|i| if i % 129 == 0 { 5.0 } else { -0.01 }).collect());
+    trials.push((0..1920).map(|i: usize| if i.is_multiple_of(33) { -7.0 } else { 0.5 }).collect());
+    trials.push((0..1920).map(|i: usize| if i.is_multiple_of(129) { 5.0 } else { -0.01 }).collect());
     for x in [f32::NAN, f32::NEG_INFINITY] {
-        trials.push((0..1920).map(|i| if i % 129 == 0 { x } else { 0.5 }).collect());
+        trials.push((0..1920).map(|i: usize| if i.is_multiple_of(129) { x } else { 0.5 }).collect());
     }
     for (scale, top) in [(1.0, 6.0), (0.125, 7.5), (0.0371, 8.0)] {
         let quarters = (-32..=32).flat_map(|i| next_bf16s(i as f32 / 4.0 * scale));
@@ -193,7 +193,8 @@ fn group_trials() -> Vec<Vec<f32>> {
         &[f32::MAX, -f32::MAX, 1.0],
     ] {
         // Some groups of one of them only.
-        let pick = |i: usize| if i / 128 % 3 == 0 { from[0] } else { from[random.bits() as usize % from.len()] };
+        let pick =
+            |i: usize| if (i / 128).is_multiple_of(3) { from[0] } else { from[random.bits() as usize % from.len()] };
         trials.push((0..1920).map(pick).collect());
     }
     trials
