@@ -85,10 +85,9 @@ pub struct Conversion {
 /// # Errors
 /// When the source is no checkpoint or damaged, or the recipe doesn't fit it; or a GPU has too little memory free.
 pub fn plan(source: &Path, recipe: Recipe, mut options: Options) -> Result<Conversion> {
-    let recipe_is_for_cpu = recipe.scheme().blocks().is_none();
     let source = Source::open(source)?;
     let manifest = source.quantization().and_then(|_| relay::manifest_of(&source.path));
-    let (mut plan, relay) = match manifest.filter(|manifest| manifest.recipe.scheme().blocks().is_some()) {
+    let (plan, relay) = match manifest.filter(|manifest| manifest.recipe.scheme().blocks().is_some()) {
         None => {
             input::check_quantization(&source, &recipe)?;
             (Plan::new(&source, recipe)?, None)
@@ -99,14 +98,11 @@ pub fn plan(source: &Path, recipe: Recipe, mut options: Options) -> Result<Conve
             (plan, Some(relay))
         }
     };
-    if recipe_is_for_cpu && !options.device.gpus().is_empty() {
-        plan.warnings.push("GPUs take nf4 and fp4 only: the processor quantizes to this format".to_owned());
-        options.device = Device::cpu();
-    }
     let Options { memory, threads, device_memory, .. } = options;
     let gpus = options.device.gpus().len();
     let budget = Budget::new(&plan, Limits { memory, threads, gpus, device_memory })?;
     check_device_memory(&options.device, &budget)?;
+    compile_kernels(&options.device, &plan)?;
     Ok(Conversion { source, plan, budget, options, relay, dequantized: None })
 }
 
@@ -121,6 +117,17 @@ fn check_device_memory(device: &Device, budget: &Budget) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Has the GPUs' drivers compile what is compiled only when it is needed, before anything is written.
+fn compile_kernels(device: &Device, plan: &Plan) -> Result<()> {
+    if plan.recipe.scheme().blocks().is_some() {
+        return Ok(());
+    }
+    device
+        .gpus()
+        .iter()
+        .try_for_each(|gpu| gpu.load_groups().map_err(|fault| Error::Device { device: gpu.to_string(), fault }))
 }
 
 impl Conversion {

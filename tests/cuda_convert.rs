@@ -112,6 +112,78 @@ fn every_format_block_size_and_dtype_gives_the_cpus_files() {
     }
 }
 
+/// Linears of one chunk and of several, in every dtype; the columns of some are whole groups of every size.
+fn checkpoint_for_groups() -> Folder {
+    let folder = Folder::new("qwen3_moe");
+    let linear = |name: &str, dtype, shape: &[usize]| {
+        Tensor::random(&format!("model.layers.0.self_attn.{name}_proj.weight"), dtype, shape)
+    };
+    // The widest range that there is: zero points' scales overflow.
+    let mut wide = linear("o", Dtype::F16, &[8, 128]);
+    for (i, x) in wide.data.chunks_exact_mut(2).enumerate().take(200) {
+        x.copy_from_slice(&if i % 2 == 0 { [0xff, 0x7b] } else { [0xff, 0xfb] });
+    }
+    folder.write_shards(&[
+        vec![linear("q", Dtype::BF16, &[70, 2048]), linear("k", Dtype::BF16, &[9, 301])],
+        vec![linear("v", Dtype::F32, &[517, 128]), wide, Tensor::random("lm_head.weight", Dtype::F16, &[33, 640])],
+    ]);
+    folder
+}
+
+#[test]
+fn every_group_format_gives_the_cpus_files() {
+    let folder = checkpoint_for_groups();
+    let channel = ["--group-size", "channel"];
+    for (format, flags, kernels) in [
+        ("int4", &[][..], &["int4_bf16", "int4_f16", "int4_f32"][..]),
+        ("int4", &["--group-size", "32"], &["int4_bf16", "int4_f16", "int4_f32"]),
+        ("int4", &channel, &["int4_rows_bf16", "int4_f16", "int4_f32"]),
+        ("int4-asym", &[], &["int4_asym_bf16", "int4_asym_f16", "int4_asym_f32"]),
+        ("int4-asym", &channel, &["int4_asym_rows_bf16", "int4_asym_f16", "int4_asym_f32"]),
+        ("mxfp4", &[], &["mxfp4_bf16", "mxfp4_f16", "mxfp4_f32"]),
+        ("nvfp4", &[], &["nvfp4_bf16", "nvfp4_f16", "nvfp4_f32"]),
+        ("nvfp4", &["--layout", "modelopt"], &["nvfp4_modelopt_bf16", "nvfp4_modelopt_f16", "nvfp4_modelopt_f32"]),
+    ] {
+        let flags = [&["--format", format, "--include", "lm_head"], flags].concat();
+        let (to, used) = (folder.beside(&flags.concat()), folder.beside("report"));
+        let settings = [("FAKE_CUDA_REPORT", used.to_str().unwrap())];
+        let memory = 1 << 20;
+        convert(&folder, &to, &[&flags[..], &["--device-memory", "1MiB"]].concat(), &settings).ok();
+        assert!(contents(&to) == on_the_cpu(&folder, &flags), "{flags:?}");
+
+        let used = report(&used);
+        for kernel in kernels {
+            assert!(used.contains_key(&format!("quantize_{kernel}")), "{flags:?}: {used:?}");
+        }
+        assert!(used["peak:0"] <= memory && used["leaked:0"] == 0, "{flags:?}: {used:?}");
+    }
+}
+
+#[test]
+fn in_groups_too_what_is_not_finite_is_what_it_is_on_the_cpu() {
+    let mut tensor = Tensor::random(LINEAR, Dtype::F16, &[300, 640]);
+    for (i, bits) in [(CHUNK + 3, 0x7e00u16), (CHUNK + 900, 0xfc00), (300 * 640 - 1, 0x7c00)] {
+        tensor.data[2 * i..][..2].copy_from_slice(&bits.to_le_bytes());
+    }
+    let folder = Folder::new("llama");
+    folder.write("model.safetensors", serialize(&[tensor]));
+    let words = ["holds 3 values that are not finite", "(NaN) at element 65539"];
+    for format in ["int4", "int4-asym", "mxfp4", "nvfp4"] {
+        let flags = [&["--format", format], &LITTLE[..]].concat();
+        convert(&folder, &folder.beside(format), &flags, &[]).fails(3, &words);
+    }
+}
+
+#[test]
+fn the_kernels_for_groups_are_compiled_before_anything_is_written_and_only_for_groups() {
+    let folder = checkpoint_for_groups();
+    let fails = [("FAKE_CUDA_FAIL", "cuModuleLoadData:2:218")];
+    let words = ["cuModuleLoadData", "218", "cuda:0", "--device cpu"];
+    convert(&folder, &folder.destination(), &["--format", "mxfp4"], &fails).fails(4, &words);
+    assert!(!folder.destination().exists());
+    convert(&folder, &folder.destination(), &[], &fails).ok();
+}
+
 #[test]
 fn device_memory_is_bounded_and_all_of_it_freed() {
     let folder = checkpoint();

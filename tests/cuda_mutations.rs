@@ -1,8 +1,14 @@
-//! Would tests/cuda_kernels.rs notice? Faults planted in the PTX, one at a time: each must stop the interpreter or
-//! differ from the specification, on a few inputs.
+//! Would tests/cuda_kernels.rs and tests/cuda_groups.rs notice? Faults planted in the PTX, one at a time: each must stop the
+//! interpreter or differ from the specification, on a few inputs.
 
 #[path = "support/cuda.rs"]
 mod cuda;
+#[path = "support/cuda_groups.rs"]
+mod cuda_groups;
+#[path = "support/group_mutations.rs"]
+mod group_mutations;
+#[path = "support/groups.rs"]
+mod groups;
 #[path = "support/mutations.rs"]
 mod mutations;
 #[path = "support/weights.rs"]
@@ -14,15 +20,18 @@ use std::ops::Range;
 use regex::Regex;
 
 use prequant::format::{Codebook, FloatDtype, dynamic_map};
-use prequant::kernel::cuda::PTX;
+use prequant::kernel::cuda::{GROUPS_PTX, GroupKernel, PTX};
+use prequant::kernel::group::GroupScheme;
 
 use cuda::{Kernels, kernel_name};
+use cuda_groups::{Rows, schemes};
+use group_mutations::GROUP_MUTATIONS;
 use mutations::{MUTATIONS, Mutation};
 use weights::*;
 
 /// The module with one blank between words, so that what is replaced can be written plainly. Lines stay what they are.
-fn plain_ptx() -> String {
-    PTX.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ") + "\n").collect()
+fn plain(ptx: &str) -> String {
+    ptx.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ") + "\n").collect()
 }
 
 /// The module with the fault in it.
@@ -141,30 +150,126 @@ fn try_entry(kernels: &Kernels, entry: &str) -> Result<(), String> {
     if entry == "quantize_absmax" {
         return try_absmax(kernels);
     }
-    let all = DTYPES.into_iter().flat_map(|dtype| CODEBOOKS.map(|codebook| (dtype, codebook)));
-    let found = all.into_iter().find(|(dtype, codebook)| kernel_name(*dtype, codebook) == entry);
-    let (dtype, codebook) = found.unwrap_or_else(|| panic!("no entry {entry}"));
-    try_weights(kernels, dtype, codebook)
+    for dtype in DTYPES {
+        if let Some(codebook) = CODEBOOKS.into_iter().find(|codebook| kernel_name(dtype, codebook) == entry) {
+            return try_weights(kernels, dtype, codebook);
+        }
+        if let Some(kernel) = GroupKernel::ALL.into_iter().find(|kernel| kernel.name(dtype) == entry) {
+            return try_groups(kernels, kernel, dtype);
+        }
+    }
+    panic!("no entry {entry}");
 }
 
-#[test]
-fn the_kernels_without_faults_pass() {
-    let kernels = Kernels::parse(&plain_ptx());
+/// Numbers to try a kernel for groups with.
+fn group_trials() -> Vec<Vec<f32>> {
+    let mut random = Random(15);
+    let mut trials: Vec<Vec<f32>> = vec![
+        (0..1920).map(|_| random.normal() * 0.02).collect(),
+        (0..1920).map(|_| random.normal() * 0.02 + 0.03).collect(),
+        (0..1920).map(|_| random.normal().abs() * -3.0).collect(),
+        (0..1920).map(|i| random.normal() * 2f32.powi(-(i / 64 % 24))).collect(),
+    ];
+    // The largest, and the least, at each place.
+    trials.push((0..1920).map(|i: usize| if i.is_multiple_of(33) { -7.0 } else { 0.5 }).collect());
+    trials.push((0..1920).map(|i: usize| if i.is_multiple_of(129) { 5.0 } else { -0.01 }).collect());
+    for x in [f32::NAN, f32::NEG_INFINITY] {
+        trials.push((0..1920).map(|i: usize| if i.is_multiple_of(129) { x } else { 0.5 }).collect());
+    }
+    for (scale, top) in [(1.0, 6.0), (0.125, 7.5), (0.0371, 8.0)] {
+        let quarters = (-32..=32).flat_map(|i| next_bf16s(i as f32 / 4.0 * scale));
+        let mut elements: Vec<f32> = quarters.map(|x| x.clamp(-top * scale, top * scale)).collect();
+        elements.iter_mut().step_by(16).for_each(|x| *x = top * scale);
+        trials.push(elements.into_iter().cycle().take(1920).collect());
+    }
+    let tiny = f32::from_bits(1);
+    for from in [
+        &[0.0, -0.0][..],
+        &[tiny, -tiny, 1e-39, 0.0],
+        // Scales that lose much in rounding.
+        &[-1e-39, 0.0],
+        &[-2e-39, 0.0],
+        &[6e-8, -6e-8, 6e-5],
+        &[f32::MAX, -f32::MAX, 1.0],
+    ] {
+        // Some groups of one of them only.
+        let pick =
+            |i: usize| if (i / 128).is_multiple_of(3) { from[0] } else { from[random.bits() as usize % from.len()] };
+        trials.push((0..1920).map(pick).collect());
+    }
+    trials
+}
+
+/// What is wrong with a kernel for groups.
+fn try_groups(kernels: &Kernels, kernel: GroupKernel, dtype: FloatDtype) -> Result<(), String> {
+    let shapes = match kernel {
+        GroupKernel::Int4Rows | GroupKernel::Int4AsymRows => &[(33, 33), (131, 131), (640, 640), (5, 5)][..],
+        GroupKernel::Int4 | GroupKernel::Int4Asym => &[(640, 32), (640, 128), (640, 160), (32, 32)],
+        GroupKernel::Nvfp4 | GroupKernel::Nvfp4ModelOpt => &[(640, 16)],
+        GroupKernel::Mxfp4 => &[(640, 32)],
+    };
+    for elements in group_trials() {
+        let bytes = |elements: &[f32]| elements.iter().flat_map(|&x| encode_one(dtype, x)).collect::<Vec<u8>>();
+        let finite = if elements.iter().all(|x| x.is_finite()) { encode(dtype, &elements) } else { bytes(&elements) };
+        let mut schemes = schemes(&finite, dtype).to_vec();
+        schemes.push(GroupScheme::Nvfp4 { global_scale: 1.0 });
+        schemes.push(GroupScheme::Nvfp4ModelOpt { scale_2: 0.25 });
+        schemes.push(GroupScheme::Nvfp4ModelOpt { scale_2: f32::from_bits(1) });
+        for &(columns, group) in shapes {
+            let source = &finite[..finite.len() / (columns * dtype.size()) * columns * dtype.size()];
+            for &scheme in &schemes {
+                let fits = match scheme {
+                    GroupScheme::Int4 => matches!(kernel, GroupKernel::Int4 | GroupKernel::Int4Rows),
+                    GroupScheme::Int4Asym => matches!(kernel, GroupKernel::Int4Asym | GroupKernel::Int4AsymRows),
+                    GroupScheme::Nvfp4 { .. } => kernel == GroupKernel::Nvfp4,
+                    GroupScheme::Nvfp4ModelOpt { .. } => kernel == GroupKernel::Nvfp4ModelOpt,
+                    GroupScheme::Mxfp4 => kernel == GroupKernel::Mxfp4,
+                };
+                if fits {
+                    kernels.check_groups(Rows { source, dtype, columns, group, scheme })?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn assert_all_pass(ptx: &str) {
+    let kernels = Kernels::parse(&plain(ptx));
     for entry in kernels.0.entries() {
         try_entry(&kernels, &entry.name).unwrap_or_else(|wrong| panic!("{wrong}"));
     }
 }
 
-#[test]
-fn every_planted_fault_is_caught() {
-    let ptx = plain_ptx();
+fn assert_all_caught(ptx: &str, mutations: &[Mutation]) {
+    let ptx = plain(ptx);
     let mut survivors = Vec::new();
-    for mutation in MUTATIONS {
+    for mutation in mutations {
         match try_entry(&Kernels::parse(&mutated(&ptx, mutation)), mutation.entry) {
             Ok(()) => survivors.push(mutation.name),
             Err(by) => println!("{}: {by}", mutation.name),
         }
     }
-    println!("{} of {} caught", MUTATIONS.len() - survivors.len(), MUTATIONS.len());
+    println!("{} of {} caught", mutations.len() - survivors.len(), mutations.len());
     assert!(survivors.is_empty(), "not caught: {survivors:#?}");
+}
+
+#[test]
+fn the_kernels_without_faults_pass() {
+    assert_all_pass(PTX);
+}
+
+#[test]
+fn the_kernels_for_groups_without_faults_pass() {
+    assert_all_pass(GROUPS_PTX);
+}
+
+#[test]
+fn every_planted_fault_is_caught() {
+    assert_all_caught(PTX, MUTATIONS);
+}
+
+#[test]
+fn every_fault_planted_in_the_kernels_for_groups_is_caught() {
+    assert_all_caught(GROUPS_PTX, GROUP_MUTATIONS);
 }

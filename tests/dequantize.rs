@@ -189,7 +189,7 @@ fn nf4_and_fp4_decode_to_value_times_absmax() {
 fn double_quantization_is_undone_first() {
     let folder = Folder::new("llama");
     let weight = Tensor::random(&linear(0), Dtype::F32, &[300, 640]);
-    folder.write("model.safetensors", serialize(&[weight.clone()]));
+    folder.write("model.safetensors", serialize(std::slice::from_ref(&weight)));
     folder.convert(&["--double-quant"]).ok();
     dequantize(&folder, &["--memory", "24MiB", "--threads", "3"]).ok();
     let found = &restored(&folder)[&linear(0)];
@@ -211,7 +211,7 @@ fn gpt_oss_layout_decodes_to_the_models_own() {
     let value = |i: usize| [0.0, 0.5, -1.0, 1.5, 2.0, -3.0, 4.0, 6.0][i * 7 % 8];
     let weight = Tensor::new(name, Dtype::BF16, &[2, 64, 48], bytes((0..2 * 64 * 48).map(value)));
     let folder = Folder::new("gpt_oss");
-    folder.write("model.safetensors", serialize(&[weight.clone()]));
+    folder.write("model.safetensors", serialize(std::slice::from_ref(&weight)));
     folder.convert(&["--format", "mxfp4", "--layout", "gpt-oss"]).ok();
     dequantize(&folder, &[]).ok();
     assert_eq!(restored(&folder)[name], (weight.dtype, weight.shape, weight.data));

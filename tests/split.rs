@@ -18,9 +18,11 @@ const EXPERTS: usize = 3;
 struct Layout {
     model_type: &'static str,
     config: &'static str,
-    /// Fused name, shape, and what it becomes; the last two dimensions may be exchanged, rows may take turns.
-    tensors: &'static [(&'static str, [usize; 3], &'static [&'static str], bool, bool)],
+    tensors: &'static [Fused],
 }
+
+/// Fused name, shape, and what it becomes; whether the last two dimensions are exchanged, and whether rows take turns.
+type Fused = (&'static str, [usize; 3], &'static [&'static str], bool, bool);
 
 const LAYOUTS: &[Layout] = &[
     Layout {

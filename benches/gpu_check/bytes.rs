@@ -11,7 +11,7 @@ use prequant::kernel::cuda::{Gpu, Slot, SlotSize};
 use prequant::kernel::{Blocks, Figures, Kernel, nested};
 use prequant::units::Bytes;
 
-use super::Report;
+use super::{Report, groups};
 
 /// Elements of a piece.
 const PIECE: usize = 1 << 21;
@@ -21,11 +21,19 @@ const DTYPES: [FloatDtype; 3] = [FloatDtype::Bfloat16, FloatDtype::Float16, Floa
 /// Ways to make weights.
 const KINDS: u64 = 6;
 
+/// What is compared: a format with its own ways to be laid out.
+#[derive(Clone, Copy)]
+enum Compared {
+    Blocks(BlockFormat),
+    Groups(&'static str),
+}
+
 /// Compares `size` bytes for each format.
 pub fn check(gpu: &Arc<Gpu>, size: u64, report: &mut Report) -> Result<(), Box<dyn std::error::Error>> {
     let seed = SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos() as u64;
     report.line(&format!("bytes: {} for each format, seed {seed}", Bytes(size)));
-    for format in [BlockFormat::Nf4, BlockFormat::Fp4] {
+    let formats = [BlockFormat::Nf4, BlockFormat::Fp4].map(Compared::Blocks);
+    for format in formats.into_iter().chain(groups::SCHEMES.map(Compared::Groups)) {
         let (next, done) = (AtomicU64::new(0), AtomicU64::new(0));
         let wrong = thread::scope(|scope| {
             let threads = thread::available_parallelism().map_or(4, usize::from);
@@ -33,9 +41,13 @@ pub fn check(gpu: &Arc<Gpu>, size: u64, report: &mut Report) -> Result<(), Box<d
             let all: Vec<_> = (0..threads).map(|_| scope.spawn(compare)).collect();
             all.into_iter().filter_map(|thread| thread.join().unwrap_or(Some("a panic".to_owned()))).next()
         });
-        let said = wrong.as_deref().unwrap_or("codes, absmax, figures and double quantization as on the CPU");
+        let (name, what) = match format {
+            Compared::Blocks(format) => (format.name(), "codes, absmax, figures and double quantization"),
+            Compared::Groups(name) => (name, "codes, scales, zero points and figures"),
+        };
+        let said = wrong.as_deref().map_or(format!("{what} as on the CPU"), str::to_owned);
         let compared = Bytes(done.into_inner());
-        report.check(wrong.is_none(), &format!("  {}: {compared} compared: {said}", format.name()));
+        report.check(wrong.is_none(), &format!("  {name}: {compared} compared: {said}"));
     }
     Ok(())
 }
@@ -43,14 +55,17 @@ pub fn check(gpu: &Arc<Gpu>, size: u64, report: &mut Report) -> Result<(), Box<d
 /// Takes pieces until `size` bytes are done; says what differs.
 fn compare(
     gpu: &Arc<Gpu>,
-    format: BlockFormat,
+    format: Compared,
     seed: u64,
     size: u64,
     next: &AtomicU64,
     done: &AtomicU64,
 ) -> Option<String> {
-    let least = BlockSize::try_from(32).ok()?;
-    let mut slot = match Slot::new(gpu, SlotSize::new(PIECE, 4, least, PIECE / 32)) {
+    let slot_size = match format {
+        Compared::Blocks(_) => SlotSize::new(PIECE, 4, BlockSize::try_from(32).ok()?, PIECE / 32),
+        Compared::Groups(_) => SlotSize::for_groups(4 * PIECE, PIECE, PIECE / 16),
+    };
+    let mut slot = match Slot::new(gpu, slot_size) {
         Ok(slot) => slot,
         Err(fault) => return Some(fault.to_string()),
     };
@@ -58,16 +73,28 @@ fn compare(
     while done.load(Ordering::Relaxed) < size {
         let piece = next.fetch_add(1, Ordering::Relaxed);
         let dtype = DTYPES[piece as usize % 3];
-        let block_size = BlockSize::try_from(32 << (piece / 3 % 8)).ok()?;
-        // Every other piece ends in a short block.
-        let elements = elements - (piece % 2 * (piece * 37 % 4096)).min(elements as u64 - 1) as usize;
         let mut random = Random(seed ^ piece.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-        let source = weights(&mut random, piece / 2 % KINDS, elements, dtype);
-        slot.source(source.len()).copy_from_slice(&source);
-        if let Err(what) = compare_piece(&mut slot, &source, dtype, format, block_size) {
-            return Some(format!("piece {piece} ({dtype:?}, block size {block_size}, {elements} elements): {what}"));
-        }
-        done.fetch_add(source.len() as u64, Ordering::Relaxed);
+        let mut weights = |elements| weights(&mut random, piece / 2 % KINDS, elements, dtype);
+        let compared = match format {
+            Compared::Blocks(format) => {
+                let block_size = BlockSize::try_from(32 << (piece / 3 % 8)).ok()?;
+                // Every other piece ends in a short block.
+                let elements = elements - (piece % 2 * (piece * 37 % 4096)).min(elements as u64 - 1) as usize;
+                let source = weights(elements);
+                slot.source(source.len()).copy_from_slice(&source);
+                let compared = compare_piece(&mut slot, &source, dtype, format, block_size);
+                compared
+                    .map(|()| source.len())
+                    .map_err(|what| format!("block size {block_size}, {elements} elements: {what}"))
+            }
+            Compared::Groups(scheme) => {
+                groups::compare_piece(&mut slot, scheme, piece / 3, elements, dtype, &mut weights)
+            }
+        };
+        match compared {
+            Ok(len) => done.fetch_add(len as u64, Ordering::Relaxed),
+            Err(what) => return Some(format!("piece {piece} ({dtype:?}): {what}")),
+        };
     }
     None
 }

@@ -6,6 +6,7 @@
 
 mod bytes;
 mod conversion;
+mod groups;
 mod speed;
 
 use std::fmt::Write;

@@ -6,21 +6,51 @@ use std::ffi::{CString, c_void};
 
 use cudarc::driver::result::{self, DriverError, event, module, stream};
 use cudarc::driver::sys;
-use prequant::format::{FP4, NF4};
-use prequant::kernel::cuda::{PTX, THREADS, codebook_table, thread_blocks};
+use prequant::format::{FP4, FloatDtype, NF4};
+use prequant::kernel::cuda::{GROUPS_PTX, GroupKernel, PTX, THREADS, codebook_table, tensor_factor, thread_blocks};
+use prequant::kernel::group::GroupScheme;
 
 use super::Report;
 
-/// Of what the device's copy moves in a second, a kernel must move this much.
+/// Of what the device's copy moves in a second, NF4's and FP4's kernels must move this much.
 const KERNEL_BAR: f64 = 0.7;
 
 const RUNS: usize = 10;
+
+const DTYPES: [(&str, FloatDtype); 3] =
+    [("bf16", FloatDtype::Bfloat16), ("f16", FloatDtype::Float16), ("f32", FloatDtype::Float32)];
 
 /// The GPU, with a stream and two events.
 struct Timer {
     stream: sys::CUstream,
     start: sys::CUevent,
     end: sys::CUevent,
+}
+
+/// A kernel's parameter.
+#[derive(Clone, Copy)]
+enum Parameter {
+    /// The weights.
+    Source,
+    /// So many bytes into the results.
+    Results(usize),
+    Address(u64),
+    U32(u32),
+    F32(f32),
+}
+
+/// A kernel to time.
+struct Case {
+    name: String,
+    /// In a block or a group.
+    block: usize,
+    function: sys::CUfunction,
+    grid: u32,
+    parameters: Vec<Parameter>,
+    /// Bytes of weights.
+    read: usize,
+    /// Bytes of results.
+    written: usize,
 }
 
 impl Timer {
@@ -45,11 +75,55 @@ impl Timer {
         }
         Ok(least)
     }
+
+    /// Times a kernel; gives its line, and its rate over that of a copy.
+    ///
+    /// # Safety
+    /// The parameters must be the kernel's, `source` as long as is read, and at least as long as is written.
+    unsafe fn time(&self, source: sys::CUdeviceptr, case: &Case) -> Result<(String, f64), DriverError> {
+        let moved = case.read + case.written;
+        // SAFETY: the results are as long as the case says; the rest is the caller's promise.
+        let (kernel, copy) = unsafe {
+            let results = result::malloc_sync(case.written)?;
+            let mut words: Vec<u64> = case
+                .parameters
+                .iter()
+                .map(|parameter| match *parameter {
+                    Parameter::Source => source,
+                    Parameter::Results(at) => results + at as u64,
+                    Parameter::Address(address) => address,
+                    Parameter::U32(number) => u64::from(number),
+                    Parameter::F32(number) => u64::from(number.to_bits()),
+                })
+                .collect();
+            // The driver reads as many bytes as the parameter has, and numbers are little-endian.
+            let pointers: Vec<*mut c_void> = words.iter_mut().map(|word| std::ptr::from_mut(word).cast()).collect();
+            let kernel = self.least(|stream| {
+                let (grid, threads) = ((case.grid, 1, 1), (THREADS, 1, 1));
+                result::launch_kernel(case.function, grid, threads, 0, stream, &mut pointers.clone())
+            })?;
+            // A copy of half as many bytes moves them twice.
+            let target = result::malloc_sync(moved / 2)?;
+            let copy = self.least(|stream| result::memcpy_dtod_async(target, source, moved / 2, stream))?;
+            result::free_sync(target)?;
+            result::free_sync(results)?;
+            (kernel, copy)
+        };
+        let (rate, share) = (case.read as f64 / kernel / 1e9, copy / kernel);
+        let line = format!(
+            "  {:28} block {:4}: {:8.1} us, {rate:7.1} GB/s of weights, {:3.0} % of the copy",
+            case.name,
+            case.block,
+            kernel * 1e6,
+            100.0 * share
+        );
+        Ok((line, share))
+    }
 }
 
 /// Times every kernel on `len` bytes of weights; returns the link's bytes a second, host to device.
 pub fn check(ordinal: usize, len: usize, report_only: bool, report: &mut Report) -> Result<f64, DriverError> {
-    // SAFETY: every address is of a buffer as long as is copied or as the kernel's arguments say; all of it lives until
+    // SAFETY: every address is of a buffer as long as is copied or as the kernel's parameters say; all of it lives until
     // the end of the process.
     unsafe {
         result::ctx::set_current(result::primary_ctx::retain(result::device::get(ordinal as i32)?)?)?;
@@ -70,52 +144,114 @@ pub fn check(ordinal: usize, len: usize, report_only: bool, report: &mut Report)
         report.line(&format!("link: {:.1} GB/s from pinned memory to the device", link / 1e9));
 
         report.line("kernels, against a copy on the device of as many bytes (read and written, together):");
-        let image = CString::new(PTX).unwrap_or_default();
-        let kernels = module::load_data(image.as_ptr().cast())?;
-        for (format, codebook) in [("nf4", &NF4), ("fp4", &FP4)] {
-            let table = codebook_table(codebook);
-            let on_device = result::malloc_sync(size_of_val(&table[..]))?;
-            result::memcpy_htod_sync(on_device, &table)?;
-            for (dtype, size) in [("bf16", 2), ("f16", 2), ("f32", 4)] {
-                let name = format!("quantize_{format}_{dtype}");
-                let function = module::get_function(kernels, CString::new(&name[..]).unwrap_or_default())?;
-                for block_size in [32usize, 64, 256, 4096] {
-                    let elements = len / size / 4096 * 4096;
-                    let blocks = elements / block_size;
-                    let moved = elements * size + elements / 2 + 16 * blocks;
-                    let results = result::malloc_sync(elements / 2 + 16 * blocks)?;
-                    let figure = |i: usize| results + (i * 4 * blocks) as u64;
-                    let addresses = [source, on_device, figure(4), figure(0), figure(1), figure(2), figure(3)];
-                    let numbers = [elements as u32, block_size as u32];
-                    let quantize = |stream| {
-                        let address = |i: usize| (&raw const addresses[i]).cast_mut().cast::<c_void>();
-                        let number = |i: usize| (&raw const numbers[i]).cast_mut().cast::<c_void>();
-                        let mut arguments = vec![address(0), number(0), number(1)];
-                        arguments.extend((1..7).map(address));
-                        let grid = thread_blocks(blocks);
-                        result::launch_kernel(function, (grid, 1, 1), (THREADS, 1, 1), 0, stream, &mut arguments)
-                    };
-                    let kernel = timer.least(quantize)?;
-                    // A copy of half as many bytes moves them twice.
-                    let target = result::malloc_sync(moved / 2)?;
-                    let copy = timer.least(|stream| result::memcpy_dtod_async(target, source, moved / 2, stream))?;
-                    result::free_sync(target)?;
-                    result::free_sync(results)?;
-                    let share = copy / kernel;
-                    // The bar is that of the default block size.
-                    let holds = share >= KERNEL_BAR || block_size != 64 || report_only;
-                    let rate = elements as f64 * size as f64 / kernel / 1e9;
-                    let line = format!(
-                        "  {name:18} block {block_size:4}: {:8.1} us, {rate:7.1} GB/s of weights, {:3.0} % of the copy",
-                        kernel * 1e6,
-                        100.0 * share
-                    );
-                    report.check(holds, &line);
-                }
-            }
+        for case in block_cases(len)? {
+            let (line, share) = timer.time(source, &case)?;
+            // The bar is that of the default block size.
+            report.check(share >= KERNEL_BAR || case.block != 64 || report_only, &line);
+        }
+        report.line("kernels for groups, likewise:");
+        for case in group_cases(len)? {
+            report.line(&timer.time(source, &case)?.0);
         }
         result::free_sync(source)?;
         result::free_host(host.as_mut_ptr().cast())?;
         Ok(link)
     }
+}
+
+fn load(ptx: &str) -> Result<sys::CUmodule, DriverError> {
+    let image = CString::new(ptx).unwrap_or_default();
+    // SAFETY: a PTX image is text that ends in a zero byte.
+    unsafe { module::load_data(image.as_ptr().cast()) }
+}
+
+fn function(module: sys::CUmodule, name: &str) -> Result<sys::CUfunction, DriverError> {
+    // SAFETY: the module is loaded, and never unloaded.
+    unsafe { module::get_function(module, CString::new(name).unwrap_or_default()) }
+}
+
+/// NF4's and FP4's kernels on `len` bytes.
+fn block_cases(len: usize) -> Result<Vec<Case>, DriverError> {
+    use Parameter::{Address, Results, Source, U32};
+    let module = load(PTX)?;
+    let mut cases = Vec::new();
+    for (format, codebook) in [("nf4", &NF4), ("fp4", &FP4)] {
+        let words = codebook_table(codebook);
+        // SAFETY: the table is as long as what is copied to it.
+        let table = unsafe {
+            let table = result::malloc_sync(size_of_val(&words[..]))?;
+            result::memcpy_htod_sync(table, &words)?;
+            table
+        };
+        for (name, dtype) in DTYPES {
+            let name = format!("quantize_{format}_{name}");
+            for block in [32usize, 64, 256, 4096] {
+                let elements = len / dtype.size() / 4096 * 4096;
+                let blocks = elements / block;
+                let figure = |i: usize| Results(i * 4 * blocks);
+                let (count, size) = (U32(elements as u32), U32(block as u32));
+                let (packed, absmax) = (figure(4), figure(0));
+                cases.push(Case {
+                    name: name.clone(),
+                    block,
+                    function: function(module, &name)?,
+                    grid: thread_blocks(blocks),
+                    parameters: vec![
+                        Source,
+                        count,
+                        size,
+                        Address(table),
+                        packed,
+                        absmax,
+                        figure(1),
+                        figure(2),
+                        figure(3),
+                    ],
+                    read: elements * dtype.size(),
+                    written: elements / 2 + 16 * blocks,
+                });
+            }
+        }
+    }
+    Ok(cases)
+}
+
+/// The kernels for groups on `len` bytes, in rows of 4096 columns.
+fn group_cases(len: usize) -> Result<Vec<Case>, DriverError> {
+    use Parameter::{F32, Results, Source, U32};
+    const COLUMNS: usize = 4096;
+    let module = load(GROUPS_PTX)?;
+    let mut cases = Vec::new();
+    for (scheme, group) in [
+        (GroupScheme::Int4, 32),
+        (GroupScheme::Int4, 128),
+        (GroupScheme::Int4, COLUMNS),
+        (GroupScheme::Int4Asym, 128),
+        (GroupScheme::Int4Asym, COLUMNS),
+        (GroupScheme::Nvfp4 { global_scale: 448.0 }, 16),
+        (GroupScheme::Nvfp4ModelOpt { scale_2: 1.0 / 448.0 }, 16),
+        (GroupScheme::Mxfp4, 32),
+    ] {
+        let kernel = GroupKernel::new(scheme, COLUMNS, group);
+        for (_, dtype) in DTYPES {
+            let elements = len / dtype.size() / COLUMNS * COLUMNS;
+            let groups = elements / group;
+            let packed = 16 * groups;
+            let scales = packed + elements / 2;
+            let zero_points = scales + groups * scheme.scale_size(dtype);
+            let points = if scheme == GroupScheme::Int4Asym { groups } else { 0 };
+            let (count, size) = (U32(groups as u32), U32(group as u32));
+            let results = [packed, scales, zero_points, 0].map(Results);
+            cases.push(Case {
+                name: kernel.name(dtype),
+                block: group,
+                function: function(module, &kernel.name(dtype))?,
+                grid: kernel.thread_blocks(groups),
+                parameters: [&[Source, count, size, F32(tensor_factor(scheme))], &results[..]].concat(),
+                read: elements * dtype.size(),
+                written: zero_points + points,
+            });
+        }
+    }
+    Ok(cases)
 }

@@ -9,6 +9,8 @@ import sys
 import tempfile
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "src/kernel/cuda"
+MODULES = ["kernels", "groups"]
+HEADER = "elements.cuh"
 # The oldest architecture that cuda-12 drivers run, so that one text serves all; no contraction, no approximation.
 OPTIONS = ["--gpu-architecture=compute_75", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true"]
 OPTIONS += ["--std=c++14"]
@@ -41,8 +43,9 @@ def compile_ptx(source: pathlib.Path) -> str:
         return text("nvrtcGetProgramLogSize", "nvrtcGetProgramLog")
 
     program = ctypes.c_void_p()
-    name = source.name.encode()
-    call("nvrtcCreateProgram", ctypes.byref(program), source.read_bytes(), name, 0, None, None)
+    header, name = (FOLDER / HEADER).read_bytes(), source.name.encode()
+    one = ctypes.c_char_p * 1
+    call("nvrtcCreateProgram", ctypes.byref(program), source.read_bytes(), name, 1, one(header), one(HEADER.encode()))
     options = (ctypes.c_char_p * len(OPTIONS))(*(option.encode() for option in OPTIONS))
     call("nvrtcCompileProgram", program, len(OPTIONS), options)
     return text("nvrtcGetPTXSize", "nvrtcGetPTX")
@@ -70,17 +73,18 @@ def assemble(ptx: pathlib.Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compile src/kernel/cuda/kernels.cu to the PTX committed beside it.")
+    parser = argparse.ArgumentParser(description="Compile src/kernel/cuda/*.cu to the PTX committed beside them.")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the committed PTX differs")
     arguments = parser.parse_args()
-    committed = FOLDER / "kernels.ptx"
-    ptx = compile_ptx(FOLDER / "kernels.cu")
-    if not arguments.check:
-        committed.write_text(ptx)
-    elif not committed.exists() or committed.read_text() != ptx:
-        sys.exit(f"{committed.name} is not what {FOLDER / 'kernels.cu'} compiles to: run scripts/build-ptx and commit it")
-    print(f"{committed.name}: {len(ptx.splitlines())} lines, {'as committed' if arguments.check else 'written'}")
-    assemble(committed)
+    for module in MODULES:
+        source, committed = FOLDER / f"{module}.cu", FOLDER / f"{module}.ptx"
+        ptx = compile_ptx(source)
+        if not arguments.check:
+            committed.write_text(ptx)
+        elif not committed.exists() or committed.read_text() != ptx:
+            sys.exit(f"{committed.name} is not what {source} compiles to: run scripts/build-ptx and commit it")
+        print(f"{committed.name}: {len(ptx.splitlines())} lines, {'as committed' if arguments.check else 'written'}")
+        assemble(committed)
 
 
 main()

@@ -246,7 +246,7 @@ pub enum Audience {
 fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
     let start = Instant::now();
     let recipe = arguments.recipe();
-    let device = arguments.device.open_for(&recipe)?;
+    let device = arguments.device.open()?;
     let conversion = plan(&arguments.source, recipe, arguments.options(&device))?;
     if arguments.dry_run {
         return Ok(dry_run::report(&conversion, &arguments.destination, &device.line, arguments.audience()));

@@ -3,7 +3,6 @@
 use clap::Args;
 use prequant::Error;
 use prequant::kernel::{Device, DeviceChoice};
-use prequant::plan::Recipe;
 use prequant::units::Bytes;
 
 #[derive(Args)]
@@ -31,14 +30,6 @@ impl Arguments {
     /// Opens the device.
     pub fn open(&self) -> Result<Opened, Error> {
         open(&self.device, self.device_memory.0)
-    }
-
-    /// Opens the device for a recipe: a GPU isn't looked for where it is of no use.
-    pub fn open_for(&self, recipe: &Recipe) -> Result<Opened, Error> {
-        match self.device {
-            DeviceChoice::Auto if recipe.scheme().blocks().is_none() => open(&DeviceChoice::Cpu, self.device_memory.0),
-            _ => self.open(),
-        }
     }
 }
 

@@ -150,6 +150,10 @@ fn slot_len(plan: &Plan, chunk: usize, gpus: usize) -> u64 {
 
 /// A slot that takes chunks, and runs of absmax if there will be any.
 fn slot_size(plan: &Plan, chunk: usize) -> SlotSize {
+    if let Scheme::Groups(_) = plan.recipe.scheme() {
+        let Capacity { source, packed, groups } = Capacity::new(plan, chunk);
+        return SlotSize::for_groups(source, packed, groups);
+    }
     let nested = if plan.recipe.double_quant { NESTED_CHUNK } else { 0 };
     SlotSize::new(chunk, element_size(plan), plan.recipe.block_size, nested)
 }

@@ -13,6 +13,7 @@ use super::{Job, nonfinite};
 use crate::checkpoint::{Sha256Hash, hash_range};
 use crate::error::{Error, IoContext, Result};
 use crate::format::{BlockScheme, FloatDtype, GroupFormat, GroupScheme, NESTED_BLOCK_SIZE, Scheme, dynamic_map};
+use crate::kernel::cuda::QuantizedGroups;
 use crate::kernel::group::{self, Groups};
 use crate::kernel::{Blocks, Device, Figures, Kernel, nested, quantize_any};
 use crate::plan::{Decision, NonFinitePolicy, PlannedTensor};
@@ -90,13 +91,16 @@ impl<'j, 'a> Worker<'j, 'a> {
 
     /// Reads a run of a tensor's bytes, and does with them what the plan says.
     fn chunk(&mut self, tensor: &PlannedTensor, offset: u64, len: usize, tensor_scale: Option<f32>) -> Result<Done> {
+        let piece = |dtype: FloatDtype| {
+            let first_element = offset / dtype.size() as u64;
+            Piece { tensor, dtype, first_element, place: 0..len, tensor_scale }
+        };
         let done = match (tensor.decision, self.job.means.device, &self.job.ring) {
-            (Decision::Quantize(dtype), Device::Cpu(kernel), _) => {
-                self.quantize(*kernel, tensor, dtype, offset, len, tensor_scale)?
-            }
-            (Decision::Quantize(dtype), Device::Cuda(_), Some(ring)) => {
-                self.quantize_on_gpu(ring, tensor, dtype, offset, len)?
-            }
+            (Decision::Quantize(dtype), Device::Cpu(kernel), _) => self.quantize(*kernel, piece(dtype))?,
+            (Decision::Quantize(dtype), Device::Cuda(_), Some(ring)) => match self.scheme {
+                Scheme::Blocks(scheme) => self.quantize_blocks_on_gpu(ring, &scheme, piece(dtype))?,
+                Scheme::Groups(scheme) => self.quantize_groups_on_gpu(ring, &scheme, piece(dtype))?,
+            },
             (Decision::Keep, ..) | (_, _, None) => {
                 let bytes = &mut self.buffers.bytes[..len];
                 self.files.read(tensor, offset, bytes)?;
@@ -108,20 +112,12 @@ impl<'j, 'a> Worker<'j, 'a> {
         Ok(done)
     }
 
-    fn quantize(
-        &mut self,
-        kernel: Kernel,
-        tensor: &PlannedTensor,
-        dtype: FloatDtype,
-        offset: u64,
-        len: usize,
-        tensor_scale: Option<f32>,
-    ) -> Result<Done> {
-        self.files.read(tensor, offset, &mut self.buffers.bytes[..len])?;
-        let first_element = offset / dtype.size() as u64;
+    fn quantize(&mut self, kernel: Kernel, piece: Piece<'_>) -> Result<Done> {
+        let Piece { tensor, dtype, first_element, .. } = piece;
+        self.files.read(tensor, piece.offset(), &mut self.buffers.bytes[piece.place.clone()])?;
         match &self.scheme {
             Scheme::Blocks(scheme) => {
-                let (bytes, mut outputs) = self.buffers.split(tensor, 0..len, dtype, &self.scheme);
+                let (bytes, mut outputs) = self.buffers.split(tensor, piece.place, dtype, &self.scheme);
                 if kernel.quantize(outputs.blocks(bytes, dtype, scheme)).is_err() {
                     match self.job.plan.recipe.nonfinite {
                         NonFinitePolicy::Error => return Err(self.describe_nonfinite(tensor, dtype)),
@@ -131,11 +127,7 @@ impl<'j, 'a> Worker<'j, 'a> {
                 let mut results = Results { files: &self.files, tensor, dtype, encoded: &mut self.encoded };
                 results.quantized(scheme, first_element, outputs.packed, &outputs.figures)
             }
-            &Scheme::Groups(scheme) => self.quantize_groups(
-                kernel,
-                &scheme,
-                Piece { tensor, dtype, first_element, place: 0..len, tensor_scale },
-            ),
+            &Scheme::Groups(scheme) => self.quantize_groups(kernel, &scheme, piece),
         }
     }
 
@@ -190,31 +182,42 @@ impl<'j, 'a> Worker<'j, 'a> {
         }
     }
 
-    fn quantize_on_gpu(
-        &mut self,
-        ring: &Ring<'_>,
-        tensor: &PlannedTensor,
-        dtype: FloatDtype,
-        offset: u64,
-        len: usize,
-    ) -> Result<Done> {
-        let Scheme::Blocks(scheme) = self.scheme else { unreachable!("GPUs are given blocks only") };
-        let (elements, first_element) = (len / dtype.size(), offset / dtype.size() as u64);
+    fn quantize_blocks_on_gpu(&mut self, ring: &Ring<'_>, scheme: &BlockScheme, piece: Piece<'_>) -> Result<Done> {
+        let Piece { tensor, dtype, first_element, .. } = piece;
+        let elements = piece.place.len() / dtype.size();
         ring.with(|slot| {
-            self.files.read(tensor, offset, slot.source(len))?;
+            self.files.read(tensor, piece.offset(), slot.source(piece.place.len()))?;
             let quantized = slot.quantize(elements, dtype, scheme.format, scheme.block_size)?;
             let finite = quantized.figures.absmax.iter().all(|absmax| absmax.is_finite());
             if finite {
                 let mut results = Results { files: &self.files, tensor, dtype, encoded: &mut self.encoded };
-                return Ok(results.quantized(&scheme, first_element, quantized.packed, &quantized.figures)?);
+                return Ok(results.quantized(scheme, first_element, quantized.packed, &quantized.figures)?);
             }
             if self.job.plan.recipe.nonfinite == NonFinitePolicy::Error {
                 return Err(Failed::Other(self.describe_nonfinite(tensor, dtype)));
             }
-            let (_, mut outputs) = self.buffers.split(tensor, 0..len, dtype, &self.scheme);
-            quantize_any(outputs.blocks(slot.source(len), dtype, &scheme));
+            let (_, mut outputs) = self.buffers.split(tensor, piece.place.clone(), dtype, &self.scheme);
+            quantize_any(outputs.blocks(slot.source(piece.place.len()), dtype, scheme));
             let mut results = Results { files: &self.files, tensor, dtype, encoded: &mut self.encoded };
-            Ok(results.quantized(&scheme, first_element, outputs.packed, &outputs.figures)?)
+            Ok(results.quantized(scheme, first_element, outputs.packed, &outputs.figures)?)
+        })
+    }
+
+    fn quantize_groups_on_gpu(&mut self, ring: &Ring<'_>, scheme: &GroupScheme, piece: Piece<'_>) -> Result<Done> {
+        let Piece { tensor, dtype, first_element, tensor_scale, .. } = piece;
+        let elements = piece.place.len() / dtype.size();
+        let (columns, group) = columns_and_group(scheme, tensor);
+        let kernel_scheme = group::GroupScheme::new(scheme, tensor_scale);
+        ring.with(|slot| {
+            self.files.read(tensor, piece.offset(), slot.source(piece.place.len()))?;
+            let quantized = slot.quantize_groups(elements, dtype, columns, group, kernel_scheme)?;
+            let QuantizedGroups { packed, scales, zero_points, figures } = quantized;
+            if figures.absmax.iter().any(|absmax| absmax.is_nan()) {
+                return Err(Failed::Other(self.describe_nonfinite(tensor, dtype)));
+            }
+            let run = GroupRun { first_element, packed, scales, zero_points, figures };
+            let mut results = Results { files: &self.files, tensor, dtype, encoded: &mut self.encoded };
+            Ok(results.grouped(scheme, tensor_scale, &run)?)
         })
     }
 
@@ -289,7 +292,14 @@ fn no_longer(path: PathBuf, tensor: &PlannedTensor) -> Error {
     Error::SourceChanged { path, why }
 }
 
-/// A run of whole groups in a thread's buffer.
+/// The rows and groups that kernels take a tensor for. Where a chunk isn't whole rows, rows have no padding: groups lie one
+/// after the other, as rows do.
+fn columns_and_group(scheme: &GroupScheme, tensor: &PlannedTensor) -> (usize, usize) {
+    let group = scheme.group_len(tensor.columns()) as usize;
+    (if scheme.has_whole_rows() { tensor.columns() as usize } else { group }, group)
+}
+
+/// A run of whole blocks or groups in a buffer.
 struct Piece<'p> {
     tensor: &'p PlannedTensor,
     dtype: FloatDtype,
@@ -298,6 +308,13 @@ struct Piece<'p> {
     /// Where it is in the buffer.
     place: Range<usize>,
     tensor_scale: Option<f32>,
+}
+
+impl Piece<'_> {
+    /// The run's first byte in the tensor.
+    fn offset(&self) -> u64 {
+        self.first_element * self.dtype.size() as u64
+    }
 }
 
 /// What a thread quantizes from and to; also what it hashes and copies through.
@@ -387,12 +404,11 @@ impl ChunkOutputs<'_> {
         tensor_scale: Option<f32>,
     ) -> Groups<'s> {
         let Figures { absmax, signal, noise, worst } = &mut self.figures;
-        let group = scheme.group_len(tensor.columns()) as usize;
+        let (columns, group) = columns_and_group(scheme, tensor);
         Groups {
             source,
             dtype,
-            // Where a chunk isn't whole rows, rows have no padding: groups lie one after the other, as rows do.
-            columns: if scheme.has_whole_rows() { tensor.columns() as usize } else { group },
+            columns,
             group,
             scheme: group::GroupScheme::new(scheme, tensor_scale),
             packed: self.packed,

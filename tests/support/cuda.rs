@@ -32,7 +32,7 @@ impl Kernels {
         Kernels(Module::parse(ptx).unwrap())
     }
 
-    fn entry(&self, name: &str) -> &Entry {
+    pub fn entry(&self, name: &str) -> &Entry {
         self.0.entry(name).unwrap_or_else(|| panic!("no entry {name}"))
     }
 
@@ -156,7 +156,7 @@ fn quantize_whatever(source: &[u8], dtype: FloatDtype, size: u32, codebook: &'st
     Output { packed, figures: figures.map(|figure| figure.iter().map(|x| x.to_bits()).collect()) }
 }
 
-fn upload(memory: &mut Memory, bytes: &[u8]) -> Result<u64, Fault> {
+pub fn upload(memory: &mut Memory, bytes: &[u8]) -> Result<u64, Fault> {
     let address = memory.allocate(bytes.len());
     memory.write(address, bytes)?;
     Ok(address)
@@ -166,6 +166,6 @@ fn little_endian(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
-fn words(bytes: &[u8]) -> Vec<u32> {
+pub fn words(bytes: &[u8]) -> Vec<u32> {
     bytes.chunks_exact(4).map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect()
 }

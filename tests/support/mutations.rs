@@ -17,7 +17,13 @@ const NF4_F32: &str = "quantize_nf4_f32";
 const FP4_F32: &str = "quantize_fp4_f32";
 const ABSMAX: &str = "quantize_absmax";
 
-const fn fault(entry: &'static str, name: &'static str, from: &'static str, nth: isize, to: &'static str) -> Mutation {
+pub const fn fault(
+    entry: &'static str,
+    name: &'static str,
+    from: &'static str,
+    nth: isize,
+    to: &'static str,
+) -> Mutation {
     Mutation { name, entry, from, nth, to }
 }
 

@@ -3,10 +3,7 @@
 // kernels.ptx is made from this file by scripts/build-ptx and committed beside it; users need no compiler. Nothing may be
 // contracted or approximated: the compiler runs with --fmad=false, and every rounding that matters is spelled out.
 
-typedef unsigned char u8;
-typedef unsigned int u32;
-
-#define FULL_MASK 0xffffffffu
+#include "elements.cuh"
 
 // A block of weights is quantized by a team of 2 threads. Its elements are rows of 32, one for each lane of the figures'
 // sums; of every row a thread takes 16 neighbours. So every lane's sum is one thread's, in order, as the scalar kernel has it.
@@ -15,9 +12,6 @@ typedef unsigned int u32;
 #define WIDTH 16
 #define TEAMS 64 // in a thread block
 #define THREADS (TEAM * TEAMS)
-
-// Elements that are handled at once: two rounds make a thread's share of a row.
-#define ROUND 8
 
 #define ABSMAX_FLOOR 1e-38f
 
@@ -29,27 +23,6 @@ struct Table {
     u32 code[16];        // by rank: 4 times the code
     float extra[2];      // thresholds that share a bin with another one
 };
-
-enum Dtype { BF16, F16, F32 };
-
-__device__ __forceinline__ float from_f16(u32 bits) {
-    float x;
-    asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(x) : "r"(bits));
-    return x;
-}
-
-// The 16-byte words of a round's elements.
-template <Dtype D> struct Words {
-    static const u32 COUNT = D == F32 ? 2 : 1;
-    uint4 word[COUNT];
-};
-
-template <Dtype D> __device__ __forceinline__ Words<D> load(const u8* source) {
-    Words<D> words;
-#pragma unroll
-    for (u32 i = 0; i < Words<D>::COUNT; i++) words.word[i] = reinterpret_cast<const uint4*>(source)[i];
-    return words;
-}
 
 // The first `count` elements of a round, and zeros.
 template <Dtype D> __device__ __forceinline__ Words<D> load_some(const u8* source, u32 count) {
@@ -68,47 +41,6 @@ template <Dtype D> __device__ __forceinline__ Words<D> load_some(const u8* sourc
     for (u32 i = 0; i < Words<D>::COUNT; i++)
         words.word[i] = make_uint4(parts[4 * i], parts[4 * i + 1], parts[4 * i + 2], parts[4 * i + 3]);
     return words;
-}
-
-template <Dtype D> __device__ __forceinline__ void decode(const Words<D>& words, float x[ROUND]) {
-#pragma unroll
-    for (u32 i = 0; i < Words<D>::COUNT; i++) {
-        u32 parts[4] = {words.word[i].x, words.word[i].y, words.word[i].z, words.word[i].w};
-#pragma unroll
-        for (u32 k = 0; k < 4; k++) {
-            if (D == F32) {
-                x[4 * i + k] = __uint_as_float(parts[k]);
-            } else if (D == BF16) {
-                x[2 * k] = __uint_as_float(parts[k] << 16);
-                x[2 * k + 1] = __uint_as_float(parts[k] & 0xffff0000u);
-            } else {
-                x[2 * k] = from_f16(parts[k] & 0xffffu);
-                x[2 * k + 1] = from_f16(parts[k] >> 16);
-            }
-        }
-    }
-}
-
-// The largest magnitude so far, as bits: they order as the numbers do, with infinities and NaN above all others. Of 16-bit
-// elements the even ones (in the low half) and the odd ones (in the high half) are kept apart.
-struct Largest {
-    u32 low, high;
-};
-
-template <Dtype D> __device__ __forceinline__ void take_in(Largest& largest, const Words<D>& words) {
-#pragma unroll
-    for (u32 i = 0; i < Words<D>::COUNT; i++) {
-        u32 parts[4] = {words.word[i].x, words.word[i].y, words.word[i].z, words.word[i].w};
-#pragma unroll
-        for (u32 k = 0; k < 4; k++) {
-            if (D == F32) {
-                largest.high = max(largest.high, parts[k] & 0x7fffffffu);
-            } else {
-                largest.low = max(largest.low, parts[k] & 0x7fffu);
-                largest.high = max(largest.high, parts[k] & 0x7fff0000u);
-            }
-        }
-    }
 }
 
 // The largest magnitude of the team, as an f32's bits.

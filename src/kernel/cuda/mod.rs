@@ -1,28 +1,32 @@
 //! NVIDIA GPUs, through the driver alone: no toolkit, no compiler.
 //!
-//! `kernels.cu` is [`super::scalar`] in CUDA C; its PTX is committed beside it and compiled by the driver when a [`Gpu`] is
-//! opened. A [`Slot`] holds what one piece of work needs; several of them, each used by one thread at a time, let copies to
-//! the device, kernels and copies back overlap.
+//! `kernels.cu` is [`super::scalar`] in CUDA C, and `groups.cu` is [`super::group::scalar`]; their PTX is committed beside
+//! them and compiled by the driver: the former's when a [`Gpu`] is opened, the latter's when it is first needed. A [`Slot`]
+//! holds what one piece of work needs; several of them, each used by one thread at a time, let copies to the device, kernels
+//! and copies back overlap.
 
 mod driver;
+mod groups;
 mod slot;
 mod tables;
 
 use std::ffi::CString;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 pub use driver::Fault;
-pub use slot::{Quantized, Slot, SlotSize};
+pub use groups::{GROUPS_PTX, GroupKernel, tensor_factor};
+pub use slot::{Quantized, QuantizedGroups, Slot, SlotSize};
 pub use tables::{codebook_table, dynamic_map_table};
 
 use crate::format::{BlockFormat, Codebook, FP4, FloatDtype, NF4};
 use driver::{Context, DeviceBuffer, Function, Module};
+use groups::GroupModule;
 
 /// The kernels, as every driver of CUDA 11.8 and later takes them; made from kernels.cu by scripts/build-ptx.
 pub const PTX: &str = include_str!("kernels.ptx");
 
-/// Threads in a thread block of the `quantize_*` kernels.
+/// Threads in a thread block of all kernels but `quantize_absmax`.
 pub const THREADS: u32 = 128;
 
 /// Blocks of weights that one of their thread blocks takes at a time.
@@ -54,6 +58,7 @@ pub struct Gpu {
     nf4: DeviceBuffer,
     fp4: DeviceBuffer,
     dynamic_map: DeviceBuffer,
+    groups: OnceLock<GroupModule>,
     _module: Module,
     context: Arc<Context>,
 }
@@ -168,6 +173,7 @@ impl Gpu {
             nf4: table(&NF4)?,
             fp4: table(&FP4)?,
             dynamic_map: DeviceBuffer::with_words(&context, &dynamic_map_table())?,
+            groups: OnceLock::new(),
             _module: module,
             context,
         }))
@@ -195,15 +201,24 @@ impl Gpu {
 
     fn quantize_function(&self, format: BlockFormat, dtype: FloatDtype) -> Function {
         let [nf4, fp4] = &self.functions;
-        let [bf16, f16, f32] = match format {
+        let functions = match format {
             BlockFormat::Nf4 => nf4,
             BlockFormat::Fp4 => fp4,
         };
-        match dtype {
-            FloatDtype::Bfloat16 => *bf16,
-            FloatDtype::Float16 => *f16,
-            FloatDtype::Float32 => *f32,
+        of_dtype(functions, dtype)
+    }
+
+    /// Has the driver compile the kernels for groups, unless it has; else the first group's quantizing does.
+    pub fn load_groups(&self) -> Result<(), Fault> {
+        self.groups().map(|_| ())
+    }
+
+    fn groups(&self) -> Result<&GroupModule, Fault> {
+        if let Some(groups) = self.groups.get() {
+            return Ok(groups);
         }
+        let loaded = GroupModule::load(&self.context)?;
+        Ok(self.groups.get_or_init(|| loaded))
     }
 
     fn absmax_function(&self) -> Function {
@@ -219,6 +234,24 @@ impl Gpu {
 
     fn dynamic_map(&self) -> &DeviceBuffer {
         &self.dynamic_map
+    }
+}
+
+/// The dtype's kernel of three.
+fn of_dtype([bf16, f16, f32]: &[Function; 3], dtype: FloatDtype) -> Function {
+    match dtype {
+        FloatDtype::Bfloat16 => *bf16,
+        FloatDtype::Float16 => *f16,
+        FloatDtype::Float32 => *f32,
+    }
+}
+
+/// The dtype in kernels' names.
+fn dtype_name(dtype: FloatDtype) -> &'static str {
+    match dtype {
+        FloatDtype::Bfloat16 => "bf16",
+        FloatDtype::Float16 => "f16",
+        FloatDtype::Float32 => "f32",
     }
 }
 

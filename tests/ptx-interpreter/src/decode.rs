@@ -2,7 +2,7 @@
 
 use crate::body::Body;
 use crate::instruction::{Access, Op, Register, Shuffle, ShuffleKind, Space};
-use crate::opcode::{Type, binary, ternary, unary};
+use crate::opcode::{Type, binary, quaternary, ternary, unary};
 
 /// An operand as it stands in the text.
 #[derive(Debug)]
@@ -34,6 +34,14 @@ pub(crate) fn decode(body: &mut Body<'_>, opcode: &str, operands: &[Operand<'_>]
     if let (Some(([td, ta, tb, tc], f)), [Word(d), Word(a), Word(b), Word(c)]) = (ternary(opcode), operands) {
         let (d, a, b) = (destination(body, d, td)?, body.source(a, ta)?, body.source(b, tb)?);
         return Ok(Op::Ternary { f, d, a, b, c: body.source(c, tc)? });
+    }
+    if let (Some(([td, types @ ..], f)), [Word(d), Word(a), Word(b), Word(c), Word(e)]) = (quaternary(opcode), operands)
+    {
+        let (d, mut sources) = (destination(body, d, td)?, [0; 4]);
+        for ((source, name), t) in sources.iter_mut().zip([a, b, c, e]).zip(types) {
+            *source = body.source(name, t)?;
+        }
+        return Ok(Op::Quaternary { f, d, sources });
     }
     match (opcode, operands) {
         ("bar.sync", [Word("0")]) => Ok(Op::Barrier),

@@ -70,6 +70,7 @@ pub(crate) enum Op {
     Unary { f: fn(u64) -> u64, d: Register, a: Register },
     Binary { f: fn(u64, u64) -> u64, d: Register, a: Register, b: Register },
     Ternary { f: fn(u64, u64, u64) -> u64, d: Register, a: Register, b: Register, c: Register },
+    Quaternary { f: fn(u64, u64, u64, u64) -> u64, d: Register, sources: [Register; 4] },
     Load { from: Space, access: Access, d: [Register; 4] },
     Store { to: Space, access: Access, a: [Register; 4] },
     Shuffle(Shuffle),

@@ -317,6 +317,9 @@ impl Running<'_> {
             Op::Ternary { f, d, a, b, c } => {
                 registers.set(d, f(registers.get(a)?, registers.get(b)?, registers.get(c)?));
             }
+            Op::Quaternary { f, d, sources: [a, b, c, e] } => {
+                registers.set(d, f(registers.get(a)?, registers.get(b)?, registers.get(c)?, registers.get(e)?));
+            }
             Op::Load { from, access, d } => self.load(from, access, d)?,
             Op::Store { to, access, a } => self.store(to, access, a)?,
             Op::Branch(target) => return Ok(Step::To(target)),

@@ -48,6 +48,7 @@ impl Type {
 pub(crate) type Unary = (Type, Type, fn(u64) -> u64);
 pub(crate) type Binary = ([Type; 3], fn(u64, u64) -> u64);
 pub(crate) type Ternary = ([Type; 4], fn(u64, u64, u64) -> u64);
+pub(crate) type Quaternary = ([Type; 5], fn(u64, u64, u64, u64) -> u64);
 
 fn float(x: u64) -> f32 {
     f32::from_bits(x as u32)
@@ -56,6 +57,15 @@ fn float(x: u64) -> f32 {
 /// An f32's bits; every NaN is the one that GPUs make.
 fn bits(x: f32) -> u64 {
     if x.is_nan() { 0x7fff_ffff } else { u64::from(x.to_bits()) }
+}
+
+/// An f16's bits, to the nearest; every NaN is the one that GPUs make.
+fn half(x: f32) -> u16 {
+    if x.is_nan() { 0x7fff } else { f16::from_f32(x).to_bits() }
+}
+
+fn unordered(a: u64, b: u64) -> bool {
+    float(a).is_nan() || float(b).is_nan()
 }
 
 fn low(x: u64) -> u64 {
@@ -81,8 +91,16 @@ pub(crate) fn unary(opcode: &str) -> Option<Unary> {
         "mov.f32" => (F32, F32, |a| a),
         "mov.u64" | "cvta.to.global.u64" => (B64, B64, |a| a),
         "abs.f32" => (F32, F32, |a| a & 0x7fff_ffff),
+        "neg.f32" => (F32, F32, |a| a ^ 1 << 31),
+        "not.pred" => (Pred, Pred, |a| a ^ 1),
         "rcp.rn.f32" => (F32, F32, |a| bits(1.0 / float(a))),
         "cvt.f32.f16" => (F32, B16, |a| bits(f16::from_bits(a as u16).to_f32())),
+        "cvt.rn.f16.f32" => (B16, F32, |a| u64::from(half(float(a)))),
+        "cvt.rn.f32.u32" => (F32, I32, |a| bits(a as u32 as f32)),
+        "cvt.rni.f32.f32" => (F32, F32, |a| bits(float(a).round_ties_even())),
+        // Numbers out of range give the nearest one that isn't, and NaN 0.
+        "cvt.rni.s32.f32" => (I32, F32, |a| low(float(a).round_ties_even() as i32 as u64)),
+        "cvt.rzi.s32.f32" => (I32, F32, |a| low(float(a) as i32 as u64)),
         "cvt.u16.u32" => (B16, I32, |a| a & 0xffff),
         "cvt.u32.u16" => (I32, B16, |a| a),
         "cvt.u32.u64" => (I32, B64, low),
@@ -102,6 +120,7 @@ pub(crate) fn binary(opcode: &str) -> Option<Binary> {
         "div.rn.f32" => (floats, |a, b| bits(float(a) / float(b))),
         "max.f32" => (floats, |a, b| bits(max(float(a), float(b)))),
         "min.f32" => (floats, |a, b| bits(min(float(a), float(b)))),
+        "add.s16" => ([B16; 3], |a, b| a.wrapping_add(b) & 0xffff),
         "add.s32" => (integers, |a, b| low(a.wrapping_add(b))),
         "sub.s32" => (integers, |a, b| low(a.wrapping_sub(b))),
         "max.u32" => (integers, u64::max),
@@ -136,7 +155,10 @@ fn comparison(opcode: &str) -> Option<Binary> {
         "setp.ge.f32" => (floats, |a, b| u64::from(float(a) >= float(b))),
         "setp.le.f32" => (floats, |a, b| u64::from(float(a) <= float(b))),
         "setp.lt.f32" => (floats, |a, b| u64::from(float(a) < float(b))),
-        "setp.leu.f32" => (floats, |a, b| u64::from(float(a).is_nan() || float(b).is_nan() || float(a) <= float(b))),
+        "setp.eq.f32" => (floats, |a, b| u64::from(float(a) == float(b))),
+        "setp.leu.f32" => (floats, |a, b| u64::from(unordered(a, b) || float(a) <= float(b))),
+        "setp.geu.f32" => (floats, |a, b| u64::from(unordered(a, b) || float(a) >= float(b))),
+        "setp.gtu.f32" => (floats, |a, b| u64::from(unordered(a, b) || float(a) > float(b))),
         "setp.eq.b32" => ([Pred, B32, B32], |a, b| u64::from(a == b)),
         "setp.eq.s32" => (integers, |a, b| u64::from(a == b)),
         "setp.ne.s32" => (integers, |a, b| u64::from(a != b)),
@@ -169,6 +191,18 @@ pub(crate) fn ternary(opcode: &str) -> Option<Ternary> {
     })
 }
 
+/// The instruction with four sources of this name.
+pub(crate) fn quaternary(opcode: &str) -> Option<Quaternary> {
+    use Type::*;
+    // Positions and lengths are a byte. What doesn't fit is left out.
+    let insert = |a: u64, b: u64, position: u64, len: u64| {
+        let (position, len) = (position & 255, (len & 255).min(32));
+        let mask = if position < 32 { low(((1 << len) - 1) << position) } else { 0 };
+        b & !mask | if mask == 0 { 0 } else { a << position & mask }
+    };
+    (opcode == "bfi.b32").then_some(([B32, B32, B32, I32, I32], insert))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -198,11 +232,15 @@ mod tests {
     #[test]
     fn comparisons_with_nan_are_false_but_for_unordered_ones() {
         for (a, b) in [(f32::NAN, 1.0), (1.0, f32::NAN), (f32::NAN, f32::NAN)] {
-            for opcode in ["setp.gt.f32", "setp.ge.f32", "setp.le.f32", "setp.lt.f32"] {
+            for opcode in ["setp.gt.f32", "setp.ge.f32", "setp.le.f32", "setp.lt.f32", "setp.eq.f32"] {
                 assert!(!compare(opcode, a, b), "{opcode}");
             }
-            assert!(compare("setp.leu.f32", a, b));
+            for opcode in ["setp.leu.f32", "setp.geu.f32", "setp.gtu.f32"] {
+                assert!(compare(opcode, a, b), "{opcode}");
+            }
         }
+        assert!(compare("setp.geu.f32", 1.0, 1.0) && !compare("setp.gtu.f32", 1.0, 1.0));
+        assert!(compare("setp.eq.f32", 0.0, -0.0));
         assert!(compare("setp.leu.f32", 1.0, 1.0) && !compare("setp.leu.f32", 2.0, 1.0));
     }
 
@@ -211,8 +249,8 @@ mod tests {
         let tiny = f32::from_bits(1);
         assert_eq!(two("add.rn.f32", tiny, tiny).to_bits(), 2);
         assert_eq!(two("mul.rn.f32", 1e-38, 0.5).to_bits(), (1e-38f32 * 0.5).to_bits());
-        let (_, _, half) = unary("cvt.f32.f16").unwrap();
-        assert_eq!(float(half(1)), 2f32.powi(-24));
+        let (_, _, widen) = unary("cvt.f32.f16").unwrap();
+        assert_eq!(float(widen(1)), 2f32.powi(-24));
     }
 
     #[test]
@@ -230,5 +268,39 @@ mod tests {
         }
         assert_eq!(binary("shl.b32").unwrap().1(3, 31), 1 << 31);
         assert_eq!(binary("shr.s32").unwrap().1(0x8000_0000, 40), 0xffff_ffff);
+    }
+
+    fn one(opcode: &str, a: f32) -> u64 {
+        unary(opcode).unwrap().2(u64::from(a.to_bits()))
+    }
+
+    #[test]
+    fn conversions_round_ties_to_even_and_hold_at_the_ends() {
+        for (x, nearest, cut) in [(2.5, 2, 2), (3.5, 4, 3), (-2.5, -2, -2), (-0.7, -1, 0), (1e10, i32::MAX, i32::MAX)] {
+            assert_eq!(one("cvt.rni.s32.f32", x) as u32 as i32, nearest, "{x}");
+            assert_eq!(one("cvt.rzi.s32.f32", x) as u32 as i32, cut, "{x}");
+        }
+        assert_eq!(one("cvt.rni.s32.f32", f32::NAN), 0);
+        assert_eq!(float(one("cvt.rni.f32.f32", -0.5)).to_bits(), 1 << 31);
+        assert_eq!(float(unary("cvt.rn.f32.u32").unwrap().2(0xffff_ffff)), 4_294_967_296.0);
+    }
+
+    #[test]
+    fn f32_to_f16_overflows_to_infinity_and_keeps_subnormals() {
+        let cases = [(1.0, 0x3c00), (65519.0, 0x7bff), (65520.0, 0x7c00), (-1e9, 0xfc00), (-0.0, 0x8000)];
+        let small = [(2f32.powi(-24), 1), (2f32.powi(-25), 0), (1.5 * 2f32.powi(-24), 2), (f32::NAN, 0x7fff)];
+        for (x, expected) in cases.into_iter().chain(small) {
+            assert_eq!(one("cvt.rn.f16.f32", x), expected, "{x:e}");
+        }
+    }
+
+    #[test]
+    fn bit_fields_are_inserted_as_far_as_they_fit() {
+        let insert = |a, b, position, len| quaternary("bfi.b32").unwrap().1(a, b, position, len);
+        assert_eq!(insert(0xab, 0x1111_1111, 4, 4), 0x1111_11b1);
+        assert_eq!(insert(0xab, 0x1111_1111, 28, 8), 0xb111_1111);
+        assert_eq!(insert(0xffff_ffff, 0x1111_1111, 32, 8), 0x1111_1111);
+        assert_eq!(insert(0xffff_ffff, 0x1111_1111, 0, 0), 0x1111_1111);
+        assert_eq!(insert(0x89ab_cdef, 0, 0, 255), 0x89ab_cdef);
     }
 }
