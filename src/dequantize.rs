@@ -162,7 +162,7 @@ impl<'a> Converted<'a> {
         };
         let columns = shape.last().copied().filter(|_| !shape.contains(&0));
         let columns = columns.ok_or_else(|| self.malformed(format!("{name:?}: a shape of {shape:?}")))?;
-        let of_model = model_dtype(self.source);
+        let of_model = model_dtype(self.source.config.as_ref());
         let (coding, dtype) = match (scheme.format, scheme.layout) {
             (GroupFormat::Int4 | GroupFormat::Int4Asym, _) => {
                 let dtype = match scale.dtype {

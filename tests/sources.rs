@@ -103,7 +103,31 @@ fn same_by_tensor(coded: &Folder, plain: &Folder) {
         assert_eq!(coded.read_json("config.json"), plain.read_json("config.json"));
         let mut verify = std::process::Command::new(env!("CARGO_BIN_EXE_prequant"));
         support::Run::of(verify.arg("verify").arg(coded.destination()).arg("--against").arg(coded.source())).ok();
+        let mut verify = std::process::Command::new(env!("CARGO_BIN_EXE_prequant"));
+        support::Run::of(verify.arg("verify").arg(coded.destination())).ok();
     }
+}
+
+/// A fused parameter of experts that were FP8 each is what fusing their bf16 gives.
+#[test]
+fn fp8_experts_are_fused_as_what_they_decode_to() {
+    let name = |e: usize, part: &str| format!("model.layers.0.mlp.experts.{e}.{part}_proj.weight");
+    let all = (0..3).flat_map(|e| ["gate", "up", "down"].map(|part| fp8(&name(e, part), 128, 128, [128, 128])));
+    let all: Vec<[Tensor; 3]> = all.collect();
+    let (coded, plain) = (Folder::new("qwen3_moe"), Folder::new("qwen3_moe"));
+    coded.write("config.json", config(Some(fp8_config([128, 128])), "qwen3_moe"));
+    plain.write("config.json", config(None, "qwen3_moe"));
+    let stored = all.iter().flat_map(|[codes, scale, _]| [codes.clone(), scale.clone()]);
+    coded.write("model.safetensors", serialize(&stored.collect::<Vec<_>>()));
+    plain.write("model.safetensors", serialize(&all.iter().map(|[.., decoded]| decoded.clone()).collect::<Vec<_>>()));
+    let flags = ["--experts", "fuse"];
+    let [found, expected] = [&coded, &plain].map(|folder| {
+        folder.convert(&flags).ok();
+        read_tensors(&folder.destination())
+    });
+    assert!(found == expected);
+    let mut verify = std::process::Command::new(env!("CARGO_BIN_EXE_prequant"));
+    support::Run::of(verify.arg("verify").arg(coded.destination())).ok();
 }
 
 /// Scales may lie in another shard, have other dtypes and blocks, and static scales of inputs beside them.
@@ -209,6 +233,8 @@ fn gpt_oss_experts_convert_as_what_they_decode_to() {
         assert_eq!(coded.read_json("config.json"), plain.read_json("config.json"));
         let mut verify = std::process::Command::new(env!("CARGO_BIN_EXE_prequant"));
         support::Run::of(verify.arg("verify").arg(coded.destination()).arg("--against").arg(coded.source())).ok();
+        let mut verify = std::process::Command::new(env!("CARGO_BIN_EXE_prequant"));
+        support::Run::of(verify.arg("verify").arg(coded.destination())).ok();
     }
 }
 

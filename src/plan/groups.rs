@@ -97,9 +97,19 @@ pub fn check(
     keep(verdict, format!("its {columns} columns aren't whole groups of {group}: kept in its dtype").into())
 }
 
-/// What is to be known of experts of which only some have whole groups.
-pub fn warning(recipe: &Recipe, tensors: &[PlannedTensor]) -> Option<String> {
-    let Scheme::Groups(scheme) = recipe.scheme() else { return None };
+/// What is to be known of experts before vLLM is given them.
+pub fn warnings(recipe: &Recipe, model_types: &[&str], tensors: &[PlannedTensor]) -> Vec<String> {
+    let Scheme::Groups(scheme) = recipe.scheme() else { return Vec::new() };
+    let quantized = |tensor: &PlannedTensor| tensor.decision != Decision::Keep && tensor.role == Role::ExpertLinear;
+    let one_by_one = model_types.contains(&"gpt_oss") && tensors.iter().any(quantized);
+    let of_gpt_oss = one_by_one.then(|| {
+        "vLLM (0.33) doesn't read a gpt_oss model's experts one by one; --format mxfp4 --layout gpt-oss is what it reads".to_owned()
+    });
+    mix(&scheme, tensors).into_iter().chain(of_gpt_oss).collect()
+}
+
+/// Experts of which only some have whole groups.
+fn mix(scheme: &GroupScheme, tensors: &[PlannedTensor]) -> Option<String> {
     let experts = || tensors.iter().filter(|tensor| tensor.role == Role::ExpertLinear);
     let group = |tensor: &PlannedTensor| scheme.group_len(tensor.columns());
     let kept = experts().find(|tensor| !tensor.columns().is_multiple_of(group(tensor)))?;
@@ -146,9 +156,9 @@ fn check_gpt_oss(
 /// The Linear modules that are kept: whole names, or a pattern for all experts of a layer if none is quantized.
 pub fn ignored(rules: &Rules, tensors: &[PlannedTensor], linear: &[bool], layout: Layout) -> Vec<String> {
     let container = |module: &str| module.find(".experts.").map(|at| module[..at + ".experts".len()].to_owned());
-    let names = |tensor: &PlannedTensor| rules.module_names(&tensor.name).into_iter();
     let quantized = tensors.iter().filter(|tensor| tensor.decision != Decision::Keep);
-    let with_quantized: HashSet<String> = quantized.flat_map(names).filter_map(|module| container(&module)).collect();
+    let quantized = quantized.flat_map(|tensor| names(rules, tensor));
+    let with_quantized: HashSet<String> = quantized.filter_map(|module| container(&module)).collect();
     // ModelOpt lists them too.
     let listed = |tensor: &PlannedTensor| layout == Layout::Modelopt && tensor.role == Role::Embedding;
     let mut seen = HashSet::new();
@@ -156,23 +166,35 @@ pub fn ignored(rules: &Rules, tensors: &[PlannedTensor], linear: &[bool], layout
         tensor.decision == Decision::Keep && (**linear || tensor.role.is_expert() || listed(tensor))
     });
     let entry = |module: String| match (container(&module), layout) {
-        (Some(container), Layout::CompressedTensors) if !with_quantized.contains(&container) => {
-            format!("re:{}\\..*", container.replace('.', "\\."))
-        }
+        (Some(container), Layout::CompressedTensors) if !with_quantized.contains(&container) => pattern(&container),
         (Some(container), Layout::Modelopt) if !with_quantized.contains(&container) => format!("{container}*"),
         _ => module,
     };
-    let mut entries: Vec<String> =
-        kept.flat_map(|(tensor, _)| names(tensor)).map(entry).filter(|entry| seen.insert(entry.clone())).collect();
-    for module in rules.off_disk_modules() {
-        if seen.insert(module.to_owned()) {
-            entries.push(module.to_owned());
-        }
-    }
+    let entries = kept.flat_map(|(tensor, _)| names(rules, tensor)).map(entry);
+    let off_disk = rules.off_disk_modules().into_iter().map(str::to_owned);
+    let mut entries: Vec<String> = entries.chain(off_disk).filter(|entry| seen.insert(entry.clone())).collect();
     if layout == Layout::Modelopt {
         entries.sort();
     }
     entries
+}
+
+/// A module as transformers calls it, and as the checkpoint does: vLLM maps that to its own names.
+fn names(rules: &Rules, tensor: &PlannedTensor) -> Vec<String> {
+    let mut names = rules.module_names(&tensor.name);
+    let on_disk = tensor.name.strip_suffix(".weight").unwrap_or(&tensor.name);
+    if names.iter().all(|name| name != on_disk) {
+        names.push(on_disk.to_owned());
+    }
+    names
+}
+
+/// All that is in a module, whatever comes before the layers: vLLM renames that, but not in patterns.
+fn pattern(container: &str) -> String {
+    match container.find("layers.") {
+        Some(at) if at > 0 => format!("re:.*\\.{}\\..*", container[at..].replace('.', "\\.")),
+        _ => format!("re:{}\\..*", container.replace('.', "\\.")),
+    }
 }
 
 /// An entry of [`ignored`]'s list that clients would take to mean a quantized weight's module, and that module.
@@ -199,6 +221,7 @@ const TOGETHER: &[&[&str]] = &[
     &["q_a_proj", "kv_a_proj_with_mqa"],
     &["in_proj_qkv", "in_proj_z"],
     &["in_proj_b", "in_proj_a"],
+    &["query", "key", "value"],
 ];
 
 /// The quantized tensors by what shares a global scale, in the order of each set's first: of an expert or a dense MLP, gate and

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::split::MAX_EXPERTS;
 use super::{Coded, Part, Place, Recipe};
-use crate::checkpoint::{Dtype, Foreign, Source, TensorInfo};
+use crate::checkpoint::{Config, Dtype, Foreign, Source, TensorInfo};
 use crate::error::{Error, Result};
 use crate::format::{Coding, FloatDtype, ScaleDtype};
 
@@ -58,8 +58,11 @@ const INPUT_SCALES: [&str; 2] = [".activation_scale", ".input_scale"];
 /// When the source is quantized, and not as FP8 blocks; or as gpt-oss's experts, and the recipe doesn't have it decoded.
 pub fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
     let Some((path, Foreign { method, evidence })) = source.quantization() else { return Ok(()) };
-    let has = |end: &str| source.tensors().any(|(_, info)| info.name.ends_with(end));
-    let (is_fp8, is_mxfp4) = (has(SCALE) || method == "fp8", has("_proj_blocks") && has("_proj_scales"));
+    let ends = |end: &'static str| source.tensors().filter_map(move |(_, info)| info.name.strip_suffix(end));
+    let fp8 = source.tensors().filter(|(_, info)| info.dtype == Dtype::F8E4M3);
+    let fp8: HashSet<&str> = fp8.map(|(_, info)| info.name.as_str()).collect();
+    let is_fp8 = (method == "fp8" || ends(SCALE).next().is_some()) && ends(SCALE).all(|weight| fp8.contains(weight));
+    let is_mxfp4 = ends("_proj_blocks").next().is_some() && ends("_proj_scales").next().is_some();
     let hint = match (is_fp8, is_mxfp4, recipe.dequantize_source) {
         (true, false, _) | (false, true, true) => return Ok(()),
         (false, true, false) => ", or decode it with --dequantize-source",
@@ -74,7 +77,7 @@ pub fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
 /// When a coded tensor's scales are missing, or don't fit.
 pub fn inputs(source: &Source, recipe: &Recipe) -> Result<Vec<Input>> {
     let places = Places::new(source);
-    let dtype = model_dtype(source);
+    let dtype = model_dtype(source.config.as_ref());
     let mut beside: HashSet<(usize, usize)> = HashSet::new();
     let mut inputs = Vec::new();
     for (file, source_file) in source.files.iter().enumerate() {
@@ -142,12 +145,12 @@ impl<'a> Places<'a> {
 }
 
 /// The model's dtype by its config, which is what transformers decodes to; bf16 without one.
-pub fn model_dtype(source: &Source) -> FloatDtype {
+pub fn model_dtype(config: Option<&Config>) -> FloatDtype {
     let of = |values: &serde_json::Map<String, Value>| {
         let name = ["dtype", "torch_dtype"].iter().find_map(|key| values.get(*key)?.as_str())?;
         FloatDtype::from_torch_name(name)
     };
-    let values = source.config.as_ref().map(|config| config.values());
+    let values = config.map(Config::values);
     let nested = |values: &serde_json::Map<String, Value>| of(values.get("text_config")?.as_object()?);
     values.and_then(|values| of(values).or_else(|| nested(values))).unwrap_or(FloatDtype::Bfloat16)
 }

@@ -376,7 +376,8 @@ fn warnings(
             );
         }
     }
-    warnings.extend(groups::warning(recipe, tensors));
+    let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
+    warnings.extend(groups::warnings(recipe, &model_types, tensors));
     if tensors.iter().any(|tensor| tensor.dtype == Dtype::F64) {
         warnings.push("it has F64 tensors, which are copied as they are".to_owned());
     }

@@ -6,10 +6,13 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use super::{Checkpoint, Options, Report, on_threads};
-use crate::checkpoint::{Header, INDEX_NAME, Index, RealDisk, TensorInfo, hash_range, read_exact_at};
+use crate::checkpoint::{
+    CONFIG_NAME, Config, Header, INDEX_NAME, Index, RealDisk, TensorInfo, hash_range, read_exact_at,
+};
 use crate::error::{Error, IoContext, Result};
-use crate::format::ParsedQuantState;
-use crate::manifest::{DecisionRecord, Manifest, OutputRecord, TensorRecord};
+use crate::format::{FloatDtype, ParsedQuantState};
+use crate::manifest::{DecisionRecord, Manifest, OutputRecord, SourceTensorRecord, TensorRecord};
+use crate::plan::input::model_dtype;
 use crate::plan::{ExpertLayout, Role};
 
 /// The longest quant_state that is read: real ones have a hundred or two hundred bytes.
@@ -140,21 +143,22 @@ impl Entry<'_> {
             return Ok(());
         };
         let dtype = match source.dtype.as_str() {
-            "BF16" => "bfloat16",
-            "F16" => "float16",
-            _ => "float32",
+            "BF16" => FloatDtype::Bfloat16,
+            "F16" => FloatDtype::Float16,
+            "F32" => FloatDtype::Float32,
+            // It was coded, and decoded to the model's.
+            _ => model_dtype(Config::read(&self.path.with_file_name(CONFIG_NAME)).ok().as_ref()),
         };
         let block_size = u64::from(u32::from(manifest.recipe.block_size));
         let (found, expected) = (
             (state.quant_type.as_str(), state.blocksize, state.dtype.as_str()),
-            (manifest.recipe.format.name(), block_size, dtype),
+            (manifest.recipe.format.name(), block_size, dtype.torch_name()),
         );
         if found != expected {
             self.differ(report, format!("says {found:?}, expected {expected:?}"));
         }
-        let shapes: Vec<&[u64]> = self.tensor.sources.iter().map(|source| &*source.shape).collect();
-        let is_fused = self.tensor.role == Role::FusedExperts && manifest.recipe.experts == ExpertLayout::Fuse;
-        if !(state.shape == shapes[0] || is_fused && is_made_of(&state.shape, &shapes)) {
+        if !self.is_of_sources(&state.shape, manifest) {
+            let shapes: Vec<&[u64]> = self.tensor.sources.iter().map(|source| &*source.shape).collect();
             self.differ(report, format!("says the shape is {:?}, and the source has {shapes:?}", state.shape));
         }
         if state.nested_offset.is_some() != manifest.recipe.double_quant {
@@ -164,9 +168,32 @@ impl Entry<'_> {
     }
 }
 
+impl Entry<'_> {
+    /// Whether a weight of this shape is what the manifest's sources give.
+    fn is_of_sources(&self, shape: &[u64], manifest: &Manifest) -> bool {
+        let sources = &self.tensor.sources;
+        let is_coded = |source: &&SourceTensorRecord| source.dtype == "F8_E4M3" || source.name.ends_with("_blocks");
+        if sources.iter().any(|source| is_coded(&source)) {
+            // Two of gpt-oss's codes are a byte; scales are no part of the shape.
+            let elements = sources.iter().filter(is_coded).map(|source| {
+                let codes = if source.dtype == "F8_E4M3" { 1 } else { 2 };
+                elements(&source.shape)?.checked_mul(codes)
+            });
+            let all = elements.into_iter().try_fold(0u64, |sum, elements| sum.checked_add(elements?));
+            return all.is_some() && self::elements(shape) == all;
+        }
+        let shapes: Vec<&[u64]> = sources.iter().map(|source| &*source.shape).collect();
+        let is_fused = self.tensor.role == Role::FusedExperts && manifest.recipe.experts == ExpertLayout::Fuse;
+        shape == shapes[0] || is_fused && is_made_of(shape, &shapes)
+    }
+}
+
+fn elements(shape: &[u64]) -> Option<u64> {
+    shape.iter().try_fold(1u64, |product, &dimension| product.checked_mul(dimension))
+}
+
 /// Whether a 3-D shape has as many elements as what was fused into it, and its columns (or rows, if it is transposed).
 fn is_made_of(fused: &[u64], shapes: &[&[u64]]) -> bool {
-    let elements = |shape: &[u64]| shape.iter().try_fold(1u64, |product, &dimension| product.checked_mul(dimension));
     let all = shapes.iter().try_fold(0u64, |sum, shape| sum.checked_add(elements(shape)?));
     let side = |shape: &&[u64]| shape.last().is_some_and(|columns| fused[1..].contains(columns));
     fused.len() == 3 && all.is_some() && elements(fused) == all && shapes.iter().all(side)
