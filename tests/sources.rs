@@ -146,12 +146,14 @@ fn fp8_scales_are_found_wherever_they_are() {
 #[test]
 fn fp8_without_fitting_scales_is_an_error() {
     let [codes, scale, _] = fp8(LINEAR, 256, 384, [128, 128]);
+    let [other, other_scale, _] = fp8("model.layers.0.self_attn.q_proj.weight", 128, 128, [128, 128]);
     let short = Tensor::new(&scale.name, Dtype::F32, &[2, 5], vec![0; 40]);
     let of_other_dtype = Tensor::new(&scale.name, Dtype::I32, &scale.shape, scale.data.clone());
     for (tensors, words) in [
         (vec![codes.clone(), short], ["[2, 5]", "[256, 384]"]),
         (vec![codes.clone(), of_other_dtype], ["I32", "F32"]),
-        (vec![codes], [LINEAR, "F8_E4M3"]),
+        (vec![codes.clone()], ["already quantized", "fp8"]),
+        (vec![codes, other.clone(), other_scale.clone()], [LINEAR, "missing"]),
     ] {
         let folder = Folder::new("llama");
         folder.write("config.json", config(Some(fp8_config([128, 128])), "llama"));

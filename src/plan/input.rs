@@ -61,7 +61,7 @@ pub fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
     let ends = |end: &'static str| source.tensors().filter_map(move |(_, info)| info.name.strip_suffix(end));
     let fp8 = source.tensors().filter(|(_, info)| info.dtype == Dtype::F8E4M3);
     let fp8: HashSet<&str> = fp8.map(|(_, info)| info.name.as_str()).collect();
-    let is_fp8 = (method == "fp8" || ends(SCALE).next().is_some()) && ends(SCALE).all(|weight| fp8.contains(weight));
+    let is_fp8 = ends(SCALE).next().is_some() && ends(SCALE).all(|weight| fp8.contains(weight));
     let is_mxfp4 = ends("_proj_blocks").next().is_some() && ends("_proj_scales").next().is_some();
     let hint = match (is_fp8, is_mxfp4, recipe.dequantize_source) {
         (true, false, _) | (false, true, true) => return Ok(()),
