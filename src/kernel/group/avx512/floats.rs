@@ -3,45 +3,67 @@
 
 use std::arch::x86_64::*;
 
-use super::scales::{Division, Scales};
-use super::{BATCH, Groups, NonFinite, Outcome, finite, halves, larger, load, of_pairs, store, store_16, to_array};
+use super::scales::{Scales, reciprocals};
+use super::{Groups, LANES, NonFinite, Outcome, finite, halves, larger, load, of_pairs, store, store_16, to_array};
 
 /// Elements over their scale that are at least this large have no place in [`E2m1`]'s tables. Only a `global_scale` far
 /// from what the absmax asks for makes them.
 const RATIO_LIMIT: f32 = 16.0;
 
+/// Groups in a batch: several vectors of scales, so that the divisions behind one are not waited for alone.
+pub(super) const BATCH: usize = LANES * VECTORS;
+
+const VECTORS: usize = 4;
+
 /// Quantizes [`BATCH`] groups of `2 * PAIRS` elements.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 #[inline]
-pub(super) fn quantize<const PAIRS: usize, F: Fn(__m512) -> Scales>(
+pub(super) fn quantize<const PAIRS: usize, const POWERS_OF_TWO: bool>(
     batch: &mut Groups<'_>,
-    choose: F,
+    choose: impl Fn(__m512) -> Scales,
 ) -> Result<Outcome, NonFinite> {
-    let pairs: [__m512i; PAIRS] = transposed(batch.source);
-    let mut largest = _mm512_setzero_si512();
-    for &pairs in &pairs {
-        largest = _mm512_max_epu16(largest, _mm512_and_si512(pairs, _mm512_set1_epi32(0x7fff_7fff)));
+    let zero = _mm512_setzero_si512();
+    let (mut pairs, mut largest) = ([[zero; PAIRS]; VECTORS], [zero; VECTORS]);
+    for (i, source) in batch.source.chunks_exact(LANES * PAIRS * 4).enumerate().take(VECTORS) {
+        pairs[i] = transposed(source);
+        for &pairs in &pairs[i] {
+            largest[i] = _mm512_max_epu16(largest[i], _mm512_and_si512(pairs, _mm512_set1_epi32(0x7fff_7fff)));
+        }
     }
-    let absmax = finite(of_pairs(largest, |a, b| _mm512_max_epu16(a, b)))?;
-    let scales = choose(absmax);
-    let limit = _mm512_mul_ps(scales.scale, _mm512_set1_ps(RATIO_LIMIT));
-    if _mm512_cmp_ps_mask::<_CMP_LT_OQ>(absmax, limit) != 0xffff {
+    let mut scales = [Scales { stored: zero, scale: _mm512_setzero_ps() }; VECTORS];
+    let mut usual = 0xffff;
+    for (largest, scales) in largest.into_iter().zip(&mut scales) {
+        let absmax = finite(of_pairs(largest, |a, b| _mm512_max_epu16(a, b)))?;
+        *scales = choose(absmax);
+        let limit = _mm512_mul_ps(scales.scale, _mm512_set1_ps(RATIO_LIMIT));
+        usual &= _mm512_cmp_ps_mask::<_CMP_LT_OQ>(absmax, limit);
+    }
+    if usual != 0xffff {
         return Ok(Outcome::Unusual);
     }
-    codes(&pairs, &scales, batch);
+    for (i, (pairs, scales)) in pairs.iter().zip(&scales).enumerate() {
+        codes::<PAIRS, POWERS_OF_TWO>(pairs, scales, &mut batch.part(i * LANES..(i + 1) * LANES));
+    }
     Ok(Outcome::Quantized)
 }
 
-/// Writes everything of a batch that has its scales.
+/// Writes everything of groups that have their scales.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 #[inline]
-fn codes<const PAIRS: usize>(pairs: &[__m512i; PAIRS], scales: &Scales, batch: &mut Groups<'_>) {
-    let e2m1 = E2m1::new(scales);
+fn codes<const PAIRS: usize, const POWERS_OF_TWO: bool>(
+    pairs: &[__m512i; PAIRS],
+    scales: &Scales,
+    batch: &mut Groups<'_>,
+) {
+    let e2m1 = E2m1::new(POWERS_OF_TWO);
+    // Multiplying by a power of two rounds as dividing by its reciprocal does.
+    let divisor = if POWERS_OF_TWO { reciprocals(scales) } else { scales.scale };
+    let divide = |x| if POWERS_OF_TWO { _mm512_mul_ps(x, divisor) } else { _mm512_div_ps(x, divisor) };
     let (mut signal, mut noise) = ([_mm512_setzero_ps(); PAIRS], [_mm512_setzero_ps(); PAIRS]);
     let (mut worst, mut codes) = (_mm512_setzero_ps(), [_mm512_setzero_si512(); 4]);
     for k in (0..PAIRS).rev() {
         let [even, odd] = halves(pairs[k]);
-        let ratios = [scales.divide(even), scales.divide(odd)];
+        let ratios = [divide(even), divide(odd)];
         let (even, odd) = (e2m1.code(ratios[0]), e2m1.code(ratios[1]));
         let errors = [_mm512_sub_ps(ratios[0], e2m1.value(even)), _mm512_sub_ps(ratios[1], e2m1.value(odd))];
         signal[k] = sum_of_squares(ratios);
@@ -102,12 +124,9 @@ struct E2m1 {
 impl E2m1 {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     #[inline]
-    fn new(scales: &Scales) -> E2m1 {
+    fn new(of_mxfp4: bool) -> E2m1 {
         // MXFP4's elements are rounded to bf16 before they are coded. Only what rounds to zero is changed by that.
-        let below = match scales.division {
-            Division::ByScale => 0,
-            Division::ByReciprocal(_) => 0x8000_8000_u32 as i32,
-        };
+        let below = if of_mxfp4 { 0x8000_8000_u32 as i32 } else { 0 };
         // In both nibbles of the low byte: packing takes either.
         let twice = |codes| _mm512_or_si512(codes, _mm512_slli_epi32::<4>(codes));
         E2m1 {
@@ -128,8 +147,8 @@ impl E2m1 {
     fn code(&self, t: __m512) -> __m512i {
         // Nothing below 1/4 differs from this.
         let magnitude = _mm512_castps_si512(larger(t, _mm512_set1_ps(0.1875)));
-        let is_even = _mm512_testn_epi32_mask(magnitude, _mm512_set1_epi32(1 << 22));
-        let key = _mm512_mask_sub_epi32(magnitude, is_even, magnitude, _mm512_set1_epi32(1));
+        let is_even = _mm512_andnot_si512(_mm512_srli_epi32::<22>(magnitude), _mm512_set1_epi32(1));
+        let key = _mm512_sub_epi32(magnitude, is_even);
         let code = _mm512_permutex2var_epi32(self.codes[0], _mm512_srli_epi32::<21>(key), self.codes[1]);
         let is_negative = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(t, self.below);
         _mm512_mask_or_epi32(code, is_negative, code, _mm512_set1_epi32(0x88))
@@ -156,7 +175,7 @@ fn transposed<const PAIRS: usize>(source: &[u8]) -> [__m512i; PAIRS] {
     let zero = _mm512_setzero_si512();
     // Each group's quarters (or halves): one of four groups to a vector, by quarter and by which four.
     let mut quarters = [[zero; 4]; 4];
-    for i in 0..BATCH / 4 {
+    for i in 0..LANES / 4 {
         let of_four_groups = if PAIRS == 16 {
             let vector = |j: usize| load(&vectors[4 * i + j]);
             transposed_quarters([vector(0), vector(1), vector(2), vector(3)])

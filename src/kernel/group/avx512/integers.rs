@@ -3,19 +3,19 @@
 
 use std::arch::x86_64::*;
 
-use super::{BATCH, Groups, NonFinite, Outcome, finite, halves, larger, load, of_pairs, round, store_16, to_array};
+use super::{Groups, LANES, NonFinite, Outcome, finite, halves, larger, load, of_pairs, round, store_16, to_array};
 use crate::kernel::x86::avx512::tree;
 
-/// Quantizes [`BATCH`] groups of whole vectors.
+/// Quantizes [`LANES`] groups of whole vectors.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 #[inline]
 pub(super) fn quantize<const ASYMMETRIC: bool>(batch: &mut Groups<'_>) -> Result<Outcome, NonFinite> {
     let Scales { scale, zero_point } = scales::<ASYMMETRIC>(batch.source)?;
     let (scales, zero_points) = (to_array(scale), to_array(zero_point));
-    let zeros = [_mm512_setzero_ps(); BATCH];
+    let zeros = [_mm512_setzero_ps(); LANES];
     let (mut signal, mut noise, mut worst) = (zeros, zeros, zeros);
     let sources = batch.source.chunks_exact(batch.group * 2);
-    for (i, (source, packed)) in sources.zip(batch.packed.chunks_exact_mut(batch.group / 2)).enumerate().take(BATCH) {
+    for (i, (source, packed)) in sources.zip(batch.packed.chunks_exact_mut(batch.group / 2)).enumerate().take(LANES) {
         let sums = codes::<ASYMMETRIC>(source, scales[i], zero_points[i], packed);
         signal[i] = _mm512_add_ps(sums.signal[0], sums.signal[1]);
         noise[i] = _mm512_add_ps(sums.noise[0], sums.noise[1]);
@@ -72,8 +72,8 @@ fn asymmetric_scales(source: &[u8]) -> Result<Scales, NonFinite> {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 #[inline]
 fn largest(source: &[u8], max: impl Fn(__m512i, __m512i) -> __m512i) -> __m512 {
-    let mut lanes = [_mm512_setzero_ps(); BATCH];
-    for (lanes, group) in lanes.iter_mut().zip(source.chunks_exact(source.len() / BATCH)) {
+    let mut lanes = [_mm512_setzero_ps(); LANES];
+    for (lanes, group) in lanes.iter_mut().zip(source.chunks_exact(source.len() / LANES)) {
         let mut largest = _mm512_setzero_si512();
         for bytes in group.as_chunks().0 {
             largest = max(largest, load(bytes));

@@ -13,11 +13,11 @@ use std::ops::Range;
 
 use super::{GroupScheme, Groups, vector};
 use crate::format::FloatDtype;
-use crate::kernel::scalar::LANES;
+use crate::kernel::scalar;
 use crate::kernel::{Figures, NonFinite};
 
-/// Groups in a batch: one for each lane of a vector.
-const BATCH: usize = 16;
+/// A vector's lanes.
+const LANES: usize = 16;
 
 /// [`crate::kernel::Kernel::quantize_groups`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
@@ -28,20 +28,21 @@ pub(super) fn quantize(groups: Groups<'_>) -> Result<(), NonFinite> {
     match (groups.scheme, groups.group) {
         (GroupScheme::Nvfp4 { global_scale }, 16) => {
             let choose = |absmax| scales::nvfp4(absmax, global_scale);
-            in_batches(groups, |batch| floats::quantize::<8, _>(batch, choose))
+            in_batches::<{ floats::BATCH }>(groups, |batch| floats::quantize::<8, false>(batch, choose))
         }
         (GroupScheme::Nvfp4ModelOpt { scale_2 }, 16) => {
             let choose = |absmax| scales::nvfp4_modelopt(absmax, scale_2);
-            in_batches(groups, |batch| floats::quantize::<8, _>(batch, choose))
+            in_batches::<{ floats::BATCH }>(groups, |batch| floats::quantize::<8, false>(batch, choose))
         }
         (GroupScheme::Mxfp4, 32) => {
-            in_batches(groups, |batch| floats::quantize::<16, _>(batch, |absmax| scales::mxfp4(absmax)))
+            let choose = |absmax| scales::mxfp4(absmax);
+            in_batches::<{ floats::BATCH }>(groups, |batch| floats::quantize::<16, true>(batch, choose))
         }
-        (GroupScheme::Int4, group) if group % LANES == 0 => {
-            in_batches(groups, |batch| integers::quantize::<false>(batch))
+        (GroupScheme::Int4, group) if group % scalar::LANES == 0 => {
+            in_batches::<LANES>(groups, |batch| integers::quantize::<false>(batch))
         }
-        (GroupScheme::Int4Asym, group) if group % LANES == 0 => {
-            in_batches(groups, |batch| integers::quantize::<true>(batch))
+        (GroupScheme::Int4Asym, group) if group % scalar::LANES == 0 => {
+            in_batches::<LANES>(groups, |batch| integers::quantize::<true>(batch))
         }
         _ => other(groups),
     }
@@ -61,10 +62,10 @@ enum Outcome {
     Unusual,
 }
 
-/// Hands [`BATCH`] groups at a time to `quantize`, and unusual ones and the last few to [`other`].
+/// Hands `BATCH` groups at a time to `quantize`, and unusual ones and the last few to [`other`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 #[inline]
-fn in_batches(
+fn in_batches<const BATCH: usize>(
     mut groups: Groups<'_>,
     quantize: impl Fn(&mut Groups<'_>) -> Result<Outcome, NonFinite>,
 ) -> Result<(), NonFinite> {
@@ -161,8 +162,8 @@ fn store_16(vector: __m128i, bytes: &mut [u8; 16]) {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn to_array(vector: __m512) -> [f32; BATCH] {
-    let mut array = [0.0; BATCH];
+fn to_array(vector: __m512) -> [f32; LANES] {
+    let mut array = [0.0; LANES];
     // SAFETY: the array is a vector's 64 bytes.
     unsafe { _mm512_storeu_ps(array.as_mut_ptr(), vector) };
     array

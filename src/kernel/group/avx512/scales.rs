@@ -5,31 +5,12 @@ use std::arch::x86_64::*;
 use super::round;
 
 /// The scales of the groups that the lanes hold.
+#[derive(Clone, Copy)]
 pub(super) struct Scales {
     /// As they are stored: a byte in each lane.
     pub stored: __m512i,
     /// What decoding multiplies by.
     pub scale: __m512,
-    /// How elements are divided by it.
-    pub division: Division,
-}
-
-impl Scales {
-    /// Elements over their scale.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    pub fn divide(&self, x: __m512) -> __m512 {
-        match self.division {
-            Division::ByScale => _mm512_div_ps(x, self.scale),
-            Division::ByReciprocal(reciprocal) => _mm512_mul_ps(x, reciprocal),
-        }
-    }
-}
-
-/// How elements are divided by their scale.
-pub(super) enum Division {
-    ByScale,
-    /// Powers of two have exact reciprocals, and multiplying by them rounds as dividing does.
-    ByReciprocal(__m512),
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
@@ -39,7 +20,7 @@ pub(super) fn nvfp4(absmax: __m512, global_scale: f32) -> Scales {
     let byte = e4m3(_mm512_min_ps(wanted, _mm512_set1_ps(448.0)));
     let is_zero = _mm512_testn_epi32_mask(byte, byte);
     let stored = _mm512_mask_mov_epi32(byte, is_zero, e4m3(_mm512_set1_ps(0.125)));
-    Scales { stored, scale: _mm512_div_ps(e4m3_value(stored), global_scale), division: Division::ByScale }
+    Scales { stored, scale: _mm512_div_ps(e4m3_value(stored), global_scale) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
@@ -49,7 +30,7 @@ pub(super) fn nvfp4_modelopt(absmax: __m512, scale_2: f32) -> Scales {
     let clamped = _mm512_min_ps(_mm512_max_ps(wanted, _mm512_set1_ps(1.0 / 512.0)), _mm512_set1_ps(448.0));
     let stored = e4m3(_mm512_mask_mov_ps(clamped, is_zero, _mm512_set1_ps(1.0)));
     let scale = _mm512_mul_ps(e4m3_value(stored), _mm512_set1_ps(scale_2));
-    Scales { stored, scale, division: Division::ByScale }
+    Scales { stored, scale }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
@@ -58,9 +39,14 @@ pub(super) fn mxfp4(absmax: __m512) -> Scales {
     let (two, exponent) = (_mm512_set1_epi32(2), _mm512_srli_epi32::<23>(rounded));
     let stored = _mm512_sub_epi32(_mm512_max_epi32(exponent, two), two);
     let scale = _mm512_max_epi32(_mm512_slli_epi32::<23>(stored), _mm512_set1_epi32(1 << 22));
-    let reciprocal = _mm512_slli_epi32::<23>(_mm512_sub_epi32(_mm512_set1_epi32(254), stored));
-    let division = Division::ByReciprocal(_mm512_castsi512_ps(reciprocal));
-    Scales { stored, scale: _mm512_castsi512_ps(scale), division }
+    Scales { stored, scale: _mm512_castsi512_ps(scale) }
+}
+
+/// One over MXFP4's scales; exact.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub(super) fn reciprocals(scales: &Scales) -> __m512 {
+    let exponent = _mm512_sub_epi32(_mm512_set1_epi32(254), scales.stored);
+    _mm512_castsi512_ps(_mm512_slli_epi32::<23>(exponent))
 }
 
 /// scalar.rs's `e4m3`.
