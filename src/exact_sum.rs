@@ -20,10 +20,10 @@ impl ExactSum {
     /// Adds `x`.
     ///
     /// # Panics
-    /// When `x` is negative, infinite or NaN.
+    /// When `x` is negative (-0.0, too), infinite or NaN.
     pub fn add(&mut self, x: f64) {
-        assert!(x >= 0.0 && x.is_finite(), "{x}: only non-negative finite terms");
         let bits = x.to_bits();
+        assert!(bits < f64::INFINITY.to_bits(), "{x}: only non-negative finite terms");
         let (exponent, fraction) = ((bits >> 52) as usize, bits & ((1 << 52) - 1));
         // A subnormal has the least exponent, and no leading one.
         let (mantissa, shift) = if exponent == 0 { (fraction, 0) } else { (fraction | 1 << 52, exponent - 1) };

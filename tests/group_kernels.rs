@@ -162,6 +162,111 @@ fn what_is_not_finite_is_told_wherever_it_is() {
     }
 }
 
+/// Asserts that every kernel does with groups of these bf16 what the specification does.
+fn assert_groups_equal(source: &[u8], group: usize, scheme: GroupScheme, case: &str) {
+    let dtype = FloatDtype::Bfloat16;
+    let expected = quantize(Kernel::SCALAR, source, dtype, group, group, scheme).unwrap();
+    for kernel in Kernel::available() {
+        let found = quantize(kernel, source, dtype, group, group, scheme).unwrap();
+        assert_eq!(found.difference(&expected), None, "{} {scheme:?} groups of {group}, {case}", kernel.name());
+    }
+}
+
+/// The schemes, each with its shortest group, for tensors whose absmax is 1.
+const SCHEMES: [(GroupScheme, usize); 5] = [
+    (GroupScheme::Int4, 32),
+    (GroupScheme::Int4Asym, 32),
+    (GroupScheme::Nvfp4 { global_scale: 2688.0 }, 16),
+    (GroupScheme::Nvfp4ModelOpt { scale_2: 1.0 / 2688.0 }, 16),
+    (GroupScheme::Mxfp4, 32),
+];
+
+/// Vector kernels take so many at a time.
+#[test]
+fn any_number_of_groups_is_quantized() {
+    let mut random = Random(5);
+    let weights: Vec<f32> = (0..150 * 32).map(|_| random.uniform()).collect();
+    for (scheme, group) in SCHEMES {
+        for groups in 0..150 {
+            let source = encode(FloatDtype::Bfloat16, &weights[..groups * group]);
+            assert_groups_equal(&source, group, scheme, &format!("{groups} of them"));
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_is_told_in_every_group_of_a_batch() {
+    for (scheme, group) in SCHEMES {
+        let clean = encode(FloatDtype::Bfloat16, &vec![0.25; 70 * group]);
+        for place in (0..70 * group).step_by(5) {
+            for bits in [0x7f80u16, 0xff80, 0x7f81, 0xffff] {
+                let mut source = clean.clone();
+                source[2 * place..][..2].copy_from_slice(&bits.to_le_bytes());
+                for kernel in Kernel::available() {
+                    let found = quantize(kernel, &source, FloatDtype::Bfloat16, group, group, scheme);
+                    assert_eq!(found, Err(NonFinite), "{} {scheme:?} {bits:#x} at {place}", kernel.name());
+                }
+            }
+        }
+    }
+}
+
+/// So that every scale is chosen: subnormal ones, the least and the greatest.
+#[test]
+fn every_bf16_is_a_groups_absmax() {
+    let mut random = Random(6);
+    for (scheme, group) in SCHEMES {
+        let weights = |bits: u16| {
+            let absmax = half::bf16::from_bits(bits).to_f32();
+            let rest = (1..group).map(|_| absmax * random.uniform()).collect::<Vec<_>>();
+            [&[if bits % 2 == 0 { absmax } else { -absmax }], &rest[..]].concat()
+        };
+        let source = encode(FloatDtype::Bfloat16, &(0..0x7f80).flat_map(weights).collect::<Vec<_>>());
+        assert_groups_equal(&source, group, scheme, "one for each bf16");
+    }
+}
+
+/// Of a tensor that is larger than its scale says; a single group among many.
+#[test]
+fn a_group_far_beyond_its_scale_changes_no_other() {
+    let mut random = Random(7);
+    let weights: Vec<f32> = (0..130 * 16).map(|_| random.uniform()).collect();
+    for scheme in [GroupScheme::Nvfp4 { global_scale: 448.0 }, GroupScheme::Nvfp4ModelOpt { scale_2: 1.0 / 448.0 }] {
+        for far in (0..130).step_by(3) {
+            for by in [14.0, 15.9, 16.0, 16.1, 1e4, 1e30] {
+                let mut weights = weights.clone();
+                weights[far * 16..][..16].iter_mut().for_each(|x| *x *= by);
+                weights[far * 16 + far % 16] = by;
+                let source = encode(FloatDtype::Bfloat16, &weights);
+                assert_groups_equal(&source, 16, scheme, &format!("group {far} by {by}"));
+            }
+        }
+    }
+}
+
+/// The sign of a code is that of the element over its scale, rounded: none where nothing is left of it.
+#[test]
+fn elements_that_round_to_zero_lose_their_sign() {
+    let one = |sign: f32, exponent: i32, mantissa: i32| sign * 2f32.powi(exponent) * (1.0 + mantissa as f32 / 128.0);
+    for (scheme, group) in SCHEMES {
+        let mut weights = Vec::new();
+        for exponent in -120..0 {
+            for mantissa in [0, 1, 2, 63, 64, 65, 127] {
+                for (top, sign) in [(2f32.powi(106), 1.0), (2f32.powi(107), -1.0), (2f32.powi(30), -1.0)] {
+                    weights.extend([top, one(sign, exponent, mantissa), -0.0, one(-sign, exponent, mantissa)]);
+                    weights.extend((4..group).map(|i| one(-1.0, exponent + i as i32 / 8, mantissa)));
+                }
+            }
+        }
+        assert_groups_equal(
+            &encode(FloatDtype::Bfloat16, &weights),
+            group,
+            scheme,
+            "small beside their group's absmax",
+        );
+    }
+}
+
 /// The figures mean what they say: against f64 arithmetic on what is decoded.
 #[test]
 fn figures_are_those_of_the_decoded_weights() {

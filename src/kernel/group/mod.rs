@@ -3,6 +3,8 @@
 //! Rules and rounding are those of llm-compressor 0.14.0.1 with compressed-tensors 0.19.0 on a CPU, which the golden tests
 //! hold; ModelOpt 0.47.0's for [`GroupScheme::Nvfp4ModelOpt`]. [`scalar`] is the specification.
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 pub mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod vector;

@@ -51,8 +51,9 @@ impl Element for Float16 {
         let half = u32::from(u16::from_le_bytes([bytes[0], bytes[1]]));
         // Exponent and mantissa in f32's places; 2^112 makes up for the exponents' biases, subnormal numbers included.
         let magnitude = f32::from_bits((half & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
-        let magnitude = if half & 0x7c00 == 0x7c00 { INFINITY } else { magnitude.to_bits() };
-        f32::from_bits(magnitude | (half & 0x8000) << 16)
+        // f16's highest exponent becomes f32's, without a branch, of which no vectors could be made.
+        let highest = u32::from(half & 0x7c00 == 0x7c00).wrapping_neg() & INFINITY;
+        f32::from_bits(magnitude.to_bits() | highest | (half & 0x8000) << 16)
     }
 
     #[inline(always)]

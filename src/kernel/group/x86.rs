@@ -1,6 +1,6 @@
 //! [`super::vector`], compiled for x86-64's vector units.
 
-use super::{Groups, vector};
+use super::{Groups, avx512, vector};
 use crate::format::FloatDtype;
 use crate::kernel::{NonFinite, x86};
 
@@ -17,13 +17,9 @@ pub fn quantize_avx2(groups: Groups<'_>) -> Result<(), NonFinite> {
 
 /// [`crate::kernel::Kernel::quantize_groups`] with AVX-512 F, BW, DQ and VL.
 pub fn quantize_avx512(groups: Groups<'_>) -> Result<(), NonFinite> {
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    fn quantize(groups: Groups<'_>) -> Result<(), NonFinite> {
-        vector::quantize(groups)
-    }
     assert!(x86::avx512_available());
     // SAFETY: the processor has the features, as just asserted.
-    unsafe { quantize(groups) }
+    unsafe { avx512::quantize(groups) }
 }
 
 /// [`Kernel::absmax`](crate::kernel::Kernel::absmax) with AVX2.

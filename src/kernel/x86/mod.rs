@@ -8,7 +8,7 @@
 //! is added first in the tree, so both fall out of whole-vector operations.
 
 mod avx2;
-mod avx512;
+pub(super) mod avx512;
 
 use super::{Blocks, Figures, NonFinite, scalar};
 use crate::format::FloatDtype;
