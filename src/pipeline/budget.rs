@@ -25,6 +25,10 @@ const WAITING: usize = 3;
 /// Slots that a GPU needs to copy to the device, run a kernel and copy back at the same time.
 const LEAST_SLOTS: usize = 3;
 
+/// The same for tensors that share a scale: what a thread's buffer doesn't hold together is read twice, for the scale and
+/// for the codes.
+const MAX_SET_CHUNK: usize = 4 * MAX_CHUNK;
+
 /// What a plan may use.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -90,7 +94,7 @@ impl Budget {
             let here = buffers_len(plan, chunk) * threads as u64 + slot_len(plan, chunk, gpus) * least_slots as u64;
             here <= room && slots_on_device(plan, chunk, limits) >= least_slots
         };
-        let mut chunk_elements = MAX_CHUNK.max(step);
+        let mut chunk_elements = MAX_CHUNK.max(largest_set(plan)).max(step);
         while chunk_elements > step && !fits(chunk_elements) {
             chunk_elements = (chunk_elements / 2).max(step);
         }
@@ -216,6 +220,13 @@ fn chunk_unit(plan: &Plan, tensor: &PlannedTensor) -> usize {
         }
         _ => CHUNK_STEP,
     }
+}
+
+/// Elements, as a power of two, of the largest set of tensors that share a scale; of those too large to be held, none.
+fn largest_set(plan: &Plan) -> usize {
+    let elements = |set: &Vec<usize>| set.iter().map(|&tensor| plan.tensors[tensor].elements()).sum::<u64>();
+    let held = plan.scale_sets.iter().map(elements).filter(|&elements| elements <= MAX_SET_CHUNK as u64);
+    held.max().map_or(0, |elements| (elements as usize).next_power_of_two())
 }
 
 /// The most bytes of absmax that must be held at once.

@@ -363,14 +363,14 @@ impl<'a> Scheduler<'a> {
         Task::Set { set, tensors }
     }
 
-    /// The scale that a set's tensors share, if all of them are measured. Has that done otherwise, and for the set after it
-    /// too, so that no thread need wait.
+    /// The scale that a set's tensors share, if all of them are measured. Has that done otherwise, and for the next that is
+    /// to be measured, too, so that no thread need wait.
     fn tensor_scale(&self, state: &mut State, set: usize) -> Option<f32> {
         let is_left = |set: &usize| {
             let mut files = self.plan.scale_sets[*set].iter().map(|&tensor| &state.files[self.file_of[tensor]]);
             files.any(|file| !file.was_sealed)
         };
-        let next = (set + 1..self.plan.scale_sets.len()).find(is_left);
+        let next = (set + 1..self.plan.scale_sets.len()).find(|set| is_left(set) && !self.fits(*set));
         for set in [Some(set), next].into_iter().flatten() {
             self.measure(state, set);
         }
