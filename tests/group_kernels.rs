@@ -219,7 +219,7 @@ fn every_bf16_is_a_groups_absmax() {
         let weights = |bits: u16| {
             let absmax = half::bf16::from_bits(bits).to_f32();
             let rest = (1..group).map(|_| absmax * random.uniform()).collect::<Vec<_>>();
-            [&[if bits % 2 == 0 { absmax } else { -absmax }], &rest[..]].concat()
+            [&[if bits.is_multiple_of(2) { absmax } else { -absmax }], &rest[..]].concat()
         };
         let source = encode(FloatDtype::Bfloat16, &(0..0x7f80).flat_map(weights).collect::<Vec<_>>());
         assert_groups_equal(&source, group, scheme, "one for each bf16");

@@ -113,7 +113,7 @@ fn fold<T: Copy, const PAIRS: usize>(mut pairs: [T; PAIRS], with: impl Fn(T, T) 
 /// taken. So the magnitude's bits, less one ulp where its own first mantissa bit is even, have the code in their exponent
 /// and first two mantissa bits.
 struct E2m1 {
-    /// By the exponent's low three bits and two of the mantissa: from 2 (less than 16) and from 1/8 (less than 2).
+    /// By the exponent's low three bits and two of the mantissa: magnitudes from 2 to 32, and from 1/8 to 2.
     codes: [__m512i; 2],
     /// By code.
     values: __m512,
