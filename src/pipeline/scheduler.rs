@@ -1,5 +1,7 @@
 //! Who does what next, and what is finished when.
 
+mod sets;
+
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -9,10 +11,10 @@ use super::budget::chunk_elements;
 use super::{FileOutcome, Means, Outcome, TensorOutcome};
 use crate::checkpoint::Sha256Hash;
 use crate::error::{Error, Result};
-use crate::format::{FloatDtype, NESTED_BLOCK_SIZE};
-use crate::kernel::group;
+use crate::format::NESTED_BLOCK_SIZE;
 use crate::plan::{Plan, PlannedTensor};
 use crate::stats::{AbsmaxGathering, Gathering};
+use sets::ScaleSet;
 
 /// Entries of absmax that one [`Task::Nested`] takes: whole nested blocks.
 pub const NESTED_CHUNK: usize = 256 * NESTED_BLOCK_SIZE;
@@ -105,12 +107,6 @@ struct OpenTensor {
     absmax_error: AbsmaxGathering,
 }
 
-/// What tensors that share a global scale have for it.
-struct ScaleSet {
-    tasks_left: usize,
-    absmax: f32,
-}
-
 #[derive(Default)]
 struct FileState {
     /// It was there before, and nothing of it is to be done.
@@ -191,11 +187,7 @@ impl<'a> Scheduler<'a> {
                 }
             }
             (Task::Measure { tensor, .. }, Done::Measured(absmax)) => {
-                if let Some(set) = self.set_of[tensor].and_then(|set| state.sets.get_mut(&set)) {
-                    set.absmax = set.absmax.max(absmax);
-                    set.tasks_left -= 1;
-                }
-                self.changed.notify_all();
+                self.finish_measure(&mut state, tensor, absmax);
             }
             (Task::Nested { tensor, absmax, .. }, Done::Nested(error)) => {
                 drop(absmax);
@@ -342,57 +334,6 @@ impl<'a> Scheduler<'a> {
         let len = chunk_len.min(planned.source_len() - offset);
         state.next = if offset + len == planned.source_len() { (tensor + 1, 0) } else { (tensor, offset + len) };
         Some(Task::Chunk { tensor, offset, len: len as usize, tensor_scale })
-    }
-
-    /// Whether a thread's buffer takes all of a set.
-    fn fits(&self, set: usize) -> bool {
-        let tensors = self.plan.scale_sets[set].iter().map(|&tensor| &self.plan.tensors[tensor]);
-        let element = tensors.clone().filter_map(|tensor| tensor.quantized_from()).map(FloatDtype::size).max();
-        let room = self.means.budget.chunk_elements * element.unwrap_or(2);
-        self.means.device.gpus().is_empty() && tensors.map(PlannedTensor::source_len).sum::<u64>() <= room as u64
-    }
-
-    /// All tensors of a set that aren't written yet.
-    fn take_set(&self, state: &mut State, set: usize) -> Task {
-        let tensors = self.plan.scale_sets[set].iter().copied();
-        let tensors: Vec<usize> = tensors.filter(|&tensor| !state.files[self.file_of[tensor]].was_sealed).collect();
-        for &tensor in &tensors {
-            state.open.insert(tensor, OpenTensor { tasks_left: 1, ..OpenTensor::default() });
-        }
-        state.taken.extend(tensors.iter().copied());
-        Task::Set { set, tensors }
-    }
-
-    /// The scale that a set's tensors share, if all of them are measured. Has that done otherwise, and for the next that is
-    /// to be measured, too, so that no thread need wait.
-    fn tensor_scale(&self, state: &mut State, set: usize) -> Option<f32> {
-        let is_left = |set: &usize| {
-            let mut files = self.plan.scale_sets[*set].iter().map(|&tensor| &state.files[self.file_of[tensor]]);
-            files.any(|file| !file.was_sealed)
-        };
-        let next = (set + 1..self.plan.scale_sets.len()).find(|set| is_left(set) && !self.fits(*set));
-        for set in [Some(set), next].into_iter().flatten() {
-            self.measure(state, set);
-        }
-        let measured = state.sets.get(&set).filter(|set| set.tasks_left == 0)?;
-        let dtype = self.plan.tensors[self.plan.scale_sets[set][0]].quantized_from()?;
-        Some(group::tensor_scale(self.plan.recipe.layout, measured.absmax, dtype))
-    }
-
-    /// Queues the reading of a set's tensors, once.
-    fn measure(&self, state: &mut State, set: usize) {
-        if state.sets.contains_key(&set) {
-            return;
-        }
-        let mut tasks = VecDeque::new();
-        for &tensor in &self.plan.scale_sets[set] {
-            let (all, step) = (self.plan.tensors[tensor].source_len(), self.chunk_len(&self.plan.tensors[tensor]));
-            let starts = (0..all).step_by(step as usize);
-            tasks.extend(starts.map(|offset| Task::Measure { tensor, offset, len: step.min(all - offset) as usize }));
-        }
-        state.sets.insert(set, ScaleSet { tasks_left: tasks.len(), absmax: 0.0 });
-        state.ready.append(&mut tasks);
-        self.changed.notify_all();
     }
 
     /// Bytes of the source in one chunk of `tensor`.
