@@ -10,7 +10,7 @@ use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterio
 use half::{bf16, f16};
 use prequant::format::{BlockFormat, BlockSize, FloatDtype};
 use prequant::kernel::decode::{Coding, Row, ScaleDtype, decode};
-use prequant::kernel::group::{GroupScheme, Groups};
+use prequant::kernel::group::{GroupCoder, Groups};
 use prequant::kernel::{Blocks, Figures, Kernel};
 
 const SOURCE_BYTES: usize = 1 << 20;
@@ -19,12 +19,12 @@ const SOURCE_BYTES: usize = 1 << 20;
 const COLUMNS: usize = 2048;
 
 /// Formats with a scale for each group of a row's columns.
-const GROUPS: [(&str, GroupScheme, usize); 5] = [
-    ("int4", GroupScheme::Int4, 128),
-    ("int4-asym", GroupScheme::Int4Asym, 128),
-    ("nvfp4", GroupScheme::Nvfp4 { global_scale: 16384.0 }, 16),
-    ("nvfp4 modelopt", GroupScheme::Nvfp4ModelOpt { scale_2: 6.1e-5 }, 16),
-    ("mxfp4", GroupScheme::Mxfp4, 32),
+const GROUPS: [(&str, GroupCoder, usize); 5] = [
+    ("int4", GroupCoder::Int4, 128),
+    ("int4-asym", GroupCoder::Int4Asym, 128),
+    ("nvfp4", GroupCoder::Nvfp4 { global_scale: 16384.0 }, 16),
+    ("nvfp4 modelopt", GroupCoder::Nvfp4ModelOpt { scale_2: 6.1e-5 }, 16),
+    ("mxfp4", GroupCoder::Mxfp4, 32),
 ];
 
 /// What is decoded.
@@ -112,14 +112,14 @@ fn quantize_groups(
     source: &[u8],
     dtype: FloatDtype,
     name: &str,
-    scheme: GroupScheme,
+    scheme: GroupCoder,
     size: usize,
 ) {
     let elements = source.len() / dtype.size();
     let groups = elements / size;
     let mut packed = vec![0; elements / 2];
     let mut scales = vec![0; groups * scheme.scale_size(dtype)];
-    let mut points = vec![0; if scheme == GroupScheme::Int4Asym { groups } else { 0 }];
+    let mut points = vec![0; if scheme == GroupCoder::Int4Asym { groups } else { 0 }];
     let [mut absmax, mut signal, mut noise, mut worst] = std::array::from_fn(|_| vec![0.0; groups]);
     group.bench_function(format!("{} {name} {size}", kernel.name()), |bencher| {
         bencher.iter(|| {

@@ -7,16 +7,14 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::path::Path;
 
-use crate::checkpoint::{CONFIG_NAME, Dtype, MANIFEST_NAME, RealDisk, Source, TensorInfo, read_exact_at};
+use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, RealDisk, Source, TensorInfo, read_exact_at};
 use crate::convert::{Conversion, Options};
 use crate::error::{Error, IoContext, Result};
-use crate::format::{
-    BlockScheme, Coding, FloatDtype, GroupFormat, GroupScheme, Layout, ParsedQuantState, Scheme, modelopt,
-};
+use crate::format::{BlockScheme, Coding, FloatDtype, GroupScheme, Layout, ParsedQuantState, Scheme, modelopt};
 use crate::kernel::Device;
 use crate::manifest::{DecisionRecord, Manifest, TensorRecord};
 use crate::plan::input::{Input, as_stored, decoded, model_dtype};
-use crate::plan::{Coded, Nested, Place, Plan, split};
+use crate::plan::{Coded, Nested, Place, Plan, float_dtype, split};
 use crate::relay;
 
 /// What config.json says because of the 4-bit weights.
@@ -118,8 +116,8 @@ impl<'a> Converted<'a> {
         self.check(&coded, info, &shape)?;
         let input = decoded(name, shape, coded, place).map_err(|why| self.malformed(why))?;
         // gpt-oss's model has rows and columns the other way round.
-        let turned = self.manifest.recipe.layout == Layout::GptOss;
-        Ok(if turned { input.turned() } else { input })
+        let transposed = self.manifest.recipe.layout == Layout::GptOss;
+        Ok(if transposed { input.transposed() } else { input })
     }
 
     /// bitsandbytes' weights: their quant_state tells all.
@@ -148,8 +146,7 @@ impl<'a> Converted<'a> {
     }
 
     fn groups(&mut self, scheme: &GroupScheme, name: &str, codes: &str) -> Result<(Coded, Vec<u64>)> {
-        let suffix = if scheme.layout == Layout::GptOss { "_scales" } else { "_scale" };
-        let (scales, scale) = self.tensor(&format!("{name}{suffix}"))?;
+        let (scales, scale) = self.tensor(&format!("{name}{}", scheme.scales_suffix()))?;
         let (_, packed) = self.tensor(codes)?;
         let shape = match (&packed.shape[..], scheme.layout) {
             (&[experts, rows, groups, 16], Layout::GptOss) => vec![experts, rows, groups.saturating_mul(32)],
@@ -162,30 +159,15 @@ impl<'a> Converted<'a> {
         };
         let columns = shape.last().copied().filter(|_| !shape.contains(&0));
         let columns = columns.ok_or_else(|| self.malformed(format!("{name:?}: a shape of {shape:?}")))?;
-        let of_model = model_dtype(self.source.config.as_ref());
-        let (coding, dtype) = match (scheme.format, scheme.layout) {
-            (GroupFormat::Int4 | GroupFormat::Int4Asym, _) => {
-                let dtype = match scale.dtype {
-                    Dtype::Bf16 => FloatDtype::Bfloat16,
-                    Dtype::F16 => FloatDtype::Float16,
-                    Dtype::F32 => FloatDtype::Float32,
-                    other => return Err(self.malformed(format!("{:?} is {other}", scale.name))),
-                };
-                (Coding::Int { group: scheme.group_len(columns) as usize }, dtype)
-            }
-            (GroupFormat::Mxfp4, Layout::GptOss) => (Coding::Mxfp4GptOss, of_model),
-            (GroupFormat::Mxfp4, _) => (Coding::Mxfp4, FloatDtype::Bfloat16),
-            (GroupFormat::Nvfp4, Layout::Modelopt) => {
-                (Coding::Nvfp4ModelOpt { scale_2: self.number(&format!("{name}_scale_2"))? }, of_model)
-            }
-            (GroupFormat::Nvfp4, _) => {
-                let global_scale = self.number(&format!("{name}_global_scale"))?;
-                (Coding::Nvfp4 { global_scale }, FloatDtype::Bfloat16)
-            }
-        };
-        let zero_points = match scheme.format {
-            GroupFormat::Int4Asym => Some(self.tensor(&format!("{name}_zero_point"))?.0),
-            _ => None,
+        let scales_dtype = float_dtype(scale.dtype);
+        let dtype = scheme.decoded_dtype(scales_dtype, model_dtype(self.source.config.as_ref()));
+        let dtype = dtype.ok_or_else(|| self.malformed(format!("{:?} is {}", scale.name, scale.dtype)))?;
+        let tensor_scale =
+            scheme.tensor_scale_suffix().map(|suffix| self.number(&format!("{name}{suffix}"))).transpose()?;
+        let coding = scheme.coding(columns, tensor_scale);
+        let zero_points = match scheme.has_zero_points() {
+            true => Some(self.tensor(&format!("{name}_zero_point"))?.0),
+            false => None,
         };
         let row_len = scheme.packed_row(columns);
         Ok((Coded { coding, dtype, columns, row_len, group_rows: 1, scales, zero_points, nested: None }, shape))

@@ -14,7 +14,7 @@ use std::sync::LazyLock;
 use half::{bf16, f16};
 use prequant::format::FloatDtype;
 use prequant::kernel::cuda::{GROUPS_PTX, GroupKernel, THREADS};
-use prequant::kernel::group::GroupScheme;
+use prequant::kernel::group::GroupCoder;
 
 use cuda::Kernels;
 use cuda_groups::{Rows, schemes};
@@ -30,11 +30,11 @@ fn assert_equal(rows: Rows<'_>) {
 }
 
 /// The group sizes that a scheme is used with, in rows of `columns`.
-fn sizes(scheme: GroupScheme, columns: usize) -> Vec<usize> {
+fn sizes(scheme: GroupCoder, columns: usize) -> Vec<usize> {
     match scheme {
-        GroupScheme::Int4 | GroupScheme::Int4Asym => vec![32, 64, 128, columns],
-        GroupScheme::Nvfp4 { .. } | GroupScheme::Nvfp4ModelOpt { .. } => vec![16],
-        GroupScheme::Mxfp4 => vec![32],
+        GroupCoder::Int4 | GroupCoder::Int4Asym => vec![32, 64, 128, columns],
+        GroupCoder::Nvfp4 { .. } | GroupCoder::Nvfp4ModelOpt { .. } => vec![16],
+        GroupCoder::Mxfp4 => vec![32],
     }
 }
 
@@ -59,7 +59,7 @@ fn assert_equal_for(elements: &[f32]) {
 fn assert_row_equal(elements: &[f32], columns: usize) {
     for dtype in DTYPES {
         let source = &encode(dtype, elements)[..];
-        for scheme in [GroupScheme::Int4, GroupScheme::Int4Asym] {
+        for scheme in [GroupCoder::Int4, GroupCoder::Int4Asym] {
             assert_equal(Rows { source, dtype, columns, group: columns, scheme });
         }
     }
@@ -159,8 +159,8 @@ fn at_the_borders_between_scales() {
     elements.resize(elements.len().next_multiple_of(COLUMNS), 0.0);
     for dtype in DTYPES {
         let source = &encode(dtype, &elements)[..];
-        let nvfp4 = [1.0, 1.0 / 3.0, 0.0].map(|global_scale| GroupScheme::Nvfp4 { global_scale });
-        let modelopt = [1.0, 3.0, 1e30].map(|scale_2| GroupScheme::Nvfp4ModelOpt { scale_2 });
+        let nvfp4 = [1.0, 1.0 / 3.0, 0.0].map(|global_scale| GroupCoder::Nvfp4 { global_scale });
+        let modelopt = [1.0, 3.0, 1e30].map(|scale_2| GroupCoder::Nvfp4ModelOpt { scale_2 });
         for scheme in nvfp4.into_iter().chain(modelopt) {
             assert_equal(Rows { source, dtype, columns: COLUMNS, group: 16, scheme });
         }

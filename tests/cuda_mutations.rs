@@ -21,7 +21,7 @@ use regex::Regex;
 
 use prequant::format::{Codebook, FloatDtype, dynamic_map};
 use prequant::kernel::cuda::{GROUPS_PTX, GroupKernel, PTX};
-use prequant::kernel::group::GroupScheme;
+use prequant::kernel::group::GroupCoder;
 
 use cuda::{Kernels, kernel_name};
 use cuda_groups::{Rows, schemes};
@@ -212,18 +212,18 @@ fn try_groups(kernels: &Kernels, kernel: GroupKernel, dtype: FloatDtype) -> Resu
         let bytes = |elements: &[f32]| elements.iter().flat_map(|&x| encode_one(dtype, x)).collect::<Vec<u8>>();
         let finite = if elements.iter().all(|x| x.is_finite()) { encode(dtype, &elements) } else { bytes(&elements) };
         let mut schemes = schemes(&finite, dtype).to_vec();
-        schemes.push(GroupScheme::Nvfp4 { global_scale: 1.0 });
-        schemes.push(GroupScheme::Nvfp4ModelOpt { scale_2: 0.25 });
-        schemes.push(GroupScheme::Nvfp4ModelOpt { scale_2: f32::from_bits(1) });
+        schemes.push(GroupCoder::Nvfp4 { global_scale: 1.0 });
+        schemes.push(GroupCoder::Nvfp4ModelOpt { scale_2: 0.25 });
+        schemes.push(GroupCoder::Nvfp4ModelOpt { scale_2: f32::from_bits(1) });
         for &(columns, group) in shapes {
             let source = &finite[..finite.len() / (columns * dtype.size()) * columns * dtype.size()];
             for &scheme in &schemes {
                 let fits = match scheme {
-                    GroupScheme::Int4 => matches!(kernel, GroupKernel::Int4 | GroupKernel::Int4Rows),
-                    GroupScheme::Int4Asym => matches!(kernel, GroupKernel::Int4Asym | GroupKernel::Int4AsymRows),
-                    GroupScheme::Nvfp4 { .. } => kernel == GroupKernel::Nvfp4,
-                    GroupScheme::Nvfp4ModelOpt { .. } => kernel == GroupKernel::Nvfp4ModelOpt,
-                    GroupScheme::Mxfp4 => kernel == GroupKernel::Mxfp4,
+                    GroupCoder::Int4 => matches!(kernel, GroupKernel::Int4 | GroupKernel::Int4Rows),
+                    GroupCoder::Int4Asym => matches!(kernel, GroupKernel::Int4Asym | GroupKernel::Int4AsymRows),
+                    GroupCoder::Nvfp4 { .. } => kernel == GroupKernel::Nvfp4,
+                    GroupCoder::Nvfp4ModelOpt { .. } => kernel == GroupKernel::Nvfp4ModelOpt,
+                    GroupCoder::Mxfp4 => kernel == GroupKernel::Mxfp4,
                 };
                 if fits {
                     kernels.check_groups(Rows { source, dtype, columns, group, scheme })?;

@@ -13,7 +13,7 @@ use half::{bf16, f16};
 use prequant::format::{BlockFormat, FloatDtype};
 use prequant::kernel::Kernel;
 use prequant::kernel::decode::{Coding, Row, ScaleDtype, decode, restore_absmax};
-use prequant::kernel::group::GroupScheme;
+use prequant::kernel::group::GroupCoder;
 use proptest::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 
@@ -357,11 +357,11 @@ fn decoded_weights_are_as_far_off_as_the_quantizer_says() {
     }
     let (global_scale, scale_2) = (20000.0, 4e-5);
     let schemes = [
-        (GroupScheme::Int4, Coding::Int { group: 128 }),
-        (GroupScheme::Int4Asym, Coding::Int { group: 32 }),
-        (GroupScheme::Nvfp4 { global_scale }, Coding::Nvfp4 { global_scale }),
-        (GroupScheme::Nvfp4ModelOpt { scale_2 }, Coding::Nvfp4ModelOpt { scale_2 }),
-        (GroupScheme::Mxfp4, Coding::Mxfp4),
+        (GroupCoder::Int4, Coding::Int { group: 128 }),
+        (GroupCoder::Int4Asym, Coding::Int { group: 32 }),
+        (GroupCoder::Nvfp4 { global_scale }, Coding::Nvfp4 { global_scale }),
+        (GroupCoder::Nvfp4ModelOpt { scale_2 }, Coding::Nvfp4ModelOpt { scale_2 }),
+        (GroupCoder::Mxfp4, Coding::Mxfp4),
     ];
     for (scheme, coding) in schemes {
         let columns = weights.len();

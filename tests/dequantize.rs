@@ -3,11 +3,17 @@
 mod support;
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use half::bf16;
-use safetensors::SafeTensors;
+use prequant::checkpoint::{Disk, RealDisk};
+use prequant::convert::Options;
+use prequant::dequantize::plan;
+use prequant::pipeline::Progress;
 use safetensors::tensor::Dtype;
 use serde_json::json;
 
@@ -22,18 +28,9 @@ fn restored(folder: &Folder) -> BTreeMap<String, Stored> {
     read_tensors(&folder.beside("restored")).into_iter().map(|(name, (_, stored))| (name, stored)).collect()
 }
 
-/// A golden file's tensors.
+/// Weights, and what llm-compressor makes of them.
 fn goldens(file: &str) -> BTreeMap<String, Stored> {
-    goldens_of("group-goldens", file)
-}
-
-fn goldens_of(folder: &str, file: &str) -> BTreeMap<String, Stored> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(folder).join(format!("{file}.safetensors"));
-    let bytes = std::fs::read(path).unwrap();
-    let tensors = SafeTensors::deserialize(&bytes).unwrap();
-    let stored =
-        |view: safetensors::tensor::TensorView<'_>| (view.dtype(), view.shape().to_vec(), view.data().to_vec());
-    tensors.iter().map(|(name, view)| (name.to_owned(), stored(view))).collect()
+    support::goldens("group-goldens", file)
 }
 
 fn linear(layer: usize) -> String {
@@ -97,9 +94,9 @@ fn floats_decode_as_compressed_tensors_decompresses_them() {
 #[test]
 fn modelopts_layout_decodes_as_modelopt_dequantizes_it() {
     for (short, long) in [("bf16", "bfloat16"), ("f16", "float16"), ("f32", "float32")] {
-        let outputs = goldens_of("modelopt-goldens", &format!("nvfp4-{short}"));
+        let outputs = support::goldens("modelopt-goldens", &format!("nvfp4-{short}"));
         let mut inputs = goldens(&format!("input-{short}"));
-        inputs.extend(goldens_of("modelopt-goldens", &format!("input-{short}")));
+        inputs.extend(support::goldens("modelopt-goldens", &format!("input-{short}")));
         inputs.retain(|case, _| outputs.contains_key(&format!("{case}/restored")));
         assert!(inputs.len() > 5);
         let folder = Folder::new("llama");
@@ -288,7 +285,7 @@ fn damage_is_told_and_nothing_is_left() {
 }
 
 #[test]
-fn files_that_a_stopped_run_finished_are_kept() {
+fn a_destination_with_something_in_it_is_refused_without_force() {
     let folder = Folder::llama();
     folder.convert(&[]).ok();
     std::fs::create_dir(folder.beside("restored")).unwrap();
@@ -296,4 +293,64 @@ fn files_that_a_stopped_run_finished_are_kept() {
     dequantize(&folder, &[]).fails(3, &["--force"]);
     dequantize(&folder, &["--force"]).ok();
     assert!(folder.beside("restored").join("mine").exists());
+}
+
+/// A disk that fails after so many writes.
+struct Failing {
+    writes_left: AtomicUsize,
+}
+
+impl Disk for Failing {
+    fn read_at(&self, file: &File, path: &Path, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        RealDisk.read_at(file, path, buffer, offset)
+    }
+
+    fn write_at(&self, file: &File, path: &Path, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        match self.writes_left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)) {
+            Ok(_) => RealDisk.write_at(file, path, bytes, offset),
+            Err(_) => Err(io::ErrorKind::StorageFull.into()),
+        }
+    }
+
+    fn sync(&self, file: &File, path: &Path) -> io::Result<()> {
+        RealDisk.sync(file, path)
+    }
+}
+
+struct Silent;
+
+impl Progress for Silent {
+    fn found(&self, _: usize, _: usize) {}
+    fn resumed(&self, _: usize, _: u64) {}
+    fn advanced(&self, _: &str, _: u64) {}
+    fn sealed(&self, _: &str, _: u64) {}
+    fn kept(&self, _: usize) {}
+}
+
+#[test]
+fn files_that_a_stopped_run_finished_are_kept() {
+    let folder = Folder::new("llama");
+    let weights: Vec<Tensor> = (0..8).map(|i| Tensor::random(&linear(i), Dtype::BF16, &[64, 64])).collect();
+    folder.write("model.safetensors", serialize(&weights));
+    folder.convert(&["--format", "nvfp4"]).ok();
+    dequantize(&folder, &["--max-shard-size", "9kB"]).ok();
+    let whole = contents(&folder.beside("restored"));
+    let destination = folder.beside("stopped");
+    let options = Options { threads: 1, ..Options::default() };
+    let conversion = plan(&folder.destination(), 9000, options).unwrap();
+    let disk = Failing { writes_left: AtomicUsize::new(9) };
+    let stopped = conversion.dequantize_on(&disk, &AtomicBool::new(false), &destination, &Silent);
+    assert!(stopped.unwrap_err().to_string().contains("make room"));
+    let sealed = file_names(&destination.join(".prequant-staging/ready"));
+    assert!(!sealed.is_empty() && sealed.len() < 8, "{sealed:?}");
+    assert!(!destination.join("config.json").exists() && !destination.join("SHA256SUMS").exists());
+    // Others' work isn't gone on with.
+    let mut command = Command::new(env!("CARGO_BIN_EXE_prequant"));
+    let other = Run::of(command.arg("convert").arg(folder.source()).arg(&destination).args(["--format", "nvfp4"]));
+    other.fails(3, &["unfinished conversion of something else"]);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_prequant"));
+    command.arg("dequantize").arg(folder.destination()).arg(&destination).args(["--max-shard-size", "9kB"]);
+    let run = Run::of(&mut command).ok();
+    assert!(run.stderr.contains(&format!("{} of 8", sealed.len())), "{}", run.stderr);
+    assert!(contents(&destination) == whole);
 }

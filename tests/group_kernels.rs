@@ -6,25 +6,25 @@ mod groups;
 mod weights;
 
 use prequant::format::FloatDtype;
-use prequant::kernel::group::{GroupScheme, scalar};
+use prequant::kernel::group::{GroupCoder, scalar};
 use prequant::kernel::{Kernel, NonFinite};
 
 use groups::quantize;
 use weights::{DTYPES, Random, encode, largest, next_bf16s, next_f32s};
 
 /// The schemes with the group sizes that each is used with; a whole row's, and odd ones, too.
-fn schemes(source: &[u8], dtype: FloatDtype) -> Vec<(GroupScheme, Vec<usize>)> {
+fn schemes(source: &[u8], dtype: FloatDtype) -> Vec<(GroupCoder, Vec<usize>)> {
     let absmax = scalar::absmax(source, dtype).unwrap_or(1.0);
     let global_scale = scalar::global_scale(absmax, dtype);
     let scale_2 = if absmax > 0.0 { absmax / (448.0 * 6.0) } else { 1.0 };
     let integers = vec![32, 64, 128, COLUMNS, 40, 20];
     vec![
-        (GroupScheme::Int4, integers.clone()),
-        (GroupScheme::Int4Asym, integers),
-        (GroupScheme::Nvfp4 { global_scale }, vec![16]),
-        (GroupScheme::Nvfp4 { global_scale: 1.0 }, vec![16]),
-        (GroupScheme::Nvfp4ModelOpt { scale_2 }, vec![16]),
-        (GroupScheme::Mxfp4, vec![32]),
+        (GroupCoder::Int4, integers.clone()),
+        (GroupCoder::Int4Asym, integers),
+        (GroupCoder::Nvfp4 { global_scale }, vec![16]),
+        (GroupCoder::Nvfp4 { global_scale: 1.0 }, vec![16]),
+        (GroupCoder::Nvfp4ModelOpt { scale_2 }, vec![16]),
+        (GroupCoder::Mxfp4, vec![32]),
     ]
 }
 
@@ -163,7 +163,7 @@ fn what_is_not_finite_is_told_wherever_it_is() {
 }
 
 /// Asserts that every kernel does with groups of these bf16 what the specification does.
-fn assert_groups_equal(source: &[u8], group: usize, scheme: GroupScheme, case: &str) {
+fn assert_groups_equal(source: &[u8], group: usize, scheme: GroupCoder, case: &str) {
     let dtype = FloatDtype::Bfloat16;
     let expected = quantize(Kernel::SCALAR, source, dtype, group, group, scheme).unwrap();
     for kernel in Kernel::available() {
@@ -173,12 +173,12 @@ fn assert_groups_equal(source: &[u8], group: usize, scheme: GroupScheme, case: &
 }
 
 /// The schemes, each with its shortest group, for tensors whose absmax is 1.
-const SCHEMES: [(GroupScheme, usize); 5] = [
-    (GroupScheme::Int4, 32),
-    (GroupScheme::Int4Asym, 32),
-    (GroupScheme::Nvfp4 { global_scale: 2688.0 }, 16),
-    (GroupScheme::Nvfp4ModelOpt { scale_2: 1.0 / 2688.0 }, 16),
-    (GroupScheme::Mxfp4, 32),
+const SCHEMES: [(GroupCoder, usize); 5] = [
+    (GroupCoder::Int4, 32),
+    (GroupCoder::Int4Asym, 32),
+    (GroupCoder::Nvfp4 { global_scale: 2688.0 }, 16),
+    (GroupCoder::Nvfp4ModelOpt { scale_2: 1.0 / 2688.0 }, 16),
+    (GroupCoder::Mxfp4, 32),
 ];
 
 /// Vector kernels take so many at a time.
@@ -231,7 +231,7 @@ fn every_bf16_is_a_groups_absmax() {
 fn a_group_far_beyond_its_scale_changes_no_other() {
     let mut random = Random(7);
     let weights: Vec<f32> = (0..130 * 16).map(|_| random.uniform()).collect();
-    for scheme in [GroupScheme::Nvfp4 { global_scale: 448.0 }, GroupScheme::Nvfp4ModelOpt { scale_2: 1.0 / 448.0 }] {
+    for scheme in [GroupCoder::Nvfp4 { global_scale: 448.0 }, GroupCoder::Nvfp4ModelOpt { scale_2: 1.0 / 448.0 }] {
         for far in (0..130).step_by(3) {
             for by in [14.0, 15.9, 16.0, 16.1, 1e4, 1e30] {
                 let mut weights = weights.clone();

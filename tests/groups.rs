@@ -10,8 +10,7 @@ use std::process::Command;
 
 use prequant::format::FloatDtype;
 use prequant::kernel::Kernel;
-use prequant::kernel::group::{GroupScheme, scalar};
-use safetensors::SafeTensors;
+use prequant::kernel::group::{GroupCoder, scalar};
 use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
 
@@ -19,12 +18,7 @@ use support::{Folder, Run, Stored, Tensor, contents, read_tensors, serialize};
 
 /// A golden file's tensors; scripts/make-group-goldens had llm-compressor write them.
 fn goldens(file: &str) -> BTreeMap<String, Stored> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/group-goldens");
-    let bytes = std::fs::read(folder.join(format!("{file}.safetensors"))).unwrap();
-    let tensors = SafeTensors::deserialize(&bytes).unwrap();
-    let stored =
-        |view: safetensors::tensor::TensorView<'_>| (view.dtype(), view.shape().to_vec(), view.data().to_vec());
-    tensors.iter().map(|(name, view)| (name.to_owned(), stored(view))).collect()
+    support::goldens("group-goldens", file)
 }
 
 fn linear(layer: usize) -> String {
@@ -167,7 +161,7 @@ fn weights_that_are_put_together_share_a_global_scale() {
             let weight = name(layer, module);
             let global = stored(&found, &format!("{weight}_global_scale"));
             assert_eq!(global, (Dtype::F32, vec![1], global_scale.to_le_bytes().to_vec()), "{weight}");
-            let scheme = GroupScheme::Nvfp4 { global_scale };
+            let scheme = GroupCoder::Nvfp4 { global_scale };
             let expected = groups::quantize(Kernel::SCALAR, &weights[&weight].data, bf16, columns, 16, scheme).unwrap();
             assert!(stored(&found, &format!("{weight}_packed")).2 == expected.packed, "{weight}");
             assert!(stored(&found, &format!("{weight}_scale")).2 == expected.scales, "{weight}");
@@ -178,7 +172,7 @@ fn weights_that_are_put_together_share_a_global_scale() {
 /// More than one chunk of a tensor, and its last one short: in rows, in groups, and with zero points of eight rows in one.
 #[test]
 fn large_weights_are_what_the_kernel_makes_of_them() {
-    use GroupScheme::{Int4, Int4Asym, Mxfp4};
+    use GroupCoder::{Int4, Int4Asym, Mxfp4};
     for (format, scheme, flags, columns, group) in [
         ("int4", Int4, &[][..], 4096, 128),
         ("int4", Int4, &["--group-size", "channel"], 4100, 4100),
@@ -323,10 +317,45 @@ fn config_json_lists_exactly_the_linears_that_are_kept() {
 fn a_mix_that_vllm_does_not_read_is_warned_of() {
     let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/tiny-qwen3-moe");
     let folder = Folder::new("qwen3_moe");
-    let run = folder.convert_from(&fixture, &["--format", "int4"]).ok();
-    assert!(run.stderr.contains("--group-size 64") && run.stderr.contains("vLLM"), "{}", run.stderr);
-    let run = folder.convert_from(&fixture, &["--format", "int4", "--group-size", "64", "--force"]).ok();
-    assert!(!run.stderr.contains("warning"), "{}", run.stderr);
+    let warning = |flags: &[&str]| {
+        let run = folder.convert_from(&fixture, &[&["--format", "int4", "--force"], flags].concat()).ok();
+        run.stderr.lines().find(|line| line.starts_with("warning")).unwrap_or_default().to_owned()
+    };
+    // Down has 64 columns.
+    let found = warning(&[]);
+    assert!(found.contains("down_proj") && found.contains("--group-size 64") && found.contains("vLLM"), "{found}");
+    let fits = &["--group-size", "64"][..];
+    assert_eq!(warning(fits), "");
+    assert_eq!(warning(&["--only-experts", "--group-size", "64"]), "");
+    assert_eq!(warning(&["--exclude", "experts"]), "");
+    for (pattern, reason) in [
+        ("k_proj", "self_attn.k_proj"),
+        (r"experts\.\d\.down", "down_proj"),
+        (r"experts\.3\.", "experts.3."),
+        (r"layers\.1\.mlp\.experts\.0\.up", "layers.1.mlp.experts.0.up_proj"),
+    ] {
+        let found = warning(&[fits, &["--exclude", pattern]].concat());
+        assert!(found.contains(reason) && found.contains("--exclude") && !found.contains("--group-size"), "{found}");
+    }
+}
+
+/// What is quantized against the rules must not be listed as kept.
+#[test]
+fn a_head_that_is_included_is_not_ignored() {
+    for (model_type, flags) in [
+        ("llama", &["--format", "int4", "--group-size", "32"][..]),
+        ("qwen3_moe", &["--format", "mxfp4"]),
+        ("deepseek_v3", &["--format", "nvfp4"]),
+        ("llama", &["--format", "nvfp4", "--layout", "modelopt"]),
+    ] {
+        let folder = Folder::new(model_type);
+        folder.write("model.safetensors", serialize(&support::llama()));
+        let run = folder.convert(&[flags, &["--include", "lm_head"]].concat()).ok();
+        assert!(run.stderr.contains("vLLM"), "{}", run.stderr);
+        let ignore = &folder.read_json("config.json")["quantization_config"]["ignore"];
+        assert!(!ignore.as_array().unwrap().contains(&json!("lm_head")), "{ignore}");
+        verify(&folder, &[]).ok();
+    }
 }
 
 #[test]

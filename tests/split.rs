@@ -6,7 +6,7 @@ mod support;
 
 use prequant::format::FloatDtype;
 use prequant::kernel::Kernel;
-use prequant::kernel::group::GroupScheme;
+use prequant::kernel::group::GroupCoder;
 use safetensors::tensor::Dtype;
 use serde_json::Value;
 
@@ -204,7 +204,7 @@ fn every_expert_has_its_own_rows_under_its_own_name() {
                 for (target, (rows, columns, data)) in targets.iter().zip(matrices) {
                     let name = target.replace('*', &expert.to_string());
                     let expected =
-                        groups::quantize(Kernel::SCALAR, &data, float, columns, 32, GroupScheme::Int4).unwrap();
+                        groups::quantize(Kernel::SCALAR, &data, float, columns, 32, GroupCoder::Int4).unwrap();
                     let (_, (_, shape, packed)) = &found[&format!("{name}.weight_packed")];
                     assert_eq!(*shape, [rows, columns / 8], "{name}");
                     assert!(*packed == expected.packed, "{name}");
@@ -311,7 +311,7 @@ fn gpt_oss_layout_has_blocks_and_scales() {
     for expert in 0..EXPERTS {
         let (_, _, data) = matrices(&tensors[0], expert, 1, true, false).remove(0);
         let expected =
-            groups::quantize(Kernel::SCALAR, &data, FloatDtype::Bfloat16, 64, 32, GroupScheme::Mxfp4).unwrap();
+            groups::quantize(Kernel::SCALAR, &data, FloatDtype::Bfloat16, 64, 32, GroupCoder::Mxfp4).unwrap();
         assert!(blocks[expert * 96 * 32..][..96 * 32] == expected.packed, "{expert}");
         assert!(scales[expert * 96 * 2..][..96 * 2] == expected.scales, "{expert}");
     }

@@ -2,7 +2,7 @@
 
 use prequant::format::FloatDtype;
 use prequant::kernel::cuda::Slot;
-use prequant::kernel::group::{GroupScheme, Groups, scalar};
+use prequant::kernel::group::{GroupCoder, Groups, scalar};
 use prequant::kernel::{Figures, Kernel};
 
 /// The schemes' names, for people.
@@ -12,14 +12,14 @@ pub const SCHEMES: [&str; 5] = ["int4", "int4-asym", "nvfp4", "nvfp4 (ModelOpt)"
 const ROWS: [usize; 6] = [33, 512, 1000, 4096, 14336, 151_937];
 
 /// A scheme by its name, with what a plan would give it for these weights.
-fn scheme(name: &str, source: &[u8], dtype: FloatDtype) -> GroupScheme {
+fn scheme(name: &str, source: &[u8], dtype: FloatDtype) -> GroupCoder {
     let absmax = scalar::absmax(source, dtype).unwrap_or(1.0);
     match name {
-        "int4" => GroupScheme::Int4,
-        "int4-asym" => GroupScheme::Int4Asym,
-        "nvfp4" => GroupScheme::Nvfp4 { global_scale: scalar::global_scale(absmax, dtype) },
-        "mxfp4" => GroupScheme::Mxfp4,
-        _ => GroupScheme::Nvfp4ModelOpt { scale_2: scalar::scale_2(absmax) },
+        "int4" => GroupCoder::Int4,
+        "int4-asym" => GroupCoder::Int4Asym,
+        "nvfp4" => GroupCoder::Nvfp4 { global_scale: scalar::global_scale(absmax, dtype) },
+        "mxfp4" => GroupCoder::Mxfp4,
+        _ => GroupCoder::Nvfp4ModelOpt { scale_2: scalar::scale_2(absmax) },
     }
 }
 
@@ -55,13 +55,13 @@ fn compare(
     dtype: FloatDtype,
     columns: usize,
     group: usize,
-    scheme: GroupScheme,
+    scheme: GroupCoder,
 ) -> Result<(), String> {
     let elements = source.len() / dtype.size();
     let groups = elements / group;
     let mut packed = vec![0; elements / columns * scheme.packed_row(columns)];
     let mut scales = vec![0; groups * scheme.scale_size(dtype)];
-    let mut zero_points = vec![0; if scheme == GroupScheme::Int4Asym { groups } else { 0 }];
+    let mut zero_points = vec![0; if scheme == GroupCoder::Int4Asym { groups } else { 0 }];
     let [mut absmax, mut signal, mut noise, mut worst] = std::array::from_fn(|_| vec![0f32; groups]);
     let figures = Figures { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
     let (packed_out, scales_out, points_out) = (&mut packed, &mut scales, &mut zero_points);

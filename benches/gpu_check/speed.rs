@@ -8,7 +8,7 @@ use cudarc::driver::result::{self, DriverError, event, module, stream};
 use cudarc::driver::sys;
 use prequant::format::{FP4, FloatDtype, NF4};
 use prequant::kernel::cuda::{GROUPS_PTX, GroupKernel, PTX, THREADS, codebook_table, tensor_factor, thread_blocks};
-use prequant::kernel::group::GroupScheme;
+use prequant::kernel::group::GroupCoder;
 
 use super::Report;
 
@@ -223,14 +223,14 @@ fn group_cases(len: usize) -> Result<Vec<Case>, DriverError> {
     let module = load(GROUPS_PTX)?;
     let mut cases = Vec::new();
     for (scheme, group) in [
-        (GroupScheme::Int4, 32),
-        (GroupScheme::Int4, 128),
-        (GroupScheme::Int4, COLUMNS),
-        (GroupScheme::Int4Asym, 128),
-        (GroupScheme::Int4Asym, COLUMNS),
-        (GroupScheme::Nvfp4 { global_scale: 448.0 }, 16),
-        (GroupScheme::Nvfp4ModelOpt { scale_2: 1.0 / 448.0 }, 16),
-        (GroupScheme::Mxfp4, 32),
+        (GroupCoder::Int4, 32),
+        (GroupCoder::Int4, 128),
+        (GroupCoder::Int4, COLUMNS),
+        (GroupCoder::Int4Asym, 128),
+        (GroupCoder::Int4Asym, COLUMNS),
+        (GroupCoder::Nvfp4 { global_scale: 448.0 }, 16),
+        (GroupCoder::Nvfp4ModelOpt { scale_2: 1.0 / 448.0 }, 16),
+        (GroupCoder::Mxfp4, 32),
     ] {
         let kernel = GroupKernel::new(scheme, COLUMNS, group);
         for (_, dtype) in DTYPES {
@@ -239,7 +239,7 @@ fn group_cases(len: usize) -> Result<Vec<Case>, DriverError> {
             let packed = 16 * groups;
             let scales = packed + elements / 2;
             let zero_points = scales + groups * scheme.scale_size(dtype);
-            let points = if scheme == GroupScheme::Int4Asym { groups } else { 0 };
+            let points = if scheme == GroupCoder::Int4Asym { groups } else { 0 };
             let (count, size) = (U32(groups as u32), U32(group as u32));
             let results = [packed, scales, zero_points, 0].map(Results);
             cases.push(Case {

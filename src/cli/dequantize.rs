@@ -84,7 +84,8 @@ fn dequantize(arguments: &Arguments) -> Result<Outcome, Error> {
     let reporter = Reporter::new(style, &conversion);
     let files = conversion.dequantize_on(&RealDisk, interrupt::flag(), &arguments.destination, &reporter)?;
     reporter.finish();
-    let (destination, tensors) = (arguments.destination.display().to_string(), conversion.plan.tensors.len());
+    let (destination, tensors) = (arguments.destination.display().to_string(), &conversion.plan.tensors);
+    let decoded = tensors.iter().filter(|tensor| tensor.is_decoded()).count();
     let (written, seconds) = (files.iter().map(|file| file.size).sum::<u64>(), start.elapsed().as_secs_f64());
     let output = match (arguments.json, arguments.quiet) {
         (true, _) => format!(
@@ -93,8 +94,9 @@ fn dequantize(arguments: &Arguments) -> Result<Outcome, Error> {
         ),
         (false, true) => String::new(),
         (false, false) => format!(
-            "{destination}: {tensors} tensors decoded from {}; {} in {} files, {seconds:.2} s, hashes included\n",
+            "{destination}: {decoded} tensors decoded from {}, {} copied; {} in {} files, {seconds:.2} s, hashes included\n",
             super::summary::format_name(&conversion.plan.recipe),
+            tensors.len() - decoded,
             Bytes(written),
             files.len() + 1,
         ),

@@ -42,14 +42,16 @@ fn decisions(plan: &Plan) -> String {
     let mut text = String::new();
     let width = |of: fn(&PlannedTensor) -> usize| plan.tensors.iter().map(of).max().unwrap_or(0);
     let name_width = width(|tensor| tensor.name.len()).min(72);
+    let decision_width = plan.recipe.format.name().len().max("keep".len());
     let shape_width = width(|tensor| format!("{:?}", tensor.shape).len());
     for tensor in &plan.tensors {
         let decision = if tensor.quantized_from().is_some() { plan.recipe.format.name() } else { "keep" };
-        let shape = format!("{:?}", tensor.shape);
+        let (shape, dtype) = (format!("{:?}", tensor.shape), tensor.dtype);
+        let decoded = if tensor.is_decoded() { " (decoded)" } else { "" };
         let _ = writeln!(
             text,
-            "{decision:4}  {:name_width$}  {:4} {shape:shape_width$}  {}",
-            tensor.name, tensor.dtype, tensor.reason
+            "{decision:decision_width$}  {:name_width$}  {dtype:4} {shape:shape_width$}  {}{decoded}",
+            tensor.name, tensor.reason
         );
     }
     text + "\n"
@@ -68,8 +70,13 @@ fn totals(conversion: &Conversion, destination: &Path, device: &str, free: Optio
     )];
     lines.extend(conversion.relaid_from().map(|_| "experts are laid out anew; nothing is quantized again".to_owned()));
     lines.extend(plan.warnings.iter().map(|warning| format!("warning: {warning}")));
+    let decoded = decisions.tensors.iter().filter(|tensor| tensor.is_decoded()).count();
+    if decoded > 0 {
+        lines.push(format!("{decoded} tensors are quantized in the source, and decoded on the way in"));
+    }
+    let stored: u64 = source.tensors().map(|(_, info)| info.len).sum();
     lines.extend([
-        format!("source:  {} of tensors in {} files", Bytes(plan.source_len()), source.files.len()),
+        format!("source:  {} of tensors in {} files", Bytes(stored), source.files.len()),
         format!(
             "output:  {} in {files} file{} of weights and {} side files; {:.2} bits a quantized weight, {:.2} over all",
             Bytes(plan.output_len()),

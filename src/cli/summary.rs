@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use prequant::convert::Conversion;
-use prequant::format::{Layout, Scheme};
+use prequant::format::{GroupScheme, GroupSize, Layout, Scheme};
 use prequant::manifest::Manifest;
 use prequant::plan::Recipe;
 use prequant::stats::Statistics;
@@ -99,6 +99,9 @@ impl Done<'_> {
 pub fn format_name(recipe: &Recipe) -> String {
     let mut name = match recipe.scheme() {
         Scheme::Blocks(scheme) => format!("{} (block {}", recipe.format.name(), scheme.block_size),
+        Scheme::Groups(GroupScheme { size: GroupSize::Channel, .. }) => {
+            format!("{} (one scale a row", recipe.format.name())
+        }
         Scheme::Groups(scheme) => format!("{} (group {}", recipe.format.name(), scheme.size),
     };
     if recipe.double_quant {

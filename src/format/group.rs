@@ -7,7 +7,7 @@ use std::str::FromStr;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-use super::{FloatDtype, OutputTensor, compressed, gpt_oss, modelopt};
+use super::{Coding, FloatDtype, OutputTensor, compressed, gpt_oss, modelopt};
 
 /// Columns that share a scale in INT4.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,10 +154,10 @@ impl GroupScheme {
         }
     }
 
-    /// Whether a piece of a weight must be whole rows, for groups are, or zero points of several rows are put together. Otherwise
-    /// rows are whole groups, which have no padding.
+    /// Whether a piece of a weight must be whole rows: where a group is a row, or where zero points of several rows share an integer.
+    /// Otherwise a piece may be any number of whole groups, which lie one after the other without padding.
     pub fn has_whole_rows(&self) -> bool {
-        self.size == GroupSize::Channel || self.format == GroupFormat::Int4Asym
+        self.size == GroupSize::Channel || self.has_zero_points()
     }
 
     /// Whether codes are integers: eight to an i32, of which a row fills whole ones. E2M1 floats are two a byte.
@@ -181,6 +181,47 @@ impl GroupScheme {
             Layout::CompressedTensors => "_packed",
             Layout::Modelopt => "",
             Layout::GptOss => "_blocks",
+        }
+    }
+
+    /// The end of the scales' name, after the weight's.
+    pub fn scales_suffix(&self) -> &'static str {
+        if self.layout == Layout::GptOss { "_scales" } else { "_scale" }
+    }
+
+    /// The end of the name of the one scale of all groups' scales, if the format has it.
+    pub fn tensor_scale_suffix(&self) -> Option<&'static str> {
+        match (self.format, self.layout) {
+            (GroupFormat::Nvfp4, Layout::Modelopt) => Some("_scale_2"),
+            (GroupFormat::Nvfp4, _) => Some("_global_scale"),
+            _ => None,
+        }
+    }
+
+    /// Whether groups have zero points.
+    pub fn has_zero_points(&self) -> bool {
+        self.format == GroupFormat::Int4Asym
+    }
+
+    /// What codes of rows of `columns` decode by; `tensor_scale` is what [`GroupScheme::tensor_scale_suffix`] names.
+    pub fn coding(&self, columns: u64, tensor_scale: Option<f32>) -> Coding {
+        let scale = tensor_scale.unwrap_or(1.0);
+        match (self.format, self.layout) {
+            (GroupFormat::Int4 | GroupFormat::Int4Asym, _) => Coding::Int { group: self.group_len(columns) as usize },
+            (GroupFormat::Mxfp4, Layout::GptOss) => Coding::Mxfp4GptOss,
+            (GroupFormat::Mxfp4, _) => Coding::Mxfp4,
+            (GroupFormat::Nvfp4, Layout::Modelopt) => Coding::Nvfp4ModelOpt { scale_2: scale },
+            (GroupFormat::Nvfp4, _) => Coding::Nvfp4 { global_scale: scale },
+        }
+    }
+
+    /// The dtype that the format's own library decodes to, where scales have the dtype `scales` if they are floats of a
+    /// weight's dtypes, and the model is in `model`.
+    pub fn decoded_dtype(&self, scales: Option<FloatDtype>, model: FloatDtype) -> Option<FloatDtype> {
+        match self.layout {
+            _ if self.is_integer() => scales,
+            Layout::CompressedTensors => Some(FloatDtype::Bfloat16),
+            Layout::Modelopt | Layout::GptOss => Some(model),
         }
     }
 

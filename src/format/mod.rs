@@ -189,6 +189,21 @@ impl Scheme {
         }
     }
 
+    /// A file that the format has beside config.json: name and content.
+    pub fn side_file(&self, kept: &[String]) -> Option<(String, String)> {
+        match self {
+            Scheme::Groups(scheme) if scheme.layout == Layout::Modelopt => {
+                Some((modelopt::CONFIG_NAME.to_owned(), modelopt::config_text(scheme, kept)))
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether weights that clients put together share a scale.
+    pub fn shares_scales(&self) -> bool {
+        matches!(self, Scheme::Groups(scheme) if scheme.tensor_scale_suffix().is_some())
+    }
+
     /// The tensors that a weight of `shape` becomes.
     pub fn output_tensors(&self, dtype: FloatDtype, shape: &[u64]) -> Vec<OutputTensor> {
         match self {

@@ -172,7 +172,7 @@ fn buffers_len(plan: &Plan, chunk: usize) -> u64 {
     let Capacity { source, packed, groups } = Capacity::new(plan, chunk);
     // Four figures, the scale as bytes, and a zero point that is packed into half a byte more.
     let group = 5 * size_of::<f32>() + 2;
-    let decodes = plan.tensors.iter().flat_map(|tensor| &tensor.parts).any(|part| part.coded.is_some());
+    let decodes = plan.tensors.iter().any(PlannedTensor::is_decoded);
     // Codes and scales take less than a byte and a quarter for each element.
     let coded = if decodes { chunk + chunk / 4 } else { 0 };
     (source + packed + groups * group + coded) as u64

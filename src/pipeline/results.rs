@@ -4,8 +4,8 @@ use super::files::Files;
 use super::scheduler::Done;
 use crate::error::Result;
 use crate::format::{
-    BlockScheme, FloatDtype, GroupFormat, GroupScheme, NESTED_BLOCK_SIZE, OutputKind, QuantState, Scheme,
-    ZERO_POINT_ROWS, dynamic_map, quant_state_bytes, shape_bytes,
+    BlockScheme, FloatDtype, GroupScheme, NESTED_BLOCK_SIZE, OutputKind, QuantState, Scheme, ZERO_POINT_ROWS,
+    dynamic_map, quant_state_bytes, shape_bytes,
 };
 use crate::kernel::{Figures, nested};
 use crate::plan::PlannedTensor;
@@ -68,7 +68,7 @@ impl Results<'_, '_, '_> {
         self.files.write(packed, self.offset(OutputKind::Packed) + before)?;
         let (group, scale_size) = (scheme.group_len(columns), (scales.len() / figures.absmax.len()) as u64);
         self.files.write(scales, self.offset(OutputKind::Scale) + first_element / group * scale_size)?;
-        if scheme.format == GroupFormat::Int4Asym {
+        if scheme.has_zero_points() {
             let per_row = (columns / group) as usize;
             pack_zero_points(zero_points, per_row, self.encoded);
             let before = first_element / columns / ZERO_POINT_ROWS * per_row as u64 * 4;

@@ -12,7 +12,7 @@ use super::scheduler::{Done, Scheduler, Task};
 use super::{Job, nonfinite};
 use crate::checkpoint::{Sha256Hash, hash_range};
 use crate::error::{Error, IoContext, Result};
-use crate::format::{BlockScheme, FloatDtype, GroupFormat, GroupScheme, NESTED_BLOCK_SIZE, Scheme, dynamic_map};
+use crate::format::{BlockScheme, FloatDtype, GroupScheme, NESTED_BLOCK_SIZE, Scheme, dynamic_map};
 use crate::kernel::cuda::QuantizedGroups;
 use crate::kernel::group::{self, Groups};
 use crate::kernel::{Blocks, Device, Figures, Kernel, nested, quantize_any};
@@ -174,7 +174,7 @@ impl<'j, 'a> Worker<'j, 'a> {
         Ok(Done::Set(done))
     }
 
-    /// What works on this machine's processor.
+    /// The processor's kernel, with a GPU too.
     fn kernel(&self) -> Kernel {
         match self.job.means.device {
             Device::Cpu(kernel) => *kernel,
@@ -207,7 +207,7 @@ impl<'j, 'a> Worker<'j, 'a> {
         let Piece { tensor, dtype, first_element, tensor_scale, .. } = piece;
         let elements = piece.place.len() / dtype.size();
         let (columns, group) = columns_and_group(scheme, tensor);
-        let kernel_scheme = group::GroupScheme::new(scheme, tensor_scale);
+        let kernel_scheme = group::GroupCoder::new(scheme, tensor_scale);
         ring.with(|slot| {
             self.files.read(tensor, piece.offset(), slot.source(piece.place.len()))?;
             let quantized = slot.quantize_groups(elements, dtype, columns, group, kernel_scheme)?;
@@ -266,7 +266,7 @@ impl<'j, 'a> Worker<'j, 'a> {
 
     fn describe_nonfinite(&mut self, tensor: &PlannedTensor, dtype: FloatDtype) -> Error {
         let buffer = &mut self.buffers.bytes;
-        if tensor.parts.iter().any(|part| part.coded.is_some()) {
+        if tensor.is_decoded() {
             let path = self.job.source.files[tensor.parts[0].file].path.clone();
             let read = |offset, bytes: &mut [u8]| self.files.read(tensor, offset, bytes);
             return nonfinite::describe(&path, &tensor.name, tensor.source_len(), dtype, buffer, read)
@@ -364,7 +364,7 @@ impl Buffers {
         let (elements, columns) = ((place.len() / dtype.size()) as u64, tensor.columns());
         let groups = elements.div_ceil(scheme.block_len(columns)) as usize;
         let (scale_size, points) = match scheme {
-            Scheme::Groups(scheme) => (scheme.scale_size(dtype), scheme.format == GroupFormat::Int4Asym),
+            Scheme::Groups(scheme) => (scheme.scale_size(dtype), scheme.has_zero_points()),
             Scheme::Blocks(_) => (0, false),
         };
         let outputs = ChunkOutputs {
@@ -410,7 +410,7 @@ impl ChunkOutputs<'_> {
             dtype,
             columns,
             group,
-            scheme: group::GroupScheme::new(scheme, tensor_scale),
+            scheme: group::GroupCoder::new(scheme, tensor_scale),
             packed: self.packed,
             scales: self.scales,
             zero_points: self.zero_points,

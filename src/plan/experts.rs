@@ -5,6 +5,8 @@
 //! beforehand. To cover another architecture, add its `model_type` to a row, or a row; `tests/experts.rs` holds the table
 //! against `tests/data/experts.json`, which `scripts/make-experts` takes from transformers.
 
+use crate::checkpoint::Config;
+
 /// How the experts of some architectures are put together.
 #[derive(Debug)]
 pub struct Family {
@@ -34,6 +36,34 @@ pub enum Shape {
     GateUp,
     /// `[experts, hidden_size, moe_intermediate_size]`.
     Down,
+}
+
+impl Shape {
+    /// Whether a fused tensor of this `shape` has rows and columns exchanged, by the config's numbers.
+    pub fn is_transposed(self, config: Option<&Config>, shape: &[u64]) -> Result<bool, String> {
+        let number = |key: &str| {
+            let values = config?.values();
+            let nested = values.get("text_config").and_then(|text| text.get(key));
+            nested.or_else(|| values.get(key)).and_then(serde_json::Value::as_u64)
+        };
+        let (Some(hidden), Some(intermediate)) = (number("hidden_size"), number("moe_intermediate_size")) else {
+            return Err("config.json has no hidden_size or no moe_intermediate_size to tell its layout by".to_owned());
+        };
+        let expected = match self {
+            Shape::GateUp => [intermediate.saturating_mul(2), hidden],
+            Shape::Down => [hidden, intermediate],
+        };
+        match shape {
+            [_, found @ ..] if found == expected => Ok(false),
+            [_, found @ ..] if found == [expected[1], expected[0]] => Ok(true),
+            found => {
+                let [rows, columns] = expected;
+                Err(format!(
+                    "its shape is {found:?}, and config.json makes it [_, {rows}, {columns}] or [_, {columns}, {rows}]"
+                ))
+            }
+        }
+    }
 }
 
 const fn fusion(sources: &'static [&'static str], target: &'static str) -> Fusion {

@@ -7,7 +7,7 @@ use std::collections::{HashMap, HashSet};
 
 use serde_json::Value;
 
-use super::split::MAX_EXPERTS;
+use super::part::MAX_EXPERTS;
 use super::{Coded, Part, Place, Recipe};
 use crate::checkpoint::{Config, Dtype, Foreign, Source, TensorInfo};
 use crate::error::{Error, Result};
@@ -28,7 +28,7 @@ pub struct Input {
 
 impl Input {
     /// With all experts' matrices transposed.
-    pub fn turned(self) -> Input {
+    pub fn transposed(self) -> Input {
         let &[experts, rows, columns] = &self.shape[..] else { return self };
         let parts = (0..experts).map(|expert| self.expert(expert, experts).transposed([rows, columns])).collect();
         Input { shape: vec![experts, columns, rows], parts, ..self }
@@ -57,7 +57,14 @@ const INPUT_SCALES: [&str; 2] = [".activation_scale", ".input_scale"];
 /// # Errors
 /// When the source is quantized, and not as FP8 blocks; or as gpt-oss's experts, and the recipe doesn't have it decoded.
 pub fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
-    let Some((path, Foreign { method, evidence })) = source.quantization() else { return Ok(()) };
+    let Some((path, Foreign { method, evidence })) = source.quantization() else {
+        let why = "the source isn't quantized: leave it out";
+        return if recipe.dequantize_source {
+            Err(Error::Options { what: "--dequantize-source", why })
+        } else {
+            Ok(())
+        };
+    };
     let ends = |end: &'static str| source.tensors().filter_map(move |(_, info)| info.name.strip_suffix(end));
     let fp8 = source.tensors().filter(|(_, info)| info.dtype == Dtype::F8E4M3);
     let fp8: HashSet<&str> = fp8.map(|(_, info)| info.name.as_str()).collect();
@@ -238,7 +245,7 @@ fn mxfp4(
     let columns = groups * 32;
     let (coding, row_len) = (Coding::Mxfp4GptOss, columns / 2);
     let coded = Coded { coding, dtype, columns, row_len, group_rows: 1, scales, zero_points: None, nested: None };
-    Ok(decoded(name.to_owned(), vec![experts, rows, columns], coded, place)?.turned())
+    Ok(decoded(name.to_owned(), vec![experts, rows, columns], coded, place)?.transposed())
 }
 
 /// A tensor that is decoded in the order it is stored in.

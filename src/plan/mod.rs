@@ -6,7 +6,8 @@ pub mod architectures;
 mod decide;
 pub mod experts;
 mod fuse;
-pub mod groups;
+mod groups;
+pub mod ignored;
 pub mod input;
 mod layout;
 mod part;
@@ -14,6 +15,7 @@ mod recipe;
 pub mod rules;
 pub mod skip_modules;
 pub mod split;
+pub mod together;
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -28,7 +30,7 @@ pub use rules::Role;
 
 use crate::checkpoint::{CONFIG_NAME, Dtype, Source};
 use crate::error::{Error, Result};
-use crate::format::{FloatDtype, GroupFormat, GroupScheme, Layout, OutputKind, Scheme, modelopt};
+use crate::format::{FloatDtype, GroupScheme, Layout, OutputKind, Scheme};
 use decide::Selection;
 use input::Input;
 use rules::{Rules, Verdict};
@@ -39,7 +41,8 @@ use split::Decided;
 pub struct Plan {
     /// What was asked for.
     pub recipe: Recipe,
-    /// What is written: one entry for every tensor of the source, or for all that are fused into one. In the source's
+    /// What is written: one entry for every tensor of the source, for all that are fused into one, or for each matrix that one is
+    /// taken apart into. In the source's
     /// order: files by name, tensors in the order of their bytes; what is fused stands where its first part does.
     pub tensors: Vec<PlannedTensor>,
     /// The files of weights to be written. Each holds the next run of `tensors`.
@@ -59,7 +62,7 @@ pub struct Plan {
 pub struct PlannedTensor {
     /// Its name in the output.
     pub name: String,
-    /// Its dtype in the source.
+    /// Its dtype, decoded if the source has it coded.
     pub dtype: Dtype,
     /// Its shape in the output, before quantizing.
     pub shape: Vec<u64>,
@@ -106,7 +109,12 @@ impl PlannedTensor {
         self.shape.last().copied().unwrap_or(1)
     }
 
-    /// Bytes that it is made of.
+    /// Whether it is quantized in the source, and decoded as it is read.
+    pub fn is_decoded(&self) -> bool {
+        self.parts.iter().any(|part| part.coded.is_some())
+    }
+
+    /// Bytes that it is made of, decoded.
     pub fn source_len(&self) -> u64 {
         let constant = self.constant.as_ref().map_or(0, |bytes| bytes.len() as u64);
         self.parts.iter().map(|part| part.len).sum::<u64>() + constant
@@ -142,12 +150,6 @@ impl Plan {
     /// When a pattern of the recipe matches nothing, a tensor to be quantized isn't bf16, f16 or f32, nothing is left
     /// to quantize, or clients couldn't tell what is quantized from what is not.
     pub fn new(source: &Source, recipe: Recipe) -> Result<Plan> {
-        if recipe.double_quant && recipe.nonfinite == NonFinitePolicy::Keep {
-            return Err(Error::Options {
-                what: "--nonfinite keep with --double-quant",
-                why: "one such value would spoil the scales of 256 blocks; leave one of them out",
-            });
-        }
         groups::check_options(&recipe)?;
         let scheme = recipe.scheme();
         let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
@@ -159,7 +161,7 @@ impl Plan {
         check_anything_quantized(source, &tensors, &recipe)?;
         let kept_modules = match &scheme {
             Scheme::Blocks(_) => skip_modules::list(&rules, &tensors, &linear)?,
-            Scheme::Groups(scheme) => groups::ignored(&rules, &tensors, &linear, scheme.layout),
+            Scheme::Groups(scheme) => ignored::list(&rules, &tensors, &linear, scheme.layout),
         };
         let config = quantized_config(source, &recipe, &tensors, &kept_modules)?;
         let warnings = warnings(source, &recipe, &rules, &tensors, &linear);
@@ -168,16 +170,8 @@ impl Plan {
         }
         check_names_are_free(source, &tensors)?;
         let files = layout::lay_out(&mut tensors, recipe.max_shard_size);
-        let scale_sets = match &scheme {
-            Scheme::Groups(scheme) if scheme.format == GroupFormat::Nvfp4 => groups::scale_sets(&tensors),
-            _ => Vec::new(),
-        };
-        let side_files = match &scheme {
-            Scheme::Groups(scheme) if scheme.layout == Layout::Modelopt => {
-                vec![(modelopt::CONFIG_NAME.to_owned(), modelopt::config_text(scheme, &kept_modules))]
-            }
-            _ => Vec::new(),
-        };
+        let scale_sets = if scheme.shares_scales() { together::scale_sets(&tensors) } else { Vec::new() };
+        let side_files = scheme.side_file(&kept_modules).into_iter().collect();
         Ok(Plan { recipe, tensors, files, scale_sets, config, side_files, warnings })
     }
 
@@ -229,6 +223,11 @@ impl Plan {
 /// What becomes of each tensor, with fused experts taken apart where the format wants it.
 fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules) -> Result<Vec<Decided>> {
     let scheme = recipe.scheme();
+    if recipe.layout == Layout::GptOss && !model_types.contains(&"gpt_oss") {
+        let why = "gpt-oss's layout is of gpt_oss models' experts only; leave --layout out for compressed-tensors'"
+            .to_owned();
+        return Err(Error::NothingToQuantize { path: source.path.clone(), why });
+    }
     let mut selection = Selection::new(recipe, rules.clone())?;
     let mut decided = Vec::new();
     for input in input::inputs(source, recipe)? {
@@ -252,7 +251,7 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
         Scheme::Groups(GroupScheme { layout: Layout::GptOss, .. }) => {
             let turned = decided.into_iter().map(|(input, verdict, decision)| match decision {
                 // What products sum over in rows, of which MXFP4's groups are.
-                Decision::Quantize(_) => (input.turned(), verdict, decision),
+                Decision::Quantize(_) => (input.transposed(), verdict, decision),
                 Decision::Keep => (input, verdict, decision),
             });
             Ok(turned.collect())
@@ -262,7 +261,7 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
 }
 
 /// The dtype as one that weights are quantized from.
-fn float_dtype(dtype: Dtype) -> Option<FloatDtype> {
+pub fn float_dtype(dtype: Dtype) -> Option<FloatDtype> {
     match dtype {
         Dtype::Bf16 => Some(FloatDtype::Bfloat16),
         Dtype::F16 => Some(FloatDtype::Float16),
@@ -302,13 +301,14 @@ fn check_anything_quantized(source: &Source, tensors: &[PlannedTensor], recipe: 
         return Ok(());
     }
     let why = if recipe.only_experts {
-        "--only-experts was given, and it has no experts that can be told by their names; --dry-run without it shows \
-         what there is"
+        "--only-experts was given, and it has no experts that can be told by their names; --dry-run without it shows what there is"
+            .to_owned()
     } else {
-        "every tensor is kept; --include REGEX chooses tensors, and `prequant convert SRC DST --dry-run` shows the \
-         reasons once one is chosen"
+        let matrix = tensors.iter().find(|tensor| tensor.role.is_expert() || tensor.role == Role::Linear);
+        let first = matrix.map_or(String::new(), |tensor| format!(", such as {:?}: {}", tensor.name, tensor.reason));
+        format!("every tensor is kept{first}; --include REGEX chooses tensors")
     };
-    Err(Error::NothingToQuantize { path: source.path.clone(), why: why.to_owned() })
+    Err(Error::NothingToQuantize { path: source.path.clone(), why })
 }
 
 /// What config.json names as the experts' implementation when they are 4-bit. transformers knows no such one, and stops;
@@ -377,7 +377,7 @@ fn warnings(
         }
     }
     let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
-    warnings.extend(groups::warnings(recipe, &model_types, tensors));
+    warnings.extend(together::warnings(recipe, &model_types, tensors));
     if tensors.iter().any(|tensor| tensor.dtype == Dtype::F64) {
         warnings.push("it has F64 tensors, which are copied as they are".to_owned());
     }

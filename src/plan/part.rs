@@ -2,6 +2,9 @@
 
 use crate::format::{Coding, FloatDtype};
 
+/// More experts than any model has: each becomes a part of its own, or several.
+pub const MAX_EXPERTS: u64 = 1 << 16;
+
 /// A run of bytes that a tensor is made of: some of a source tensor's, or what they decode to.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Part {
@@ -72,7 +75,7 @@ pub struct Coded {
 pub struct Nested {
     /// The nested absmax.
     pub absmax: Place,
-    /// What absmax is above or below.
+    /// The mean that was taken off absmax.
     pub offset: f32,
 }
 

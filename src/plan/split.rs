@@ -4,9 +4,10 @@ use std::collections::HashSet;
 
 use super::experts::{FAMILIES, Shape, match_end};
 use super::input::Input;
+use super::part::MAX_EXPERTS;
 use super::rules::Verdict;
 use super::{Decision, Part, Role};
-use crate::checkpoint::{Config, Dtype, Source};
+use crate::checkpoint::{Dtype, Source};
 use crate::error::{Error, Result};
 
 /// Experts that are fused on disk: how their matrices lie, and what they are called one by one.
@@ -101,9 +102,6 @@ const SPLITS: &[Split] = &[
     ),
 ];
 
-/// More experts than any model has.
-pub const MAX_EXPERTS: u64 = 1 << 16;
-
 /// A tensor with what was decided of it.
 pub type Decided = (Input, Verdict, Decision);
 
@@ -190,9 +188,9 @@ impl Splits {
         let is_it = |names: &[&str]| names.iter().any(|name| model_types.contains(name));
         let on_disk = SPLITS.iter().filter(|split| is_it(split.model_types)).map(|row| Split { ..*row });
         let fusions = FAMILIES.iter().filter(|family| is_it(family.model_types)).flat_map(|family| family.fusions);
-        let turned = fusions.filter(|fusion| fusion.sources.iter().all(|name| name.contains('*')));
-        let turned = turned.map(|fusion| split(&[], fusion.target, fusion.sources, Stored::Rows));
-        Splits(on_disk.chain(turned).collect())
+        let inverse = fusions.filter(|fusion| fusion.sources.iter().all(|name| name.contains('*')));
+        let inverse = inverse.map(|fusion| split(&[], fusion.target, fusion.sources, Stored::Rows));
+        Splits(on_disk.chain(inverse).collect())
     }
 
     /// What comes before the part of the name that is replaced, and by what.
@@ -272,33 +270,5 @@ impl Split {
         }
         let (first, step) = if self.interleaved { (which, count) } else { (which * (rows / count), 1) };
         part.rows([rows, columns], dtype.bits() / 8, first, step, rows / count)
-    }
-}
-
-impl Shape {
-    /// Whether a fused tensor of this `shape` has rows and columns exchanged, by the config's numbers.
-    pub fn is_transposed(self, config: Option<&Config>, shape: &[u64]) -> Result<bool, String> {
-        let number = |key: &str| {
-            let values = config?.values();
-            let nested = values.get("text_config").and_then(|text| text.get(key));
-            nested.or_else(|| values.get(key)).and_then(serde_json::Value::as_u64)
-        };
-        let (Some(hidden), Some(intermediate)) = (number("hidden_size"), number("moe_intermediate_size")) else {
-            return Err("config.json has no hidden_size or no moe_intermediate_size to tell its layout by".to_owned());
-        };
-        let expected = match self {
-            Shape::GateUp => [intermediate.saturating_mul(2), hidden],
-            Shape::Down => [hidden, intermediate],
-        };
-        match shape {
-            [_, found @ ..] if found == expected => Ok(false),
-            [_, found @ ..] if found == [expected[1], expected[0]] => Ok(true),
-            found => {
-                let [rows, columns] = expected;
-                Err(format!(
-                    "its shape is {found:?}, and config.json makes it [_, {rows}, {columns}] or [_, {columns}, {rows}]"
-                ))
-            }
-        }
     }
 }

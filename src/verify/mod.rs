@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::format::{FloatDtype, Scheme};
 use crate::manifest::{DecisionRecord, Manifest, SCHEMA_VERSION};
 use crate::plan::rules::Rules;
-use crate::plan::{groups, skip_modules};
+use crate::plan::{ignored, skip_modules};
 
 /// Bytes that are read at once.
 const BUFFER: usize = 1 << 20;
@@ -189,7 +189,7 @@ fn check_kept_modules(checkpoint: &Checkpoint, config: &Config, found: &serde_js
         }
         Scheme::Groups(scheme) => {
             let codes = quantized.filter_map(|tensor| tensor.outputs.first()?.name.strip_suffix(scheme.codes_suffix()));
-            groups::clash(&rules, scheme.layout, &listed, &codes.collect::<Vec<_>>())
+            ignored::clash(&rules, scheme.layout, &listed, &codes.collect::<Vec<_>>())
         }
     };
     if let Some((entry, module)) = clash {

@@ -4,7 +4,7 @@
 use prequant::format::FloatDtype;
 use prequant::kernel::Kernel;
 use prequant::kernel::cuda::{GroupKernel, THREADS, tensor_factor};
-use prequant::kernel::group::{GroupScheme, scalar};
+use prequant::kernel::group::{GroupCoder, scalar};
 use ptx_interpreter::{Fault, Memory};
 
 use super::cuda::{Kernels, upload, words};
@@ -17,7 +17,7 @@ pub struct Rows<'a> {
     pub dtype: FloatDtype,
     pub columns: usize,
     pub group: usize,
-    pub scheme: GroupScheme,
+    pub scheme: GroupCoder,
 }
 
 impl Rows<'_> {
@@ -43,14 +43,14 @@ impl Rows<'_> {
 }
 
 /// Every scheme, with what the plan would give it for this source.
-pub fn schemes(source: &[u8], dtype: FloatDtype) -> [GroupScheme; 5] {
+pub fn schemes(source: &[u8], dtype: FloatDtype) -> [GroupCoder; 5] {
     let absmax = scalar::absmax(source, dtype).unwrap_or(1.0);
     [
-        GroupScheme::Int4,
-        GroupScheme::Int4Asym,
-        GroupScheme::Nvfp4 { global_scale: scalar::global_scale(absmax, dtype) },
-        GroupScheme::Nvfp4ModelOpt { scale_2: scalar::scale_2(absmax) },
-        GroupScheme::Mxfp4,
+        GroupCoder::Int4,
+        GroupCoder::Int4Asym,
+        GroupCoder::Nvfp4 { global_scale: scalar::global_scale(absmax, dtype) },
+        GroupCoder::Nvfp4ModelOpt { scale_2: scalar::scale_2(absmax) },
+        GroupCoder::Mxfp4,
     ]
 }
 
@@ -61,7 +61,7 @@ impl Kernels {
         let (count, kernel) = (rows.groups(), rows.kernel());
         let mut memory = Memory::new();
         let from = upload(&mut memory, source)?;
-        let points = if scheme == GroupScheme::Int4Asym { count } else { 0 };
+        let points = if scheme == GroupCoder::Int4Asym { count } else { 0 };
         let packed_len = count * group / columns * scheme.packed_row(columns);
         let lens = [packed_len, count * scheme.scale_size(dtype), points, 16 * count];
         let results = lens.map(|len| memory.allocate(len));

@@ -2,7 +2,7 @@
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
 use prequant::format::FloatDtype;
-use prequant::kernel::group::{GroupScheme, Groups};
+use prequant::kernel::group::{GroupCoder, Groups};
 use prequant::kernel::{Figures, Kernel, NonFinite};
 
 /// What a kernel wrote; figures as bits.
@@ -42,14 +42,14 @@ pub fn quantize(
     dtype: FloatDtype,
     columns: usize,
     group: usize,
-    scheme: GroupScheme,
+    scheme: GroupCoder,
 ) -> Result<Quantized, NonFinite> {
     let rows = source.len() / dtype.size() / columns;
     let groups = rows * (columns / group);
     // Filled with what no kernel writes everywhere, so that what was left out shows.
     let mut packed = vec![0xee; rows * scheme.packed_row(columns)];
     let mut scales = vec![0xee; groups * scheme.scale_size(dtype)];
-    let mut zero_points = vec![0xee; if scheme == GroupScheme::Int4Asym { groups } else { 0 }];
+    let mut zero_points = vec![0xee; if scheme == GroupCoder::Int4Asym { groups } else { 0 }];
     let mut figures: [Vec<f32>; 4] = std::array::from_fn(|_| vec![f32::NAN; groups]);
     let [absmax, signal, noise, worst] = &mut figures;
     kernel.quantize_groups(Groups {

@@ -191,6 +191,15 @@ pub fn read_tensors(folder: &Path) -> BTreeMap<String, (String, Stored)> {
     tensors
 }
 
+/// The tensors of a golden file in a folder of `fixtures`.
+pub fn goldens(folder: &str, file: &str) -> BTreeMap<String, Stored> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(folder).join(format!("{file}.safetensors"));
+    let bytes = fs::read(path).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let stored = |view: TensorView<'_>| (view.dtype(), view.shape().to_vec(), view.data().to_vec());
+    tensors.iter().map(|(name, view)| (name.to_owned(), stored(view))).collect()
+}
+
 /// The names of all files in a folder and below, sorted.
 pub fn file_names(folder: &Path) -> Vec<String> {
     let mut names = Vec::new();

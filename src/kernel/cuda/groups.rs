@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::driver::{Context, Fault, Function, Module};
 use super::{THREADS, dtype_name};
 use crate::format::FloatDtype;
-use crate::kernel::group::GroupScheme;
+use crate::kernel::group::GroupCoder;
 
 /// The kernels for groups, made from groups.cu as [`super::PTX`] is from kernels.cu.
 pub const GROUPS_PTX: &str = include_str!("groups.ptx");
@@ -49,17 +49,17 @@ impl GroupKernel {
     ///
     /// # Panics
     /// When there is none: groups are 16 elements for NVFP4 and 32 for MXFP4; for integers a multiple of 32, or a row.
-    pub fn new(scheme: GroupScheme, columns: usize, group: usize) -> GroupKernel {
+    pub fn new(scheme: GroupCoder, columns: usize, group: usize) -> GroupKernel {
         let in_teams = group.is_multiple_of(32);
         let in_rows = group == columns && (!in_teams || group >= LONG_ROW);
         match scheme {
-            GroupScheme::Int4 if in_rows => GroupKernel::Int4Rows,
-            GroupScheme::Int4Asym if in_rows => GroupKernel::Int4AsymRows,
-            GroupScheme::Int4 if in_teams => GroupKernel::Int4,
-            GroupScheme::Int4Asym if in_teams => GroupKernel::Int4Asym,
-            GroupScheme::Nvfp4 { .. } if group == 16 => GroupKernel::Nvfp4,
-            GroupScheme::Nvfp4ModelOpt { .. } if group == 16 => GroupKernel::Nvfp4ModelOpt,
-            GroupScheme::Mxfp4 if group == 32 => GroupKernel::Mxfp4,
+            GroupCoder::Int4 if in_rows => GroupKernel::Int4Rows,
+            GroupCoder::Int4Asym if in_rows => GroupKernel::Int4AsymRows,
+            GroupCoder::Int4 if in_teams => GroupKernel::Int4,
+            GroupCoder::Int4Asym if in_teams => GroupKernel::Int4Asym,
+            GroupCoder::Nvfp4 { .. } if group == 16 => GroupKernel::Nvfp4,
+            GroupCoder::Nvfp4ModelOpt { .. } if group == 16 => GroupKernel::Nvfp4ModelOpt,
+            GroupCoder::Mxfp4 if group == 32 => GroupKernel::Mxfp4,
             _ => panic!("no kernel for groups of {group} in rows of {columns}"),
         }
     }
@@ -94,11 +94,11 @@ impl GroupKernel {
 }
 
 /// The number that a scheme has for its tensor, as the kernels take it; any for schemes without one.
-pub fn tensor_factor(scheme: GroupScheme) -> f32 {
+pub fn tensor_factor(scheme: GroupCoder) -> f32 {
     match scheme {
-        GroupScheme::Nvfp4 { global_scale } => global_scale,
-        GroupScheme::Nvfp4ModelOpt { scale_2 } => scale_2,
-        GroupScheme::Int4 | GroupScheme::Int4Asym | GroupScheme::Mxfp4 => 1.0,
+        GroupCoder::Nvfp4 { global_scale } => global_scale,
+        GroupCoder::Nvfp4ModelOpt { scale_2 } => scale_2,
+        GroupCoder::Int4 | GroupCoder::Int4Asym | GroupCoder::Mxfp4 => 1.0,
     }
 }
 

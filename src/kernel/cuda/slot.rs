@@ -7,7 +7,7 @@ use super::groups::{GroupKernel, tensor_factor};
 use super::{Gpu, THREADS, thread_blocks};
 use crate::format::{BlockFormat, BlockSize, FloatDtype, NESTED_BLOCK_SIZE};
 use crate::kernel::Figures;
-use crate::kernel::group::GroupScheme;
+use crate::kernel::group::GroupCoder;
 
 /// Bytes of a slot's buffers, on the device and here alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +58,7 @@ struct GroupResults {
 }
 
 impl GroupResults {
-    fn new(elements: usize, dtype: FloatDtype, columns: usize, group: usize, scheme: GroupScheme) -> GroupResults {
+    fn new(elements: usize, dtype: FloatDtype, columns: usize, group: usize, scheme: GroupCoder) -> GroupResults {
         let rows = elements / columns;
         assert_eq!(elements, rows * columns, "not whole rows");
         assert!(columns.is_multiple_of(group), "group: divides columns");
@@ -67,7 +67,7 @@ impl GroupResults {
             groups,
             packed: rows * scheme.packed_row(columns),
             scales: groups * scheme.scale_size(dtype),
-            zero_points: if scheme == GroupScheme::Int4Asym { groups } else { 0 },
+            zero_points: if scheme == GroupCoder::Int4Asym { groups } else { 0 },
         }
     }
 
@@ -105,7 +105,7 @@ pub struct QuantizedGroups<'a> {
     pub packed: &'a [u8],
     /// One scale a group, as stored.
     pub scales: &'a [u8],
-    /// One zero point a group, for [`GroupScheme::Int4Asym`] alone.
+    /// One zero point a group, for [`GroupCoder::Int4Asym`] alone.
     pub zero_points: &'a [u8],
     /// One figure a group. A group with a NaN or an infinity has NaN for an absmax, and its other results mean nothing;
     /// an infinite absmax is a scale that overflowed.
@@ -189,7 +189,7 @@ impl Slot {
         dtype: FloatDtype,
         columns: usize,
         group: usize,
-        scheme: GroupScheme,
+        scheme: GroupCoder,
     ) -> Result<QuantizedGroups<'_>, Fault> {
         let kernel = GroupKernel::new(scheme, columns, group);
         let len = GroupResults::new(elements, dtype, columns, group, scheme);
@@ -280,8 +280,8 @@ mod tests {
     #[test]
     fn a_slot_for_groups_has_room_for_every_scheme() {
         let (global_scale, scale_2) = (1.0, 1.0);
-        let floats = [GroupScheme::Nvfp4 { global_scale }, GroupScheme::Nvfp4ModelOpt { scale_2 }, GroupScheme::Mxfp4];
-        let integers = [GroupScheme::Int4, GroupScheme::Int4Asym];
+        let floats = [GroupCoder::Nvfp4 { global_scale }, GroupCoder::Nvfp4ModelOpt { scale_2 }, GroupCoder::Mxfp4];
+        let integers = [GroupCoder::Int4, GroupCoder::Int4Asym];
         let rows = (1..40).flat_map(|columns| integers.map(|scheme| (columns, columns, scheme)));
         let groups = floats.into_iter().chain(integers).map(|scheme| (64, 16, scheme));
         for (columns, group, scheme) in rows.chain(groups) {

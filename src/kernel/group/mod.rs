@@ -1,7 +1,7 @@
 //! Group quantization: 4-bit formats with one scale for each run of consecutive columns of a row.
 //!
 //! Rules and rounding are those of llm-compressor 0.14.0.1 with compressed-tensors 0.19.0 on a CPU, which the golden tests
-//! hold; ModelOpt 0.47.0's for [`GroupScheme::Nvfp4ModelOpt`]. [`scalar`] is the specification.
+//! hold; ModelOpt 0.47.0's for [`GroupCoder::Nvfp4ModelOpt`]. [`scalar`] is the specification.
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -16,7 +16,7 @@ use crate::format::{self, FloatDtype, GroupFormat, Layout};
 
 /// How a group's elements become codes and a scale.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum GroupScheme {
+pub enum GroupCoder {
     /// Integers from -8 to 7 times a scale of the source's dtype.
     Int4,
     /// The same, less a zero point.
@@ -35,22 +35,22 @@ pub enum GroupScheme {
     Mxfp4,
 }
 
-impl GroupScheme {
+impl GroupCoder {
     /// As `scheme` has it; `tensor_scale` is [`scalar::global_scale`] or [`scalar::scale_2`], for NVFP4.
-    pub fn new(scheme: &format::GroupScheme, tensor_scale: Option<f32>) -> GroupScheme {
+    pub fn new(scheme: &format::GroupScheme, tensor_scale: Option<f32>) -> GroupCoder {
         let scale = tensor_scale.unwrap_or(1.0);
         match (scheme.format, scheme.layout) {
-            (GroupFormat::Int4, _) => GroupScheme::Int4,
-            (GroupFormat::Int4Asym, _) => GroupScheme::Int4Asym,
-            (GroupFormat::Mxfp4, _) => GroupScheme::Mxfp4,
-            (GroupFormat::Nvfp4, Layout::Modelopt) => GroupScheme::Nvfp4ModelOpt { scale_2: scale },
-            (GroupFormat::Nvfp4, _) => GroupScheme::Nvfp4 { global_scale: scale },
+            (GroupFormat::Int4, _) => GroupCoder::Int4,
+            (GroupFormat::Int4Asym, _) => GroupCoder::Int4Asym,
+            (GroupFormat::Mxfp4, _) => GroupCoder::Mxfp4,
+            (GroupFormat::Nvfp4, Layout::Modelopt) => GroupCoder::Nvfp4ModelOpt { scale_2: scale },
+            (GroupFormat::Nvfp4, _) => GroupCoder::Nvfp4 { global_scale: scale },
         }
     }
 
     /// Whether codes are E2M1 floats, two a byte, and not integers, eight a little-endian i32.
     pub fn is_float(self) -> bool {
-        !matches!(self, GroupScheme::Int4 | GroupScheme::Int4Asym)
+        !matches!(self, GroupCoder::Int4 | GroupCoder::Int4Asym)
     }
 
     /// Bytes of a row's codes: integers fill whole i32s.
@@ -84,12 +84,12 @@ pub struct Groups<'a> {
     /// Elements that share a scale; divides `columns`.
     pub group: usize,
     /// The format.
-    pub scheme: GroupScheme,
-    /// Out: codes, the first element's in the lowest bits; [`GroupScheme::packed_row`] bytes a row.
+    pub scheme: GroupCoder,
+    /// Out: codes, the first element's in the lowest bits; [`GroupCoder::packed_row`] bytes a row.
     pub packed: &'a mut [u8],
     /// Out: one scale a group, as stored: the source's dtype, E4M3 or E8M0.
     pub scales: &'a mut [u8],
-    /// Out, for [`GroupScheme::Int4Asym`] alone: one zero point a group, 0 to 15, and empty for others.
+    /// Out, for [`GroupCoder::Int4Asym`] alone: one zero point a group, 0 to 15, and empty for others.
     pub zero_points: &'a mut [u8],
     /// Out: one figure a group; absmax is the scale that decoding multiplies by, and `t` an element over it.
     pub figures: Figures<'a>,
@@ -108,7 +108,7 @@ impl Groups<'_> {
         assert_eq!(self.source.len(), rows * self.columns * self.dtype.size(), "source: not whole rows");
         assert_eq!(self.packed.len(), rows * self.scheme.packed_row(self.columns), "packed: length");
         assert_eq!(self.scales.len(), groups * self.scheme.scale_size(self.dtype), "scales: length");
-        let points = if self.scheme == GroupScheme::Int4Asym { groups } else { 0 };
+        let points = if self.scheme == GroupCoder::Int4Asym { groups } else { 0 };
         assert_eq!(self.zero_points.len(), points, "zero_points: length");
         let Figures { absmax, signal, noise, worst } = &self.figures;
         assert!([absmax, signal, noise, worst].iter().all(|f| f.len() == groups), "figures: length");

@@ -5,7 +5,7 @@
 
 use half::{bf16, f16};
 
-use super::{GroupScheme, Groups};
+use super::{GroupCoder, Groups};
 use crate::format::FloatDtype;
 use crate::kernel::float8::{e4m3_value, power_of_two};
 use crate::kernel::scalar::{LANES, Lanes, decode};
@@ -122,14 +122,14 @@ impl Stored {
 impl Chosen {
     /// The scale for elements of this extent; `round` rounds to `dtype`.
     #[inline(always)]
-    pub fn new(extent: Extent, dtype: FloatDtype, scheme: GroupScheme, round: impl Fn(f32) -> f32) -> Chosen {
+    pub fn new(extent: Extent, dtype: FloatDtype, scheme: GroupCoder, round: impl Fn(f32) -> f32) -> Chosen {
         let Extent { absmax, least, greatest } = extent;
         match scheme {
-            GroupScheme::Int4 => {
+            GroupCoder::Int4 => {
                 let scale = or_epsilon(round(absmax / 7.5), dtype);
                 Chosen { stored: Stored::Float(scale), scale, zero_point: 0.0 }
             }
-            GroupScheme::Int4Asym => {
+            GroupCoder::Int4Asym => {
                 let scale = round(round(greatest - least) / 15.0);
                 let ratio = least / scale;
                 let point = round(-8.0 - round(ratio)).clamp(-8.0, 7.0).round_ties_even();
@@ -137,18 +137,18 @@ impl Chosen {
                 let scale = or_epsilon(scale, dtype);
                 Chosen { stored: Stored::Float(scale), scale, zero_point }
             }
-            GroupScheme::Nvfp4 { global_scale } => {
+            GroupCoder::Nvfp4 { global_scale } => {
                 let byte = e4m3((global_scale * round(absmax / FP4_MAX)).min(E4M3_MAX));
                 let byte = if byte == 0 { e4m3(0.125) } else { byte };
                 Chosen { stored: Stored::Byte(byte), scale: e4m3_value(byte) / global_scale, zero_point: 0.0 }
             }
-            GroupScheme::Nvfp4ModelOpt { scale_2 } => {
+            GroupCoder::Nvfp4ModelOpt { scale_2 } => {
                 // 0 for a group of zeros, or for one so small beside the tensor that nothing is left of the quotient.
                 let wanted = absmax / (FP4_MAX * scale_2);
                 let byte = e4m3(if wanted == 0.0 { 1.0 } else { wanted.clamp(1.0 / 512.0, E4M3_MAX) });
                 Chosen { stored: Stored::Byte(byte), scale: e4m3_value(byte) * scale_2, zero_point: 0.0 }
             }
-            GroupScheme::Mxfp4 => {
+            GroupCoder::Mxfp4 => {
                 // The exponent, one higher from a mantissa of 1.75 on. The reference takes it in the source's dtype, where that
                 // of a group near the largest number overflows, and that of f16's subnormal numbers is none: it then writes
                 // zeros. Not so here.
@@ -160,15 +160,15 @@ impl Chosen {
     }
 
     /// An element's code, and the value that it stands for, in units of the scale.
-    fn code(&self, x: f32, dtype: FloatDtype, scheme: GroupScheme) -> (u8, f32) {
+    fn code(&self, x: f32, dtype: FloatDtype, scheme: GroupCoder) -> (u8, f32) {
         match scheme {
-            GroupScheme::Int4 | GroupScheme::Int4Asym => {
+            GroupCoder::Int4 | GroupCoder::Int4Asym => {
                 let shifted = round(round(x / self.scale, dtype) + self.zero_point, dtype);
                 let code = shifted.clamp(-8.0, 7.0).round_ties_even();
                 ((code + 8.0) as u8, code - self.zero_point)
             }
-            GroupScheme::Nvfp4 { .. } | GroupScheme::Nvfp4ModelOpt { .. } => e2m1(x / self.scale),
-            GroupScheme::Mxfp4 => e2m1(round(x / self.scale, dtype)),
+            GroupCoder::Nvfp4 { .. } | GroupCoder::Nvfp4ModelOpt { .. } => e2m1(x / self.scale),
+            GroupCoder::Mxfp4 => e2m1(round(x / self.scale, dtype)),
         }
     }
 }

@@ -5,7 +5,7 @@
 //! Groups are whole arrays, or one half (NVFP4's 16 columns); others are left to scalar.rs.
 
 use super::scalar::{self, Chosen, Extent};
-use super::{GroupScheme, Groups};
+use super::{GroupCoder, Groups};
 use crate::format::FloatDtype;
 use crate::kernel::scalar::LANES;
 use crate::kernel::{Figures, NonFinite};
@@ -201,10 +201,10 @@ pub(super) fn quantize(groups: Groups<'_>) -> Result<(), NonFinite> {
 #[inline(always)]
 fn by_scheme<E: Element>(groups: Groups<'_>) -> Result<(), NonFinite> {
     match (groups.scheme, groups.group % LANES, groups.group) {
-        (GroupScheme::Int4, 0, _) => rows::<E, Integer, LANES>(groups),
-        (GroupScheme::Int4Asym, 0, _) => rows::<E, AsymmetricInteger, LANES>(groups),
-        (GroupScheme::Mxfp4, 0, _) => rows::<E, RoundedFloat, LANES>(groups),
-        (GroupScheme::Nvfp4 { .. } | GroupScheme::Nvfp4ModelOpt { .. }, _, 16) => rows::<E, Float, 16>(groups),
+        (GroupCoder::Int4, 0, _) => rows::<E, Integer, LANES>(groups),
+        (GroupCoder::Int4Asym, 0, _) => rows::<E, AsymmetricInteger, LANES>(groups),
+        (GroupCoder::Mxfp4, 0, _) => rows::<E, RoundedFloat, LANES>(groups),
+        (GroupCoder::Nvfp4 { .. } | GroupCoder::Nvfp4ModelOpt { .. }, _, 16) => rows::<E, Float, 16>(groups),
         _ => scalar::quantize(groups),
     }
 }

@@ -11,7 +11,7 @@ mod scales;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{GroupScheme, Groups, vector};
+use super::{GroupCoder, Groups, vector};
 use crate::format::FloatDtype;
 use crate::kernel::scalar;
 use crate::kernel::{Figures, NonFinite};
@@ -26,22 +26,22 @@ pub(super) fn quantize(groups: Groups<'_>) -> Result<(), NonFinite> {
         return other(groups);
     }
     match (groups.scheme, groups.group) {
-        (GroupScheme::Nvfp4 { global_scale }, 16) => {
+        (GroupCoder::Nvfp4 { global_scale }, 16) => {
             let choose = |absmax| scales::nvfp4(absmax, global_scale);
             in_batches::<{ floats::BATCH }>(groups, |batch| floats::quantize::<8, false>(batch, choose))
         }
-        (GroupScheme::Nvfp4ModelOpt { scale_2 }, 16) => {
+        (GroupCoder::Nvfp4ModelOpt { scale_2 }, 16) => {
             let choose = |absmax| scales::nvfp4_modelopt(absmax, scale_2);
             in_batches::<{ floats::BATCH }>(groups, |batch| floats::quantize::<8, false>(batch, choose))
         }
-        (GroupScheme::Mxfp4, 32) => {
+        (GroupCoder::Mxfp4, 32) => {
             let choose = |absmax| scales::mxfp4(absmax);
             in_batches::<{ floats::BATCH }>(groups, |batch| floats::quantize::<16, true>(batch, choose))
         }
-        (GroupScheme::Int4, group) if group % scalar::LANES == 0 => {
+        (GroupCoder::Int4, group) if group % scalar::LANES == 0 => {
             in_batches::<LANES>(groups, |batch| integers::quantize::<false>(batch))
         }
-        (GroupScheme::Int4Asym, group) if group % scalar::LANES == 0 => {
+        (GroupCoder::Int4Asym, group) if group % scalar::LANES == 0 => {
             in_batches::<LANES>(groups, |batch| integers::quantize::<true>(batch))
         }
         _ => other(groups),
