@@ -35,7 +35,7 @@ pub struct Manifest {
     pub summary: Summary,
     /// Every file of the checkpoint but this one and SHA256SUMS, by name.
     pub files: Vec<FileRecord>,
-    /// Every tensor of the source, in its order.
+    /// Every tensor of the source, in its order; one that was taken apart has an entry for each piece.
     pub tensors: Vec<TensorRecord>,
 }
 
@@ -92,9 +92,9 @@ pub struct FileRecord {
 /// The checkpoint in numbers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Summary {
-    /// Tensors of the source that are quantized.
+    /// Tensors that are quantized; matrices that a fused one was taken apart into count one by one.
     pub quantized_tensors: u64,
-    /// Tensors of the source that are copied as they are.
+    /// Tensors that are copied as they are, likewise.
     pub kept_tensors: u64,
     /// Elements of the quantized tensors.
     pub quantized_elements: u64,
@@ -111,7 +111,7 @@ pub struct Summary {
 /// A tensor of the source, and what became of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct TensorRecord {
-    /// The tensors of the source that it is made of.
+    /// The tensors of the source that it is made of: scales of coded ones too.
     pub sources: Vec<SourceTensorRecord>,
     /// What the tensor is.
     pub role: Role,

@@ -15,16 +15,17 @@ pub const GROUP: usize = 16;
 /// Groups that are added side by side. NVFP4 has as many blocks as 16 weights, and their statistics are to cost little.
 const GROUPS: usize = 8;
 
-/// A quantized tensor's statistics. Errors compare the source with codes times the absmax they were chosen with.
+/// A quantized tensor's statistics. Errors compare the source with codes times the absmax or scale they were
+/// chosen with.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Statistics {
-    /// Quantization blocks.
+    /// Quantization blocks, or groups.
     pub blocks: u64,
     /// Blocks without any element other than zero.
     pub zero_blocks: u64,
     /// Blocks with a NaN or an infinity; no other figure counts them.
     pub nonfinite_blocks: u64,
-    /// Of the blocks' absmax.
+    /// Of the blocks' absmax; of groups, the scales that decoding multiplies by.
     pub absmax: Range,
     /// Sum of squared errors over sum of squares: 0 is exact, 1 as bad as zeroing everything.
     pub relative_squared_error: f64,

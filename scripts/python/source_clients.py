@@ -4,7 +4,7 @@
 
 A checkpoint in FP8 blocks, and one with gpt-oss's MXFP4 experts, convert to the bytes that their weights convert to as
 transformers dequantizes and saves them. A gpt_oss model in `--layout gpt-oss` loads, and has the logits of what
-`prequant dequantize` makes of it.
+`prequant dequantize` makes of it. That layout and ModelOpt's are what vLLM's weight loader expects.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import transformers
+import vllm_check
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig, PretrainedConfig, Qwen3MoeConfig
 
@@ -98,6 +99,11 @@ def same_conversions(prequant: str, work: Path, coded: Path, plain: Path, *flags
             assert alike and torch.equal(*as_bytes), f"{name} differs, {format_flags}"
 
 
+def as_vllm_expects(folder: Path) -> None:
+    problems = vllm_check.problems(folder) or vllm_check.self_test(folder)
+    assert not problems, "\n".join(problems)
+
+
 def logits(folder: Path) -> torch.Tensor:
     with torch.no_grad():
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)(torch.arange(3, 20)[None]).logits
@@ -116,10 +122,14 @@ def main(prequant: str) -> None:
     dequantized(work / "fp8", work / "fp8-decoded")
     same_conversions(prequant, work, work / "fp8", work / "fp8-decoded")
     print("ok     FP8 in blocks")
+    convert(prequant, work / "qwen3_moe", work / "modelopt", "--format", "nvfp4", "--layout", "modelopt")
+    as_vllm_expects(work / "modelopt")
+    print("ok     ModelOpt's layout, as vLLM expects it")
 
     experts = {"num_local_experts": 3, "num_experts_per_tok": 2}
     make(work / "gpt_oss", GptOssConfig(**SMALL, **experts, hidden_size=256, intermediate_size=96))
     convert(prequant, work / "gpt_oss", work / "mxfp4", "--format", "mxfp4", "--layout", "gpt-oss")
+    as_vllm_expects(work / "mxfp4")
     subprocess.run([prequant, "dequantize", work / "mxfp4", work / "restored", "--quiet"], check=True)
     assert torch.equal(logits(work / "mxfp4"), logits(work / "restored")), "logits differ"
     dequantized(work / "mxfp4", work / "mxfp4-decoded")

@@ -142,6 +142,8 @@ def problems(folder: Path) -> list[str]:
             check_layers(checkpoint)
     except Refused as refused:
         checkpoint.problems.append(str(refused))
+    except KeyError as missing:
+        checkpoint.problems.append(f"config.json lacks {missing}")
     return checkpoint.problems
 
 

@@ -137,9 +137,9 @@ enum FormatArg {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum LayoutArg {
-    /// compressed-tensors': vLLM, SGLang and transformers read it
+    /// compressed-tensors': vLLM and transformers read it
     CompressedTensors,
-    /// ModelOpt's, of nvfp4: TensorRT-LLM, vLLM and SGLang read it
+    /// ModelOpt's, of nvfp4: vLLM and axolotl's NVFP4 LoRA read it
     Modelopt,
     /// gpt-oss's own, of mxfp4: its experts as its checkpoint on the hub has them, and all else in its dtype
     GptOss,

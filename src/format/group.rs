@@ -101,10 +101,10 @@ impl JsonSchema for GroupSize {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Layout {
-    /// compressed-tensors': vLLM, SGLang, transformers.
+    /// compressed-tensors': vLLM's and transformers'.
     #[default]
     CompressedTensors,
-    /// ModelOpt's, of NVFP4: TensorRT-LLM, vLLM, SGLang.
+    /// ModelOpt's, of NVFP4.
     Modelopt,
     /// gpt-oss's own, of its experts in MXFP4.
     GptOss,
