@@ -7,8 +7,8 @@ use std::sync::atomic::AtomicBool;
 use std::thread;
 
 use crate::checkpoint::{
-    CONFIG_NAME, Disk, INDEX_NAME, MANIFEST_NAME, RealDisk, STAGING_NAME, SUMS_NAME, Sha256Hash, Source, Staging,
-    free_space, hash_range, write_index,
+    CONFIG_NAME, Config, Disk, INDEX_NAME, MANIFEST_NAME, RealDisk, STAGING_NAME, SUMS_NAME, Sha256Hash, Source,
+    Staging, free_space, hash_range, write_index,
 };
 use crate::error::{Error, IoContext, Result};
 use crate::journal::Job;
@@ -354,6 +354,9 @@ impl Conversion {
         });
         SourceRecord {
             model_type: config.and_then(|config| config.model_types().first().map(|&name| name.to_owned())),
+            config_sha256: config
+                .filter(|_| self.plan.tensors.iter().any(PlannedTensor::is_decoded))
+                .map(Config::sha256),
             files: files.collect(),
         }
     }

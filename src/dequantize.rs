@@ -3,18 +3,18 @@
 //! What is read is a checkpoint that prequant converted; its manifest tells what is what. Decoding is an execution of a plan
 //! like any other, in which all tensors are kept and some are read decoded.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::path::Path;
 
 use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, RealDisk, Source, TensorInfo, read_exact_at};
 use crate::convert::{Conversion, Options};
 use crate::error::{Error, IoContext, Result};
-use crate::format::{BlockScheme, Coding, FloatDtype, GroupScheme, Layout, ParsedQuantState, Scheme, modelopt};
+use crate::format::{BlockScheme, Coding, FloatDtype, GroupScheme, Layout, ParsedQuantState, Scheme};
 use crate::kernel::Device;
 use crate::manifest::{DecisionRecord, Manifest, TensorRecord};
 use crate::plan::input::{Input, as_stored, decoded, model_dtype};
-use crate::plan::{Coded, Nested, Place, Plan, float_dtype, split};
+use crate::plan::{Coded, MAX_EXPERTS, Nested, Place, Plan, float_dtype, split};
 use crate::relay;
 
 /// What config.json says because of the 4-bit weights.
@@ -28,19 +28,18 @@ const MAX_QUANT_STATE: u64 = 1 << 16;
 /// # Errors
 /// When it is no checkpoint that prequant converted, or isn't what its manifest says.
 pub fn plan(converted: &Path, max_shard_size: u64, mut options: Options) -> Result<Conversion> {
-    let mut source = Source::open(converted)?;
+    let source = Source::open(converted)?;
     let Some(manifest) = relay::manifest_of(converted) else {
         let why = format!(
             "it has no {MANIFEST_NAME} that this version reads: give the folder of a checkpoint that prequant converted"
         );
         return Err(Error::NotACheckpoint { path: converted.to_owned(), why });
     };
-    source.side_files.retain(|file| file.name != modelopt::CONFIG_NAME);
     let (inputs, left_apart) = Converted::new(&source, &manifest).inputs()?;
     let config = source.config.as_ref().map(|config| config.without(&CONFIG_KEYS)).transpose();
     let config = config.map_err(|error| Error::malformed(&source.path.join(CONFIG_NAME), error.to_string()))?;
     let recipe = crate::plan::Recipe { max_shard_size, ..manifest.recipe.clone() };
-    let mut plan = Plan::decoded(recipe, inputs, config);
+    let mut plan = Plan::decoded(&source, recipe, inputs, config)?;
     if left_apart {
         plan.warnings.push(
             "experts that the source had fused, with rows and columns exchanged, stay one by one: its model takes them only \
@@ -78,6 +77,7 @@ impl<'a> Converted<'a> {
     fn inputs(mut self) -> Result<(Vec<Input>, bool)> {
         let (manifest, source) = (self.manifest, self.source);
         let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
+        self.check_all_recorded()?;
         let (mut inputs, mut left_apart) = (Vec::new(), false);
         // What one tensor of the source was taken apart into stands together.
         for records in manifest.tensors.chunk_by(|a, b| a.sources == b.sources) {
@@ -91,6 +91,17 @@ impl<'a> Converted<'a> {
             }
         }
         Ok((inputs, left_apart))
+    }
+
+    /// Whether the manifest tells of every tensor that is there.
+    fn check_all_recorded(&self) -> Result<()> {
+        let outputs = self.manifest.tensors.iter().flat_map(|record| &record.outputs);
+        let recorded: HashSet<&str> = outputs.map(|output| output.name.as_str()).collect();
+        match self.places.keys().find(|name| !recorded.contains(*name)) {
+            Some(name) => Err(self.malformed(format!("it doesn't tell of {name:?}"))),
+            None if recorded.is_empty() => Err(self.malformed("it tells of no tensor".to_owned())),
+            None => Ok(()),
+        }
     }
 
     fn input(&mut self, record: &TensorRecord) -> Result<Input> {
@@ -149,7 +160,9 @@ impl<'a> Converted<'a> {
         let (scales, scale) = self.tensor(&format!("{name}{}", scheme.scales_suffix()))?;
         let (_, packed) = self.tensor(codes)?;
         let shape = match (&packed.shape[..], scheme.layout) {
-            (&[experts, rows, groups, 16], Layout::GptOss) => vec![experts, rows, groups.saturating_mul(32)],
+            (&[experts, rows, groups, 16], Layout::GptOss) if experts <= MAX_EXPERTS => {
+                vec![experts, rows, groups.saturating_mul(32)]
+            }
             (&[rows, columns], _) if !scheme.is_integer() => vec![rows, columns.saturating_mul(2)],
             (&[_, _], _) => {
                 let bytes = self.bytes(&format!("{name}_shape"), 16)?;

@@ -118,7 +118,9 @@ pub fn check_source_hash(staging: &Staging, file: &SourceFile, sha256: Sha256Has
     let name = format!("{}.source-sha256", file.name);
     match staging.sealed(&name)? {
         Some(noted) if noted != sha256.0 => {
-            let why = format!("its content isn't what it was when the conversion began (SHA-256 {sha256} now)");
+            let why = format!(
+                "its content isn't what it was when the conversion began (SHA-256 {sha256} now; --restart begins anew)"
+            );
             Err(Error::SourceChanged { path: file.path.clone(), why })
         }
         Some(_) => Ok(()),

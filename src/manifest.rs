@@ -60,6 +60,9 @@ impl Tool {
 pub struct SourceRecord {
     /// config.json's `model_type`, if there is one.
     pub model_type: Option<String>,
+    /// SHA-256 of its config.json, where weights were decoded by what that says.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub config_sha256: Option<Sha256Hash>,
     /// Its files of weights, by name.
     pub files: Vec<SourceFileRecord>,
 }

@@ -97,7 +97,9 @@ impl Relay {
 pub fn check_source(converted: &Source, manifest: &Manifest, outcome: &Outcome) -> Result<()> {
     for (file, sha256) in converted.files.iter().zip(outcome.source_files.iter().flatten()) {
         if !manifest.files.iter().any(|record| record.name == file.name && record.sha256 == *sha256) {
-            let why = format!("isn't what {MANIFEST_NAME} says it is (SHA-256 {sha256}); convert the source again");
+            let why = format!(
+                "isn't what {MANIFEST_NAME} says it is (SHA-256 {sha256}); download it again, or convert the source again; then begin anew with --restart"
+            );
             return Err(Error::malformed(&file.path, why));
         }
     }

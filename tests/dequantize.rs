@@ -5,9 +5,10 @@ mod support;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use half::bf16;
 use prequant::checkpoint::{Disk, RealDisk};
@@ -252,6 +253,33 @@ fn what_prequant_did_not_convert_is_refused() {
 }
 
 #[test]
+fn a_manifest_that_tells_of_other_tensors_is_refused() {
+    let folder = Folder::llama();
+    folder.convert(&["--format", "int4", "--group-size", "32"]).ok();
+    let manifest = folder.read_json("prequant.json");
+    let path = folder.destination().join("prequant.json");
+    let records = manifest["tensors"].as_array().unwrap();
+    for tensors in [Vec::new(), records[1..].to_vec(), [records.clone(), records[..1].to_vec()].concat()] {
+        let mut other = manifest.clone();
+        other["tensors"] = tensors.into();
+        std::fs::write(&path, other.to_string()).unwrap();
+        let run = dequantize(&folder, &[]);
+        assert_eq!(run.code, 3, "{}", run.stderr);
+        assert!(!folder.beside("restored").exists());
+    }
+}
+
+#[test]
+fn a_checkpoint_of_one_file_without_a_config_is_decoded_too() {
+    let folder = Folder::new("llama");
+    folder.write("model.safetensors", serialize(&llama()));
+    std::fs::remove_file(folder.source().join("config.json")).unwrap();
+    folder.convert_from(&folder.source().join("model.safetensors"), &["--format", "nvfp4"]).ok();
+    dequantize(&folder, &[]).ok();
+    assert_eq!(restored(&folder).len(), llama().len());
+}
+
+#[test]
 fn damage_is_told_and_nothing_is_left() {
     let folder = Folder::llama();
     for damage in 0..3 {
@@ -295,9 +323,9 @@ fn a_destination_with_something_in_it_is_refused_without_force() {
     assert!(folder.beside("restored").join("mine").exists());
 }
 
-/// A disk that fails after so many writes.
+/// A disk that is full for the last file, once another one is finished.
 struct Failing {
-    writes_left: AtomicUsize,
+    ready: PathBuf,
 }
 
 impl Disk for Failing {
@@ -306,10 +334,16 @@ impl Disk for Failing {
     }
 
     fn write_at(&self, file: &File, path: &Path, bytes: &[u8], offset: u64) -> io::Result<usize> {
-        match self.writes_left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)) {
-            Ok(_) => RealDisk.write_at(file, path, bytes, offset),
-            Err(_) => Err(io::ErrorKind::StorageFull.into()),
+        if !path.ends_with("model-00008-of-00008.safetensors") {
+            return RealDisk.write_at(file, path, bytes, offset);
         }
+        while std::fs::read_dir(&self.ready)
+            .unwrap()
+            .all(|entry| entry.unwrap().path().extension() != Some("safetensors".as_ref()))
+        {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Err(io::ErrorKind::StorageFull.into())
     }
 
     fn sync(&self, file: &File, path: &Path) -> io::Result<()> {
@@ -336,12 +370,13 @@ fn files_that_a_stopped_run_finished_are_kept() {
     dequantize(&folder, &["--max-shard-size", "9kB"]).ok();
     let whole = contents(&folder.beside("restored"));
     let destination = folder.beside("stopped");
-    let options = Options { threads: 1, ..Options::default() };
+    let options = Options { threads: 2, ..Options::default() };
     let conversion = plan(&folder.destination(), 9000, options).unwrap();
-    let disk = Failing { writes_left: AtomicUsize::new(9) };
+    let disk = Failing { ready: destination.join(".prequant-staging/ready") };
     let stopped = conversion.dequantize_on(&disk, &AtomicBool::new(false), &destination, &Silent);
     assert!(stopped.unwrap_err().to_string().contains("make room"));
-    let sealed = file_names(&destination.join(".prequant-staging/ready"));
+    let sealed = file_names(&disk.ready);
+    let sealed: Vec<_> = sealed.iter().filter(|name| name.ends_with(".safetensors")).collect();
     assert!(!sealed.is_empty() && sealed.len() < 8, "{sealed:?}");
     assert!(!destination.join("config.json").exists() && !destination.join("SHA256SUMS").exists());
     // Others' work isn't gone on with.

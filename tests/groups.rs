@@ -339,6 +339,43 @@ fn a_mix_that_vllm_does_not_read_is_warned_of() {
     }
 }
 
+/// Whatever a source or an older checkpoint has by this name: it would speak of other weights.
+#[test]
+fn hf_quant_config_goes_with_the_weights_it_is_of() {
+    const NAME: &str = "hf_quant_config.json";
+    let folder = Folder::new("llama");
+    folder.write("model.safetensors", serialize(&support::llama()));
+    folder.write(NAME, "{}");
+    let modelopt = ["--format", "nvfp4", "--layout", "modelopt"];
+    folder.convert(&modelopt).ok();
+    assert!(folder.read_json(NAME)["quantization"]["quant_algo"] == "NVFP4");
+    folder.convert(&["--format", "int4", "--group-size", "32", "--force"]).ok();
+    assert!(!folder.destination().join(NAME).exists());
+    verify(&folder, &[]).ok();
+    std::fs::write(folder.destination().join(NAME), "{}").unwrap();
+    let run = verify(&folder, &[]);
+    assert!(run.code == 1 && run.stdout.contains(NAME), "{}", run.stdout);
+}
+
+/// Whichever comes first in the file.
+#[test]
+fn a_scale_shared_by_weights_of_several_dtypes_does_not_depend_on_their_order() {
+    let name = |part: &str| format!("model.layers.0.self_attn.{part}_proj.weight");
+    let dtypes = [("q", Dtype::BF16), ("k", Dtype::F32), ("v", Dtype::F16)];
+    let tensors = dtypes.map(|(part, dtype)| Tensor::random(&name(part), dtype, &[32, 64]));
+    let mut all = Vec::new();
+    for order in [[0, 1, 2], [1, 2, 0], [2, 0, 1]] {
+        let folder = Folder::new("llama");
+        folder.write_shards(&order.map(|i| vec![tensors[i].clone()]));
+        folder.convert(&["--format", "nvfp4"]).ok();
+        let found = read_tensors(&folder.destination()).into_iter().map(|(name, (_, stored))| (name, stored));
+        all.push(found.collect::<BTreeMap<_, _>>());
+    }
+    assert!(all.iter().all(|found| *found == all[0]));
+    let scale = |part: &str| all[0][&format!("{}_global_scale", name(part))].clone();
+    assert!(scale("q") == scale("k") && scale("k") == scale("v"));
+}
+
 /// What is quantized against the rules must not be listed as kept.
 #[test]
 fn a_head_that_is_included_is_not_ignored() {

@@ -149,6 +149,76 @@ fn fp8_scales_are_found_wherever_they_are() {
     same_by_tensor(&coded, &plain);
 }
 
+/// Experts that are fused in FP8: each has scales of its own, with a short block at its edge, kept or taken apart.
+#[test]
+fn fp8_matrices_of_one_tensor_have_scales_of_their_own() {
+    let name = "model.layers.0.mlp.experts.gate_up_proj";
+    let each: Vec<[Tensor; 3]> = (0..3).map(|e| fp8(&format!("{name}{e}"), 192, 256, [128, 128])).collect();
+    let join = |which: usize, name: &str| {
+        let data = each.iter().flat_map(|tensors| tensors[which].data.clone()).collect();
+        let shape = [vec![3], each[0][which].shape.clone()].concat();
+        Tensor::new(name, each[0][which].dtype, &shape, data)
+    };
+    let other = Tensor::random(LINEAR, Dtype::BF16, &[64, 64]);
+    let (coded, plain) = (Folder::new("qwen3_moe"), Folder::new("qwen3_moe"));
+    coded.write("config.json", config(Some(fp8_config([128, 128])), "qwen3_moe"));
+    plain.write("config.json", config(None, "qwen3_moe"));
+    let stored = [join(0, name), join(1, &format!("{name}_scale_inv")), other.clone()];
+    coded.write("model.safetensors", serialize(&stored));
+    plain.write("model.safetensors", serialize(&[join(2, name), other.clone()]));
+    same_by_tensor(&coded, &plain);
+    same_in(&coded, &plain, &[&["--exclude", "experts"]], &[]);
+    let one = Tensor::new(&format!("{name}_scale_inv"), Dtype::F32, &[1], vec![0; 4]);
+    coded.write("model.safetensors", serialize(&[join(0, name), one, other]));
+    coded.convert(&["--force"]).fails(3, &[name, "[1]", "[3, 192, 256]"]);
+}
+
+/// FP8 or MXFP4 beside what is of another method doesn't make this one of theirs.
+#[test]
+fn other_methods_stay_refused_beside_what_can_be_decoded() {
+    let [codes, scale, _] = fp8(LINEAR, 128, 128, [128, 128]);
+    for (method, name) in [("gptq", "model.x.qweight"), ("compressed-tensors", "model.x.weight_packed")] {
+        for quantization in [Some(json!({"quant_method": method})), None] {
+            let folder = Folder::new("llama");
+            folder.write("config.json", config(quantization, "llama"));
+            let other = Tensor::random(name, Dtype::I32, &[8, 8]);
+            folder.write("model.safetensors", serialize(&[codes.clone(), scale.clone(), other]));
+            folder.convert(&[]).fails(3, &["already quantized"]);
+        }
+    }
+}
+
+#[test]
+fn mxfp4_without_an_expert_is_an_error() {
+    let name = "model.layers.0.mlp.experts.down_proj";
+    let folder = Folder::new("gpt_oss");
+    folder.write("config.json", config(Some(json!({"quant_method": "mxfp4"})), "gpt_oss"));
+    let blocks = Tensor::new(&format!("{name}_blocks"), Dtype::U8, &[0, 4, 2, 16], Vec::new());
+    let scales = Tensor::new(&format!("{name}_scales"), Dtype::U8, &[0, 4, 2], Vec::new());
+    let plain = Tensor::new(name, Dtype::BF16, &[2, 32, 32], vec![0; 4096]);
+    folder.write("model.safetensors", serialize(&[blocks, scales, plain.clone()]));
+    folder.convert(&["--dequantize-source"]).fails(3, &[name, "[0, 4, 2, 16]"]);
+    // Nor may what is decoded have another tensor's name.
+    let [blocks, scales, _] = mxfp4(name, [2, 32, 32]);
+    folder.write("model.safetensors", serialize(&[blocks, scales, plain]));
+    folder.convert(&["--dequantize-source"]).fails(3, &[name, "two tensors"]);
+}
+
+#[test]
+fn another_block_size_is_another_source() {
+    let [codes, scale, _] = fp8(LINEAR, 192, 192, [128, 128]);
+    let folder = Folder::new("llama");
+    folder.write("model.safetensors", serialize(&[codes, scale]));
+    for (block, flags) in [([128, 128], &[][..]), ([96, 96], &["--force"])] {
+        folder.write("config.json", config(Some(fp8_config(block)), "llama"));
+        if !flags.is_empty() {
+            folder.convert(&[]).fails(3, &["--force"]);
+        }
+        folder.convert(flags).ok();
+        assert!(folder.convert(&[]).ok().stdout.contains("finished by an earlier run"));
+    }
+}
+
 #[test]
 fn fp8_without_fitting_scales_is_an_error() {
     let [codes, scale, _] = fp8(LINEAR, 256, 384, [128, 128]);

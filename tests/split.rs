@@ -280,6 +280,18 @@ fn fused_experts_share_nvfp4s_global_scale_expert_by_expert() {
 }
 
 #[test]
+fn what_is_taken_apart_must_not_have_another_tensors_name() {
+    let name = |end: &str| format!("model.layers.0.mlp.experts.{end}");
+    let folder = Folder::new("qwen3_5_moe");
+    let tensors = [
+        Tensor::random(&name("gate_up_proj"), Dtype::BF16, &[2, 64, 128]),
+        Tensor::random(&name("0.gate_proj.weight"), Dtype::BF16, &[32, 128]),
+    ];
+    folder.write("model.safetensors", serialize(&tensors));
+    folder.convert(&["--format", "int4"]).fails(3, &[&name("0.gate_proj.weight"), "two tensors"]);
+}
+
+#[test]
 fn shapes_that_experts_cant_have_are_told() {
     let name = "model.layers.0.mlp.experts.gate_up_proj";
     for shape in [[2, 32, 63], [70_000, 1, 2]] {

@@ -2,16 +2,21 @@
 
 use super::{Config, Dtype, TensorInfo};
 
+/// DeepSeek-V3's, as names give it away.
+pub const FP8_METHOD: &str = "FP8 in blocks";
+/// gpt-oss's, likewise.
+pub const MXFP4_METHOD: &str = "MXFP4 (gpt-oss)";
+
 /// What ends the names that a method's checkpoints have and others don't.
 const SUFFIXES: &[(&str, &str)] = &[
     (".quant_state.bitsandbytes__nf4", "bitsandbytes NF4"),
     (".quant_state.bitsandbytes__fp4", "bitsandbytes FP4"),
     (".SCB", "bitsandbytes LLM.int8()"),
     (".weight_packed", "compressed-tensors"),
-    (".weight_scale_inv", "FP8 in blocks"),
+    (".weight_scale_inv", FP8_METHOD),
     (".qzeros", "GPTQ or AWQ"),
     (".qweight", "GPTQ or AWQ"),
-    ("_proj_blocks", "MXFP4 (gpt-oss)"),
+    ("_proj_blocks", MXFP4_METHOD),
     (".weight_scale_2", "ModelOpt NVFP4"),
     (".weight_scale", "FP8 or integers with scales"),
     (".absmax", "bitsandbytes"),
@@ -30,10 +35,19 @@ impl Foreign {
     fn new(method: &str, evidence: String) -> Foreign {
         Foreign { method: method.to_owned(), evidence }
     }
+
+    /// The method that config.json names, and where it names it.
+    pub fn in_config(config: &Config) -> Option<Foreign> {
+        in_config(config)
+    }
+
+    /// The method that a tensor of this name belongs to.
+    pub fn by_name(name: &str) -> Option<&'static str> {
+        SUFFIXES.iter().find(|(suffix, _)| name.ends_with(suffix)).map(|(_, method)| *method)
+    }
 }
 
-/// The method that config.json names, and where it names it.
-pub fn in_config(config: &Config) -> Option<Foreign> {
+fn in_config(config: &Config) -> Option<Foreign> {
     let found = ["quantization_config", "compression_config"].into_iter().find_map(|key| {
         let value = config.values().get(key)?;
         let method = value.get("quant_method").and_then(|method| method.as_str()).unwrap_or("an unnamed method");
@@ -49,13 +63,13 @@ pub fn in_config(config: &Config) -> Option<Foreign> {
 /// The method that a tensor gives away, and how.
 pub fn in_tensors(tensors: &[TensorInfo]) -> Option<Foreign> {
     tensors.iter().find_map(|tensor| {
-        let by_name = SUFFIXES.iter().find(|(suffix, _)| tensor.name.ends_with(suffix));
+        let by_name = Foreign::by_name(&tensor.name);
         let by_dtype = matches!(
             tensor.dtype,
             Dtype::F8E4M3 | Dtype::F8E5M2 | Dtype::F8E4M3Fnuz | Dtype::F8E5M2Fnuz | Dtype::F4 | Dtype::F8E8M0
         );
         match by_name {
-            Some((_, method)) => Some(Foreign::new(method, format!("it has a tensor {:?}", tensor.name))),
+            Some(method) => Some(Foreign::new(method, format!("it has a tensor {:?}", tensor.name))),
             None if by_dtype => {
                 Some(Foreign::new(tensor.dtype.name(), format!("tensor {:?} has that dtype", tensor.name)))
             }

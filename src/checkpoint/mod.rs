@@ -18,7 +18,7 @@ mod staging;
 pub use config::Config;
 pub use disk::{Disk, RealDisk, read_exact_at};
 pub use dtype::Dtype;
-pub use foreign::Foreign;
+pub use foreign::{FP8_METHOD, Foreign, MXFP4_METHOD};
 pub use hash::{Sha256Hash, hash_range};
 pub use header::{Described, Header, MAX_HEADER_LEN, TensorInfo, header_bytes, sort_canonically};
 pub use index::{Index, shard_name, write_index};
@@ -31,6 +31,8 @@ pub use staging::{STAGING_NAME, Staging, free_space};
 pub const INDEX_NAME: &str = "model.safetensors.index.json";
 /// The model's configuration.
 pub const CONFIG_NAME: &str = "config.json";
+/// What says beside config.json how weights are quantized, in some layouts; it goes with the weights it is of.
+pub const QUANT_CONFIG_NAME: &str = "hf_quant_config.json";
 /// Our manifest.
 pub const MANIFEST_NAME: &str = "prequant.json";
 /// Checksums as `sha256sum -c` takes them.

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{CONFIG_NAME, MANIFEST_NAME, SUMS_NAME};
+use super::{CONFIG_NAME, MANIFEST_NAME, QUANT_CONFIG_NAME, SUMS_NAME};
 use crate::error::{Error, IoContext, Result};
 
 /// Weights in any format, and what indexes them: the converted ones replace them.
@@ -106,7 +106,7 @@ impl Walk {
 
     /// Whether the conversion makes its own file in place of this one, or of the weights in it.
     fn is_replaced(&self, prefix: &str, name: &str) -> bool {
-        let ours = prefix.is_empty() && [CONFIG_NAME, MANIFEST_NAME, SUMS_NAME].contains(&name);
+        let ours = prefix.is_empty() && [CONFIG_NAME, MANIFEST_NAME, QUANT_CONFIG_NAME, SUMS_NAME].contains(&name);
         let is_part = self.parts.iter().any(|part| prefix.starts_with(part));
         ours || (is_weight_file(name) && !is_part)
     }

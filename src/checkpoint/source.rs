@@ -10,7 +10,7 @@ use std::thread;
 use super::foreign::{self, Foreign};
 use super::index::Index;
 use super::side_files::{self, SideFile};
-use super::{CONFIG_NAME, Config, Header, INDEX_NAME, Sha256Hash, TensorInfo};
+use super::{CONFIG_NAME, Config, Header, INDEX_NAME, MANIFEST_NAME, Sha256Hash, TensorInfo};
 use crate::error::{Error, IoContext, Result};
 
 /// Headers that are read at the same time.
@@ -70,7 +70,7 @@ impl Source {
 
     /// How it is quantized, and the file that says so, if a config or a tensor says that it is.
     pub fn quantization(&self) -> Option<(PathBuf, Foreign)> {
-        let in_config = self.config.as_ref().and_then(foreign::in_config);
+        let in_config = self.config.as_ref().and_then(Foreign::in_config);
         in_config.map(|found| (self.path.join(CONFIG_NAME), found)).or_else(|| {
             let in_file = |file: &SourceFile| Some((file.path.clone(), foreign::in_tensors(&file.tensors)?));
             self.files.iter().find_map(in_file)
@@ -94,12 +94,17 @@ impl Source {
 
 fn open_folder(folder: &Path) -> Result<Source> {
     let config_path = folder.join(CONFIG_NAME);
-    if !config_path.exists() {
+    if !config_path.exists() && !folder.join(MANIFEST_NAME).exists() {
         let why = "it has no config.json; give the .safetensors file itself to convert weights without a model";
         return Err(Error::NotACheckpoint { path: folder.to_owned(), why: why.to_owned() });
     }
-    check_is_inside(folder, &config_path)?;
-    let config = Config::read(&config_path)?;
+    let config = match config_path.exists() {
+        true => {
+            check_is_inside(folder, &config_path)?;
+            Some(Config::read(&config_path)?)
+        }
+        false => None, // what was made of one file without it
+    };
     let index_path = folder.join(INDEX_NAME);
     let files = if index_path.exists() {
         check_is_inside(folder, &index_path)?;
@@ -116,7 +121,7 @@ fn open_folder(folder: &Path) -> Result<Source> {
     };
     let side_files = side_files::find(folder)?;
     side_files.iter().try_for_each(|file| check_is_inside(folder, &file.path))?;
-    Ok(Source { path: folder.to_owned(), files, config: Some(config), side_files })
+    Ok(Source { path: folder.to_owned(), files, config, side_files })
 }
 
 fn open_file(path: &Path, metadata: &Metadata) -> Result<Source> {

@@ -19,7 +19,7 @@ use std::io::{self, BufWriter, Read, Write};
 use std::path::{Component, Path, PathBuf};
 
 use super::hash::HashingWriter;
-use super::{CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, SUMS_NAME, Sha256Hash};
+use super::{CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, QUANT_CONFIG_NAME, SUMS_NAME, Sha256Hash};
 use crate::error::{Error, IoContext, Result};
 
 /// The folder inside the destination that holds what isn't finished.
@@ -247,11 +247,13 @@ impl Staging {
             self.remove_old(names)?;
         }
         let rank = |name: &str| MARKS.iter().rev().position(|mark| *mark == name).map_or(0, |position| position + 1);
+        let has_manifest = names.iter().any(|name| name == MANIFEST_NAME);
         let mut in_order: Vec<&String> = names.iter().collect();
         in_order.sort_by_key(|name| rank(name));
         for name in in_order {
             let (from, to) = (self.path(name), self.destination.join(name));
-            if name == MANIFEST_NAME {
+            let is_last_mark = name == MANIFEST_NAME || name == CONFIG_NAME && !has_manifest;
+            if is_last_mark {
                 sync_folder(&self.destination)?;
             }
             make_parent(&to)?;
@@ -292,7 +294,7 @@ impl Staging {
             let entry = entry.at(&self.destination, "list it")?;
             let name = entry.file_name().to_string_lossy().into_owned();
             let is_shard = name.starts_with("model") && name.ends_with(".safetensors");
-            if is_shard && !names.contains(&name) && entry.path().is_file() {
+            if (is_shard || name == QUANT_CONFIG_NAME) && !names.contains(&name) && entry.path().is_file() {
                 remove_if_there(&entry.path())?;
             }
         }

@@ -80,8 +80,8 @@ impl Budget {
         let absmax = largest_absmax(plan);
         let step = plan.quantized().map(|tensor| chunk_unit(plan, tensor)).max().unwrap_or(0).max(CHUNK_STEP);
         // A thread, and a slot for it to work in.
-        let pair = buffers_len(plan, step) + slot_len(plan, step, gpus);
-        let least = BASE + absmax + pair;
+        let pair = buffers_len(plan, step).saturating_add(slot_len(plan, step, gpus));
+        let least = pair.saturating_add(BASE + absmax);
         check_least(plan, step, least, absmax, limits)?;
         // Names and offsets take what they take; buffers shrink for them as far as they can.
         let plan_len = plan_len(plan);
@@ -174,8 +174,10 @@ fn buffers_len(plan: &Plan, chunk: usize) -> u64 {
     let group = 5 * size_of::<f32>() + 2;
     let decodes = plan.tensors.iter().any(PlannedTensor::is_decoded);
     // Codes and scales take less than a byte and a quarter for each element.
-    let coded = if decodes { chunk + chunk / 4 } else { 0 };
-    (source + packed + groups * group + coded) as u64
+    let coded = if decodes { chunk.saturating_add(chunk / 4) } else { 0 };
+    [source, packed, groups.saturating_mul(group), coded]
+        .into_iter()
+        .fold(0u64, |sum, len| sum.saturating_add(len as u64))
 }
 
 /// What a thread's buffers must hold.
@@ -194,7 +196,7 @@ impl Capacity {
     pub fn new(plan: &Plan, chunk: usize) -> Capacity {
         let scheme = plan.recipe.scheme();
         // Tensors that are kept go through the same buffer.
-        let mut capacity = Capacity { source: chunk * element_size(plan), packed: 0, groups: 0 };
+        let mut capacity = Capacity { source: chunk.saturating_mul(element_size(plan)), packed: 0, groups: 0 };
         for tensor in plan.quantized() {
             let elements = tensor.elements().min(chunk_elements(plan, tensor, chunk) as u64);
             let groups = elements.div_ceil(scheme.block_len(tensor.columns()));

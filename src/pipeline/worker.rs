@@ -56,7 +56,7 @@ impl<'j, 'a> Worker<'j, 'a> {
                 self.files.open_output(scheduler.file_of(*tensor))?;
                 self.chunk(&self.job.plan.tensors[*tensor], *offset, *len, *tensor_scale)
             }
-            Task::Set { set, tensors } => self.set(&self.job.plan.scale_sets[*set], tensors, scheduler),
+            Task::Set { set, tensors } => self.set(*set, tensors, scheduler),
             Task::Measure { tensor, offset, len } => self.measure(&self.job.plan.tensors[*tensor], *offset, *len),
             Task::Nested { tensor, absmax, offset, first, len } => {
                 self.files.open_output(scheduler.file_of(*tensor))?;
@@ -143,11 +143,11 @@ impl<'j, 'a> Worker<'j, 'a> {
     }
 
     /// Reads tensors that share a scale one after the other into the buffer, and quantizes from it `written` of them.
-    fn set(&mut self, set: &[usize], written: &[usize], scheduler: &Scheduler<'_>) -> Result<Done> {
+    fn set(&mut self, set: usize, written: &[usize], scheduler: &Scheduler<'_>) -> Result<Done> {
         let Scheme::Groups(scheme) = self.scheme else { return Ok(Done::Written) };
         let (plan, kernel) = (self.job.plan, self.kernel());
         let (mut absmax, mut end, mut places) = (0f32, 0, Vec::new());
-        for &tensor in set {
+        for &tensor in &plan.scale_sets[set] {
             let planned = &plan.tensors[tensor];
             let Some(dtype) = planned.quantized_from() else { continue };
             let place = end..end + planned.source_len() as usize;
@@ -161,7 +161,7 @@ impl<'j, 'a> Worker<'j, 'a> {
             places.push((tensor, dtype, place));
         }
         let mut done = Vec::new();
-        let tensor_scale = places.first().map(|(_, dtype, _)| group::tensor_scale(plan.recipe.layout, absmax, *dtype));
+        let tensor_scale = Some(group::tensor_scale(plan.recipe.layout, absmax, plan.scale_dtype(set)));
         for (i, dtype, place) in places.into_iter().filter(|(i, ..)| written.contains(i)) {
             let tensor = &plan.tensors[i];
             self.files.open_output(scheduler.file_of(i))?;

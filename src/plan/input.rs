@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::part::MAX_EXPERTS;
 use super::{Coded, Part, Place, Recipe};
-use crate::checkpoint::{Config, Dtype, Foreign, Source, TensorInfo};
+use crate::checkpoint::{Config, Dtype, FP8_METHOD, Foreign, MXFP4_METHOD, Source, TensorInfo};
 use crate::error::{Error, Result};
 use crate::format::{Coding, FloatDtype, ScaleDtype};
 
@@ -48,6 +48,9 @@ pub fn expert_part(parts: &[Part], expert: u64, experts: u64) -> Part {
     }
 }
 
+/// The fewest columns that share a scale: with fewer, scales would take more room than what they scale.
+const LEAST_FP8_BLOCK: u64 = 16;
+
 /// The end of a scale's name, after its weight's.
 const SCALE: &str = "_scale_inv";
 
@@ -66,10 +69,17 @@ pub fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
         };
     };
     let ends = |end: &'static str| source.tensors().filter_map(move |(_, info)| info.name.strip_suffix(end));
+    let method_is =
+        |name: &str| source.config.as_ref().and_then(Foreign::in_config).is_none_or(|found| found.method == name);
+    // No tensor may be of another method.
+    let only =
+        |own: &str| source.tensors().all(|(_, info)| Foreign::by_name(&info.name).is_none_or(|method| method == own));
     let fp8 = source.tensors().filter(|(_, info)| info.dtype == Dtype::F8E4M3);
     let fp8: HashSet<&str> = fp8.map(|(_, info)| info.name.as_str()).collect();
-    let is_fp8 = ends(SCALE).next().is_some() && ends(SCALE).all(|weight| fp8.contains(weight));
-    let is_mxfp4 = ends("_proj_blocks").next().is_some() && ends("_proj_scales").next().is_some();
+    let has_fp8 = ends(SCALE).next().is_some() && ends(SCALE).all(|weight| fp8.contains(weight));
+    let is_fp8 = has_fp8 && method_is("fp8") && only(FP8_METHOD);
+    let has_mxfp4 = ends("_proj_blocks").next().is_some() && ends("_proj_scales").next().is_some();
+    let is_mxfp4 = has_mxfp4 && method_is("mxfp4") && only(MXFP4_METHOD);
     let hint = match (is_fp8, is_mxfp4, recipe.dequantize_source) {
         (true, false, _) | (false, true, true) => return Ok(()),
         (false, true, false) => ", or decode it with --dequantize-source",
@@ -190,9 +200,17 @@ fn fp8(
     let &[ref outer @ .., rows, columns] = &info.shape[..] else {
         return Err(format!("FP8 with a shape of {:?}: expected a matrix", info.shape));
     };
+    let matrices =
+        outer.iter().try_fold(1u64, |product, &dimension| product.checked_mul(dimension)).unwrap_or(u64::MAX);
+    if matrices > MAX_EXPERTS || info.shape.contains(&0) {
+        return Err(format!(
+            "its shape is {:?}: more than {MAX_EXPERTS} matrices, or none with an element",
+            info.shape
+        ));
+    }
     let grid = match &scale.shape[..] {
         // One for all.
-        [] | [1] => [1, 1],
+        [] | [1] if matrices == 1 => [1, 1],
         [before @ .., rows, columns] if before == outer => [*rows, *columns],
         _ => [0, 0],
     };
@@ -204,15 +222,21 @@ fn fp8(
         [a, b] if evenly => [rows / a, columns / b],
         _ => {
             return Err(format!(
-                "its scale {:?} has the shape {:?}, which doesn't divide {:?} into blocks; expected {of_config:?} for blocks of \
-                 {block:?}",
+                "its scale {:?} has the shape {:?}, which doesn't divide {:?} into blocks; expected {outer:?} and \
+                 {of_config:?} for blocks of {block:?}",
                 scale.name, scale.shape, info.shape
             ));
         }
     };
+    if group < LEAST_FP8_BLOCK.min(columns) {
+        return Err(format!("blocks of {group} columns: expected {LEAST_FP8_BLOCK} or more"));
+    }
     let coding = Coding::Fp8 { block: group as usize, scale: scale_dtype };
     let coded = Coded { coding, dtype, columns, row_len: columns, group_rows, scales, zero_points: None, nested: None };
-    decoded(info.name.clone(), info.shape.clone(), coded, place)
+    let whole = decoded(info.name.clone(), info.shape.clone(), coded, place)?;
+    // Each matrix begins with a scale of its own, whole blocks or not.
+    let parts = (0..matrices).map(|matrix| whole.parts[0].slice(matrix, matrices)).collect();
+    Ok(Input { parts, ..whole })
 }
 
 /// gpt-oss's experts: blocks `[experts, rows, groups, 16]` and scales `[experts, rows, groups]` decode to what transformers'
@@ -236,7 +260,7 @@ fn mxfp4(
             ));
         }
     };
-    if experts > MAX_EXPERTS || rows == 0 || groups == 0 {
+    if experts > MAX_EXPERTS || [experts, rows, groups].contains(&0) {
         return Err(format!(
             "its shape is {:?}: more than {MAX_EXPERTS} experts, or none with an element",
             blocks.shape

@@ -24,7 +24,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 pub use layout::{PlannedFile, PlannedOutput};
-pub use part::{Coded, Matrix, Nested, Part, Place};
+pub use part::{Coded, MAX_EXPERTS, Matrix, Nested, Part, Place};
 pub use recipe::{ExpertLayout, NonFinitePolicy, Recipe};
 pub use rules::Role;
 
@@ -169,6 +169,7 @@ impl Plan {
             tensors = fuse::fuse(source, &model_types, tensors, &recipe.scheme())?;
         }
         check_names_are_free(source, &tensors)?;
+        check_names_differ(source, &tensors)?;
         let files = layout::lay_out(&mut tensors, recipe.max_shard_size);
         let scale_sets = if scheme.shares_scales() { together::scale_sets(&tensors) } else { Vec::new() };
         let side_files = scheme.side_file(&kept_modules).into_iter().collect();
@@ -176,7 +177,10 @@ impl Plan {
     }
 
     /// Plans the writing of `inputs` as they are, decoded; `recipe` tells how large files may be.
-    pub fn decoded(recipe: Recipe, inputs: Vec<Input>, config: Option<String>) -> Plan {
+    ///
+    /// # Errors
+    /// When two have one name.
+    pub fn decoded(source: &Source, recipe: Recipe, inputs: Vec<Input>, config: Option<String>) -> Result<Plan> {
         let keep = |input: Input| {
             let is_coded = input.parts.iter().any(|part| part.coded.is_some());
             let reason = if is_coded { "decoded" } else { "copied" };
@@ -184,9 +188,17 @@ impl Plan {
             PlannedTensor::new((input, verdict, Decision::Keep), &recipe.scheme())
         };
         let mut tensors: Vec<PlannedTensor> = inputs.into_iter().map(keep).collect();
+        check_names_differ(source, &tensors)?;
         let files = layout::lay_out(&mut tensors, recipe.max_shard_size);
         let (scale_sets, side_files, warnings) = Default::default();
-        Plan { recipe, tensors, files, scale_sets, config, side_files, warnings }
+        Ok(Plan { recipe, tensors, files, scale_sets, config, side_files, warnings })
+    }
+
+    /// The dtype in which the scale of a set is computed: its tensors' own, or f32 where they differ.
+    pub fn scale_dtype(&self, set: usize) -> FloatDtype {
+        let mut dtypes = self.scale_sets[set].iter().filter_map(|&tensor| self.tensors[tensor].quantized_from());
+        let first = dtypes.next().unwrap_or(FloatDtype::Float32);
+        if dtypes.all(|dtype| dtype == first) { first } else { FloatDtype::Float32 }
     }
 
     /// Bytes of the files of weights.
@@ -289,6 +301,21 @@ fn check_names_are_free(source: &Source, tensors: &[PlannedTensor]) -> Result<()
             let why = format!(
                 "tensor {name:?} has a name that quantizing {weight:?} takes for a part of it: was the checkpoint \
                  quantized before? Keep the weight with --exclude"
+            );
+            return Err(Error::malformed(&source.files[tensor.parts[0].file].path, why));
+        }
+    }
+    Ok(())
+}
+
+/// No two tensors may be written under one name.
+fn check_names_differ(source: &Source, tensors: &[PlannedTensor]) -> Result<()> {
+    let mut names = HashSet::new();
+    for tensor in tensors {
+        let outputs = tensor.outputs.iter().map(|output| format!("{}{}", tensor.name, output.suffix));
+        if let Some(name) = outputs.into_iter().find(|name| !names.insert(name.clone())) {
+            let why = format!(
+                "two tensors would be written as {name:?}: which one is meant? Keep one as it is with --exclude"
             );
             return Err(Error::malformed(&source.files[tensor.parts[0].file].path, why));
         }

@@ -7,7 +7,7 @@ use super::input::Input;
 use super::part::MAX_EXPERTS;
 use super::rules::Verdict;
 use super::{Decision, Part, Role};
-use crate::checkpoint::{Dtype, Source};
+use crate::checkpoint::{Dtype, MAX_HEADER_LEN, Source};
 use crate::error::{Error, Result};
 
 /// Experts that are fused on disk: how their matrices lie, and what they are called one by one.
@@ -226,6 +226,9 @@ impl Split {
         };
         if experts > MAX_EXPERTS || stored.contains(&0) {
             return error(format!("more than {MAX_EXPERTS} experts, or none with an element"));
+        }
+        if experts * input.name.len() as u64 > MAX_HEADER_LEN {
+            return error("its experts' names alone are more than a header holds".to_owned());
         }
         let transposed = match self.stored {
             Stored::Rows => false,

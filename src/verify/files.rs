@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use sha2::{Digest, Sha256};
 
 use super::{BUFFER, Checkpoint, Options, Report, on_threads};
-use crate::checkpoint::{INDEX_NAME, MANIFEST_NAME, RealDisk, SUMS_NAME, Sha256Hash, hash_range};
+use crate::checkpoint::{INDEX_NAME, MANIFEST_NAME, QUANT_CONFIG_NAME, RealDisk, SUMS_NAME, Sha256Hash, hash_range};
 use crate::error::{Error, IoContext, Result};
 use crate::manifest::{FileRecord, Manifest, sha256_sums};
 
@@ -84,6 +84,9 @@ pub fn check_names(checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
         let is_weights = name.ends_with(".safetensors") || name == INDEX_NAME || name.ends_with(".bin");
         if is_weights && !known.contains(name.as_str()) {
             report.differ(&name, None, "is not in the manifest: weights too many");
+        }
+        if name == QUANT_CONFIG_NAME && !known.contains(name.as_str()) {
+            report.differ(&name, None, "is not in the manifest: it speaks of other weights");
         }
     }
     Ok(())

@@ -48,8 +48,7 @@ impl Scheduler<'_> {
             self.measure(state, set);
         }
         let measured = state.sets.get(&set).filter(|set| set.tasks_left == 0)?;
-        let dtype = self.plan.tensors[self.plan.scale_sets[set][0]].quantized_from()?;
-        Some(group::tensor_scale(self.plan.recipe.layout, measured.absmax, dtype))
+        Some(group::tensor_scale(self.plan.recipe.layout, measured.absmax, self.plan.scale_dtype(set)))
     }
 
     /// Queues the reading of a set's tensors, once.
