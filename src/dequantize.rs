@@ -10,11 +10,13 @@ use std::path::Path;
 use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, RealDisk, Source, TensorInfo, read_exact_at};
 use crate::convert::{Conversion, Options};
 use crate::error::{Error, IoContext, Result};
-use crate::format::{BlockScheme, Coding, FloatDtype, GroupScheme, Layout, ParsedQuantState, Scheme};
+use crate::format::{
+    BlockScheme, Coding, FloatDtype, GroupScheme, Layout, NESTED_BLOCK_SIZE, ParsedQuantState, Scheme, ZERO_POINT_ROWS,
+};
 use crate::kernel::Device;
 use crate::manifest::{DecisionRecord, Manifest, TensorRecord};
 use crate::plan::input::{Input, as_stored, decoded, model_dtype};
-use crate::plan::{Coded, MAX_EXPERTS, Nested, Place, Plan, float_dtype, split};
+use crate::plan::{Coded, MAX_EXPERTS, Nested, Place, Plan, Recipe, float_dtype, split};
 use crate::relay;
 
 /// What config.json says because of the 4-bit weights.
@@ -38,7 +40,7 @@ pub fn plan(converted: &Path, max_shard_size: u64, mut options: Options) -> Resu
     let (inputs, left_apart) = Converted::new(&source, &manifest).inputs()?;
     let config = source.config.as_ref().map(|config| config.without(&CONFIG_KEYS)).transpose();
     let config = config.map_err(|error| Error::malformed(&source.path.join(CONFIG_NAME), error.to_string()))?;
-    let recipe = crate::plan::Recipe { max_shard_size, ..manifest.recipe.clone() };
+    let recipe = Recipe { max_shard_size, ..manifest.recipe.clone() };
     let mut plan = Plan::decoded(&source, recipe, inputs, config)?;
     if left_apart {
         plan.warnings.push(
@@ -193,11 +195,11 @@ impl<'a> Converted<'a> {
         let len_of = |place: Place| self.source.files[place.file].tensors[place.tensor].len;
         let (per_row, scale_len) = (coded.scales_of_row(), coded.scale_len());
         let is = |rows: Option<u64>, each: u64, found: u64| rows.and_then(|rows| rows.checked_mul(each)) == Some(found);
-        let nested = coded.nested.is_none_or(|nested| {
-            is(Some(per_row.div_ceil(crate::format::NESTED_BLOCK_SIZE as u64)), 4, len_of(nested.absmax))
-        });
+        let nested = coded
+            .nested
+            .is_none_or(|nested| is(Some(per_row.div_ceil(NESTED_BLOCK_SIZE as u64)), 4, len_of(nested.absmax)));
         let zero_points = coded.zero_points.is_none_or(|place| {
-            is(rows.map(|rows| rows.div_ceil(crate::format::ZERO_POINT_ROWS)), per_row.saturating_mul(4), len_of(place))
+            is(rows.map(|rows| rows.div_ceil(ZERO_POINT_ROWS)), per_row.saturating_mul(4), len_of(place))
         });
         let scales = is(rows, per_row.saturating_mul(scale_len), len_of(coded.scales));
         if is(rows, coded.row_len, codes.len) && scales && nested && zero_points {

@@ -96,23 +96,7 @@ fn adversarial_groups() {
     let mut random = Random(2);
     let mut pick =
         |from: &[f32]| (0..2 * COLUMNS).map(|_| from[random.bits() as usize % from.len()]).collect::<Vec<_>>();
-    let tiny = f32::from_bits(1);
-    for from in [
-        &[0.0][..],
-        &[-0.0],
-        &[0.0, -0.0],
-        &[tiny, -tiny, 1e-39, 0.0],
-        &[tiny, -tiny, 0.0],
-        &[6e-8, -6e-8, 1.2e-7, 6e-5, -6.1e-5],
-        &[9.2e-41, -1.8e-40, 0.0],
-        &[0.37, -0.37],
-        &[0.37],
-        &[-0.37],
-        &[f32::MAX, -f32::MAX, 3.3e38, 0.0, 1.0],
-        &[65504.0, -65504.0, 57344.0, 61440.0, 1.0],
-        &[1e-38, 1.1e-38, -1e-40, f32::MIN_POSITIVE],
-        &[1e30, 1e-30, -1.0],
-    ] {
+    for from in groups::ADVERSARIAL {
         assert_equal_for(&pick(from));
     }
 }

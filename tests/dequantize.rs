@@ -41,7 +41,8 @@ fn linear(layer: usize) -> String {
 /// Every golden weight: converted, and back. MXFP4's largest numbers overflow in the reference alone.
 fn check(format: &str, dtype: &str, group: &str, flags: &[&str]) {
     let (inputs, outputs) = (goldens(&format!("input-{dtype}")), goldens(&format!("{format}-{dtype}")));
-    let cases: Vec<&String> = inputs.keys().filter(|case| format != "mxfp4" || *case != "huge").collect();
+    let zeroed = |case: &str| format == "mxfp4" && (case == "huge" || dtype == "f16" && case == "subnormal");
+    let cases: Vec<&String> = inputs.keys().filter(|case| !zeroed(case)).collect();
     let folder = Folder::new("llama");
     let weight = |(layer, case): (usize, &&String)| {
         let (dtype, shape, data) = &inputs[*case];
@@ -86,7 +87,7 @@ fn floats_decode_as_compressed_tensors_decompresses_them() {
     for dtype in ["bf16", "f16", "f32"] {
         check("nvfp4", dtype, "16", &[]);
     }
-    for dtype in ["bf16", "f32"] {
+    for dtype in ["bf16", "f16", "f32"] {
         check("mxfp4", dtype, "32", &[]);
     }
 }

@@ -16,7 +16,7 @@ use weights::{DTYPES, Random, encode, largest, next_bf16s, next_f32s};
 fn schemes(source: &[u8], dtype: FloatDtype) -> Vec<(GroupCoder, Vec<usize>)> {
     let absmax = scalar::absmax(source, dtype).unwrap_or(1.0);
     let global_scale = scalar::global_scale(absmax, dtype);
-    let scale_2 = if absmax > 0.0 { absmax / (448.0 * 6.0) } else { 1.0 };
+    let scale_2 = scalar::scale_2(absmax);
     let integers = vec![32, 64, 128, COLUMNS, 40, 20];
     vec![
         (GroupCoder::Int4, integers.clone()),
@@ -74,21 +74,7 @@ fn kernels_equal_the_specification_on_adversarial_groups() {
     let mut random = Random(2);
     let mut pick =
         |from: &[f32]| (0..6 * COLUMNS).map(|_| from[random.bits() as usize % from.len()]).collect::<Vec<_>>();
-    let tiny = f32::from_bits(1);
-    for from in [
-        &[0.0][..],
-        &[-0.0],
-        &[0.0, -0.0],
-        &[tiny, -tiny, 1e-39, 0.0],
-        &[6e-8, -6e-8, 1.2e-7, 6e-5, -6.1e-5],
-        &[0.37, -0.37],
-        &[0.37],
-        &[-0.37],
-        &[f32::MAX, -f32::MAX, 3.3e38, 0.0, 1.0],
-        &[65504.0, -65504.0, 57344.0, 61440.0, 1.0],
-        &[1e-38, 1.1e-38, -1e-40, f32::MIN_POSITIVE],
-        &[1e30, 1e-30, -1.0],
-    ] {
+    for from in groups::ADVERSARIAL {
         assert_all_equal(&pick(from));
     }
 }

@@ -92,6 +92,9 @@ pub fn check(
         _ => input.shape[1],
     };
     let group = scheme.group_len(columns);
+    if scheme.packed_row(columns) > 2 * columns {
+        return keep(verdict, "its rows would take more room than in 16 bits: kept in its dtype".into());
+    }
     if columns.is_multiple_of(group) {
         return Ok(());
     }

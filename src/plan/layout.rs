@@ -53,7 +53,7 @@ pub fn outputs(tensor: &PlannedTensor, scheme: &Scheme) -> Vec<PlannedOutput> {
                 OutputDtype::F32 => Dtype::F32,
                 OutputDtype::Source => tensor.dtype,
             };
-            let len = dtype.byte_len(&output.shape).expect("less than the source's bytes");
+            let len = dtype.byte_len(&output.shape).expect("at most the source's bytes, or a few");
             PlannedOutput { kind: Some(output.kind), suffix: output.suffix, dtype, shape: output.shape, len, offset: 0 }
         })
         .collect()

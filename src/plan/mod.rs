@@ -261,12 +261,12 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
     match scheme {
         Scheme::Blocks(_) => Ok(decided),
         Scheme::Groups(GroupScheme { layout: Layout::GptOss, .. }) => {
-            let turned = decided.into_iter().map(|(input, verdict, decision)| match decision {
+            let transposed = decided.into_iter().map(|(input, verdict, decision)| match decision {
                 // What products sum over in rows, of which MXFP4's groups are.
                 Decision::Quantize(_) => (input.transposed(), verdict, decision),
                 Decision::Keep => (input, verdict, decision),
             });
-            Ok(turned.collect())
+            Ok(transposed.collect())
         }
         Scheme::Groups(_) => split::split_experts(source, model_types, decided),
     }

@@ -5,6 +5,26 @@ use prequant::format::FloatDtype;
 use prequant::kernel::group::{GroupCoder, Groups};
 use prequant::kernel::{Figures, Kernel, NonFinite};
 
+const TINY: f32 = f32::from_bits(1);
+
+/// Numbers that awkward groups are made of: zeros of both signs, subnormal ones of every dtype, single magnitudes, the largest.
+pub const ADVERSARIAL: &[&[f32]] = &[
+    &[0.0],
+    &[-0.0],
+    &[0.0, -0.0],
+    &[TINY, -TINY, 1e-39, 0.0],
+    &[TINY, -TINY, 0.0],
+    &[6e-8, -6e-8, 1.2e-7, 6e-5, -6.1e-5],
+    &[9.2e-41, -1.8e-40, 0.0],
+    &[0.37, -0.37],
+    &[0.37],
+    &[-0.37],
+    &[f32::MAX, -f32::MAX, 3.3e38, 0.0, 1.0],
+    &[65504.0, -65504.0, 57344.0, 61440.0, 1.0],
+    &[1e-38, 1.1e-38, -1e-40, f32::MIN_POSITIVE],
+    &[1e30, 1e-30, -1.0],
+];
+
 /// What a kernel wrote; figures as bits.
 #[derive(Debug, PartialEq)]
 pub struct Quantized {
