@@ -12,7 +12,7 @@ const EXPERTS: &str = r#"
 ## Loading the 4-bit experts
 
 prequant quantized this checkpoint's experts to 4 bits. transformers can't load such experts alone, and config.json has it stop
-with an error that names `prequant_loader`. With prequant's loader (the package `prequant-loader`, in `scripts/loader` of prequant's
+with an error that names `prequant_loader`. With prequant's loader (the package `prequant-loader`, in `python` of prequant's
 repository) it loads as any other:
 
 ```python
