@@ -1,4 +1,4 @@
-"""Checkpoints for the client tests: made, loaded, read back byte by byte, and compared."""
+"""Checkpoints for these tests and tests/conformance: made, loaded, read back byte by byte, and compared."""
 
 from __future__ import annotations
 
