@@ -4,10 +4,12 @@
 use std::path::Path;
 
 use prequant::checkpoint::{Config, Header, Index, Source, SourceFile};
-use prequant::format::{Format, GroupSize, Layout, ParsedQuantState};
+use prequant::format::{Format, GroupSize, Layout};
+use prequant::layout::ParsedQuantState;
 use prequant::manifest::Manifest;
 use prequant::pipeline::{Budget, Limits};
-use prequant::plan::{ExpertLayout, Plan, Recipe};
+use prequant::plan::Plan;
+use prequant::recipe::{ExpertLayout, Recipe};
 
 /// What a fuzzer calls with whatever it makes up.
 pub type Target = fn(&[u8]);

@@ -5,14 +5,16 @@ mod support;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use prequant::convert::{Options, plan};
-use prequant::format::{
-    BlockFormat, BlockSize, FloatDtype, Format, NESTED_BLOCK_SIZE, QuantState, dynamic_map, quant_state_bytes,
-};
-use prequant::kernel::{Blocks, Device, Figures, Kernel, nested};
+use prequant::backend::Device;
+use prequant::dtype::FloatDtype;
+use prequant::format::{BlockFormat, BlockSize, Format, NESTED_BLOCK_SIZE, dynamic_map};
+use prequant::kernel::block::nested;
+use prequant::kernel::{BlockErrors, Blocks, Kernel};
+use prequant::layout::{QuantState, quant_state_bytes};
 use prequant::manifest::{DecisionRecord, Manifest};
+use prequant::ops::quantize::{Options, plan};
 use prequant::pipeline::Progress;
-use prequant::plan::Recipe;
+use prequant::recipe::Recipe;
 use proptest::prelude::*;
 use safetensors::tensor::Dtype;
 use sha2::{Digest, Sha256};
@@ -51,7 +53,7 @@ fn recompute(tensor: &Tensor, dtype: FloatDtype, recipe: &Recipe) -> BTreeMap<St
     let blocks = elements.div_ceil(scheme.block_size.get());
     let mut packed = vec![0; elements.div_ceil(2)];
     let [mut absmax, mut signal, mut noise, mut worst] = std::array::from_fn(|_| vec![0f32; blocks]);
-    let figures = Figures { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
+    let figures = BlockErrors { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
     let codebook = scheme.format.codebook();
     let source = &tensor.data;
     let blocks = Blocks { source, dtype, block_size: scheme.block_size, codebook, packed: &mut packed, figures };

@@ -12,13 +12,14 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{Loss, Recomputed, recompute};
-use prequant::checkpoint::RealDisk;
-use prequant::convert::{Options, plan};
+use prequant::backend::Device;
 use prequant::format::{BlockSize, Format};
-use prequant::kernel::{Device, Kernel};
+use prequant::kernel::Kernel;
 use prequant::manifest::{DecisionRecord, Manifest};
+use prequant::ops::quantize::{Options, plan};
 use prequant::pipeline::Progress;
-use prequant::plan::Recipe;
+use prequant::recipe::Recipe;
+use prequant::store::RealDisk;
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
 use support::{Folder, LINEAR, Run, Stored, Tensor, contents, llama, read_tensors, serialize};

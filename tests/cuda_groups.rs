@@ -12,8 +12,8 @@ mod weights;
 use std::sync::LazyLock;
 
 use half::{bf16, f16};
-use prequant::format::FloatDtype;
-use prequant::kernel::cuda::{GROUPS_PTX, GroupKernel, THREADS};
+use prequant::backend::cuda::{GROUPS_PTX, GroupKernel, THREADS};
+use prequant::dtype::FloatDtype;
 use prequant::kernel::group::GroupCoder;
 
 use cuda::Kernels;

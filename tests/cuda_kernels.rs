@@ -9,8 +9,9 @@ use std::sync::LazyLock;
 use std::time::Instant;
 
 use half::{bf16, f16};
-use prequant::format::{Codebook, FloatDtype, NF4, dynamic_map};
-use prequant::kernel::cuda::{PTX, THREADS};
+use prequant::backend::cuda::{PTX, THREADS};
+use prequant::dtype::FloatDtype;
+use prequant::format::{Codebook, NF4, dynamic_map};
 
 use cuda::{Kernels, kernel_name};
 use weights::*;

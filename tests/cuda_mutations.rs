@@ -19,8 +19,9 @@ use std::ops::Range;
 
 use regex::Regex;
 
-use prequant::format::{Codebook, FloatDtype, dynamic_map};
-use prequant::kernel::cuda::{GROUPS_PTX, GroupKernel, PTX};
+use prequant::backend::cuda::{GROUPS_PTX, GroupKernel, PTX};
+use prequant::dtype::FloatDtype;
+use prequant::format::{Codebook, dynamic_map};
 use prequant::kernel::group::GroupCoder;
 
 use cuda::{Kernels, kernel_name};

@@ -10,7 +10,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use half::{bf16, f16};
-use prequant::format::{BlockFormat, FloatDtype};
+use prequant::dtype::FloatDtype;
+use prequant::format::BlockFormat;
 use prequant::kernel::Kernel;
 use prequant::kernel::decode::{Coding, Row, ScaleDtype, decode, restore_absmax};
 use prequant::kernel::group::GroupCoder;

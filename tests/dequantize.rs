@@ -11,10 +11,10 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use half::bf16;
-use prequant::checkpoint::{Disk, RealDisk};
-use prequant::convert::Options;
-use prequant::dequantize::plan;
+use prequant::ops::dequantize::plan;
+use prequant::ops::quantize::Options;
 use prequant::pipeline::Progress;
+use prequant::store::{Disk, RealDisk};
 use safetensors::tensor::Dtype;
 use serde_json::json;
 

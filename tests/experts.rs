@@ -4,7 +4,7 @@ mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use prequant::plan::experts::{FAMILIES, Fusion};
+use prequant::models::experts::{FAMILIES, Fusion};
 use regex::Regex;
 use safetensors::tensor::Dtype;
 use serde_json::{Value, json};

@@ -3,8 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use prequant::format::{BlockFormat, BlockSize, FloatDtype, NESTED_BLOCK_SIZE, dynamic_map};
-use prequant::kernel::{Blocks, Figures, Kernel, nested, quantize_any};
+use prequant::dtype::FloatDtype;
+use prequant::format::{BlockFormat, BlockSize, NESTED_BLOCK_SIZE, dynamic_map};
+use prequant::kernel::block::nested;
+use prequant::kernel::{BlockErrors, Blocks, Kernel, quantize_any};
 use safetensors::SafeTensors;
 
 const DTYPES: [(&str, FloatDtype); 3] =
@@ -46,7 +48,7 @@ fn quantize(kernel: Kernel, source: &[u8], dtype: FloatDtype, format: BlockForma
     let blocks = elements.div_ceil(block_size.get());
     let mut packed = vec![0; elements.div_ceil(2)];
     let [mut absmax, mut signal, mut noise, mut worst] = std::array::from_fn(|_| vec![0.0; blocks]);
-    let figures = Figures { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
+    let figures = BlockErrors { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
     let codebook = format.codebook();
     kernel.quantize(Blocks { source, dtype, block_size, codebook, packed: &mut packed, figures }).unwrap();
     (packed, absmax.into_iter().map(f32::to_bits).collect())
@@ -163,7 +165,7 @@ fn blocks_with_nan_or_infinity_are_bitsandbytes_own_when_they_are_kept() {
             block_size: BlockSize::default(),
             codebook: format.codebook(),
             packed: &mut packed,
-            figures: Figures { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst },
+            figures: BlockErrors { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst },
         });
         assert_eq!(packed, expected, "{} {bad}", format.name());
         assert!(absmax.iter().all(|x| x.to_bits() == bad.abs().to_bits()), "{absmax:?}");

@@ -7,7 +7,7 @@ mod groups;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use prequant::format::FloatDtype;
+use prequant::dtype::FloatDtype;
 use prequant::kernel::Kernel;
 use prequant::kernel::group::{GroupCoder, scalar};
 use safetensors::SafeTensors;

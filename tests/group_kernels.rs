@@ -5,7 +5,7 @@ mod groups;
 #[path = "support/weights.rs"]
 mod weights;
 
-use prequant::format::FloatDtype;
+use prequant::dtype::FloatDtype;
 use prequant::kernel::group::{GroupCoder, scalar};
 use prequant::kernel::{Kernel, NonFinite};
 

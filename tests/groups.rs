@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
-use prequant::format::FloatDtype;
+use prequant::dtype::FloatDtype;
 use prequant::kernel::Kernel;
 use prequant::kernel::group::{GroupCoder, scalar};
 use safetensors::tensor::Dtype;

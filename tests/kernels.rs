@@ -4,7 +4,8 @@
 mod weights;
 
 use half::{bf16, f16};
-use prequant::format::{Codebook, FloatDtype, NF4};
+use prequant::dtype::FloatDtype;
+use prequant::format::{Codebook, NF4};
 use prequant::kernel::{Kernel, NonFinite};
 use proptest::prelude::*;
 

@@ -13,10 +13,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use prequant::Error;
-use prequant::checkpoint::Disk;
-use prequant::convert::{Conversion, Options, plan};
+use prequant::ops::quantize::{Conversion, Options, plan};
 use prequant::pipeline::Progress;
-use prequant::plan::Recipe;
+use prequant::recipe::Recipe;
+use prequant::store::Disk;
 use safetensors::tensor::Dtype;
 use support::{Folder, Tensor, contents, file_names, serialize};
 
@@ -168,7 +168,7 @@ fn only_staging(destination: &Path) {
 fn an_interrupt_stops_the_run_and_keeps_what_is_finished() {
     let folder = checkpoint();
     let error = conversion(&folder, false)
-        .execute_on(&prequant::checkpoint::RealDisk, &AtomicBool::new(true), &folder.destination(), &Watch::default())
+        .execute_on(&prequant::store::RealDisk, &AtomicBool::new(true), &folder.destination(), &Watch::default())
         .unwrap_err();
     assert!(matches!(error, Error::Interrupted), "{error}");
     assert!(!folder.destination().exists());
@@ -344,7 +344,7 @@ fn a_killed_run_is_gone_on_with() {
     let run = folder.convert(&["--max-shard-size", "1MB"]).ok();
     assert!(run.stderr.contains("are as they were: skipping"), "{}", run.stderr);
     let again = folder.beside("again");
-    prequant::convert::plan(
+    prequant::ops::quantize::plan(
         &folder.source(),
         Recipe { max_shard_size: 1_000_000, ..Recipe::default() },
         Options::default(),

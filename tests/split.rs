@@ -4,7 +4,7 @@
 mod groups;
 mod support;
 
-use prequant::format::FloatDtype;
+use prequant::dtype::FloatDtype;
 use prequant::kernel::Kernel;
 use prequant::kernel::group::GroupCoder;
 use safetensors::tensor::Dtype;

@@ -6,7 +6,7 @@ use std::fs;
 use std::process::Command;
 use std::sync::atomic::AtomicBool;
 
-use prequant::verify::{Options, Report, verify};
+use prequant::ops::verify::{Options, Report, verify};
 use safetensors::tensor::Dtype;
 use serde_json::Value;
 use support::{Folder, LINEAR, Run, Tensor, contents, llama, serialize};

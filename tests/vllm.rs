@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use prequant::plan::together::TOGETHER;
+use prequant::plan::merged_linears::MERGED_LINEARS;
 use serde_json::Value;
 
 /// Sets that are left apart, and why.
@@ -30,7 +30,7 @@ const EXCEPTIONS: &[(&[&str], &str)] = &[
 fn what_vllm_puts_together_shares_a_scale_or_is_known_not_to() {
     let list: Value = serde_json::from_str(include_str!("data/vllm.json")).unwrap();
     let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<BTreeSet<_>>();
-    let shared: Vec<_> = TOGETHER.iter().map(|set| names(set)).collect();
+    let shared: Vec<_> = MERGED_LINEARS.iter().map(|set| names(set)).collect();
     let mut exceptions: Vec<_> = EXCEPTIONS.iter().map(|(set, _)| names(set)).collect();
     let mut known = 0;
     for fused in list["fused"].as_array().unwrap() {

@@ -2,9 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use prequant::format::{FloatDtype, NESTED_BLOCK_SIZE, QuantState, dynamic_map, quant_state_bytes};
-use prequant::kernel::{Blocks, Figures, Kernel, nested, scalar};
-use prequant::plan::Recipe;
+use prequant::dtype::FloatDtype;
+use prequant::format::{NESTED_BLOCK_SIZE, dynamic_map};
+use prequant::kernel::block::{nested, scalar};
+use prequant::kernel::{BlockErrors, Blocks, Kernel};
+use prequant::layout::{QuantState, quant_state_bytes};
+use prequant::recipe::Recipe;
 use prequant::stats::Statistics;
 use safetensors::tensor::Dtype;
 
@@ -46,7 +49,7 @@ pub fn recompute(tensor: &Tensor, recipe: &Recipe) -> Recomputed {
     let blocks = elements.div_ceil(scheme.block_size.get());
     let mut packed = vec![0; elements.div_ceil(2)];
     let [mut absmax, mut signal, mut noise, mut worst] = std::array::from_fn(|_| vec![0f32; blocks]);
-    let figures = Figures { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
+    let figures = BlockErrors { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
     let (source, codebook) = (&tensor.data, scheme.format.codebook());
     let blocks = Blocks { source, dtype, block_size: scheme.block_size, codebook, packed: &mut packed, figures };
     Kernel::SCALAR.quantize(blocks).unwrap();

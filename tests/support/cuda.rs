@@ -2,9 +2,11 @@
 //! held to the specification.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
-use prequant::format::{BlockSize, Codebook, FP4, FloatDtype, NESTED_BLOCK_SIZE, NF4, dynamic_map};
-use prequant::kernel::cuda::{THREADS, codebook_table, dynamic_map_table, thread_blocks};
-use prequant::kernel::{Blocks, Figures, Kernel, nested, quantize_any};
+use prequant::backend::cuda::{THREADS, codebook_table, dynamic_map_table, thread_blocks};
+use prequant::dtype::FloatDtype;
+use prequant::format::{BlockSize, Codebook, FP4, NESTED_BLOCK_SIZE, NF4, dynamic_map};
+use prequant::kernel::block::nested;
+use prequant::kernel::{BlockErrors, Blocks, Kernel, quantize_any};
 use ptx_interpreter::{Entry, Fault, Memory, Module};
 
 use super::weights::{self, Output};
@@ -151,7 +153,7 @@ fn quantize_whatever(source: &[u8], dtype: FloatDtype, size: u32, codebook: &'st
     let mut packed = vec![0; elements.div_ceil(2)];
     let mut figures: [Vec<f32>; 4] = std::array::from_fn(|_| vec![0.0; blocks]);
     let [absmax, signal, noise, worst] = &mut figures;
-    let figures_out = Figures { absmax, signal, noise, worst };
+    let figures_out = BlockErrors { absmax, signal, noise, worst };
     quantize_any(Blocks { source, dtype, block_size, codebook, packed: &mut packed, figures: figures_out });
     Output { packed, figures: figures.map(|figure| figure.iter().map(|x| x.to_bits()).collect()) }
 }

@@ -1,9 +1,9 @@
 //! The GPU's kernels for groups on the CPU, held to the specification.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
-use prequant::format::FloatDtype;
+use prequant::backend::cuda::{GroupKernel, THREADS, tensor_factor};
+use prequant::dtype::FloatDtype;
 use prequant::kernel::Kernel;
-use prequant::kernel::cuda::{GroupKernel, THREADS, tensor_factor};
 use prequant::kernel::group::{GroupCoder, scalar};
 use ptx_interpreter::{Fault, Memory};
 
