@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use super::{Decision, PlannedTensor, Recipe, Role};
 use crate::format::{GroupScheme, Scheme};
 
-/// Names of modules beside each other that become one, as vLLM has them; `tests/vllm.rs` holds the list against
+/// Names of modules beside each other that become one, as vLLM has them; `tests/plan/vllm.rs` holds the list against
 /// `tests/data/vllm.json`.
 pub const TOGETHER: &[&[&str]] = &[
     &["q_proj", "k_proj", "v_proj"],
