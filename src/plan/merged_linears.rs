@@ -7,7 +7,7 @@ use crate::models::Role;
 use crate::plan::{Decision, PlannedTensor};
 use crate::recipe::Recipe;
 
-/// Names of modules beside each other that become one, as vLLM has them; `tests/vllm.rs` holds the list against
+/// Names of modules beside each other that become one, as vLLM has them; `tests/plan/vllm.rs` holds the list against
 /// `tests/data/vllm.json`.
 pub const MERGED_LINEARS: &[&[&str]] = &[
     &["q_proj", "k_proj", "v_proj"],

@@ -1,5 +1,4 @@
 //! Rows to quantize in groups, and what a kernel makes of them.
-#![allow(dead_code, reason = "each test file uses a part of it")]
 
 use prequant::dtype::FloatDtype;
 use prequant::kernel::group::{GroupCoder, Groups};

@@ -1,5 +1,4 @@
 //! Weights to quantize, many of them awkward, and what a kernel makes of them.
-#![allow(dead_code, reason = "each test file uses a part of it")]
 
 use half::{bf16, f16};
 use prequant::dtype::FloatDtype;
