@@ -44,6 +44,9 @@ const OF_THE_MACHINE: [&str; 5] = ["destination", "device", "disk_free", "recipe
 fn every_output_is_what_it_was() {
     let temporary = tempfile::tempdir().unwrap();
     let kept = env::var_os("PREQUANT_NET_KEEP").map(PathBuf::from);
+    if let Some(folder) = &kept {
+        fs::create_dir(folder).expect("PREQUANT_NET_KEEP: a folder that isn't there yet");
+    }
     let net = Net {
         root: kept.clone().unwrap_or(temporary.path().to_owned()),
         keep: kept.is_some(),
