@@ -2,7 +2,7 @@
 
 Each class is built from its default config on the meta device (no weight exists). Its parameters are renamed to the
 names save_pretrained writes, layer and expert numbers become `*`, and each row says what module owns the tensor and
-whether `load_in_4bit` would make a 4-bit Linear of it. The rules in src/plan/rules.rs are tested against this file.
+whether `load_in_4bit` would make a 4-bit Linear of it. The rules in src/models/rules.rs are tested against this file.
 
 Needs torch 2.15.0, transformers 5.23.0 and bitsandbytes 0.50.2.
 
