@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Checkpoints of manifest schema 1, as prequant 0.1.0 wrote them: fixtures/converted-0.1.0.
 
-    scripts/make-converted-fixtures path/to/prequant-0.1.0 [--check]
+    scripts/make converted path/to/prequant-0.1.0 [--check]
 
 Writes two tiny sources (random weights, the same each time) and converts them with that program, once per format and layout.
 --check compares with what is committed instead.
@@ -21,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent.parent / "fixtures/converted-0.1.0"
+FOLDER = Path(__file__).resolve().parents[2] / "fixtures/converted-0.1.0"
 
 # Folder, source, options.
 CONVERTED = [
@@ -108,7 +107,7 @@ def files(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="scripts/make converted", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("program", help="a prequant 0.1.0")
     parser.add_argument("--check", action="store_true", help="compare with what is committed")
     arguments = parser.parse_args()
