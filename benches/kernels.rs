@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
 use half::{bf16, f16};
-use prequant::format::{BlockFormat, BlockSize, FloatDtype};
+use prequant::dtype::FloatDtype;
+use prequant::format::{BlockFormat, BlockSize};
 use prequant::kernel::decode::{Coding, Row, ScaleDtype, decode};
 use prequant::kernel::group::{GroupCoder, Groups};
-use prequant::kernel::{Blocks, Figures, Kernel};
+use prequant::kernel::{BlockErrors, Blocks, Kernel};
 
 const SOURCE_BYTES: usize = 1 << 20;
 
@@ -98,7 +99,7 @@ fn quantize(
     group.bench_function(format!("{}/{}/{size}", kernel.name(), format.name()), |bencher| {
         bencher.iter(|| {
             let [absmax, signal, noise, worst] = &mut figures;
-            let figures = Figures { absmax, signal, noise, worst };
+            let figures = BlockErrors { absmax, signal, noise, worst };
             let codebook = format.codebook();
             let packed = &mut packed;
             kernel.quantize(Blocks { source: black_box(source), dtype, block_size, codebook, packed, figures })
@@ -123,7 +124,8 @@ fn quantize_groups(
     let [mut absmax, mut signal, mut noise, mut worst] = std::array::from_fn(|_| vec![0.0; groups]);
     group.bench_function(format!("{} {name} {size}", kernel.name()), |bencher| {
         bencher.iter(|| {
-            let figures = Figures { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
+            let figures =
+                BlockErrors { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
             let (packed, scales, zero_points) = (&mut packed[..], &mut scales[..], &mut points[..]);
             let (source, columns, group) = (black_box(source), COLUMNS, size);
             kernel.quantize_groups(Groups {

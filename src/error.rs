@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::kernel::cuda::{Fault, Unusable};
+use crate::backend::cuda::{Fault, Unusable};
 
 /// Any failure of this crate.
 #[derive(Debug, thiserror::Error)]
@@ -59,7 +59,7 @@ pub enum Error {
     },
     /// The source is a converted checkpoint that can't be laid out anew.
     #[error("{}: {why}", path.display())]
-    Relay {
+    Relayout {
         /// Its folder.
         path: PathBuf,
         /// What is in the way, and what to do.
@@ -126,7 +126,7 @@ pub enum Error {
         "module \"{kept}\" is kept, but clients would then leave \"{quantized}\" unquantized too, whose name ends alike; \
          keep both, or quantize both"
     )]
-    SkipEntryClash {
+    AmbiguousSkipEntry {
         /// The module kept in its dtype.
         kept: String,
         /// The module quantized.
@@ -232,7 +232,7 @@ impl Error {
     /// The process's exit code: 2 wrong usage, 3 bad input, 4 I/O or device failure.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Error::Pattern { .. } | Error::Options { .. } | Error::SkipEntryClash { .. } => 2,
+            Error::Pattern { .. } | Error::Options { .. } | Error::AmbiguousSkipEntry { .. } => 2,
             Error::Memory { .. } | Error::DeviceMemory { .. } => 2,
             Error::NoSpace { .. } | Error::Io { .. } | Error::Stopped | Error::Interrupted => 4,
             Error::NoDevice { .. } | Error::Device { .. } => 4,
@@ -248,13 +248,13 @@ impl Error {
             Error::Malformed { .. } => "malformed",
             Error::UnsupportedDtype { .. } => "unsupported_dtype",
             Error::AlreadyQuantized { .. } => "already_quantized",
-            Error::Relay { .. } => "relay",
+            Error::Relayout { .. } => "relay",
             Error::NonFinite { .. } => "non_finite",
             Error::Pattern { .. } => "pattern",
             Error::Experts { .. } => "experts",
             Error::Options { .. } => "options",
             Error::NothingToQuantize { .. } => "nothing_to_quantize",
-            Error::SkipEntryClash { .. } => "skip_entry_clash",
+            Error::AmbiguousSkipEntry { .. } => "skip_entry_clash",
             Error::Destination { .. } => "destination",
             Error::Memory { .. } => "memory",
             Error::DeviceMemory { .. } => "device_memory",

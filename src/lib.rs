@@ -1,20 +1,18 @@
 //! prequant turns a bf16 Hugging Face safetensors checkpoint into a pre-quantized 4-bit one.
+pub mod backend;
 pub mod checkpoint;
-pub mod convert;
-pub mod dequantize;
+pub mod dtype;
 pub mod error;
-mod exact_sum;
 pub mod format;
-mod journal;
 pub mod kernel;
+pub mod layout;
 pub mod manifest;
-mod model_card;
+pub mod models;
+pub mod ops;
 pub mod pipeline;
 pub mod plan;
-mod relay;
-mod resume;
+pub mod recipe;
 pub mod stats;
+pub mod store;
 pub mod units;
-pub mod verify;
 pub use error::{Error, Result};
-pub use relay::recipe_of;

@@ -8,9 +8,10 @@ use std::io;
 use schemars::{JsonSchema, Schema};
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::Sha256Hash;
-use crate::plan::{ExpertLayout, Recipe, Role};
+use crate::models::Role;
+use crate::recipe::{ExpertLayout, Recipe};
 use crate::stats::Statistics;
+use crate::store::Sha256Hash;
 
 /// The version of this schema; raised when a reader of the last one would misunderstand.
 pub const SCHEMA_VERSION: u32 = 1;

@@ -6,9 +6,11 @@ use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use half::{bf16, f16};
-use prequant::format::{BlockFormat, BlockSize, FloatDtype, NESTED_BLOCK_SIZE, dynamic_map};
-use prequant::kernel::cuda::{Gpu, Slot, SlotSize};
-use prequant::kernel::{Blocks, Figures, Kernel, nested};
+use prequant::backend::cuda::{Gpu, Slot, SlotSize};
+use prequant::dtype::FloatDtype;
+use prequant::format::{BlockFormat, BlockSize, NESTED_BLOCK_SIZE, dynamic_map};
+use prequant::kernel::block::nested;
+use prequant::kernel::{BlockErrors, Blocks, Kernel};
 use prequant::units::Bytes;
 
 use super::{Report, groups};
@@ -110,7 +112,7 @@ fn compare_piece(
     let blocks = elements.div_ceil(block_size.get());
     let mut packed = vec![0; elements.div_ceil(2)];
     let [mut absmax, mut signal, mut noise, mut worst] = std::array::from_fn(|_| vec![0f32; blocks]);
-    let figures = Figures { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
+    let figures = BlockErrors { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
     let codebook = format.codebook();
     Kernel::detect()
         .quantize(Blocks { source, dtype, block_size, codebook, packed: &mut packed, figures })

@@ -8,11 +8,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use prequant::convert::{Options, plan};
-use prequant::kernel::Device;
-use prequant::kernel::cuda::Gpu;
+use prequant::backend::Device;
+use prequant::backend::cuda::Gpu;
+use prequant::ops::quantize::{Options, plan};
 use prequant::pipeline::Progress;
-use prequant::plan::Recipe;
+use prequant::recipe::Recipe;
 use prequant::units::Bytes;
 
 use super::{Arguments, Report};

@@ -1,9 +1,9 @@
 //! Group formats: the GPU's bytes against the CPU's.
 
-use prequant::format::FloatDtype;
-use prequant::kernel::cuda::Slot;
+use prequant::backend::cuda::Slot;
+use prequant::dtype::FloatDtype;
 use prequant::kernel::group::{GroupCoder, Groups, scalar};
-use prequant::kernel::{Figures, Kernel};
+use prequant::kernel::{BlockErrors, Kernel};
 
 /// The schemes' names, for people.
 pub const SCHEMES: [&str; 5] = ["int4", "int4-asym", "nvfp4", "nvfp4 (ModelOpt)", "mxfp4"];
@@ -63,7 +63,7 @@ fn compare(
     let mut scales = vec![0; groups * scheme.scale_size(dtype)];
     let mut zero_points = vec![0; if scheme == GroupCoder::Int4Asym { groups } else { 0 }];
     let [mut absmax, mut signal, mut noise, mut worst] = std::array::from_fn(|_| vec![0f32; groups]);
-    let figures = Figures { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
+    let figures = BlockErrors { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
     let (packed_out, scales_out, points_out) = (&mut packed, &mut scales, &mut zero_points);
     Kernel::detect()
         .quantize_groups(Groups {

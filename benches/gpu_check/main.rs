@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use prequant::kernel::cuda::Gpu;
+use prequant::backend::cuda::Gpu;
 use prequant::units::Bytes;
 
 #[derive(Parser)]

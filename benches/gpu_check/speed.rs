@@ -6,8 +6,9 @@ use std::ffi::{CString, c_void};
 
 use cudarc::driver::result::{self, DriverError, event, module, stream};
 use cudarc::driver::sys;
-use prequant::format::{FP4, FloatDtype, NF4};
-use prequant::kernel::cuda::{GROUPS_PTX, GroupKernel, PTX, THREADS, codebook_table, tensor_factor, thread_blocks};
+use prequant::backend::cuda::{GROUPS_PTX, GroupKernel, PTX, THREADS, codebook_table, tensor_factor, thread_blocks};
+use prequant::dtype::FloatDtype;
+use prequant::format::{FP4, NF4};
 use prequant::kernel::group::GroupCoder;
 
 use super::Report;

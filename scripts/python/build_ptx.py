@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 
-FOLDER = pathlib.Path(__file__).resolve().parents[2] / "src/kernel/cuda"
+FOLDER = pathlib.Path(__file__).resolve().parents[2] / "src/backend/cuda"
 MODULES = ["kernels", "groups"]
 HEADER = "elements.cuh"
 # The oldest architecture that cuda-12 drivers run, so that one text serves all; no contraction, no approximation.
@@ -73,7 +73,7 @@ def assemble(ptx: pathlib.Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compile src/kernel/cuda/*.cu to the PTX committed beside them.")
+    parser = argparse.ArgumentParser(description="Compile src/backend/cuda/*.cu to the PTX committed beside them.")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the committed PTX differs")
     arguments = parser.parse_args()
     for module in MODULES:

@@ -6,8 +6,8 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
-use super::Sha256Hash;
 use crate::error::{Error, IoContext, Result};
+use crate::store::Sha256Hash;
 
 /// The largest config that is read: real ones are a few KB.
 const MAX_CONFIG_LEN: u64 = 16 << 20;

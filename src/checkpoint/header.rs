@@ -12,8 +12,9 @@ use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use sha2::{Digest, Sha256};
 
-use super::{Dtype, Sha256Hash};
+use crate::dtype::Dtype;
 use crate::error::{Error, IoContext, Result};
+use crate::store::Sha256Hash;
 
 /// The longest header that is read: the safetensors library's own limit.
 pub const MAX_HEADER_LEN: u64 = 100_000_000;

@@ -4,10 +4,6 @@
 //! outside the source's folder is opened. Nothing here knows what quantization is.
 
 mod config;
-mod disk;
-mod dtype;
-mod foreign;
-mod hash;
 mod header;
 mod index;
 mod output;
@@ -16,10 +12,6 @@ mod source;
 mod staging;
 
 pub use config::Config;
-pub use disk::{Disk, RealDisk, read_exact_at};
-pub use dtype::Dtype;
-pub use foreign::{FP8_METHOD, Foreign, MXFP4_METHOD};
-pub use hash::{Sha256Hash, hash_range};
 pub use header::{Described, Header, MAX_HEADER_LEN, TensorInfo, header_bytes, sort_canonically};
 pub use index::{Index, shard_name, write_index};
 pub use output::OutputFile;

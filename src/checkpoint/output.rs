@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::disk::{Disk, write_all_at};
 use crate::error::{IoContext, Result};
+use crate::store::{Disk, write_all_at};
 
 /// A file with room for all that goes into it.
 pub struct OutputFile<'a> {

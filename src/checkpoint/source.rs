@@ -7,11 +7,12 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use super::foreign::{self, Foreign};
 use super::index::Index;
 use super::side_files::{self, SideFile};
-use super::{CONFIG_NAME, Config, Header, INDEX_NAME, MANIFEST_NAME, Sha256Hash, TensorInfo};
+use super::{CONFIG_NAME, Config, Header, INDEX_NAME, MANIFEST_NAME, TensorInfo};
 use crate::error::{Error, IoContext, Result};
+use crate::layout::{self, SourceQuantization};
+use crate::store::Sha256Hash;
 
 /// Headers that are read at the same time.
 const OPEN_AT_ONCE: usize = 8;
@@ -69,10 +70,10 @@ impl Source {
     }
 
     /// How it is quantized, and the file that says so, if a config or a tensor says that it is.
-    pub fn quantization(&self) -> Option<(PathBuf, Foreign)> {
-        let in_config = self.config.as_ref().and_then(Foreign::in_config);
+    pub fn quantization(&self) -> Option<(PathBuf, SourceQuantization)> {
+        let in_config = self.config.as_ref().and_then(SourceQuantization::in_config);
         in_config.map(|found| (self.path.join(CONFIG_NAME), found)).or_else(|| {
-            let in_file = |file: &SourceFile| Some((file.path.clone(), foreign::in_tensors(&file.tensors)?));
+            let in_file = |file: &SourceFile| Some((file.path.clone(), layout::recognize::in_tensors(&file.tensors)?));
             self.files.iter().find_map(in_file)
         })
     }

@@ -18,9 +18,9 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, BufWriter, Read, Write};
 use std::path::{Component, Path, PathBuf};
 
-use super::hash::HashingWriter;
-use super::{CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, QUANT_CONFIG_NAME, SUMS_NAME, Sha256Hash};
+use super::{CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, QUANT_CONFIG_NAME, SUMS_NAME};
 use crate::error::{Error, IoContext, Result};
+use crate::store::{HashingWriter, Sha256Hash};
 
 /// The folder inside the destination that holds what isn't finished.
 pub const STAGING_NAME: &str = ".prequant-staging";

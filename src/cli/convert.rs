@@ -6,12 +6,13 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
-use prequant::checkpoint::RealDisk;
-use prequant::convert::{Options, plan};
+use prequant::Error;
 use prequant::format::{BlockSize, Format, GroupSize, Layout};
-use prequant::plan::{ExpertLayout, NonFinitePolicy, Recipe};
+use prequant::ops::quantize::{Options, plan};
+use prequant::ops::recipe_of;
+use prequant::recipe::{ExpertLayout, NonFinitePolicy, Recipe};
+use prequant::store::RealDisk;
 use prequant::units::Bytes;
-use prequant::{Error, recipe_of};
 
 use super::output::{self, Outcome};
 use super::progress::{Reporter, Style};

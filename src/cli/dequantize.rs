@@ -7,9 +7,9 @@ use std::time::Instant;
 
 use clap::Args;
 use prequant::Error;
-use prequant::checkpoint::RealDisk;
-use prequant::convert::Options;
-use prequant::dequantize::plan;
+use prequant::ops::dequantize::plan;
+use prequant::ops::quantize::Options;
+use prequant::store::RealDisk;
 use prequant::units::Bytes;
 use serde_json::json;
 

@@ -2,7 +2,7 @@
 
 use clap::Args;
 use prequant::Error;
-use prequant::kernel::{Device, DeviceChoice};
+use prequant::backend::{Device, DeviceChoice};
 use prequant::units::Bytes;
 
 #[derive(Args)]

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use prequant::Error;
 use prequant::checkpoint::free_space;
-use prequant::convert::Conversion;
+use prequant::ops::quantize::Conversion;
 use prequant::plan::{Plan, PlannedTensor};
 use prequant::units::Bytes;
 use serde_json::{Value, json};

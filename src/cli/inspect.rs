@@ -7,7 +7,8 @@ use std::process::ExitCode;
 
 use clap::Args;
 use prequant::Error;
-use prequant::checkpoint::{Dtype, Source, TensorInfo};
+use prequant::checkpoint::{Source, TensorInfo};
+use prequant::dtype::Dtype;
 use prequant::units::Bytes;
 use serde_json::{Value, json};
 

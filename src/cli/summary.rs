@@ -4,10 +4,10 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::Duration;
 
-use prequant::convert::Conversion;
 use prequant::format::{GroupScheme, GroupSize, Layout, Scheme};
 use prequant::manifest::Manifest;
-use prequant::plan::Recipe;
+use prequant::ops::quantize::Conversion;
+use prequant::recipe::Recipe;
 use prequant::stats::Statistics;
 use prequant::units::Bytes;
 use serde_json::{Value, json};

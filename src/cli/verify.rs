@@ -7,10 +7,11 @@ use std::time::Instant;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use prequant::kernel::DeviceChoice;
+use prequant::Error;
+use prequant::backend::DeviceChoice;
+use prequant::ops::quantize;
+use prequant::ops::verify::{Options, Report, against, verify};
 use prequant::units::Bytes;
-use prequant::verify::{Options, Report, against, verify};
-use prequant::{Error, convert};
 use serde_json::json;
 
 use super::output::{self, Outcome};
@@ -70,7 +71,7 @@ pub fn run(arguments: &Arguments) -> ExitCode {
 }
 
 fn check(arguments: &Arguments) -> Result<Report, Error> {
-    let convert = convert::Options::default();
+    let convert = quantize::Options::default();
     let threads = arguments.threads.map_or(convert.threads, std::num::NonZeroUsize::get);
     let progress = progress(arguments);
     let options =
@@ -81,7 +82,7 @@ fn check(arguments: &Arguments) -> Result<Report, Error> {
             if !arguments.quiet && !arguments.json {
                 progress.suspend(|| eprintln!("{}", opened.line));
             }
-            against(&arguments.folder, source, convert::Options { threads, device: opened.device, ..convert }, options)
+            against(&arguments.folder, source, quantize::Options { threads, device: opened.device, ..convert }, options)
         }
         None => verify(&arguments.folder, options),
     };

@@ -1,6 +1,7 @@
 //! What stored codes and scales mean.
 
-use super::{BlockFormat, FloatDtype};
+use super::BlockFormat;
+use crate::dtype::FloatDtype;
 
 /// How the elements of a row are stored.
 #[derive(Clone, Copy, Debug, PartialEq)]

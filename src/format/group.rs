@@ -7,7 +7,9 @@ use std::str::FromStr;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-use super::{Coding, FloatDtype, OutputTensor, compressed, gpt_oss, modelopt};
+use super::Coding;
+use crate::dtype::FloatDtype;
+use crate::layout::{OutputTensor, compressed_tensors, gpt_oss, modelopt};
 
 /// Columns that share a scale in INT4.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -228,7 +230,7 @@ impl GroupScheme {
     /// The tensors that a weight of whole groups becomes.
     pub fn output_tensors(&self, shape: &[u64]) -> Vec<OutputTensor> {
         match self.layout {
-            Layout::CompressedTensors => compressed::output_tensors(self, shape),
+            Layout::CompressedTensors => compressed_tensors::output_tensors(self, shape),
             Layout::Modelopt => modelopt::output_tensors(self, shape),
             Layout::GptOss => gpt_oss::output_tensors(self, shape),
         }

@@ -5,28 +5,26 @@
 //! values. Facts are bitsandbytes 0.50.2's and compressed-tensors 0.19.0's, compared with their own output by tests.
 
 mod block_size;
-mod bnb;
 mod codebook;
 mod coding;
-mod compressed;
 mod dynamic_map;
-mod gpt_oss;
 mod group;
-pub mod modelopt;
-mod output;
 
 pub use block_size::BlockSize;
-pub use bnb::{NESTED_BLOCK_SIZE, ParsedQuantState, QuantState, quant_state_bytes, quant_state_len};
 pub use codebook::{Codebook, FP4, NF4};
 pub use coding::{Coding, ScaleDtype};
-pub use compressed::{ZERO_POINT_ROWS, shape_bytes};
 pub use dynamic_map::{DynamicMap, dynamic_map};
 pub use group::{GroupFormat, GroupScheme, GroupSize, Layout};
-pub use output::{OutputDtype, OutputKind, OutputTensor};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+
+use crate::dtype::FloatDtype;
+use crate::layout::{OutputTensor, bitsandbytes, compressed_tensors, gpt_oss, modelopt};
+
+/// Entries of absmax that share one nested absmax in double quantization.
+pub const NESTED_BLOCK_SIZE: usize = 256;
 
 /// A 4-bit format that `convert` can write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -95,42 +93,6 @@ impl BlockFormat {
     }
 }
 
-/// The floating-point dtypes that weights are quantized from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum FloatDtype {
-    /// bfloat16: the upper half of an f32.
-    Bfloat16,
-    /// IEEE half precision.
-    Float16,
-    /// IEEE single precision.
-    Float32,
-}
-
-impl FloatDtype {
-    /// Bytes of one element.
-    pub fn size(self) -> usize {
-        match self {
-            FloatDtype::Bfloat16 | FloatDtype::Float16 => 2,
-            FloatDtype::Float32 => 4,
-        }
-    }
-
-    /// The dtype that torch calls `name`.
-    pub fn from_torch_name(name: &str) -> Option<FloatDtype> {
-        [FloatDtype::Bfloat16, FloatDtype::Float16, FloatDtype::Float32].into_iter().find(|d| d.torch_name() == name)
-    }
-
-    /// torch's name, as quant_state and config.json spell it.
-    pub fn torch_name(self) -> &'static str {
-        match self {
-            FloatDtype::Bfloat16 => "bfloat16",
-            FloatDtype::Float16 => "float16",
-            FloatDtype::Float32 => "float32",
-        }
-    }
-}
-
 /// How weights are quantized: everything that decides a quantized tensor's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scheme {
@@ -171,9 +133,9 @@ impl Scheme {
     /// them.
     pub fn quantization_config(&self, compute_dtype: FloatDtype, kept: &[String]) -> Value {
         match self {
-            Scheme::Blocks(scheme) => bnb::quantization_config(scheme, compute_dtype, kept),
+            Scheme::Blocks(scheme) => bitsandbytes::quantization_config(scheme, compute_dtype, kept),
             Scheme::Groups(scheme) => match scheme.layout {
-                Layout::CompressedTensors => compressed::quantization_config(scheme, kept),
+                Layout::CompressedTensors => compressed_tensors::quantization_config(scheme, kept),
                 Layout::Modelopt => modelopt::quantization_config(scheme, kept),
                 Layout::GptOss => gpt_oss::quantization_config(kept),
             },
@@ -207,7 +169,7 @@ impl Scheme {
     /// The tensors that a weight of `shape` becomes.
     pub fn output_tensors(&self, dtype: FloatDtype, shape: &[u64]) -> Vec<OutputTensor> {
         match self {
-            Scheme::Blocks(scheme) => bnb::output_tensors(scheme, dtype, shape),
+            Scheme::Blocks(scheme) => bitsandbytes::output_tensors(scheme, dtype, shape),
             Scheme::Groups(scheme) => scheme.output_tensors(shape),
         }
     }

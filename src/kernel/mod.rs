@@ -3,19 +3,13 @@
 //! [`scalar`] is the specification. Every other kernel gives the same bytes and the same figures, faster. The choice is
 //! made once, as a value ([`Kernel`]), and passed down.
 
-pub mod cuda;
+pub mod block;
 pub mod decode;
-mod device;
 mod float8;
 pub mod group;
-pub mod nested;
-pub mod scalar;
-#[cfg(target_arch = "x86_64")]
-mod x86;
 
-pub use device::{Device, DeviceChoice};
-
-use crate::format::{BlockSize, Codebook, FloatDtype};
+use crate::dtype::FloatDtype;
+use crate::format::{BlockSize, Codebook};
 
 /// What a kernel is given: whole blocks of one tensor, and where they go.
 ///
@@ -32,11 +26,11 @@ pub struct Blocks<'a> {
     /// Out: two codes a byte, the even element's in the high nibble; `ceil(elements / 2)` bytes.
     pub packed: &'a mut [u8],
     /// Out: one figure a block; each slice has one entry a block.
-    pub figures: Figures<'a>,
+    pub figures: BlockErrors<'a>,
 }
 
 /// Per-block results besides the codes. Slices of one length: the number of blocks.
-pub struct Figures<'a> {
+pub struct BlockErrors<'a> {
     /// The block's scale, as stored.
     pub absmax: &'a mut [f32],
     /// Sum of t², where t is an element over its block's absmax (the kernels' own scaled element).
@@ -79,10 +73,10 @@ impl Kernel {
         let mut kernels = vec![Self::SCALAR];
         #[cfg(target_arch = "x86_64")]
         {
-            if x86::avx2_available() {
+            if block::x86::avx2_available() {
                 kernels.push(Kernel(Isa::Avx2));
             }
-            if x86::avx512_available() {
+            if block::x86::avx512_available() {
                 kernels.push(Kernel(Isa::Avx512));
             }
         }
@@ -110,11 +104,11 @@ impl Kernel {
     pub fn quantize(self, blocks: Blocks<'_>) -> Result<(), NonFinite> {
         blocks.check_lengths();
         match self.0 {
-            Isa::Scalar => scalar::quantize(blocks),
+            Isa::Scalar => block::scalar::quantize(blocks),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => x86::quantize_avx2(blocks),
+            Isa::Avx2 => block::x86::quantize_avx2(blocks),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => x86::quantize_avx512(blocks),
+            Isa::Avx512 => block::x86::quantize_avx512(blocks),
         }
     }
 }
@@ -125,7 +119,7 @@ impl Kernel {
 /// When a slice's length is not what [`Blocks`] says.
 pub fn quantize_any(blocks: Blocks<'_>) {
     blocks.check_lengths();
-    scalar::quantize_any(blocks);
+    block::scalar::quantize_any(blocks);
 }
 
 impl Blocks<'_> {
@@ -139,7 +133,7 @@ impl Blocks<'_> {
         let blocks = elements.div_ceil(self.block_size.get());
         assert_eq!(self.source.len(), elements * self.dtype.size(), "source: not whole elements");
         assert_eq!(self.packed.len(), elements.div_ceil(2), "packed: length");
-        let Figures { absmax, signal, noise, worst } = &self.figures;
+        let BlockErrors { absmax, signal, noise, worst } = &self.figures;
         assert!([absmax, signal, noise, worst].iter().all(|f| f.len() == blocks), "figures: length");
     }
 }

@@ -1,9 +1,9 @@
 //! How much memory a plan takes, and how it is shared out.
 
 use super::scheduler::NESTED_CHUNK;
+use crate::backend::cuda::{SlotSize, TABLE_BYTES};
 use crate::error::{Error, Result};
 use crate::format::{BlockSize, Scheme};
-use crate::kernel::cuda::{SlotSize, TABLE_BYTES};
 use crate::plan::{Plan, PlannedTensor};
 use crate::stats::GROUP;
 use crate::units::Bytes;
@@ -56,12 +56,12 @@ pub struct Budget {
     /// All memory that the plan takes here, by estimate; pinned buffers included.
     pub peak: u64,
     /// The GPUs' ring, if there are any.
-    pub ring: Option<RingBudget>,
+    pub ring: Option<SlotPoolBudget>,
 }
 
-/// Slots on GPUs; see [`crate::kernel::cuda::Slot`].
+/// Slots on GPUs; see [`crate::backend::cuda::Slot`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RingBudget {
+pub struct SlotPoolBudget {
     /// On all GPUs together.
     pub slots: usize,
     /// Each one's size.
@@ -104,7 +104,7 @@ impl Budget {
             let here = usize::try_from((room - buffers) / slot_len).unwrap_or(usize::MAX);
             let slots = threads.min(slots_on_device(plan, chunk_elements, limits)).min(here).max(1);
             buffers += slots as u64 * slot_len;
-            RingBudget { slots, slot: slot_size(plan, chunk_elements), gpus }
+            SlotPoolBudget { slots, slot: slot_size(plan, chunk_elements), gpus }
         });
         // Two tensors' worth, so that one can be read while the other's absmax are quantized.
         let absmax = (2 * absmax).min(memory - fixed - buffers);

@@ -1,8 +1,9 @@
 //! Reading elements that stand in the file as codes and scales.
 
 use crate::error::Result;
-use crate::format::{NESTED_BLOCK_SIZE, ZERO_POINT_ROWS};
+use crate::format::NESTED_BLOCK_SIZE;
 use crate::kernel::decode::{Row, decode, restore_absmax};
+use crate::layout::ZERO_POINT_ROWS;
 use crate::plan::{Coded, Nested, Place};
 
 /// Codes and scales of a run; kept from run to run.

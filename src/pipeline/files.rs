@@ -6,9 +6,11 @@ use std::sync::Arc;
 
 use super::coded::{self, Scratch};
 use super::{Job, Output, matrix};
-use crate::checkpoint::{Dtype, SourceFile, read_exact_at};
+use crate::checkpoint::SourceFile;
+use crate::dtype::Dtype;
 use crate::error::{Error, IoContext, Result};
 use crate::plan::{Part, Place, PlannedTensor};
+use crate::store::read_exact_at;
 
 /// How far ahead of a read the system is told of it.
 const READ_AHEAD: u64 = 16 << 20;

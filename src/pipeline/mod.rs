@@ -12,9 +12,8 @@ mod files;
 mod matrix;
 mod nonfinite;
 mod results;
-mod ring;
 mod scheduler;
-mod staged;
+mod slot_pool;
 mod worker;
 
 use std::fs::File;
@@ -25,16 +24,16 @@ use std::thread;
 
 use serde::{Deserialize, Serialize};
 
-pub use budget::{Budget, Limits, RingBudget};
-pub use staged::Staged;
+pub use budget::{Budget, Limits, SlotPoolBudget};
 
-use crate::checkpoint::{Disk, Sha256Hash, Source, SourceFile};
+use crate::backend::Device;
+use crate::checkpoint::{Source, SourceFile};
 use crate::error::Result;
-use crate::kernel::Device;
 use crate::plan::{Plan, PlannedFile};
-use crate::stats::{AbsmaxGathering, Gathering, Statistics};
-use ring::Ring;
+use crate::stats::{AbsmaxAccumulator, Statistics, StatsAccumulator};
+use crate::store::{Disk, Sha256Hash};
 use scheduler::Scheduler;
+use slot_pool::SlotPool;
 use worker::Worker;
 
 /// What is told while a plan is executed, from any thread.
@@ -53,7 +52,7 @@ pub trait Progress: Sync {
 
 /// What a plan is executed with; it decides nothing about the bytes.
 #[derive(Clone, Copy)]
-pub struct Means<'a> {
+pub struct ExecutionContext<'a> {
     /// What quantizes.
     pub device: &'a Device,
     /// Threads and buffers.
@@ -98,9 +97,9 @@ pub struct FileOutcome {
     /// Of each of its tensors, in the plan's order.
     pub tensors: Vec<TensorOutcome>,
     /// Statistics of its quantized tensors together.
-    pub total: Gathering,
+    pub total: StatsAccumulator,
     /// The same of their absmax, with double quantization.
-    pub total_absmax: AbsmaxGathering,
+    pub total_absmax: AbsmaxAccumulator,
 }
 
 /// Where the files of a plan go, or are.
@@ -130,9 +129,9 @@ struct Job<'a> {
     source: &'a Source,
     plan: &'a Plan,
     outputs: &'a dyn Outputs,
-    means: Means<'a>,
+    means: ExecutionContext<'a>,
     /// Where GPUs work, if there are any.
-    ring: Option<Ring<'a>>,
+    ring: Option<SlotPool<'a>>,
     open: Vec<Mutex<Option<Arc<dyn Output + 'a>>>>,
 }
 
@@ -148,10 +147,10 @@ pub fn run(
     plan: &Plan,
     outputs: &dyn Outputs,
     sealed: Vec<Option<FileOutcome>>,
-    means: Means<'_>,
+    means: ExecutionContext<'_>,
 ) -> Result<Outcome> {
     let open = plan.files.iter().map(|_| Mutex::default()).collect();
-    let ring = means.budget.ring.map(|budget| Ring::new(means.device.gpus(), budget));
+    let ring = means.budget.ring.map(|budget| SlotPool::new(means.device.gpus(), budget));
     let job = Job { source, plan, outputs, means, ring, open };
     let scheduler = Scheduler::new(plan, source.files.len(), sealed, means);
     thread::scope(|scope| {

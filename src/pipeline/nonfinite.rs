@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
+use crate::dtype::FloatDtype;
 use crate::error::{Error, Result};
-use crate::format::FloatDtype;
-use crate::kernel::scalar::decode;
+use crate::kernel::block::scalar::decode;
 
 /// Reads all `len` bytes of the tensor called `name` again, through `buffer`, and says what is in it; `None` if all of it is
 /// finite.

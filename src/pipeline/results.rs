@@ -2,14 +2,14 @@
 
 use super::files::Files;
 use super::scheduler::Done;
+use crate::dtype::FloatDtype;
 use crate::error::Result;
-use crate::format::{
-    BlockScheme, FloatDtype, GroupScheme, NESTED_BLOCK_SIZE, OutputKind, QuantState, Scheme, ZERO_POINT_ROWS,
-    dynamic_map, quant_state_bytes, shape_bytes,
-};
-use crate::kernel::{Figures, nested};
+use crate::format::{BlockScheme, GroupScheme, NESTED_BLOCK_SIZE, Scheme, dynamic_map};
+use crate::kernel::BlockErrors;
+use crate::kernel::block::nested;
+use crate::layout::{OutputKind, QuantState, ZERO_POINT_ROWS, quant_state_bytes, shape_bytes};
 use crate::plan::PlannedTensor;
-use crate::stats::{AbsmaxGathering, Gathering};
+use crate::stats::{AbsmaxAccumulator, StatsAccumulator};
 
 /// One tensor's places in the output file that is open.
 pub struct Results<'x, 'j, 'a> {
@@ -29,7 +29,7 @@ pub struct GroupRun<'x> {
     pub scales: &'x [u8],
     /// One a group, 0 to 15; none for formats without them.
     pub zero_points: &'x [u8],
-    pub figures: Figures<'x>,
+    pub figures: BlockErrors<'x>,
 }
 
 impl Results<'_, '_, '_> {
@@ -39,7 +39,7 @@ impl Results<'_, '_, '_> {
         scheme: &BlockScheme,
         first_element: u64,
         packed: &[u8],
-        figures: &Figures<'_>,
+        figures: &BlockErrors<'_>,
     ) -> Result<Done> {
         if first_element == 0 {
             self.constants(scheme)?;
@@ -52,7 +52,7 @@ impl Results<'_, '_, '_> {
             self.floats(figures.absmax, OutputKind::Absmax, first_block)?;
             None
         };
-        let mut gathering = Box::<Gathering>::default();
+        let mut gathering = Box::<StatsAccumulator>::default();
         gathering.add(figures);
         Ok(Done::Quantized { gathering, absmax })
     }
@@ -74,7 +74,7 @@ impl Results<'_, '_, '_> {
             let before = first_element / columns / ZERO_POINT_ROWS * per_row as u64 * 4;
             self.files.write(self.encoded, self.offset(OutputKind::ZeroPoint) + before)?;
         }
-        let mut gathering = Box::<Gathering>::default();
+        let mut gathering = Box::<StatsAccumulator>::default();
         gathering.add(figures);
         Ok(Done::Quantized { gathering, absmax: None })
     }
@@ -109,7 +109,7 @@ impl Results<'_, '_, '_> {
             self.quant_state(scheme, offset)?;
         }
         let map = dynamic_map();
-        let mut error = AbsmaxGathering::default();
+        let mut error = AbsmaxAccumulator::default();
         let blocks = absmax.chunks(NESTED_BLOCK_SIZE).zip(codes.chunks(NESTED_BLOCK_SIZE)).zip(nested_absmax);
         for ((absmax, codes), nested) in blocks {
             let restored = codes.iter().map(|&code| nested::restore(code, *nested, offset, map));

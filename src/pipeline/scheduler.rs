@@ -8,12 +8,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::budget::chunk_elements;
-use super::{FileOutcome, Means, Outcome, TensorOutcome};
-use crate::checkpoint::Sha256Hash;
+use super::{ExecutionContext, FileOutcome, Outcome, TensorOutcome};
 use crate::error::{Error, Result};
 use crate::format::NESTED_BLOCK_SIZE;
 use crate::plan::{Plan, PlannedTensor};
-use crate::stats::{AbsmaxGathering, Gathering};
+use crate::stats::{AbsmaxAccumulator, StatsAccumulator};
+use crate::store::Sha256Hash;
 use sets::ScaleSet;
 
 /// Entries of absmax that one [`Task::Nested`] takes: whole nested blocks.
@@ -46,13 +46,13 @@ pub enum Done {
     /// Nothing that must be told.
     Written,
     /// A chunk's figures; its absmax too, if double quantization still needs them.
-    Quantized { gathering: Box<Gathering>, absmax: Option<(usize, Vec<f32>)> },
+    Quantized { gathering: Box<StatsAccumulator>, absmax: Option<(usize, Vec<f32>)> },
     /// The figures of tensors that were quantized at once.
-    Set(Vec<(usize, Box<Gathering>)>),
+    Set(Vec<(usize, Box<StatsAccumulator>)>),
     /// The largest magnitude in a run.
     Measured(f32),
     /// A run of absmax is quantized.
-    Nested(AbsmaxGathering),
+    Nested(AbsmaxAccumulator),
     /// One hash, or one for each of a tensor's outputs.
     Hashed(Vec<Sha256Hash>),
 }
@@ -67,7 +67,7 @@ pub struct Scheduler<'a> {
     file_of: Vec<usize>,
     /// The set that each tensor shares a global scale with.
     set_of: Vec<Option<usize>>,
-    means: Means<'a>,
+    means: ExecutionContext<'a>,
     source_files: usize,
     state: Mutex<State>,
     changed: Condvar,
@@ -102,9 +102,9 @@ struct State {
 #[derive(Default)]
 struct OpenTensor {
     tasks_left: usize,
-    gathering: Gathering,
+    gathering: StatsAccumulator,
     absmax: Vec<f32>,
-    absmax_error: AbsmaxGathering,
+    absmax_error: AbsmaxAccumulator,
 }
 
 #[derive(Default)]
@@ -115,8 +115,8 @@ struct FileState {
     /// Hashing and syncing.
     steps_left: usize,
     sha256: Option<Sha256Hash>,
-    total: Gathering,
-    total_absmax: AbsmaxGathering,
+    total: StatsAccumulator,
+    total_absmax: AbsmaxAccumulator,
 }
 
 impl<'a> Scheduler<'a> {
@@ -124,7 +124,7 @@ impl<'a> Scheduler<'a> {
         plan: &'a Plan,
         source_files: usize,
         sealed: Vec<Option<FileOutcome>>,
-        means: Means<'a>,
+        means: ExecutionContext<'a>,
     ) -> Scheduler<'a> {
         let file_of =
             plan.files.iter().enumerate().flat_map(|(i, file)| file.tensors.clone().map(move |_| i)).collect();
@@ -253,7 +253,7 @@ impl<'a> Scheduler<'a> {
         }
         let all =
             |hashes: Vec<Option<Sha256Hash>>| hashes.into_iter().collect::<Option<Vec<_>>>().ok_or(Error::Stopped);
-        let (mut total, mut total_absmax) = (Gathering::default(), AbsmaxGathering::default());
+        let (mut total, mut total_absmax) = (StatsAccumulator::default(), AbsmaxAccumulator::default());
         for file in &state.files {
             total.merge(&file.total);
             total_absmax.merge(&file.total_absmax);
@@ -382,7 +382,7 @@ impl<'a> Scheduler<'a> {
         self.changed.notify_all();
     }
 
-    fn finish_nested(&self, state: &mut State, tensor: usize, error: &AbsmaxGathering) {
+    fn finish_nested(&self, state: &mut State, tensor: usize, error: &AbsmaxAccumulator) {
         let Some(open) = state.open.get_mut(&tensor) else { return };
         open.tasks_left -= 1;
         open.absmax_error.merge(error);

@@ -7,16 +7,21 @@ use std::path::{Path, PathBuf};
 use super::budget::Capacity;
 use super::files::{Files, open_source};
 use super::results::{GroupRun, Results};
-use super::ring::{Failed, Ring};
 use super::scheduler::{Done, Scheduler, Task};
+use super::slot_pool::{Failed, SlotPool};
 use super::{Job, nonfinite};
-use crate::checkpoint::{Sha256Hash, hash_range};
+use crate::backend::Device;
+use crate::backend::cuda::QuantizedGroups;
+use crate::dtype::FloatDtype;
 use crate::error::{Error, IoContext, Result};
-use crate::format::{BlockScheme, FloatDtype, GroupScheme, NESTED_BLOCK_SIZE, Scheme, dynamic_map};
-use crate::kernel::cuda::QuantizedGroups;
-use crate::kernel::group::{self, Groups};
-use crate::kernel::{Blocks, Device, Figures, Kernel, nested, quantize_any};
-use crate::plan::{Decision, NonFinitePolicy, PlannedTensor};
+use crate::format::{BlockScheme, GroupScheme, NESTED_BLOCK_SIZE, Scheme, dynamic_map};
+use crate::kernel::block::nested;
+use crate::kernel::group;
+use crate::kernel::group::Groups;
+use crate::kernel::{BlockErrors, Blocks, Kernel, quantize_any};
+use crate::plan::{Decision, PlannedTensor};
+use crate::recipe::NonFinitePolicy;
+use crate::store::{Sha256Hash, hash_range};
 
 /// A thread with its buffers and the files it has in hand.
 pub struct Worker<'j, 'a> {
@@ -182,7 +187,7 @@ impl<'j, 'a> Worker<'j, 'a> {
         }
     }
 
-    fn quantize_blocks_on_gpu(&mut self, ring: &Ring<'_>, scheme: &BlockScheme, piece: Piece<'_>) -> Result<Done> {
+    fn quantize_blocks_on_gpu(&mut self, ring: &SlotPool<'_>, scheme: &BlockScheme, piece: Piece<'_>) -> Result<Done> {
         let Piece { tensor, dtype, first_element, .. } = piece;
         let elements = piece.place.len() / dtype.size();
         ring.with(|slot| {
@@ -203,7 +208,7 @@ impl<'j, 'a> Worker<'j, 'a> {
         })
     }
 
-    fn quantize_groups_on_gpu(&mut self, ring: &Ring<'_>, scheme: &GroupScheme, piece: Piece<'_>) -> Result<Done> {
+    fn quantize_groups_on_gpu(&mut self, ring: &SlotPool<'_>, scheme: &GroupScheme, piece: Piece<'_>) -> Result<Done> {
         let Piece { tensor, dtype, first_element, tensor_scale, .. } = piece;
         let elements = piece.place.len() / dtype.size();
         let (columns, group) = columns_and_group(scheme, tensor);
@@ -335,7 +340,7 @@ struct ChunkOutputs<'b> {
     /// As stored; of groups only.
     scales: &'b mut [u8],
     zero_points: &'b mut [u8],
-    figures: Figures<'b>,
+    figures: BlockErrors<'b>,
 }
 
 impl Buffers {
@@ -371,7 +376,7 @@ impl Buffers {
             packed: &mut self.packed[..scheme.packed_len(elements, columns) as usize],
             scales: &mut self.scales[..groups * scale_size],
             zero_points: &mut self.zero_points[..if points { groups } else { 0 }],
-            figures: Figures {
+            figures: BlockErrors {
                 absmax: &mut self.absmax[..groups],
                 signal: &mut self.signal[..groups],
                 noise: &mut self.noise[..groups],
@@ -384,14 +389,14 @@ impl Buffers {
 
 impl ChunkOutputs<'_> {
     fn blocks<'s>(&'s mut self, source: &'s [u8], dtype: FloatDtype, scheme: &BlockScheme) -> Blocks<'s> {
-        let Figures { absmax, signal, noise, worst } = &mut self.figures;
+        let BlockErrors { absmax, signal, noise, worst } = &mut self.figures;
         Blocks {
             source,
             dtype,
             block_size: scheme.block_size,
             codebook: scheme.format.codebook(),
             packed: self.packed,
-            figures: Figures { absmax, signal, noise, worst },
+            figures: BlockErrors { absmax, signal, noise, worst },
         }
     }
 
@@ -403,7 +408,7 @@ impl ChunkOutputs<'_> {
         scheme: &GroupScheme,
         tensor_scale: Option<f32>,
     ) -> Groups<'s> {
-        let Figures { absmax, signal, noise, worst } = &mut self.figures;
+        let BlockErrors { absmax, signal, noise, worst } = &mut self.figures;
         let (columns, group) = columns_and_group(scheme, tensor);
         Groups {
             source,
@@ -414,7 +419,7 @@ impl ChunkOutputs<'_> {
             packed: self.packed,
             scales: self.scales,
             zero_points: self.zero_points,
-            figures: Figures { absmax, signal, noise, worst },
+            figures: BlockErrors { absmax, signal, noise, worst },
         }
     }
 }

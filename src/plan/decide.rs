@@ -2,9 +2,9 @@
 
 use regex::Regex;
 
-use super::recipe::Recipe;
-use super::rules::{Rules, Verdict};
 use crate::error::{Error, Result};
+use crate::models::rules::{Rules, Verdict};
+use crate::recipe::Recipe;
 
 /// Decides tensor by tensor: `--exclude` before `--include` before `--only-experts` before the rules.
 pub struct Selection {

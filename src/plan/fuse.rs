@@ -2,13 +2,14 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use super::experts::{FAMILIES, Fusion};
 use super::input::expert_part;
 use super::layout;
-use super::{Decision, PlannedTensor, Role};
+use super::{Decision, PlannedTensor};
 use crate::checkpoint::Source;
 use crate::error::{Error, Result};
 use crate::format::Scheme;
+use crate::models::Role;
+use crate::models::experts::{FAMILIES, Fusion};
 
 /// Puts experts together that are to be quantized; all other tensors stay as they are. What is fused stands where its
 /// first part was.

@@ -4,11 +4,13 @@ use std::borrow::Cow;
 
 use super::input::Input;
 use super::part::MAX_EXPERTS;
-use super::rules::Verdict;
-use super::{ExpertLayout, NonFinitePolicy, Recipe, Role, split};
+use super::split;
 use crate::checkpoint::Source;
 use crate::error::{Error, Result};
 use crate::format::{GroupFormat, GroupScheme, Layout, Scheme};
+use crate::models::Role;
+use crate::models::rules::Verdict;
+use crate::recipe::{ExpertLayout, NonFinitePolicy, Recipe};
 
 /// # Errors
 /// When options of the recipe exclude each other, or the format has no use for one.

@@ -8,10 +8,14 @@ use std::collections::{HashMap, HashSet};
 use serde_json::Value;
 
 use super::part::MAX_EXPERTS;
-use super::{Coded, Part, Place, Recipe};
-use crate::checkpoint::{Config, Dtype, FP8_METHOD, Foreign, MXFP4_METHOD, Source, TensorInfo};
+use super::{Coded, Part, Place};
+use crate::checkpoint::{Config, Source, TensorInfo};
+use crate::dtype::Dtype;
+use crate::dtype::FloatDtype;
 use crate::error::{Error, Result};
-use crate::format::{Coding, FloatDtype, ScaleDtype};
+use crate::format::{Coding, ScaleDtype};
+use crate::layout::{FP8_METHOD, MXFP4_METHOD, SourceQuantization};
+use crate::recipe::Recipe;
 
 /// A tensor to be planned.
 #[derive(Clone, Debug, PartialEq)]
@@ -60,7 +64,7 @@ const INPUT_SCALES: [&str; 2] = [".activation_scale", ".input_scale"];
 /// # Errors
 /// When the source is quantized, and not as FP8 blocks; or as gpt-oss's experts, and the recipe doesn't have it decoded.
 pub fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
-    let Some((path, Foreign { method, evidence })) = source.quantization() else {
+    let Some((path, SourceQuantization { method, evidence })) = source.quantization() else {
         let why = "the source isn't quantized: leave it out";
         return if recipe.dequantize_source {
             Err(Error::Options { what: "--dequantize-source", why })
@@ -69,11 +73,13 @@ pub fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
         };
     };
     let ends = |end: &'static str| source.tensors().filter_map(move |(_, info)| info.name.strip_suffix(end));
-    let method_is =
-        |name: &str| source.config.as_ref().and_then(Foreign::in_config).is_none_or(|found| found.method == name);
+    let method_is = |name: &str| {
+        source.config.as_ref().and_then(SourceQuantization::in_config).is_none_or(|found| found.method == name)
+    };
     // No tensor may be of another method.
-    let only =
-        |own: &str| source.tensors().all(|(_, info)| Foreign::by_name(&info.name).is_none_or(|method| method == own));
+    let only = |own: &str| {
+        source.tensors().all(|(_, info)| SourceQuantization::by_name(&info.name).is_none_or(|method| method == own))
+    };
     let fp8 = source.tensors().filter(|(_, info)| info.dtype == Dtype::F8E4M3);
     let fp8: HashSet<&str> = fp8.map(|(_, info)| info.name.as_str()).collect();
     let has_fp8 = ends(SCALE).next().is_some() && ends(SCALE).all(|weight| fp8.contains(weight));

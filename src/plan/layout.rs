@@ -3,8 +3,10 @@
 use std::ops::Range;
 
 use super::{Decision, PlannedTensor};
-use crate::checkpoint::{Described, Dtype, header_bytes, shard_name, sort_canonically};
-use crate::format::{OutputDtype, OutputKind, Scheme};
+use crate::checkpoint::{Described, header_bytes, shard_name, sort_canonically};
+use crate::dtype::Dtype;
+use crate::format::Scheme;
+use crate::layout::{OutputDtype, OutputKind};
 
 /// A tensor to be written.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -2,20 +2,15 @@
 //!
 //! Once a [`Plan`] stands, every output byte has its file and offset; executing it decides nothing any more.
 
-pub mod architectures;
 mod decide;
-pub mod experts;
 mod fuse;
 mod groups;
-pub mod ignored;
 pub mod input;
+pub mod kept_modules;
 mod layout;
+pub mod merged_linears;
 mod part;
-mod recipe;
-pub mod rules;
-pub mod skip_modules;
 pub mod split;
-pub mod together;
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -25,15 +20,18 @@ use serde_json::Value;
 
 pub use layout::{PlannedFile, PlannedOutput};
 pub use part::{Coded, MAX_EXPERTS, Matrix, Nested, Part, Place};
-pub use recipe::{ExpertLayout, NonFinitePolicy, Recipe};
-pub use rules::Role;
 
-use crate::checkpoint::{CONFIG_NAME, Dtype, Source};
+use crate::checkpoint::{CONFIG_NAME, Source};
+use crate::dtype::Dtype;
+use crate::dtype::FloatDtype;
 use crate::error::{Error, Result};
-use crate::format::{FloatDtype, GroupScheme, Layout, OutputKind, Scheme};
+use crate::format::{GroupScheme, Layout, Scheme};
+use crate::layout::OutputKind;
+use crate::models::Role;
+use crate::models::rules::{Rules, Verdict};
+use crate::recipe::{ExpertLayout, Recipe};
 use decide::Selection;
 use input::Input;
-use rules::{Rules, Verdict};
 use split::Decided;
 
 /// What will be written, byte by byte.
@@ -160,8 +158,8 @@ impl Plan {
             decided.into_iter().map(|decided| PlannedTensor::new(decided, &scheme)).collect();
         check_anything_quantized(source, &tensors, &recipe)?;
         let kept_modules = match &scheme {
-            Scheme::Blocks(_) => skip_modules::list(&rules, &tensors, &linear)?,
-            Scheme::Groups(scheme) => ignored::list(&rules, &tensors, &linear, scheme.layout),
+            Scheme::Blocks(_) => kept_modules::bitsandbytes::list(&rules, &tensors, &linear)?,
+            Scheme::Groups(scheme) => kept_modules::compressed_tensors::list(&rules, &tensors, &linear, scheme.layout),
         };
         let config = quantized_config(source, &recipe, &tensors, &kept_modules)?;
         let warnings = warnings(source, &recipe, &rules, &tensors, &linear);
@@ -171,7 +169,7 @@ impl Plan {
         check_names_are_free(source, &tensors)?;
         check_names_differ(source, &tensors)?;
         let files = layout::lay_out(&mut tensors, recipe.max_shard_size);
-        let scale_sets = if scheme.shares_scales() { together::scale_sets(&tensors) } else { Vec::new() };
+        let scale_sets = if scheme.shares_scales() { merged_linears::scale_sets(&tensors) } else { Vec::new() };
         let side_files = scheme.side_file(&kept_modules).into_iter().collect();
         Ok(Plan { recipe, tensors, files, scale_sets, config, side_files, warnings })
     }
@@ -404,7 +402,7 @@ fn warnings(
         }
     }
     let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
-    warnings.extend(together::warnings(recipe, &model_types, tensors));
+    warnings.extend(merged_linears::warnings(recipe, &model_types, tensors));
     if tensors.iter().any(|tensor| tensor.dtype == Dtype::F64) {
         warnings.push("it has F64 tensors, which are copied as they are".to_owned());
     }

@@ -1,6 +1,7 @@
 //! Where a tensor's bytes come from.
 
-use crate::format::{Coding, FloatDtype};
+use crate::dtype::FloatDtype;
+use crate::format::Coding;
 
 /// More experts than any model has: each becomes a part of its own, or several.
 pub const MAX_EXPERTS: u64 = 1 << 16;

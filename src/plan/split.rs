@@ -2,13 +2,15 @@
 
 use std::collections::HashSet;
 
-use super::experts::{FAMILIES, Shape, match_end};
 use super::input::Input;
 use super::part::MAX_EXPERTS;
-use super::rules::Verdict;
-use super::{Decision, Part, Role};
-use crate::checkpoint::{Dtype, MAX_HEADER_LEN, Source};
+use super::{Decision, Part};
+use crate::checkpoint::{MAX_HEADER_LEN, Source};
+use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::models::Role;
+use crate::models::experts::{FAMILIES, Shape, match_end};
+use crate::models::rules::Verdict;
 
 /// Experts that are fused on disk: how their matrices lie, and what they are called one by one.
 #[derive(Debug)]

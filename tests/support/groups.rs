@@ -1,9 +1,8 @@
 //! Rows to quantize in groups, and what a kernel makes of them.
-#![allow(dead_code, reason = "each test file uses a part of it")]
 
-use prequant::format::FloatDtype;
+use prequant::dtype::FloatDtype;
 use prequant::kernel::group::{GroupCoder, Groups};
-use prequant::kernel::{Figures, Kernel, NonFinite};
+use prequant::kernel::{BlockErrors, Kernel, NonFinite};
 
 const TINY: f32 = f32::from_bits(1);
 
@@ -81,7 +80,7 @@ pub fn quantize(
         packed: &mut packed,
         scales: &mut scales,
         zero_points: &mut zero_points,
-        figures: Figures { absmax, signal, noise, worst },
+        figures: BlockErrors { absmax, signal, noise, worst },
     })?;
     let figures = figures.map(|figure| figure.iter().map(|x| x.to_bits()).collect());
     Ok(Quantized { packed, scales, zero_points, figures })

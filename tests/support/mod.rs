@@ -1,5 +1,5 @@
 //! Small checkpoints, made and read back without the code under test.
-#![allow(dead_code, reason = "each test file uses a part of it")]
+#![allow(dead_code, reason = "each test uses a part of it")]
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,6 +9,10 @@ use std::process::{Command, Output};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use tempfile::TempDir;
+
+pub mod groups;
+pub mod recompute;
+pub mod weights;
 
 /// A Linear's name in a Llama.
 pub const LINEAR: &str = "model.layers.0.mlp.up_proj.weight";

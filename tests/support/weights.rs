@@ -1,9 +1,9 @@
 //! Weights to quantize, many of them awkward, and what a kernel makes of them.
-#![allow(dead_code, reason = "each test file uses a part of it")]
 
 use half::{bf16, f16};
-use prequant::format::{BlockSize, Codebook, FP4, FloatDtype, NF4};
-use prequant::kernel::{Blocks, Figures, Kernel, NonFinite};
+use prequant::dtype::FloatDtype;
+use prequant::format::{BlockSize, Codebook, FP4, NF4};
+use prequant::kernel::{BlockErrors, Blocks, Kernel, NonFinite};
 
 pub const DTYPES: [FloatDtype; 3] = [FloatDtype::Bfloat16, FloatDtype::Float16, FloatDtype::Float32];
 pub const CODEBOOKS: [&Codebook; 2] = [&NF4, &FP4];
@@ -78,7 +78,7 @@ pub fn quantize(
     let mut packed = vec![0xee; elements.div_ceil(2)];
     let mut figures: [Vec<f32>; 4] = std::array::from_fn(|_| vec![f32::NAN; blocks]);
     let [absmax, signal, noise, worst] = &mut figures;
-    let figures_out = Figures { absmax, signal, noise, worst };
+    let figures_out = BlockErrors { absmax, signal, noise, worst };
     let packed_out = &mut packed;
     kernel.quantize(Blocks { source, dtype, block_size, codebook, packed: packed_out, figures: figures_out })?;
     Ok(Output { packed, figures: figures.map(|figure| figure.iter().map(|x| x.to_bits()).collect()) })

@@ -1,7 +1,7 @@
 //! bitsandbytes 0.50.2's `dequantize_4bit`, and what absmax is with double quantization.
 
 use crate::format::{BlockFormat, NESTED_BLOCK_SIZE, dynamic_map};
-use crate::kernel::nested;
+use crate::kernel::block::nested;
 
 /// The values of the sixteen codes in block `i`.
 #[inline(always)]

@@ -1,7 +1,7 @@
 //! Integers times a scale: compressed-tensors 0.19.0's `pack-quantized`.
 
-use crate::format::FloatDtype;
-use crate::kernel::scalar;
+use crate::dtype::FloatDtype;
+use crate::kernel::block::scalar;
 
 /// The values of the sixteen codes in group `i`.
 #[inline(always)]

@@ -26,7 +26,7 @@ use std::ops::Range;
 
 pub use crate::format::{Coding, ScaleDtype};
 
-use crate::format::FloatDtype;
+use crate::dtype::FloatDtype;
 
 /// A run of a row's elements: what they are decoded from, and where they go.
 pub struct Row<'a> {

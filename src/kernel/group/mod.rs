@@ -11,8 +11,10 @@ mod vector;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-use super::{Figures, Isa, Kernel, NonFinite};
-use crate::format::{self, FloatDtype, GroupFormat, Layout};
+use super::{BlockErrors, Isa, Kernel, NonFinite};
+use crate::dtype::FloatDtype;
+use crate::format;
+use crate::format::{GroupFormat, Layout};
 
 /// How a group's elements become codes and a scale.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -92,7 +94,7 @@ pub struct Groups<'a> {
     /// Out, for [`GroupCoder::Int4Asym`] alone: one zero point a group, 0 to 15, and empty for others.
     pub zero_points: &'a mut [u8],
     /// Out: one figure a group; absmax is the scale that decoding multiplies by, and `t` an element over it.
-    pub figures: Figures<'a>,
+    pub figures: BlockErrors<'a>,
 }
 
 impl Groups<'_> {
@@ -110,7 +112,7 @@ impl Groups<'_> {
         assert_eq!(self.scales.len(), groups * self.scheme.scale_size(self.dtype), "scales: length");
         let points = if self.scheme == GroupCoder::Int4Asym { groups } else { 0 };
         assert_eq!(self.zero_points.len(), points, "zero_points: length");
-        let Figures { absmax, signal, noise, worst } = &self.figures;
+        let BlockErrors { absmax, signal, noise, worst } = &self.figures;
         assert!([absmax, signal, noise, worst].iter().all(|f| f.len() == groups), "figures: length");
     }
 }

@@ -6,10 +6,10 @@
 use half::{bf16, f16};
 
 use super::{GroupCoder, Groups};
-use crate::format::FloatDtype;
+use crate::dtype::FloatDtype;
+use crate::kernel::block::scalar::{LANES, Lanes, decode};
 use crate::kernel::float8::{e4m3_value, power_of_two};
-use crate::kernel::scalar::{LANES, Lanes, decode};
-use crate::kernel::{Figures, NonFinite};
+use crate::kernel::{BlockErrors, NonFinite};
 
 /// E2M1's largest value.
 const FP4_MAX: f32 = 6.0;
@@ -19,7 +19,7 @@ const E4M3_MAX: f32 = 448.0;
 /// Quantizes whole rows; see [`Groups`] for the layout and [`crate::kernel::Kernel::quantize_groups`] for the contract.
 pub(super) fn quantize(groups: Groups<'_>) -> Result<(), NonFinite> {
     let Groups { source, dtype, columns, group, scheme, packed, scales, zero_points, figures } = groups;
-    let Figures { absmax, signal, noise, worst } = figures;
+    let BlockErrors { absmax, signal, noise, worst } = figures;
     packed.fill(0);
     let scale_size = scheme.scale_size(dtype);
     let per_row = columns / group;

@@ -6,9 +6,9 @@
 
 use super::scalar::{self, Chosen, Extent};
 use super::{GroupCoder, Groups};
-use crate::format::FloatDtype;
-use crate::kernel::scalar::LANES;
-use crate::kernel::{Figures, NonFinite};
+use crate::dtype::FloatDtype;
+use crate::kernel::block::scalar::LANES;
+use crate::kernel::{BlockErrors, NonFinite};
 
 /// f32's infinity, as bits: what isn't below has a NaN or an infinity in it.
 const INFINITY: u32 = 0x7f80_0000;
@@ -226,7 +226,7 @@ pub(super) fn absmax(source: &[u8], dtype: FloatDtype) -> Result<f32, NonFinite>
 #[inline(always)]
 fn rows<E: Element, C: Coding, const N: usize>(groups: Groups<'_>) -> Result<(), NonFinite> {
     let Groups { source, group, scheme, packed, scales, zero_points, figures, .. } = groups;
-    let Figures { absmax, signal, noise, worst } = figures;
+    let BlockErrors { absmax, signal, noise, worst } = figures;
     let scale_size = scheme.scale_size(E::DTYPE);
     let each = source.chunks_exact(group * E::SIZE).zip(packed.chunks_exact_mut(group / 2));
     for (i, ((source, packed), scale)) in each.zip(scales.chunks_exact_mut(scale_size)).enumerate() {

@@ -1,8 +1,9 @@
 //! [`super::vector`], compiled for x86-64's vector units.
 
 use super::{Groups, avx512, vector};
-use crate::format::FloatDtype;
-use crate::kernel::{NonFinite, x86};
+use crate::dtype::FloatDtype;
+use crate::kernel::NonFinite;
+use crate::kernel::block::x86;
 
 /// [`crate::kernel::Kernel::quantize_groups`] with AVX2, FMA and F16C.
 pub fn quantize_avx2(groups: Groups<'_>) -> Result<(), NonFinite> {

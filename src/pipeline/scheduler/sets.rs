@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 
 use super::{OpenTensor, Scheduler, State, Task};
-use crate::format::FloatDtype;
+use crate::dtype::FloatDtype;
 use crate::kernel::group;
 use crate::plan::PlannedTensor;
 

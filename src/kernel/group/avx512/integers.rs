@@ -4,7 +4,7 @@
 use std::arch::x86_64::*;
 
 use super::{Groups, LANES, NonFinite, Outcome, finite, halves, larger, load, of_pairs, round, store_16, to_array};
-use crate::kernel::x86::avx512::tree;
+use crate::kernel::block::avx512::tree;
 
 /// Quantizes [`LANES`] groups of whole vectors.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]

@@ -12,9 +12,9 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::{GroupCoder, Groups, vector};
-use crate::format::FloatDtype;
-use crate::kernel::scalar;
-use crate::kernel::{Figures, NonFinite};
+use crate::dtype::FloatDtype;
+use crate::kernel::block::scalar;
+use crate::kernel::{BlockErrors, NonFinite};
 
 /// A vector's lanes.
 const LANES: usize = 16;
@@ -86,7 +86,7 @@ impl Groups<'_> {
         let Groups { source, dtype, group, scheme, .. } = *self;
         let each = |size: usize| groups.start * size..groups.end * size;
         let points = if self.zero_points.is_empty() { 0 } else { 1 };
-        let Figures { absmax, signal, noise, worst } = &mut self.figures;
+        let BlockErrors { absmax, signal, noise, worst } = &mut self.figures;
         Groups {
             source: &source[each(group * dtype.size())],
             dtype,
@@ -96,7 +96,7 @@ impl Groups<'_> {
             packed: &mut self.packed[each(group / 2)],
             scales: &mut self.scales[each(scheme.scale_size(dtype))],
             zero_points: &mut self.zero_points[each(points)],
-            figures: Figures {
+            figures: BlockErrors {
                 absmax: &mut absmax[each(1)],
                 signal: &mut signal[each(1)],
                 noise: &mut noise[each(1)],

@@ -1,0 +1,270 @@
+//! NVIDIA GPUs, through the driver alone: no toolkit, no compiler.
+//!
+//! `kernels.cu` is [`super::scalar`] in CUDA C, and `groups.cu` is [`super::group::scalar`]; their PTX is committed beside
+//! them and compiled by the driver: the former's when a [`Gpu`] is opened, the latter's when it is first needed. A [`Slot`]
+//! holds what one piece of work needs; several of them, each used by one thread at a time, let copies to the device, kernels
+//! and copies back overlap.
+
+mod driver;
+mod groups;
+mod slot;
+mod tables;
+
+use std::ffi::CString;
+use std::fmt;
+use std::sync::{Arc, OnceLock};
+
+pub use driver::Fault;
+pub use groups::{GROUPS_PTX, GroupKernel, tensor_factor};
+pub use slot::{Quantized, QuantizedGroups, Slot, SlotSize};
+pub use tables::{codebook_table, dynamic_map_table};
+
+use crate::dtype::FloatDtype;
+use crate::format::{BlockFormat, Codebook, FP4, NF4};
+use driver::{Context, DeviceBuffer, Function, Module};
+use groups::GroupModule;
+
+/// The kernels, as every driver of CUDA 11.8 and later takes them; made from kernels.cu by scripts/build-ptx.
+pub const PTX: &str = include_str!("kernels.ptx");
+
+/// Threads in a thread block of all kernels but `quantize_absmax`.
+pub const THREADS: u32 = 128;
+
+/// Blocks of weights that one of their thread blocks takes at a time.
+const BLOCKS_AT_A_TIME: u32 = 64;
+
+/// Thread blocks to launch for so many blocks of weights: enough to fill any GPU, and beyond that so few that each one reads
+/// its table once for sixteen times its share.
+pub fn thread_blocks(blocks: usize) -> u32 {
+    let all = u32::try_from(blocks).unwrap_or(u32::MAX).div_ceil(BLOCKS_AT_A_TIME);
+    all.min((all / 16).max(1024))
+}
+
+/// Bytes that a GPU's tables take at most, beside its slots.
+pub const TABLE_BYTES: u64 = 4096;
+
+/// What the PTX was compiled for, and the oldest GPU that runs it: Turing.
+const MIN_CAPABILITY: (i32, i32) = (7, 5);
+
+/// CUDA 12.0, which came with driver 525.
+const MIN_VERSION: i32 = 12_000;
+
+/// A GPU that is ready to quantize.
+pub struct Gpu {
+    ordinal: usize,
+    name: String,
+    version: i32,
+    functions: [[Function; 3]; 2],
+    absmax: Function,
+    nf4: DeviceBuffer,
+    fp4: DeviceBuffer,
+    dynamic_map: DeviceBuffer,
+    groups: OnceLock<GroupModule>,
+    _module: Module,
+    context: Arc<Context>,
+}
+
+/// Why there is no GPU to be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unusable {
+    /// The driver's library can't be loaded.
+    #[error("no NVIDIA driver is installed (libcuda.so.1 can't be loaded)")]
+    NoDriver,
+    /// The driver is too old.
+    #[error("the NVIDIA driver serves CUDA {}, and 12.0 is needed: install driver 525 or later", Version(*found))]
+    OldDriver {
+        /// The CUDA version it serves, as major · 1000 + minor · 10.
+        found: i32,
+    },
+    /// The driver finds no GPU.
+    #[error("the NVIDIA driver finds no GPU")]
+    NoGpu,
+    /// There is no GPU of that number.
+    #[error("cuda:{ordinal}: there is no such GPU; {count} found, numbered from 0")]
+    NoSuchGpu {
+        /// The number asked for.
+        ordinal: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// The GPU is too old.
+    #[error("{name} has compute capability {}.{}, and 7.5 (Turing) is the oldest that is served", found.0, found.1)]
+    OldGpu {
+        /// The GPU's name.
+        name: String,
+        /// Its compute capability.
+        found: (i32, i32),
+    },
+    /// The GPU's memory is taken by others.
+    #[error("{name} has {} of memory free, and {} are asked for", crate::units::Bytes(*free), crate::units::Bytes(*needed))]
+    LittleMemory {
+        /// The GPU's name.
+        name: String,
+        /// Bytes free.
+        free: u64,
+        /// Bytes asked for.
+        needed: u64,
+    },
+    /// The driver failed.
+    #[error(transparent)]
+    Fault(#[from] Fault),
+}
+
+/// A CUDA version as people write it.
+struct Version(i32);
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.0 / 1000, self.0 % 1000 / 10)
+    }
+}
+
+/// The number of GPUs; at least one.
+pub fn count() -> Result<usize, Unusable> {
+    start().map(|(_, count)| count)
+}
+
+/// Starts the driver; returns the CUDA version it serves, and how many GPUs there are.
+fn start() -> Result<(i32, usize), Unusable> {
+    if !driver::is_present() {
+        return Err(Unusable::NoDriver);
+    }
+    /// The driver's word for a machine without a GPU.
+    const NO_DEVICE: u32 = 100;
+    let version = match driver::init() {
+        Err(Fault { code: NO_DEVICE, .. }) => return Err(Unusable::NoGpu),
+        other => other?,
+    };
+    if version < MIN_VERSION {
+        return Err(Unusable::OldDriver { found: version });
+    }
+    match driver::device_count()? {
+        0 => Err(Unusable::NoGpu),
+        count => Ok((version, count)),
+    }
+}
+
+impl Gpu {
+    /// The GPU with this number, counted from 0 as the driver does; has the driver compile the kernels.
+    ///
+    /// # Errors
+    /// When there is no driver or GPU, or it can't be used.
+    pub fn open(ordinal: usize) -> Result<Arc<Gpu>, Unusable> {
+        let (version, count) = start()?;
+        if ordinal >= count {
+            return Err(Unusable::NoSuchGpu { ordinal, count });
+        }
+        let context = Context::new(ordinal)?;
+        let (name, capability) = (context.name()?, context.compute_capability()?);
+        if capability < MIN_CAPABILITY {
+            return Err(Unusable::OldGpu { name, found: capability });
+        }
+        let module = Module::load(&context, &CString::new(PTX).unwrap_or_default())?;
+        let of_format = |format: &str| -> Result<[Function; 3], Fault> {
+            let function = |dtype: &str| module.function(&format!("quantize_{format}_{dtype}"));
+            Ok([function("bf16")?, function("f16")?, function("f32")?])
+        };
+        let table = |codebook: &Codebook| DeviceBuffer::with_words(&context, &codebook_table(codebook));
+        Ok(Arc::new(Gpu {
+            ordinal,
+            name,
+            version,
+            functions: [of_format("nf4")?, of_format("fp4")?],
+            absmax: module.function("quantize_absmax")?,
+            nf4: table(&NF4)?,
+            fp4: table(&FP4)?,
+            dynamic_map: DeviceBuffer::with_words(&context, &dynamic_map_table())?,
+            groups: OnceLock::new(),
+            _module: module,
+            context,
+        }))
+    }
+
+    /// Bytes of its memory that are free.
+    pub fn free_memory(&self) -> Result<u64, Fault> {
+        Ok(self.context.memory()?.0)
+    }
+
+    /// Its name, for people.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its number.
+    pub fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+
+    /// The CUDA version that its driver serves, for people.
+    pub fn cuda_version(&self) -> String {
+        Version(self.version).to_string()
+    }
+
+    fn quantize_function(&self, format: BlockFormat, dtype: FloatDtype) -> Function {
+        let [nf4, fp4] = &self.functions;
+        let functions = match format {
+            BlockFormat::Nf4 => nf4,
+            BlockFormat::Fp4 => fp4,
+        };
+        of_dtype(functions, dtype)
+    }
+
+    /// Has the driver compile the kernels for groups, unless it has; else the first group's quantizing does.
+    pub fn load_groups(&self) -> Result<(), Fault> {
+        self.groups().map(|_| ())
+    }
+
+    fn groups(&self) -> Result<&GroupModule, Fault> {
+        if let Some(groups) = self.groups.get() {
+            return Ok(groups);
+        }
+        let loaded = GroupModule::load(&self.context)?;
+        Ok(self.groups.get_or_init(|| loaded))
+    }
+
+    fn absmax_function(&self) -> Function {
+        self.absmax
+    }
+
+    fn table(&self, format: BlockFormat) -> &DeviceBuffer {
+        match format {
+            BlockFormat::Nf4 => &self.nf4,
+            BlockFormat::Fp4 => &self.fp4,
+        }
+    }
+
+    fn dynamic_map(&self) -> &DeviceBuffer {
+        &self.dynamic_map
+    }
+}
+
+/// The dtype's kernel of three.
+fn of_dtype([bf16, f16, f32]: &[Function; 3], dtype: FloatDtype) -> Function {
+    match dtype {
+        FloatDtype::Bfloat16 => *bf16,
+        FloatDtype::Float16 => *f16,
+        FloatDtype::Float32 => *f32,
+    }
+}
+
+/// The dtype in kernels' names.
+fn dtype_name(dtype: FloatDtype) -> &'static str {
+    match dtype {
+        FloatDtype::Bfloat16 => "bf16",
+        FloatDtype::Float16 => "f16",
+        FloatDtype::Float32 => "f32",
+    }
+}
+
+/// As `cuda:0 (NVIDIA H200)`.
+impl fmt::Display for Gpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cuda:{} ({})", self.ordinal, self.name)
+    }
+}
+
+impl fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}

@@ -1,0 +1,298 @@
+//! A place for one piece of work on a GPU: pinned buffers here, buffers there, and a stream between them.
+
+use std::sync::Arc;
+
+use crate::backend::cuda::driver::{Argument, DeviceBuffer, Fault, Launch, PinnedBuffer, Stream};
+use crate::backend::cuda::groups::{GroupKernel, tensor_factor};
+use crate::backend::cuda::{Gpu, THREADS, thread_blocks};
+use crate::dtype::FloatDtype;
+use crate::format::{BlockFormat, BlockSize, NESTED_BLOCK_SIZE};
+use crate::kernel::BlockErrors;
+use crate::kernel::group::GroupCoder;
+
+/// Bytes of a slot's buffers, on the device and here alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotSize {
+    source: usize,
+    results: usize,
+}
+
+impl SlotSize {
+    /// Room for `elements` weights of `element` bytes, in whole blocks; and for `nested` absmax, if that is more.
+    pub fn new(elements: usize, element: usize, block_size: BlockSize, nested: usize) -> SlotSize {
+        let blocks = elements.div_ceil(block_size.get());
+        SlotSize {
+            source: (elements * element).max(nested * size_of::<f32>()),
+            results: (results_len(elements, blocks)).max(nested_len(nested)),
+        }
+    }
+
+    /// Room for `source` bytes of weights that become `packed` bytes of codes, in no more than `groups` groups.
+    pub fn for_groups(source: usize, packed: usize, groups: usize) -> SlotSize {
+        // Four figures, the scale, and a zero point.
+        SlotSize { source, results: packed + groups * (5 * size_of::<f32>() + 1) }
+    }
+
+    /// Bytes on the device, which are as many as here.
+    pub fn total(self) -> u64 {
+        (self.source + self.results) as u64
+    }
+}
+
+/// Four figures a block, then the codes: what a `quantize_*` kernel leaves behind. The codes start at a multiple of 16.
+fn results_len(elements: usize, blocks: usize) -> usize {
+    blocks * 4 * size_of::<f32>() + elements.div_ceil(2)
+}
+
+/// One f32 for each nested block, then the codes: what `quantize_absmax` leaves behind.
+fn nested_len(count: usize) -> usize {
+    count.div_ceil(NESTED_BLOCK_SIZE) * size_of::<f32>() + count
+}
+
+/// Where the results of a kernel for groups lie, one after the other: four figures a group, codes, scales, zero points.
+/// All but zero points start at multiples of 4.
+struct GroupResults {
+    groups: usize,
+    packed: usize,
+    scales: usize,
+    zero_points: usize,
+}
+
+impl GroupResults {
+    fn new(elements: usize, dtype: FloatDtype, columns: usize, group: usize, scheme: GroupCoder) -> GroupResults {
+        let rows = elements / columns;
+        assert_eq!(elements, rows * columns, "not whole rows");
+        assert!(columns.is_multiple_of(group), "group: divides columns");
+        let groups = elements / group;
+        GroupResults {
+            groups,
+            packed: rows * scheme.packed_row(columns),
+            scales: groups * scheme.scale_size(dtype),
+            zero_points: if scheme == GroupCoder::Int4Asym { groups } else { 0 },
+        }
+    }
+
+    fn figures(&self) -> usize {
+        self.groups * 4 * size_of::<f32>()
+    }
+
+    fn len(&self) -> usize {
+        self.figures() + self.packed + self.scales + self.zero_points
+    }
+}
+
+/// Pinned buffers, device buffers and a stream.
+#[derive(Debug)]
+pub struct Slot {
+    stream: Stream,
+    source: PinnedBuffer,
+    results: PinnedBuffer,
+    device_source: DeviceBuffer,
+    device_results: DeviceBuffer,
+    gpu: Arc<Gpu>,
+}
+
+/// What quantizing gave, in a slot's pinned memory.
+pub struct Quantized<'a> {
+    /// Two codes a byte.
+    pub packed: &'a [u8],
+    /// One figure a block. A block with a NaN or an infinity has such an absmax, and its other results mean nothing.
+    pub figures: BlockErrors<'a>,
+}
+
+/// What quantizing in groups gave, in a slot's pinned memory; see [`crate::kernel::group::Groups`].
+pub struct QuantizedGroups<'a> {
+    /// Codes.
+    pub packed: &'a [u8],
+    /// One scale a group, as stored.
+    pub scales: &'a [u8],
+    /// One zero point a group, for [`GroupCoder::Int4Asym`] alone.
+    pub zero_points: &'a [u8],
+    /// One figure a group. A group with a NaN or an infinity has NaN for an absmax, and its other results mean nothing;
+    /// an infinite absmax is a scale that overflowed.
+    pub figures: BlockErrors<'a>,
+}
+
+impl Slot {
+    /// A slot on `gpu`.
+    pub fn new(gpu: &Arc<Gpu>, size: SlotSize) -> Result<Slot, Fault> {
+        Ok(Slot {
+            stream: Stream::new(&gpu.context)?,
+            source: PinnedBuffer::new(&gpu.context, size.source)?,
+            results: PinnedBuffer::new(&gpu.context, size.results)?,
+            device_source: DeviceBuffer::new(&gpu.context, size.source)?,
+            device_results: DeviceBuffer::new(&gpu.context, size.results)?,
+            gpu: gpu.clone(),
+        })
+    }
+
+    /// The GPU it is on.
+    pub fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    /// Where the first `len` bytes of what is to be quantized go.
+    ///
+    /// # Panics
+    /// When the slot is smaller.
+    pub fn source(&mut self, len: usize) -> &mut [u8] {
+        &mut self.source.bytes()[..len]
+    }
+
+    /// Quantizes the first `elements` elements of [`Slot::source`]; as [`crate::kernel::Kernel::quantize`] does, but for
+    /// how it tells of what isn't finite.
+    ///
+    /// # Panics
+    /// When the slot is smaller.
+    pub fn quantize(
+        &mut self,
+        elements: usize,
+        dtype: FloatDtype,
+        format: BlockFormat,
+        block_size: BlockSize,
+    ) -> Result<Quantized<'_>, Fault> {
+        let blocks = elements.div_ceil(block_size.get());
+        let results = self.device_results.address();
+        let figure = |i: usize| Argument::Address(results + (i * blocks * size_of::<f32>()) as u64);
+        let launch = Launch {
+            function: self.gpu.quantize_function(format, dtype),
+            grid: thread_blocks(blocks),
+            threads: THREADS,
+            arguments: &[
+                Argument::Address(self.device_source.address()),
+                Argument::U32(elements as u32),
+                Argument::U32(block_size.get() as u32),
+                Argument::Address(self.gpu.table(format).address()),
+                figure(4),
+                figure(0),
+                figure(1),
+                figure(2),
+                figure(3),
+            ],
+        };
+        let source = &self.source.bytes()[..elements * dtype.size()];
+        let bytes = &mut self.results.bytes()[..results_len(elements, blocks)];
+        // SAFETY: these are the parameters in kernels.cu. The kernel reads `elements` elements of the source and the
+        // table; it writes four figures a block and then the codes, which together are as long as `bytes`.
+        unsafe { self.stream.run((source, &mut self.device_source), &launch, (&self.device_results, bytes))? };
+        let (figures, packed) = bytes.split_at_mut(blocks * 4 * size_of::<f32>());
+        Ok(Quantized { packed, figures: as_figures(figures) })
+    }
+
+    /// Quantizes the first `elements` elements of [`Slot::source`], whole rows of `columns`, in groups of `group`; as
+    /// [`crate::kernel::Kernel::quantize_groups`] does, but for how it tells of what isn't finite.
+    ///
+    /// # Panics
+    /// When the slot is smaller, or [`GroupKernel::new`] has no kernel.
+    pub fn quantize_groups(
+        &mut self,
+        elements: usize,
+        dtype: FloatDtype,
+        columns: usize,
+        group: usize,
+        scheme: GroupCoder,
+    ) -> Result<QuantizedGroups<'_>, Fault> {
+        let kernel = GroupKernel::new(scheme, columns, group);
+        let len = GroupResults::new(elements, dtype, columns, group, scheme);
+        let figures = self.device_results.address();
+        let packed = figures + len.figures() as u64;
+        let scales = packed + len.packed as u64;
+        let launch = Launch {
+            function: self.gpu.groups()?.function(kernel, dtype),
+            grid: kernel.thread_blocks(len.groups),
+            threads: THREADS,
+            arguments: &[
+                Argument::Address(self.device_source.address()),
+                Argument::U32(len.groups as u32),
+                Argument::U32(group as u32),
+                Argument::F32(tensor_factor(scheme)),
+                Argument::Address(packed),
+                Argument::Address(scales),
+                Argument::Address(scales + len.scales as u64),
+                Argument::Address(figures),
+            ],
+        };
+        let source = &self.source.bytes()[..elements * dtype.size()];
+        let bytes = &mut self.results.bytes()[..len.len()];
+        // SAFETY: these are the parameters in groups.cu. The kernel reads `groups` groups of the source; it writes what
+        // `GroupResults` says, which together is as long as `bytes`.
+        unsafe { self.stream.run((source, &mut self.device_source), &launch, (&self.device_results, bytes))? };
+        let (figures, rest) = bytes.split_at_mut(len.figures());
+        let (packed, rest) = rest.split_at(len.packed);
+        let (scales, zero_points) = rest.split_at(len.scales);
+        Ok(QuantizedGroups { packed, scales, zero_points, figures: as_figures(figures) })
+    }
+
+    /// Quantizes `absmax` less `offset`; returns the codes and the nested absmax, as [`crate::kernel::block::nested::quantize`].
+    ///
+    /// # Panics
+    /// When the slot is smaller.
+    pub fn quantize_absmax(&mut self, absmax: &[f32], offset: f32) -> Result<(&[u8], &[f32]), Fault> {
+        let blocks = absmax.len().div_ceil(NESTED_BLOCK_SIZE);
+        let source = &mut self.source.bytes()[..size_of_val(absmax)];
+        for (bytes, x) in source.chunks_exact_mut(4).zip(absmax) {
+            bytes.copy_from_slice(&x.to_ne_bytes());
+        }
+        let results = self.device_results.address();
+        let launch = Launch {
+            function: self.gpu.absmax_function(),
+            grid: blocks as u32,
+            threads: NESTED_BLOCK_SIZE as u32,
+            arguments: &[
+                Argument::Address(self.device_source.address()),
+                Argument::U32(absmax.len() as u32),
+                Argument::F32(offset),
+                Argument::Address(self.gpu.dynamic_map().address()),
+                Argument::Address(results + (blocks * size_of::<f32>()) as u64),
+                Argument::Address(results),
+            ],
+        };
+        let bytes = &mut self.results.bytes()[..nested_len(absmax.len())];
+        // SAFETY: these are the parameters in kernels.cu. The kernel reads the absmax and the midpoints; it writes one f32
+        // a nested block and then the codes, which together are as long as `bytes`.
+        unsafe { self.stream.run((source, &mut self.device_source), &launch, (&self.device_results, bytes))? };
+        let (nested_absmax, codes) = bytes.split_at_mut(blocks * size_of::<f32>());
+        Ok((codes, as_floats(nested_absmax)))
+    }
+}
+
+/// Four figures a block or a group, each figure's one after the other.
+fn as_figures(bytes: &mut [u8]) -> BlockErrors<'_> {
+    let floats = as_floats(bytes);
+    let count = floats.len() / 4;
+    let (absmax, rest) = floats.split_at_mut(count);
+    let (signal, rest) = rest.split_at_mut(count);
+    let (noise, worst) = rest.split_at_mut(count);
+    BlockErrors { absmax, signal, noise, worst }
+}
+
+/// Whole f32 at a multiple of 4, as the start of pinned memory is.
+fn as_floats(bytes: &mut [u8]) -> &mut [f32] {
+    // SAFETY: any bits are an f32; what doesn't fit the alignment is left out, and checked to be nothing.
+    let (before, floats, after) = unsafe { bytes.align_to_mut::<f32>() };
+    assert!(before.is_empty() && after.is_empty(), "pinned memory starts at a page");
+    floats
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_for_groups_has_room_for_every_scheme() {
+        let (global_scale, scale_2) = (1.0, 1.0);
+        let floats = [GroupCoder::Nvfp4 { global_scale }, GroupCoder::Nvfp4ModelOpt { scale_2 }, GroupCoder::Mxfp4];
+        let integers = [GroupCoder::Int4, GroupCoder::Int4Asym];
+        let rows = (1..40).flat_map(|columns| integers.map(|scheme| (columns, columns, scheme)));
+        let groups = floats.into_iter().chain(integers).map(|scheme| (64, 16, scheme));
+        for (columns, group, scheme) in rows.chain(groups) {
+            for dtype in [FloatDtype::Bfloat16, FloatDtype::Float32] {
+                let elements = 3 * columns;
+                let packed = 3 * scheme.packed_row(columns);
+                let size = SlotSize::for_groups(elements * dtype.size(), packed, elements / group);
+                let needed = GroupResults::new(elements, dtype, columns, group, scheme).len();
+                assert!(needed <= size.results, "{columns} {group} {scheme:?}: {needed} of {}", size.results);
+            }
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! Blocks of consecutive elements with one absmax: NF4 and FP4, and double quantization of absmax.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+pub mod nested;
+pub mod scalar;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod x86;

@@ -1,0 +1,199 @@
+//! What a bitsandbytes 4-bit weight is on disk: the tensors beside it, its quant_state, and config.json's part.
+//!
+//! Names, order and spelling are what transformers' `save_pretrained` writes.
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::dtype::FloatDtype;
+use crate::format::{BlockScheme, NESTED_BLOCK_SIZE};
+use crate::layout::{OutputDtype, OutputKind, OutputTensor};
+
+/// Room for `nested_offset` in a quant_state: the longest f64 that is an f32, as Python prints it.
+const OFFSET_WIDTH: usize = 24;
+
+/// The tensors that a weight of `shape` becomes, for a dtype and scheme.
+pub fn output_tensors(scheme: &BlockScheme, dtype: FloatDtype, shape: &[u64]) -> Vec<OutputTensor> {
+    let elements: u64 = shape.iter().product();
+    let blocks = scheme.block_size.blocks(elements);
+    let tensor = |kind, suffix, is_f32, shape| {
+        let dtype = if is_f32 { OutputDtype::F32 } else { OutputDtype::U8 };
+        OutputTensor { kind, suffix, dtype, shape }
+    };
+    let mut tensors = vec![
+        tensor(OutputKind::Packed, "", false, vec![elements.div_ceil(2), 1]),
+        tensor(OutputKind::Absmax, ".absmax", !scheme.double_quant, vec![blocks]),
+        tensor(OutputKind::QuantMap, ".quant_map", true, vec![16]),
+    ];
+    if scheme.double_quant {
+        let nested = blocks.div_ceil(NESTED_BLOCK_SIZE as u64);
+        tensors.push(tensor(OutputKind::NestedAbsmax, ".nested_absmax", true, vec![nested]));
+        tensors.push(tensor(OutputKind::NestedQuantMap, ".nested_quant_map", true, vec![256]));
+    }
+    let length = quant_state_len(scheme, dtype, shape) as u64;
+    tensors.push(tensor(OutputKind::QuantState, scheme.format.quant_state_suffix(), false, vec![length]));
+    tensors
+}
+
+/// What a quant_state says, besides the tensors.
+#[derive(Clone, Copy, Debug)]
+pub struct QuantState<'a> {
+    /// How the weight was quantized.
+    pub scheme: &'a BlockScheme,
+    /// The source's dtype, which decoding returns to.
+    pub dtype: FloatDtype,
+    /// The source's shape.
+    pub shape: &'a [u64],
+    /// The mean that was taken off absmax; for double quantization only.
+    pub nested_offset: f32,
+}
+
+/// The bytes of `X.quant_state.bitsandbytes__*`: JSON as Python's `json.dumps` spells it.
+///
+/// With double quantization the number of digits of `nested_offset` is known only once the weight has been read, so the
+/// object is padded with spaces to a length known before: every offset in the file is then known before as well.
+pub fn quant_state_bytes(state: &QuantState<'_>) -> Vec<u8> {
+    let mut json = quant_state_json(state, &python_float(state.nested_offset));
+    if state.scheme.double_quant {
+        let width = quant_state_len(state.scheme, state.dtype, state.shape);
+        json.extend(std::iter::repeat_n(' ', width.saturating_sub(json.len())));
+    }
+    json.into_bytes()
+}
+
+/// A quant_state as it is read back. Other keys are ignored.
+#[derive(Debug, PartialEq, Deserialize)]
+pub struct ParsedQuantState {
+    /// The 4-bit format's name.
+    pub quant_type: String,
+    /// Elements that share one absmax.
+    pub blocksize: u64,
+    /// The source's dtype, as torch calls it.
+    pub dtype: String,
+    /// The source's shape.
+    pub shape: Vec<u64>,
+    /// The mean that was taken off absmax, with double quantization.
+    pub nested_offset: Option<f64>,
+}
+
+impl ParsedQuantState {
+    /// Reads the tensor's bytes.
+    ///
+    /// # Errors
+    /// When they are no such JSON object.
+    pub fn parse(bytes: &[u8]) -> serde_json::Result<ParsedQuantState> {
+        serde_json::from_slice(bytes)
+    }
+}
+
+/// The length of [`quant_state_bytes`], whatever `nested_offset` turns out to be.
+pub fn quant_state_len(scheme: &BlockScheme, dtype: FloatDtype, shape: &[u64]) -> usize {
+    let widest = "0".repeat(OFFSET_WIDTH);
+    quant_state_json(&QuantState { scheme, dtype, shape, nested_offset: 0.0 }, &widest).len()
+}
+
+fn quant_state_json(state: &QuantState<'_>, nested_offset: &str) -> String {
+    let shape: Vec<String> = state.shape.iter().map(u64::to_string).collect();
+    let mut json = format!(
+        r#"{{"quant_type": "{}", "blocksize": {}, "dtype": "{}", "shape": [{}]"#,
+        state.scheme.format.name(),
+        state.scheme.block_size,
+        state.dtype.torch_name(),
+        shape.join(", "),
+    );
+    if state.scheme.double_quant {
+        json += &format!(
+            r#", "nested_blocksize": {NESTED_BLOCK_SIZE}, "nested_dtype": "float32", "nested_offset": {nested_offset}"#
+        );
+    }
+    json + "}"
+}
+
+/// An f32 as Python's `repr(float)` prints it: the shortest digits that give the f64 back, with an exponent below 1e-4
+/// and from 1e16 on.
+fn python_float(x: f32) -> String {
+    let x = f64::from(x);
+    if x == 0.0 || (1e-4..1e16).contains(&x.abs()) {
+        return format!("{x:?}");
+    }
+    let text = format!("{x:e}");
+    match text.split_once('e') {
+        Some((digits, exponent)) => {
+            let (sign, exponent) = exponent.strip_prefix('-').map_or(('+', exponent), |e| ('-', e));
+            format!("{digits}e{sign}{exponent:0>2}")
+        }
+        None => text,
+    }
+}
+
+/// config.json's `quantization_config`: what tells a client how to load the weights.
+///
+/// `compute_dtype` is the dtype that matrix products run in; `skip_modules` are the Linear modules left unquantized,
+/// which must be all of them: a given list replaces the client's own defaults.
+pub fn quantization_config(scheme: &BlockScheme, compute_dtype: FloatDtype, skip_modules: &[String]) -> Value {
+    json!({
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": true,
+        "load_in_8bit": false,
+        "bnb_4bit_quant_type": scheme.format.name(),
+        "bnb_4bit_use_double_quant": scheme.double_quant,
+        "bnb_4bit_compute_dtype": compute_dtype.torch_name(),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": skip_modules,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::{BlockFormat, BlockSize};
+
+    fn scheme(double_quant: bool) -> BlockScheme {
+        BlockScheme { format: BlockFormat::Nf4, block_size: BlockSize::default(), double_quant }
+    }
+
+    #[test]
+    fn quant_state_is_spelled_as_python_spells_it() {
+        let state =
+            QuantState { scheme: &scheme(false), dtype: FloatDtype::Bfloat16, shape: &[128, 256], nested_offset: 0.0 };
+        assert_eq!(
+            String::from_utf8(quant_state_bytes(&state)).unwrap(),
+            r#"{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [128, 256]}"#
+        );
+        let nested = QuantState { scheme: &scheme(true), nested_offset: f32::from_bits(0x3e207a06), ..state };
+        let json = String::from_utf8(quant_state_bytes(&nested)).unwrap();
+        assert!(
+            json.contains(r#", "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.156"#),
+            "{json}"
+        );
+        let parsed = ParsedQuantState::parse(json.as_bytes()).unwrap();
+        assert_eq!((parsed.blocksize, parsed.shape), (64, vec![128, 256]));
+        assert_eq!(parsed.nested_offset, Some(f64::from(f32::from_bits(0x3e207a06))));
+    }
+
+    #[test]
+    fn quant_state_length_does_not_depend_on_the_offset() {
+        let scheme = scheme(true);
+        let expected = quant_state_len(&scheme, FloatDtype::Float32, &[3]);
+        for bits in [0, 1, 0x007fffff, 0x3f800000, 0x3e207a06, 0x7f7fffff, 0x00800001, 0x38d1b717, 0x5a0e1bca] {
+            let nested_offset = f32::from_bits(bits);
+            let state = QuantState { scheme: &scheme, dtype: FloatDtype::Float32, shape: &[3], nested_offset };
+            assert_eq!(quant_state_bytes(&state).len(), expected, "{nested_offset:e}");
+        }
+    }
+
+    #[test]
+    fn floats_are_printed_as_python_prints_them() {
+        let printed = [0.0, 1.0, 0.156_713_49, 1e-5, 1.5e-7, 1e16, 1e-45, 3.4028235e38].map(python_float);
+        let expected = [
+            "0.0",
+            "1.0",
+            "0.15671348571777344",
+            "9.999999747378752e-06",
+            "1.500000053056283e-07",
+            "1.0000000272564224e+16",
+        ];
+        assert_eq!(printed[..6], expected);
+        assert_eq!(printed[6..], ["1.401298464324817e-45", "3.4028234663852886e+38"]);
+    }
+}

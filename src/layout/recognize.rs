@@ -1,0 +1,80 @@
+//! Telling that a checkpoint is quantized already, and with what.
+
+use crate::checkpoint::{Config, TensorInfo};
+use crate::dtype::Dtype;
+
+/// DeepSeek-V3's, as names give it away.
+pub const FP8_METHOD: &str = "FP8 in blocks";
+/// gpt-oss's, likewise.
+pub const MXFP4_METHOD: &str = "MXFP4 (gpt-oss)";
+
+/// What ends the names that a method's checkpoints have and others don't.
+const SUFFIXES: &[(&str, &str)] = &[
+    (".quant_state.bitsandbytes__nf4", "bitsandbytes NF4"),
+    (".quant_state.bitsandbytes__fp4", "bitsandbytes FP4"),
+    (".SCB", "bitsandbytes LLM.int8()"),
+    (".weight_packed", "compressed-tensors"),
+    (".weight_scale_inv", FP8_METHOD),
+    (".qzeros", "GPTQ or AWQ"),
+    (".qweight", "GPTQ or AWQ"),
+    ("_proj_blocks", MXFP4_METHOD),
+    (".weight_scale_2", "ModelOpt NVFP4"),
+    (".weight_scale", "FP8 or integers with scales"),
+    (".absmax", "bitsandbytes"),
+];
+
+/// How a checkpoint is quantized.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceQuantization {
+    /// The method's name.
+    pub method: String,
+    /// What gave it away.
+    pub evidence: String,
+}
+
+impl SourceQuantization {
+    fn new(method: &str, evidence: String) -> SourceQuantization {
+        SourceQuantization { method: method.to_owned(), evidence }
+    }
+
+    /// The method that config.json names, and where it names it.
+    pub fn in_config(config: &Config) -> Option<SourceQuantization> {
+        in_config(config)
+    }
+
+    /// The method that a tensor of this name belongs to.
+    pub fn by_name(name: &str) -> Option<&'static str> {
+        SUFFIXES.iter().find(|(suffix, _)| name.ends_with(suffix)).map(|(_, method)| *method)
+    }
+}
+
+fn in_config(config: &Config) -> Option<SourceQuantization> {
+    let found = ["quantization_config", "compression_config"].into_iter().find_map(|key| {
+        let value = config.values().get(key)?;
+        let method = value.get("quant_method").and_then(|method| method.as_str()).unwrap_or("an unnamed method");
+        value.is_object().then(|| SourceQuantization::new(method, format!("its \"{key}\" says so")))
+    });
+    found.or_else(|| {
+        let value = config.values().get("text_config")?.get("quantization_config")?;
+        let method = value.get("quant_method").and_then(|method| method.as_str()).unwrap_or("an unnamed method");
+        value.is_object().then(|| SourceQuantization::new(method, "its \"text_config\" says so".to_owned()))
+    })
+}
+
+/// The method that a tensor gives away, and how.
+pub fn in_tensors(tensors: &[TensorInfo]) -> Option<SourceQuantization> {
+    tensors.iter().find_map(|tensor| {
+        let by_name = SourceQuantization::by_name(&tensor.name);
+        let by_dtype = matches!(
+            tensor.dtype,
+            Dtype::F8E4M3 | Dtype::F8E5M2 | Dtype::F8E4M3Fnuz | Dtype::F8E5M2Fnuz | Dtype::F4 | Dtype::F8E8M0
+        );
+        match by_name {
+            Some(method) => Some(SourceQuantization::new(method, format!("it has a tensor {:?}", tensor.name))),
+            None if by_dtype => {
+                Some(SourceQuantization::new(tensor.dtype.name(), format!("tensor {:?} has that dtype", tensor.name)))
+            }
+            None => None,
+        }
+    })
+}

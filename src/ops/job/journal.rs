@@ -1,0 +1,140 @@
+//! What a conversion notes down as it goes, so that one that was stopped can be gone on with.
+//!
+//! Everything here lies in the staging folder and goes with it; nothing of it is part of a checkpoint.
+
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{Source, SourceFile, Staging};
+use crate::error::{Error, Result};
+use crate::manifest::Tool;
+use crate::pipeline::FileOutcome;
+use crate::recipe::Recipe;
+use crate::store::Sha256Hash;
+
+/// What is being made, and of what.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Job {
+    tool: Tool,
+    recipe: Recipe,
+    /// Whether the source is decoded rather than quantized.
+    #[serde(default)]
+    dequantize: bool,
+    config_sha256: Option<Sha256Hash>,
+    source_files: Vec<SourceMark>,
+}
+
+/// What a source file is known by, without reading its weights.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct SourceMark {
+    name: String,
+    size: u64,
+    /// Nanoseconds since 1970.
+    modified: i128,
+    header_sha256: Sha256Hash,
+}
+
+impl Job {
+    /// The conversion of `source` by `recipe`, or its decoding.
+    pub fn new(source: &Source, recipe: &Recipe, dequantize: bool) -> Job {
+        let mark = |file: &SourceFile| SourceMark {
+            name: file.name.clone(),
+            size: file.len,
+            modified: file.modified,
+            header_sha256: file.header_sha256,
+        };
+        Job {
+            tool: Tool::this(),
+            recipe: recipe.clone(),
+            dequantize,
+            config_sha256: source.config.as_ref().map(|config| config.sha256()),
+            source_files: source.files.iter().map(mark).collect(),
+        }
+    }
+
+    /// Takes up this job in `staging`: goes on with it if it was begun there, and begins it if nothing was. Returns
+    /// whether it was begun.
+    ///
+    /// # Errors
+    /// When another job was begun there and `restart` isn't set.
+    pub fn take_up(&self, staging: &Staging, restart: bool) -> Result<bool> {
+        if let Some(begun) = staging.job()?.filter(|_| !restart) {
+            // What can't be read was cut off while it was written: nothing came after it.
+            if let Ok(begun) = serde_json::from_slice::<Job>(&begun) {
+                return match begun.difference(self) {
+                    None => Ok(true),
+                    Some(what) => Err(Error::JobChanged { path: staging.folder().to_owned(), what }),
+                };
+            }
+        }
+        let json =
+            serde_json::to_vec_pretty(self).map_err(|error| Error::malformed(staging.folder(), error.to_string()))?;
+        staging.begin(&json)?;
+        Ok(false)
+    }
+
+    /// What the job `now` has otherwise than this one, in words.
+    fn difference(&self, now: &Job) -> Option<String> {
+        if self.tool.version != now.tool.version {
+            return Some(format!("it was begun by version {}, and this is {}", self.tool.version, now.tool.version));
+        }
+        if self.dequantize != now.dequantize {
+            return Some("one decodes to floats, and the other doesn't".to_owned());
+        }
+        if let Some(what) = recipe_difference(&self.recipe, &now.recipe) {
+            return Some(what);
+        }
+        if self.config_sha256 != now.config_sha256 {
+            return Some("the source's config.json has changed".to_owned());
+        }
+        let names = |job: &Job| job.source_files.iter().map(|file| file.name.clone()).collect::<Vec<_>>();
+        if names(self) != names(now) {
+            return Some("the source has other files".to_owned());
+        }
+        self.source_files.iter().zip(&now.source_files).find_map(|(then, now)| {
+            let name = &now.name;
+            if then.size != now.size {
+                Some(format!("the source's {name} had {} bytes, and has {}", then.size, now.size))
+            } else if then.header_sha256 != now.header_sha256 {
+                Some(format!("the header of the source's {name} has changed"))
+            } else if then.modified != now.modified {
+                Some(format!("the source's {name} was written to since"))
+            } else {
+                None
+            }
+        })
+    }
+}
+
+/// The first choice that differs.
+fn recipe_difference(then: &Recipe, now: &Recipe) -> Option<String> {
+    let values = |recipe: &Recipe| serde_json::to_value(recipe).unwrap_or_default();
+    let (then, now) = (values(then), values(now));
+    let keys = then.as_object()?.keys();
+    let changed = keys.into_iter().find(|key| then.get(*key) != now.get(*key))?;
+    Some(format!("{changed} was {}, and is {}", then[changed], now[changed]))
+}
+
+/// Notes down the hash of a file of the source; if an earlier run had noted another one, the source has changed.
+pub fn check_source_hash(staging: &Staging, file: &SourceFile, sha256: Sha256Hash) -> Result<()> {
+    let name = format!("{}.source-sha256", file.name);
+    match staging.sealed(&name)? {
+        Some(noted) if noted != sha256.0 => {
+            let why = format!(
+                "its content isn't what it was when the conversion began (SHA-256 {sha256} now; --restart begins anew)"
+            );
+            Err(Error::SourceChanged { path: file.path.clone(), why })
+        }
+        Some(_) => Ok(()),
+        None => staging.write_sealed(&name, |note| note.write_all(&sha256.0)),
+    }
+}
+
+/// Notes down what is known of a finished file.
+pub fn write_sealed(staging: &Staging, name: &str, outcome: &FileOutcome) -> Result<()> {
+    staging.write_sealed(name, |file| serde_json::to_writer(file, outcome).map_err(Into::into))
+}
+
+/// What was noted down of a finished file; `None` if nothing was, or not to its end.
+pub fn read_sealed(staging: &Staging, name: &str) -> Result<Option<FileOutcome>> {
+    Ok(staging.sealed(name)?.and_then(|record| serde_json::from_slice(&record).ok()))
+}

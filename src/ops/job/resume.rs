@@ -1,0 +1,67 @@
+//! Going on with a conversion that was stopped: which of its finished files can be kept.
+
+use std::fs::File;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+
+use crate::checkpoint::Staging;
+use crate::error::{Error, IoContext, Result};
+use crate::ops::job::journal;
+use crate::pipeline::{ExecutionContext, FileOutcome};
+use crate::plan::{Plan, PlannedFile};
+use crate::store::hash_range;
+
+/// Bytes of a sealed file that are read at once.
+const BUFFER: usize = 1 << 20;
+
+/// The outcome of each of the plan's files that an earlier run sealed and that still is what it was then, by its hash.
+pub fn sealed_files(staging: &Staging, plan: &Plan, means: ExecutionContext<'_>) -> Result<Vec<Option<FileOutcome>>> {
+    let noted = plan.files.iter().map(|file| journal::read_sealed(staging, &file.name)).collect::<Result<Vec<_>>>()?;
+    let found = noted.iter().flatten().count();
+    if found > 0 {
+        means.progress.found(found, plan.files.len());
+    }
+    let trusted = Mutex::new(vec![None; plan.files.len()]);
+    let next = AtomicUsize::new(0);
+    let check = || -> Result<()> {
+        let mut buffer = vec![0; BUFFER];
+        while let Some(i) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&i| i < noted.len()) {
+            if let Some(outcome) = &noted[i]
+                && is_unchanged(staging, &plan.files[i], outcome, means, &mut buffer)?
+            {
+                trusted.lock().unwrap_or_else(PoisonError::into_inner)[i] = Some(outcome.clone());
+            }
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..means.budget.threads.min(found)).map(|_| scope.spawn(check)).collect();
+        threads.into_iter().try_for_each(|thread| thread.join().unwrap_or(Err(Error::Stopped)))
+    })?;
+    let trusted = trusted.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if found > 0 {
+        let kept = || plan.files.iter().zip(&trusted).filter(|(_, outcome)| outcome.is_some());
+        let tensors = kept().flat_map(|(file, _)| &plan.tensors[file.tensors.clone()]);
+        means.progress.resumed(kept().count(), tensors.map(|tensor| tensor.source_len()).sum());
+    }
+    Ok(trusted)
+}
+
+fn is_unchanged(
+    staging: &Staging,
+    planned: &PlannedFile,
+    outcome: &FileOutcome,
+    means: ExecutionContext<'_>,
+    buffer: &mut [u8],
+) -> Result<bool> {
+    let path = staging.path(&planned.name);
+    let Ok(file) = File::open(&path) else { return Ok(false) };
+    let len = file.metadata().at(&path, "look at it")?.len();
+    if len != planned.len || outcome.tensors.len() != planned.tensors.len() {
+        return Ok(false);
+    }
+    let keep_going = || !means.interrupt.load(Ordering::Relaxed);
+    let hash = hash_range(means.disk, &file, &path, 0, len, buffer, keep_going).at(&path, "read it back")?;
+    hash.map(|hash| hash == outcome.sha256).ok_or(Error::Interrupted)
+}

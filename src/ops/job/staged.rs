@@ -1,0 +1,54 @@
+//! Writing a plan's files into a staging folder.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::checkpoint::{OutputFile, SourceFile, Staging};
+use crate::error::Result;
+use crate::ops::job::journal;
+use crate::pipeline::{FileOutcome, Output, Outputs};
+use crate::plan::PlannedFile;
+use crate::store::{Disk, Sha256Hash};
+
+/// The files of a staging folder: under temporary names until they are sealed.
+pub struct Staged<'a> {
+    /// The folder.
+    pub staging: &'a Staging,
+    /// What writes.
+    pub disk: &'a dyn Disk,
+}
+
+impl Outputs for Staged<'_> {
+    fn open(&self, file: &PlannedFile) -> Result<Arc<dyn Output + '_>> {
+        let path = self.staging.partial_path(&file.name);
+        Ok(Arc::new(OutputFile::create(self.disk, path, file.len)?))
+    }
+
+    fn seal(&self, file: &PlannedFile, outcome: &FileOutcome) -> Result<()> {
+        journal::write_sealed(self.staging, &file.name, outcome)?;
+        self.staging.name_finished(&file.name)
+    }
+
+    fn source_hashed(&self, file: &SourceFile, sha256: Sha256Hash) -> Result<()> {
+        journal::check_source_hash(self.staging, file, sha256)
+    }
+}
+
+impl Output for OutputFile<'_> {
+    fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        OutputFile::write_at(self, bytes, offset)
+    }
+
+    fn sync(&self) -> Result<()> {
+        OutputFile::sync(self)
+    }
+
+    fn file(&self) -> &File {
+        OutputFile::file(self)
+    }
+
+    fn path(&self) -> &Path {
+        OutputFile::path(self)
+    }
+}

@@ -1,0 +1,367 @@
+//! Laying out a converted checkpoint's experts anew, from one by one to fused or back: bytes change their place, and
+//! nothing is quantized.
+//!
+//! The manifest tells the tensors that the checkpoint was made from, so the conversion can be planned again, in the
+//! layout it has and in the one that is asked for. What both quantize is the same run of the same source tensor; that
+//! says where in the converted files the codes and absmax of each run are.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, Source, SourceFile, TensorInfo, sort_canonically};
+use crate::dtype::Dtype;
+use crate::dtype::FloatDtype;
+use crate::error::{Error, Result};
+use crate::format::Scheme;
+use crate::layout::{OutputKind, QuantState, quant_state_bytes};
+use crate::manifest::{DecisionRecord, Manifest, SCHEMA_VERSION, TensorRecord};
+use crate::ops::verify;
+use crate::pipeline::{Outcome, TensorOutcome};
+use crate::plan::{Decision, Part, Plan, PlannedFile, PlannedOutput, PlannedTensor};
+use crate::recipe::{ExpertLayout, Recipe};
+
+/// A converted checkpoint and what it becomes.
+#[derive(Debug)]
+pub struct Relayout {
+    /// Its manifest.
+    pub manifest: Manifest,
+    /// What it was made from, by its manifest: names, dtypes and shapes; offsets are made up.
+    pub origin: Source,
+    /// How that would be converted to the new layout.
+    pub plan: Plan,
+    /// For each tensor of `plan`, which record of the manifest is of the very same tensor.
+    unchanged: Vec<Option<usize>>,
+}
+
+/// The recipe of the converted checkpoint at `path`, if that is what it is, and its experts can be laid out anew.
+pub fn recipe_of(path: &Path) -> Option<Recipe> {
+    let config = Config::read(&path.join(CONFIG_NAME)).ok()?;
+    config.values().get("quantization_config")?;
+    Some(manifest_of(path)?.recipe).filter(|recipe| recipe.scheme().blocks().is_some())
+}
+
+/// The manifest of the converted checkpoint at `path`.
+pub fn manifest_of(path: &Path) -> Option<Manifest> {
+    let (manifest, _) = verify::read_manifest(&path.join(MANIFEST_NAME)).ok()?;
+    manifest.ok().filter(|manifest| manifest.schema_version == SCHEMA_VERSION)
+}
+
+impl Relayout {
+    /// Plans it: the plan to execute, which copies, and what it comes to.
+    ///
+    /// # Errors
+    /// When `recipe` asks for more than another layout or other shards, blocks straddle experts, or the files aren't what
+    /// the manifest says.
+    pub fn new(converted: &Source, manifest: Manifest, recipe: Recipe) -> Result<(Plan, Relayout)> {
+        let path = &converted.path;
+        check_recipe(path, &manifest.recipe, &recipe)?;
+        let origin = origin(converted, &manifest)?;
+        let old = Plan::new(&origin, manifest.recipe.clone())?;
+        check_manifest(path, &old, &manifest)?;
+        let places = places(converted, &old)?;
+        let plan = Plan::new(&origin, recipe)?;
+        let old_names: HashMap<&str, &PlannedTensor> = old.tensors.iter().map(|t| (&*t.name, t)).collect();
+        let (records, is_old) =
+            (records(&manifest), |t: &&PlannedTensor| old_names.get(&*t.name).is_some_and(|old| is_same(old, t)));
+        let unchanged: Vec<Option<usize>> =
+            plan.tensors.iter().map(|t| Some(records[&*Some(t).filter(is_old)?.name].0)).collect();
+        let copies = Copies { path, old: &old, places: &places, runs: Runs::new(&old) };
+        let mut tensors = Vec::new();
+        let mut files = Vec::new();
+        for file in &plan.files {
+            let first = tensors.len();
+            for i in file.tensors.clone() {
+                tensors.extend(copies.of(&plan.tensors[i], unchanged[i].is_some(), &plan.recipe)?);
+            }
+            files.push(PlannedFile { tensors: first..tensors.len(), ..file.clone() });
+        }
+        let (config, warnings) = (plan.config.clone(), plan.warnings.clone());
+        let (scale_sets, side_files) = Default::default();
+        let copying = Plan { recipe: plan.recipe.clone(), tensors, files, scale_sets, config, side_files, warnings };
+        Ok((copying, Relayout { manifest, origin, plan, unchanged }))
+    }
+
+    /// What came of executing the copying plan, as the outcome of the other. Statistics are known of tensors that didn't
+    /// change, and of all together.
+    pub fn outcome(&self, copied: Outcome) -> Outcome {
+        let mut hashes = copied.tensors.into_iter().flat_map(|tensor| tensor.sha256);
+        let tensors = self.plan.tensors.iter().zip(&self.unchanged);
+        let tensors = tensors
+            .map(|(tensor, unchanged)| TensorOutcome {
+                sha256: hashes.by_ref().take(tensor.outputs.len()).collect(),
+                statistics: unchanged.and_then(|i| self.manifest.tensors[i].statistics.clone()),
+            })
+            .collect();
+        let total = self.manifest.summary.statistics.clone();
+        Outcome { tensors, files: copied.files, source_files: None, total }
+    }
+}
+
+/// Holds what was read of a converted checkpoint against its manifest.
+pub fn check_source(converted: &Source, manifest: &Manifest, outcome: &Outcome) -> Result<()> {
+    for (file, sha256) in converted.files.iter().zip(outcome.source_files.iter().flatten()) {
+        if !manifest.files.iter().any(|record| record.name == file.name && record.sha256 == *sha256) {
+            let why = format!(
+                "isn't what {MANIFEST_NAME} says it is (SHA-256 {sha256}); download it again, or convert the source again; then begin anew with --restart"
+            );
+            return Err(Error::malformed(&file.path, why));
+        }
+    }
+    Ok(())
+}
+
+/// Only the layout and the shards can be others.
+fn check_recipe(path: &Path, then: &Recipe, now: &Recipe) -> Result<()> {
+    let error = |why: String| Err(Error::Relayout { path: path.to_owned(), why });
+    let Recipe { experts, max_shard_size, .. } = *now;
+    if (Recipe { experts, max_shard_size, ..then.clone() }) != *now {
+        return error(
+            "it was converted with other options, and can't be quantized again: leave them out to lay it out anew, or \
+             start from the bf16 checkpoint it was made from"
+                .to_owned(),
+        );
+    }
+    if experts == then.experts {
+        let (is, other) = match experts {
+            ExpertLayout::Keep => ("one by one", "--experts fuse"),
+            ExpertLayout::Fuse => ("fused", "--experts keep"),
+        };
+        return error(format!("converted already, with experts {is}; {other} lays them out anew"));
+    }
+    Ok(())
+}
+
+/// The checkpoint that the converted one was made from, as far as the manifest tells.
+fn origin(converted: &Source, manifest: &Manifest) -> Result<Source> {
+    let path = converted.path.join(MANIFEST_NAME);
+    let mut files: Vec<SourceFile> = Vec::new();
+    for file in &manifest.source.files {
+        let (name, len, header_sha256) = (file.name.clone(), file.size, file.header_sha256);
+        files.push(SourceFile { name, path: path.clone(), len, modified: 0, header_sha256, tensors: Vec::new() });
+    }
+    for tensor in manifest.tensors.iter().flat_map(|record| &record.sources) {
+        let error = |what: &str| Error::malformed(&path, format!("tensor {:?} of the source: {what}", tensor.name));
+        let file = files.iter_mut().find(|file| file.name == tensor.file);
+        let file = file.ok_or_else(|| error("its file isn't among the source's"))?;
+        let dtype = Dtype::from_name(&tensor.dtype).ok_or_else(|| error("a dtype that safetensors doesn't have"))?;
+        let len = dtype.byte_len(&tensor.shape).ok_or_else(|| error("a shape past all bounds"))?;
+        let offset = file.tensors.last().map_or(0, |last| last.offset + last.len);
+        offset.checked_add(len).ok_or_else(|| error("a shape past all bounds"))?;
+        let (name, shape) = (tensor.name.clone(), tensor.shape.clone());
+        file.tensors.push(TensorInfo { name, dtype, shape, offset, len });
+    }
+    // What was fused has lost its place: it is taken to have been where safetensors puts it.
+    if manifest.recipe.experts == ExpertLayout::Fuse {
+        for file in &mut files {
+            sort_canonically(&mut file.tensors);
+            let mut next = 0;
+            for tensor in &mut file.tensors {
+                tensor.offset = next;
+                next += tensor.len;
+            }
+        }
+    }
+    let origin = Source { path, files, config: converted.config.clone(), side_files: Vec::new() };
+    origin.check_names_differ()?;
+    Ok(origin)
+}
+
+/// The manifest's records with their places, by the name of what was written.
+fn records(manifest: &Manifest) -> HashMap<&str, (usize, &TensorRecord)> {
+    let named = |(i, record)| -> Option<_> {
+        let record: &TensorRecord = record;
+        Some((record.outputs.first()?.name.as_str(), (i, record)))
+    };
+    manifest.tensors.iter().enumerate().filter_map(named).collect()
+}
+
+/// Whether planning it now gives what is there.
+fn check_manifest(path: &Path, plan: &Plan, manifest: &Manifest) -> Result<()> {
+    let is_planned = |tensor: &PlannedTensor, record: &TensorRecord| {
+        let outputs = tensor.outputs.iter().zip(&record.outputs);
+        (tensor.decision == Decision::Keep) == (record.decision == DecisionRecord::Keep)
+            && tensor.outputs.len() == record.outputs.len()
+            && { outputs }.all(|(output, record)| {
+                record.name.strip_prefix(&*tensor.name) == Some(output.suffix)
+                    && record.dtype == output.dtype.name()
+                    && record.shape == output.shape
+            })
+    };
+    let records = records(manifest);
+    let mut tensors = plan.tensors.iter();
+    let other =
+        tensors.find(|tensor| !records.get(&*tensor.name).is_some_and(|(_, record)| is_planned(tensor, record)));
+    if other.is_none() && plan.tensors.len() == manifest.tensors.len() {
+        return Ok(());
+    }
+    let name = other.map_or(String::new(), |tensor| format!(", first {:?}", tensor.name));
+    let why = format!(
+        "this version ({}) would convert its source otherwise than {} did{name}; start from the bf16 checkpoint",
+        env!("CARGO_PKG_VERSION"),
+        manifest.tool.version,
+    );
+    Err(Error::Relayout { path: path.to_owned(), why })
+}
+
+/// Where each output of the plan is in the converted files.
+fn places(converted: &Source, plan: &Plan) -> Result<HashMap<String, Part>> {
+    let mut places = HashMap::new();
+    for (file, tensors) in converted.files.iter().enumerate() {
+        for (tensor, info) in tensors.tensors.iter().enumerate() {
+            let part = Part { file, tensor, offset: info.offset, len: info.len, matrix: None, coded: None };
+            places.insert(info.name.clone(), part);
+        }
+    }
+    let info = |part: &Part| &converted.files[part.file].tensors[part.tensor];
+    for tensor in &plan.tensors {
+        for output in &tensor.outputs {
+            let name = format!("{}{}", tensor.name, output.suffix);
+            let found = places.get(&name).map(info);
+            if found.is_none_or(|info| info.dtype != output.dtype || info.shape != output.shape) {
+                let why = format!("tensor {name:?} isn't there as {MANIFEST_NAME} says; prequant verify tells more");
+                return Err(Error::malformed(&converted.path, why));
+            }
+        }
+    }
+    let planned: usize = plan.tensors.iter().map(|tensor| tensor.outputs.len()).sum();
+    if planned != places.len() {
+        let why = format!("it has more tensors than {MANIFEST_NAME} says; prequant verify tells which");
+        return Err(Error::malformed(&converted.path, why));
+    }
+    Ok(places)
+}
+
+fn is_same(old: &PlannedTensor, new: &PlannedTensor) -> bool {
+    (&old.parts, &old.shape, old.decision) == (&new.parts, &new.shape, new.decision)
+}
+
+/// The quantized runs of each tensor of the origin, by file and tensor, then by their first byte.
+struct Runs(HashMap<(usize, usize), BTreeMap<u64, Run>>);
+
+/// A run of an origin's tensor, and where it went.
+struct Run {
+    /// The plan's tensor.
+    tensor: usize,
+    /// Bytes of that tensor before it.
+    at: u64,
+    part: Part,
+}
+
+impl Runs {
+    fn new(plan: &Plan) -> Runs {
+        let mut runs: HashMap<(usize, usize), BTreeMap<u64, Run>> = HashMap::new();
+        for (tensor, planned) in plan.tensors.iter().enumerate() {
+            let mut at = 0;
+            for &part in &planned.parts {
+                runs.entry((part.file, part.tensor)).or_default().insert(part.offset, Run { tensor, at, part });
+                at += part.len;
+            }
+        }
+        Runs(runs)
+    }
+
+    /// Those that a part is made of, in order: the run, the part's first byte in it, and how many bytes of it.
+    fn of(&self, part: Part) -> impl Iterator<Item = (&Run, u64, u64)> {
+        let runs = self.0.get(&(part.file, part.tensor)).into_iter();
+        let runs = runs.flat_map(move |runs| runs.range(..part.offset + part.len).map(|(_, run)| run));
+        runs.filter_map(move |run| {
+            let start = part.offset.max(run.part.offset);
+            let end = (part.offset + part.len).min(run.part.offset + run.part.len);
+            (start < end).then(|| (run, start - run.part.offset, end - start))
+        })
+    }
+}
+
+/// Where the bytes of a new tensor's outputs come from.
+struct Copies<'a> {
+    path: &'a PathBuf,
+    old: &'a Plan,
+    places: &'a HashMap<String, Part>,
+    runs: Runs,
+}
+
+impl Copies<'_> {
+    /// A tensor to be copied for each of the tensor's outputs.
+    fn of(&self, tensor: &PlannedTensor, unchanged: bool, recipe: &Recipe) -> Result<Vec<PlannedTensor>> {
+        let Decision::Quantize(dtype) = tensor.decision else {
+            return Ok(tensor.outputs.iter().map(|output| self.as_it_is(tensor, output)).collect());
+        };
+        if unchanged {
+            return Ok(tensor.outputs.iter().map(|output| self.as_it_is(tensor, output)).collect());
+        }
+        if recipe.double_quant {
+            return self.error(tensor, "with double quantization its scales depend on the layout".to_owned());
+        }
+        let Scheme::Blocks(scheme) = &recipe.scheme() else {
+            return self.error(tensor, "groups are of experts one by one only".to_owned());
+        };
+        let (packed, absmax) = self.parts(tensor, dtype, recipe)?;
+        let first = &self.old.tensors[self.runs.of(tensor.parts[0]).next().map_or(0, |(run, ..)| run.tensor)];
+        let state = QuantState { scheme, dtype, shape: &tensor.shape, nested_offset: 0.0 };
+        let outputs = tensor.outputs.iter().map(|output| match output.kind {
+            Some(OutputKind::Packed) => copy(tensor, output, packed.clone()),
+            Some(OutputKind::Absmax) => copy(tensor, output, absmax.clone()),
+            Some(OutputKind::QuantState) => {
+                PlannedTensor { constant: Some(quant_state_bytes(&state).into()), ..copy(tensor, output, Vec::new()) }
+            }
+            _ => copy(tensor, output, vec![self.places[&format!("{}{}", first.name, output.suffix)]]),
+        });
+        Ok(outputs.collect())
+    }
+
+    fn as_it_is(&self, tensor: &PlannedTensor, output: &PlannedOutput) -> PlannedTensor {
+        copy(tensor, output, vec![self.places[&format!("{}{}", tensor.name, output.suffix)]])
+    }
+
+    /// Where the codes and absmax of its runs are.
+    fn parts(&self, tensor: &PlannedTensor, dtype: FloatDtype, recipe: &Recipe) -> Result<(Vec<Part>, Vec<Part>)> {
+        let (mut packed, mut absmax) = (Vec::new(), Vec::new());
+        for &part in &tensor.parts {
+            let mut covered = 0;
+            for (run, skipped, len) in self.runs.of(part) {
+                if part.matrix.is_some() || run.part.matrix.is_some() {
+                    return self.error(tensor, "one layout has it transposed".to_owned());
+                }
+                if part.coded.is_some() {
+                    return self.error(tensor, "its source was quantized itself".to_owned());
+                }
+                let block = recipe.block_size.get() as u64;
+                let (first, elements) = ((run.at + skipped) / dtype.size() as u64, len / dtype.size() as u64);
+                if !first.is_multiple_of(block) || !elements.is_multiple_of(block) {
+                    let why = format!("its matrices of {elements} weights aren't whole blocks of {block}");
+                    return self.error(tensor, why);
+                }
+                let old = &self.old.tensors[run.tensor];
+                let place = |kind| self.places[&format!("{}{}", old.name, old.output(kind).suffix)];
+                let of = |part: Part, offset, len| Part { offset: part.offset + offset, len, ..part };
+                packed.push(of(place(OutputKind::Packed), first / 2, elements / 2));
+                absmax.push(of(place(OutputKind::Absmax), first / block * 4, elements / block * 4));
+                covered += len;
+            }
+            if covered != part.len {
+                return self.error(tensor, format!("{MANIFEST_NAME} doesn't tell where all of it is"));
+            }
+        }
+        Ok((packed, absmax))
+    }
+
+    fn error<T>(&self, tensor: &PlannedTensor, why: String) -> Result<T> {
+        let why = format!("tensor {:?}: {why}; start from the bf16 checkpoint it was made from", tensor.name);
+        Err(Error::Relayout { path: self.path.clone(), why })
+    }
+}
+
+/// An output of a tensor as a tensor of its own, which is copied.
+fn copy(tensor: &PlannedTensor, output: &PlannedOutput, parts: Vec<Part>) -> PlannedTensor {
+    PlannedTensor {
+        name: format!("{}{}", tensor.name, output.suffix),
+        dtype: output.dtype,
+        shape: output.shape.clone(),
+        parts,
+        constant: None,
+        role: tensor.role,
+        decision: Decision::Keep,
+        reason: tensor.reason.clone(),
+        outputs: vec![PlannedOutput { kind: None, suffix: "", ..output.clone() }],
+    }
+}

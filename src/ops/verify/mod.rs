@@ -1,0 +1,200 @@
+//! Holding a finished checkpoint against its manifest, and against its source.
+
+mod files;
+mod headers;
+mod reconvert;
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+
+use serde::Serialize;
+
+pub(crate) use files::read_manifest;
+pub use reconvert::against;
+
+use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, STAGING_NAME};
+use crate::dtype::FloatDtype;
+use crate::error::{Error, Result};
+use crate::format::Scheme;
+use crate::manifest::{DecisionRecord, Manifest, SCHEMA_VERSION};
+use crate::models::rules::Rules;
+use crate::plan::kept_modules::{bitsandbytes, compressed_tensors};
+use crate::store::Sha256Hash;
+
+/// Bytes that are read at once.
+const BUFFER: usize = 1 << 20;
+
+/// How to verify.
+#[derive(Clone, Copy)]
+pub struct Options<'a> {
+    /// Sizes and headers only.
+    pub quick: bool,
+    /// Threads that hash.
+    pub threads: usize,
+    /// Set from outside to have it stop.
+    pub interrupt: &'a AtomicBool,
+    /// Told how many bytes more of the files are about to be hashed (or, of the source, were compared), from any thread.
+    pub hashed: &'a (dyn Fn(u64) + Sync),
+}
+
+/// Something that is not as it should be.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Difference {
+    /// The file, below the checkpoint's folder.
+    pub file: String,
+    /// The tensor, if it is about one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tensor: Option<String>,
+    /// What was found, and what was expected.
+    pub what: String,
+}
+
+/// What verifying found.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Report {
+    /// Files looked at.
+    pub files: usize,
+    /// Tensors of the output looked at.
+    pub tensors: usize,
+    /// Bytes hashed.
+    pub bytes: u64,
+    /// Everything that is not as it should be, by file; empty if all is well.
+    pub differences: Vec<Difference>,
+}
+
+/// Does `work` for each of `items`, on several threads, each with a buffer to read through; results are in order.
+fn on_threads<T: Sync, R: Send>(
+    threads: usize,
+    items: &[T],
+    work: impl Fn(&T, &mut [u8]) -> Result<R> + Sync,
+) -> Result<Vec<R>> {
+    let (next, results) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let run = || -> Result<()> {
+        let mut buffer = vec![0; BUFFER];
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            let Some(item) = items.get(i) else { return Ok(()) };
+            let result = work(item, &mut buffer)?;
+            results.lock().unwrap_or_else(PoisonError::into_inner).push((i, result));
+        }
+    };
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads.clamp(1, items.len().max(1))).map(|_| scope.spawn(run)).collect();
+        threads.into_iter().try_for_each(|thread| thread.join().unwrap_or(Err(Error::Stopped)))
+    })?;
+    let mut results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
+    results.sort_by_key(|(i, _)| *i);
+    Ok(results.into_iter().map(|(_, result)| result).collect())
+}
+
+impl Report {
+    fn differ(&mut self, file: &str, tensor: Option<&str>, what: impl Into<String>) {
+        let (file, tensor) = (file.to_owned(), tensor.map(str::to_owned));
+        self.differences.push(Difference { file, tensor, what: what.into() });
+    }
+}
+
+/// A checkpoint's folder and its manifest, as it was found.
+struct Checkpoint {
+    folder: PathBuf,
+    manifest: Manifest,
+    manifest_sha256: Sha256Hash,
+}
+
+/// Holds the checkpoint in `folder` against its manifest.
+///
+/// # Errors
+/// When there is no manifest, or the system refuses to read. What is damaged is in the report.
+pub fn verify(folder: &Path, options: Options<'_>) -> Result<Report> {
+    let mut report = Report::default();
+    let Some(checkpoint) = open(folder, &mut report)? else { return Ok(report) };
+    files::check_sums(&checkpoint, &mut report)?;
+    files::check_names(&checkpoint, &mut report)?;
+    files::check_contents(&checkpoint, options, &mut report)?;
+    headers::check(&checkpoint, options, &mut report)?;
+    check_config(&checkpoint, &mut report);
+    report.differences.sort();
+    report.differences.dedup();
+    Ok(report)
+}
+
+/// Opens a converted checkpoint; a manifest that can't be read is a difference.
+fn open(folder: &Path, report: &mut Report) -> Result<Option<Checkpoint>> {
+    let path = folder.join(MANIFEST_NAME);
+    if !path.is_file() {
+        let why = match folder.join(STAGING_NAME).is_dir() {
+            true => "its conversion was never finished; run the command it was begun with again",
+            false => "it has no prequant.json: give the folder of a checkpoint that prequant made",
+        };
+        return Err(Error::NotACheckpoint { path: folder.to_owned(), why: why.to_owned() });
+    }
+    let (manifest, manifest_sha256) = files::read_manifest(&path)?;
+    match manifest {
+        Ok(manifest) if manifest.schema_version == SCHEMA_VERSION => {
+            Ok(Some(Checkpoint { folder: folder.to_owned(), manifest, manifest_sha256 }))
+        }
+        Ok(manifest) => {
+            let what = format!("schema version {}, expected {SCHEMA_VERSION}", manifest.schema_version);
+            report.differ(MANIFEST_NAME, None, what);
+            Ok(None)
+        }
+        Err(error) => {
+            report.differ(MANIFEST_NAME, None, format!("not a manifest: {error}"));
+            Ok(None)
+        }
+    }
+}
+
+/// What the recipe alone doesn't tell of `quantization_config`.
+const FREE_KEYS: [&str; 5] =
+    ["bnb_4bit_compute_dtype", "llm_int8_skip_modules", "ignore", "modules_to_not_convert", "producer"];
+
+/// config.json must tell clients what the recipe says. That it is the file that was written is checked by its hash.
+fn check_config(checkpoint: &Checkpoint, report: &mut Report) {
+    const NAME: &str = CONFIG_NAME;
+    if !checkpoint.manifest.files.iter().any(|file| file.name == NAME) {
+        return;
+    }
+    let path = checkpoint.folder.join(NAME);
+    let Ok(config) = Config::read(&path) else {
+        return report.differ(NAME, None, "not a model's config");
+    };
+    let Some(found) = config.values().get("quantization_config") else {
+        return report.differ(NAME, None, "has no quantization_config");
+    };
+    let expected = checkpoint.manifest.recipe.scheme().quantization_config(FloatDtype::Bfloat16, &[]);
+    for (key, expected) in expected.as_object().into_iter().flatten() {
+        let found = found.get(key).unwrap_or(&serde_json::Value::Null);
+        let free = FREE_KEYS.contains(&key.as_str());
+        if !free && found != expected {
+            report.differ(NAME, None, format!("quantization_config's {key} is {found}, expected {expected}"));
+        }
+    }
+    check_kept_modules(checkpoint, &config, found, report);
+}
+
+/// No module that is quantized may be among those that clients are told to leave alone.
+fn check_kept_modules(checkpoint: &Checkpoint, config: &Config, found: &serde_json::Value, report: &mut Report) {
+    let scheme = checkpoint.manifest.recipe.scheme();
+    let key = scheme.kept_modules_key();
+    let listed = found.get(key).and_then(|list| list.as_array());
+    let listed: Vec<&str> = listed.into_iter().flatten().filter_map(|entry| entry.as_str()).collect();
+    let tensors = checkpoint.manifest.tensors.iter();
+    let quantized = tensors.filter(|tensor| tensor.decision == DecisionRecord::Quantize);
+    let rules = Rules::new(&config.model_types());
+    let clash = match scheme {
+        Scheme::Blocks(_) => {
+            let weights: Vec<&str> = quantized.flat_map(|tensor| &tensor.sources).map(|s| s.name.as_str()).collect();
+            bitsandbytes::clash(&rules, &listed, &weights)
+        }
+        Scheme::Groups(scheme) => {
+            let codes = quantized.filter_map(|tensor| tensor.outputs.first()?.name.strip_suffix(scheme.codes_suffix()));
+            compressed_tensors::clash(&rules, scheme.layout, &listed, &codes.collect::<Vec<_>>())
+        }
+    };
+    if let Some((entry, module)) = clash {
+        report.differ(CONFIG_NAME, None, format!("{key} has {entry:?}, but {module:?} is quantized"));
+    }
+}

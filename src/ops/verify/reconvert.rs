@@ -1,0 +1,232 @@
+//! Doing a conversion again, without writing, and comparing every byte with what is there: proof that a checkpoint came
+//! from a source by its recipe.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, SourceFile};
+use crate::error::{Error, IoContext, Result};
+use crate::manifest::{Manifest, TensorRecord};
+use crate::ops::model_card;
+use crate::ops::quantize;
+use crate::ops::quantize::Conversion;
+use crate::ops::verify::{Checkpoint, Difference, Options, Report, open, verify};
+use crate::pipeline;
+use crate::pipeline::{ExecutionContext, FileOutcome, Output, Outputs, Progress};
+use crate::plan::PlannedFile;
+use crate::store::{RealDisk, Sha256Hash, hash_range, read_exact_at};
+
+/// Holds the checkpoint in `folder` against its manifest, and against what converting `source` by the manifest's recipe
+/// gives. Memory is bounded as a conversion's is.
+///
+/// # Errors
+/// As [`verify`], and those of opening the source and planning.
+pub fn against(folder: &Path, source: &Path, convert: quantize::Options, options: Options<'_>) -> Result<Report> {
+    let mut report = verify(folder, Options { quick: true, ..options })?;
+    let Some(checkpoint) = open(folder, &mut Report::default())? else { return Ok(report) };
+    let manifest = &checkpoint.manifest;
+    let hash_source = manifest.source.files.iter().any(|file| file.sha256.is_some());
+    let convert = quantize::Options { hash_source, ..convert };
+    let conversion = quantize::plan(source, manifest.recipe.clone(), convert)?;
+    let names = |names: &mut dyn Iterator<Item = &str>| names.map(str::to_owned).collect::<Vec<_>>();
+    let planned = names(&mut conversion.plan.files.iter().map(|file| file.name.as_str()));
+    let there = planned.iter().filter(|name| manifest.files.iter().any(|file| file.name == **name)).count();
+    if there != planned.len() {
+        report.differ(MANIFEST_NAME, None, format!("converting the source gives {} files of weights", planned.len()));
+        return Ok(report);
+    }
+
+    let compared = Compared { folder: folder.to_owned(), differences: Mutex::default() };
+    let means = ExecutionContext {
+        device: &conversion.options.device,
+        budget: conversion.budget,
+        hash_source,
+        disk: &RealDisk,
+        interrupt: options.interrupt,
+        progress: &Told { hashed: options.hashed },
+    };
+    let sealed = vec![None; conversion.plan.files.len()];
+    match pipeline::run(&conversion.source, &conversion.plan, &compared, sealed, means) {
+        Ok(outcome) => {
+            compare_others(&conversion, &outcome, &checkpoint, &mut report)?;
+            compare_manifests(&conversion, outcome, manifest, &mut report);
+        }
+        Err(Error::Io { source, path, .. }) if source.kind() == std::io::ErrorKind::UnexpectedEof => {
+            report.differ(&path.file_name().unwrap_or_default().to_string_lossy(), None, "it is too short");
+        }
+        Err(error) => return Err(error),
+    }
+    report.bytes = conversion.plan.output_len();
+    report.differences.extend(compared.into_differences());
+    report.differences.sort();
+    report.differences.dedup();
+    Ok(report)
+}
+
+/// What isn't tensors: whole files' hashes, config.json, and the files beside the weights.
+fn compare_others(
+    conversion: &Conversion,
+    outcome: &pipeline::Outcome,
+    checkpoint: &Checkpoint,
+    report: &mut Report,
+) -> Result<()> {
+    let weights = conversion.plan.files.iter().zip(&outcome.files);
+    let mut expected: Vec<(String, Sha256Hash)> = weights.map(|(file, sha256)| (file.name.clone(), *sha256)).collect();
+    if let Some(config) = &conversion.plan.config {
+        expected.push((CONFIG_NAME.to_owned(), Sha256Hash::of(config.as_bytes())));
+    }
+    let mut buffer = vec![0; 1 << 16];
+    let card = model_card::changed(&conversion.source, &conversion.plan, false)?;
+    let sides = conversion.source.side_files.iter();
+    for side in sides.filter(|side| card.is_none() || side.name != model_card::NAME) {
+        let file = File::open(&side.path).at(&side.path, "open it")?;
+        let hash = hash_range(&RealDisk, &file, &side.path, 0, side.len, &mut buffer, || true);
+        expected.push((side.name.clone(), hash.at(&side.path, "read it")?.ok_or(Error::Stopped)?));
+    }
+    expected.extend(card.map(|card| (model_card::NAME.to_owned(), Sha256Hash::of(&card))));
+    let made = conversion.plan.side_files.iter();
+    expected.extend(made.map(|(name, text)| (name.clone(), Sha256Hash::of(text.as_bytes()))));
+    for (name, sha256) in expected {
+        let record = checkpoint.manifest.files.iter().find(|file| file.name == name);
+        let path = checkpoint.folder.join(&name);
+        let is_weights = name.ends_with(".safetensors");
+        let on_disk = if is_weights { Some(sha256) } else { std::fs::read(&path).ok().map(|b| Sha256Hash::of(&b)) };
+        if record.map(|record| record.sha256) != Some(sha256) || on_disk != Some(sha256) {
+            report.differ(&name, None, "isn't what converting the source gives");
+        }
+    }
+    Ok(())
+}
+
+/// What the manifest says of weights and tensors must be what a manifest made now would say.
+fn compare_manifests(conversion: &Conversion, outcome: pipeline::Outcome, found: &Manifest, report: &mut Report) {
+    let weights = conversion.plan.files.iter().map(|file| file.name.as_str()).collect::<Vec<_>>();
+    let files = found.files.iter().filter(|file| !weights.contains(&file.name.as_str())).cloned().collect();
+    let mut expected = conversion.manifest(files, outcome);
+    let mut found = found.clone();
+    // What was laid out anew has no statistics of its own.
+    let relaid = found.relaid_from.is_some();
+    let statistics = |expected: &TensorRecord, found: &TensorRecord| match &found.statistics {
+        None if relaid => None,
+        _ => expected.statistics.clone(),
+    };
+    if relaid {
+        // The order within the source's files may not have survived.
+        let by_name = |record: &TensorRecord| record.outputs.first().map(|output| output.name.clone());
+        found.tensors.sort_by_cached_key(by_name);
+        expected.tensors.sort_by_cached_key(by_name);
+    }
+    for (found, expected) in found.tensors.iter().zip(&expected.tensors) {
+        if *found != (TensorRecord { statistics: statistics(expected, found), ..expected.clone() }) {
+            let name = expected.sources.first().map(|source| source.name.as_str());
+            report.differ(MANIFEST_NAME, name, "its record isn't what converting the source gives");
+        }
+    }
+    let same = found.tensors.len() == expected.tensors.len()
+        && found.source == expected.source
+        && (found.summary == expected.summary || relaid)
+        && found.tool == expected.tool;
+    if !same {
+        report.differ(MANIFEST_NAME, None, "isn't what converting the source with this version gives");
+    }
+}
+
+/// The files that are there, read where a conversion would write.
+struct Compared {
+    folder: PathBuf,
+    differences: Mutex<Vec<Difference>>,
+}
+
+impl Compared {
+    fn into_differences(self) -> Vec<Difference> {
+        self.differences.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct ComparedFile<'a> {
+    file: File,
+    path: PathBuf,
+    name: String,
+    /// The lowest offset at which bytes differ, if any do.
+    first: AtomicU64,
+    differs: AtomicBool,
+    all: &'a Compared,
+}
+
+impl Outputs for Compared {
+    fn open(&self, file: &PlannedFile) -> Result<Arc<dyn Output + '_>> {
+        let path = self.folder.join(&file.name);
+        let opened = File::open(&path).at(&path, "open it")?;
+        Ok(Arc::new(ComparedFile {
+            file: opened,
+            path,
+            name: file.name.clone(),
+            first: AtomicU64::new(u64::MAX),
+            differs: AtomicBool::new(false),
+            all: self,
+        }))
+    }
+
+    fn seal(&self, _: &PlannedFile, _: &FileOutcome) -> Result<()> {
+        Ok(())
+    }
+
+    fn source_hashed(&self, _: &SourceFile, _: Sha256Hash) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl Output for ComparedFile<'_> {
+    fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        let mut found = vec![0; bytes.len()];
+        read_exact_at(&RealDisk, &self.file, &self.path, &mut found, offset).at(&self.path, "read it")?;
+        if let Some(at) = found.iter().zip(bytes).position(|(found, expected)| found != expected) {
+            self.first.fetch_min(offset + at as u64, Ordering::Relaxed);
+            self.differs.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn file(&self) -> &File {
+        &self.file
+    }
+
+    fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for ComparedFile<'_> {
+    fn drop(&mut self) {
+        if self.differs.load(Ordering::Relaxed) {
+            let first = self.first.load(Ordering::Relaxed);
+            let what = format!("isn't what converting the source gives, from byte {first} on");
+            let difference = Difference { file: self.name.clone(), tensor: None, what };
+            self.all.differences.lock().unwrap_or_else(PoisonError::into_inner).push(difference);
+        }
+    }
+}
+
+struct Told<'a> {
+    hashed: &'a (dyn Fn(u64) + Sync),
+}
+
+impl Progress for Told<'_> {
+    fn found(&self, _: usize, _: usize) {}
+
+    fn resumed(&self, _: usize, _: u64) {}
+
+    fn advanced(&self, _: &str, bytes: u64) {
+        (self.hashed)(bytes);
+    }
+
+    fn sealed(&self, _: &str, _: u64) {}
+
+    fn kept(&self, _: usize) {}
+}

@@ -1,0 +1,9 @@
+//! The command as users run it.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod command;
+mod destinations;
+mod errors;
+mod odd_files;

@@ -1,0 +1,482 @@
+//! `--format int4`, `mxfp4` and `nvfp4`: checkpoints in compressed-tensors' layout, with the references' bytes.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+
+use prequant::dtype::FloatDtype;
+use prequant::kernel::Kernel;
+use prequant::kernel::group::{GroupCoder, scalar};
+use safetensors::tensor::Dtype;
+use serde_json::{Value, json};
+
+use crate::support::{self, Folder, Run, Stored, Tensor, contents, groups, read_tensors, serialize};
+
+/// A golden file's tensors; scripts/make-group-goldens had llm-compressor write them.
+fn goldens(file: &str) -> BTreeMap<String, Stored> {
+    support::goldens("group-goldens", file)
+}
+
+fn linear(layer: usize) -> String {
+    format!("model.layers.{layer}.mlp.up_proj.weight")
+}
+
+fn stored(tensors: &BTreeMap<String, (String, Stored)>, name: &str) -> Stored {
+    tensors.get(name).unwrap_or_else(|| panic!("no {name}")).1.clone()
+}
+
+/// Every golden weight of the dtype as a Linear of its own, but one that the reference writes zeros for.
+fn check(format: &str, dtype: &str, group: &str, flags: &[&str]) {
+    let (inputs, outputs) = (goldens(&format!("input-{dtype}")), goldens(&format!("{format}-{dtype}")));
+    // f16's subnormal numbers and zeros have no exponent for the reference, and the largest numbers' overflows.
+    let is_small = |group: &[u8]| scalar::absmax(group, FloatDtype::Float16).unwrap() < 2f32.powi(-14);
+    let has_small = |case: &str| dtype == "f16" && inputs[case].2.chunks(64).any(is_small);
+    let zeroed = |case: &str| format == "mxfp4" && (case == "huge" || has_small(case));
+    let cases: Vec<&String> = inputs.keys().filter(|case| !zeroed(case)).collect();
+    let weight = |(layer, case): (usize, &&String)| {
+        let (dtype, shape, data) = &inputs[*case];
+        Tensor::new(&linear(layer), *dtype, shape, data.clone())
+    };
+    let folder = Folder::new("llama");
+    folder.write("model.safetensors", serialize(&cases.iter().enumerate().map(weight).collect::<Vec<_>>()));
+    folder.convert(&[&["--format", format], flags].concat()).ok();
+    let found = read_tensors(&folder.destination());
+    let mut quantized = 0;
+    for (layer, case) in cases.iter().enumerate() {
+        let (_, shape, _) = &inputs[*case];
+        let Some(packed) = outputs.get(&format!("{case}/g{group}/packed")) else {
+            assert_eq!(stored(&found, &linear(layer)), inputs[*case], "{case} is kept");
+            continue;
+        };
+        assert_eq!(stored(&found, &format!("{}_packed", linear(layer))), *packed, "{format} {dtype} {case}");
+        let scale = &outputs[&format!("{case}/g{group}/scale")];
+        assert_eq!(stored(&found, &format!("{}_scale", linear(layer))), *scale, "{format} {dtype} {case}");
+        if let Some(points) = outputs.get(&format!("{case}/g{group}/zero_point")) {
+            assert_eq!(format, "int4-asym");
+            assert_eq!(stored(&found, &format!("{}_zero_point", linear(layer))), *points, "{dtype} {case}");
+        }
+        if format.starts_with("int4") {
+            let shape = shape.iter().flat_map(|&d| (d as u64).to_le_bytes()).collect();
+            assert_eq!(stored(&found, &format!("{}_shape", linear(layer))), (Dtype::I64, vec![2], shape));
+        }
+        if format == "nvfp4" {
+            let global = &outputs[&format!("{case}/g{group}/global")];
+            assert_eq!(stored(&found, &format!("{}_global_scale", linear(layer))), *global, "{dtype} {case}");
+        }
+        quantized += 1;
+    }
+    let all = group == "channel";
+    assert!(quantized > 10 && (quantized == cases.len()) == all, "{quantized} of {}", cases.len());
+    verify(&folder, &[]).ok();
+    verify(&folder, &["--against", folder.source().to_str().unwrap()]).ok();
+}
+
+fn verify(folder: &Folder, flags: &[&str]) -> Run {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_prequant"));
+    Run::of(command.arg("verify").arg(folder.destination()).args(flags))
+}
+
+#[test]
+fn int4_files_hold_the_references_bytes() {
+    for dtype in ["bf16", "f16", "f32"] {
+        check("int4", dtype, "128", &[]);
+        check("int4", dtype, "64", &["--group-size", "64"]);
+        check("int4", dtype, "32", &["--group-size", "32", "--max-shard-size", "3kB"]);
+    }
+}
+
+#[test]
+fn int4_files_with_zero_points_hold_the_references_bytes() {
+    for dtype in ["bf16", "f16", "f32"] {
+        check("int4-asym", dtype, "128", &[]);
+        check("int4-asym", dtype, "32", &["--group-size", "32", "--max-shard-size", "3kB"]);
+    }
+}
+
+#[test]
+fn channel_wise_files_hold_the_references_bytes() {
+    for dtype in ["bf16", "f16", "f32"] {
+        check("int4", dtype, "channel", &["--group-size", "channel"]);
+        check("int4-asym", dtype, "channel", &["--group-size", "channel"]);
+    }
+}
+
+#[test]
+fn mxfp4_files_hold_the_references_bytes() {
+    for dtype in ["bf16", "f16", "f32"] {
+        check("mxfp4", dtype, "32", &[]);
+    }
+}
+
+#[test]
+fn nvfp4_files_hold_the_references_bytes() {
+    for dtype in ["bf16", "f16", "f32"] {
+        check("nvfp4", dtype, "16", &[]);
+    }
+}
+
+/// Names of modules, and the shard that each is in: those in a row share one global scale.
+const SETS: [&[(&str, usize)]; 7] = [
+    &[("self_attn.q_proj", 0), ("self_attn.k_proj", 1), ("self_attn.v_proj", 2)],
+    &[("self_attn.o_proj", 0)],
+    &[("mlp.experts.0.gate_proj", 2), ("mlp.experts.0.up_proj", 0)],
+    &[("mlp.experts.1.up_proj", 1), ("mlp.experts.1.gate_proj", 1)],
+    &[("mlp.experts.0.down_proj", 1)],
+    &[("mlp.experts.1.down_proj", 2)],
+    &[("mlp.shared_experts.gate_proj", 0), ("mlp.shared_experts.up_proj", 2)],
+];
+
+/// Among sets of all sizes, some longer than a chunk, in other shards than their partners.
+#[test]
+fn weights_that_are_put_together_share_a_global_scale() {
+    let (columns, mut shards) = (1024, vec![Vec::new(), Vec::new(), Vec::new()]);
+    let name = |layer: usize, module: &str| format!("model.layers.{layer}.{module}.weight");
+    let mut weights = BTreeMap::new();
+    for layer in 0..2 {
+        for (i, &(module, shard)) in SETS.concat().iter().enumerate() {
+            let rows = if module.ends_with("k_proj") { 2200 } else { 16 };
+            let mut weight = Tensor::random(&name(layer, module), Dtype::BF16, &[rows, columns]);
+            // Each with a largest element of its own.
+            weight.data[34..36].copy_from_slice(&half::bf16::from_f32(0.2 + 0.01 * i as f32).to_le_bytes());
+            weights.insert(weight.name.clone(), weight.clone());
+            shards[shard].push(weight);
+        }
+    }
+    let folder = Folder::new("deepseek_v3");
+    folder.write_shards(&shards);
+    let mut all = Vec::new();
+    for flags in [&[][..], &["--threads", "1"], &["--threads", "5", "--memory", "24MiB"]] {
+        folder.convert(&[&["--format", "nvfp4", "--max-shard-size", "700kB", "--force"], flags].concat()).ok();
+        all.push(contents(&folder.destination()));
+    }
+    assert!(all.iter().all(|files| *files == all[0]), "the same files, manifest included");
+    verify(&folder, &["--against", folder.source().to_str().unwrap()]).ok();
+    let found = read_tensors(&folder.destination());
+    let bf16 = FloatDtype::Bfloat16;
+    for (layer, set) in (0..2).flat_map(|layer| SETS.map(|set| (layer, set))) {
+        let absmax = |module: &str| scalar::absmax(&weights[&name(layer, module)].data, bf16).unwrap();
+        let largest = set.iter().map(|(module, _)| absmax(module)).fold(0.0, f32::max);
+        let global_scale = scalar::global_scale(largest, bf16);
+        for (module, _) in set {
+            let weight = name(layer, module);
+            let global = stored(&found, &format!("{weight}_global_scale"));
+            assert_eq!(global, (Dtype::F32, vec![1], global_scale.to_le_bytes().to_vec()), "{weight}");
+            let scheme = GroupCoder::Nvfp4 { global_scale };
+            let expected = groups::quantize(Kernel::SCALAR, &weights[&weight].data, bf16, columns, 16, scheme).unwrap();
+            assert!(stored(&found, &format!("{weight}_packed")).2 == expected.packed, "{weight}");
+            assert!(stored(&found, &format!("{weight}_scale")).2 == expected.scales, "{weight}");
+        }
+    }
+}
+
+/// More than one chunk of a tensor, and its last one short: in rows, in groups, and with zero points of eight rows in one.
+#[test]
+fn large_weights_are_what_the_kernel_makes_of_them() {
+    use GroupCoder::{Int4, Int4Asym, Mxfp4};
+    for (format, scheme, flags, columns, group) in [
+        ("int4", Int4, &[][..], 4096, 128),
+        ("int4", Int4, &["--group-size", "channel"], 4100, 4100),
+        ("int4-asym", Int4Asym, &["--group-size", "64"], 4160, 64),
+        ("int4-asym", Int4Asym, &["--group-size", "channel"], 4099, 4099),
+        ("mxfp4", Mxfp4, &[], 4096, 32),
+    ] {
+        let rows = 1299;
+        let weight = Tensor::random(&linear(0), Dtype::BF16, &[rows, columns]);
+        let folder = Folder::new("llama");
+        folder.write("model.safetensors", serialize(std::slice::from_ref(&weight)));
+        let expected =
+            groups::quantize(Kernel::detect(), &weight.data, FloatDtype::Bfloat16, columns, group, scheme).unwrap();
+        let mut all = Vec::new();
+        for run in [&[][..], &["--threads", "1"], &["--memory", "24MiB", "--threads", "3"]] {
+            folder.convert(&[&["--format", format, "--force"], flags, run].concat()).ok();
+            let found = read_tensors(&folder.destination());
+            assert!(
+                stored(&found, &format!("{}_packed", linear(0))).2 == expected.packed,
+                "{format} {flags:?} {run:?}"
+            );
+            assert!(stored(&found, &format!("{}_scale", linear(0))).2 == expected.scales, "{format} {flags:?} {run:?}");
+            if scheme == Int4Asym {
+                let found = stored(&found, &format!("{}_zero_point", linear(0)));
+                assert!(found.2 == packed_points(&expected.zero_points, columns / group), "{format} {flags:?} {run:?}");
+            }
+            all.push(contents(&folder.destination()));
+        }
+        assert!(all.iter().all(|files| *files == all[0]), "{format} {flags:?}: the same files, manifest included");
+        let manifest = folder.read_json("prequant.json");
+        let error = manifest["summary"]["statistics"]["relative_squared_error"].as_f64().unwrap();
+        assert!((0.002..0.1).contains(&error), "{format} {flags:?}: {error}");
+    }
+}
+
+/// Eight rows' zero points in a little-endian integer, nibble by nibble.
+fn packed_points(points: &[u8], per_row: usize) -> Vec<u8> {
+    let rows = points.len() / per_row;
+    let mut packed = vec![0; rows.div_ceil(8) * per_row * 4];
+    for (i, point) in points.iter().enumerate() {
+        let (row, group) = (i / per_row, i % per_row);
+        packed[(row / 8 * per_row + group) * 4 + row % 8 / 2] |= point << (row % 2 * 4);
+    }
+    packed
+}
+
+/// All of a small model as ModelOpt's own export has it, by digests that scripts/make-modelopt-goldens took.
+#[test]
+fn modelopts_layout_is_its_own_tensor_by_tensor() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
+    let text = std::fs::read_to_string(root.join("modelopt-goldens/tiny-qwen3-moe.json")).unwrap();
+    let golden: Value = serde_json::from_str(&text).unwrap();
+    let folder = Folder::new("qwen3_moe");
+    folder.convert_from(&root.join("tiny-qwen3-moe"), &["--format", "nvfp4", "--layout", "modelopt"]).ok();
+    let manifest = folder.read_json("prequant.json");
+    let records = manifest["tensors"].as_array().unwrap().iter();
+    let outputs: BTreeMap<&str, &Value> = records
+        .flat_map(|record| record["outputs"].as_array().unwrap())
+        .map(|output| (output["name"].as_str().unwrap(), output))
+        .collect();
+    let expected = golden["tensors"].as_object().unwrap();
+    assert!(outputs.keys().eq(expected.keys().collect::<std::collections::BTreeSet<_>>()), "the same names");
+    for (name, expected) in expected {
+        let dtype = match expected["dtype"].as_str().unwrap() {
+            "bfloat16" => "BF16",
+            "uint8" => "U8",
+            "float8_e4m3fn" => "F8_E4M3",
+            "float32" => "F32",
+            other => panic!("{other}"),
+        };
+        assert_eq!(outputs[&**name]["dtype"], dtype, "{name}");
+        assert_eq!(outputs[&**name]["shape"], expected["shape"], "{name}");
+        assert_eq!(outputs[&**name]["sha256"], expected["sha256"], "{name}");
+    }
+    // The word for weights alone is another, which more clients take; and it isn't ModelOpt that wrote it.
+    let but_for_those = |value: &Value| {
+        let mut value = value.clone();
+        value["producer"] = Value::Null;
+        let part = if value.get("quantization").is_some() { &mut value["quantization"] } else { &mut value };
+        part["quant_algo"] = "NVFP4".into();
+        value
+    };
+    let config = folder.read_json("config.json");
+    assert_eq!(but_for_those(&config["quantization_config"]), but_for_those(&golden["quantization_config"]));
+    let beside = folder.read_json("hf_quant_config.json");
+    assert_eq!(but_for_those(&beside), but_for_those(&golden["hf_quant_config"]));
+    verify(&folder, &["--against", root.join("tiny-qwen3-moe").to_str().unwrap()]).ok();
+}
+
+/// Experts one by one, a router and weights of all kinds.
+fn moe() -> Vec<Tensor> {
+    let name = |end: &str| format!("model.layers.0.{end}.weight");
+    let mut tensors = vec![
+        Tensor::random("model.embed_tokens.weight", Dtype::BF16, &[32, 128]),
+        Tensor::random("lm_head.weight", Dtype::BF16, &[32, 128]),
+        Tensor::random("model.norm.weight", Dtype::BF16, &[128]),
+        Tensor::random(&name("mlp.gate"), Dtype::BF16, &[2, 128]),
+        Tensor::random(&name("self_attn.q_proj"), Dtype::BF16, &[64, 128]),
+        Tensor::random(&name("self_attn.o_proj"), Dtype::BF16, &[128, 72]),
+    ];
+    for e in 0..2 {
+        for projection in ["gate_proj", "up_proj", "down_proj"] {
+            tensors.push(Tensor::random(&name(&format!("mlp.experts.{e}.{projection}")), Dtype::BF16, &[128, 128]));
+        }
+    }
+    tensors
+}
+
+#[test]
+fn config_json_lists_exactly_the_linears_that_are_kept() {
+    let folder = Folder::new("qwen3_moe");
+    folder.write("model.safetensors", serialize(&moe()));
+    let ignored = |flags: &[&str]| {
+        folder.convert(&[&["--format", "int4", "--force"], flags].concat()).ok();
+        let config: Value = folder.read_json("config.json");
+        assert_eq!(config["experts_implementation"], Value::Null);
+        let quantization = &config["quantization_config"];
+        assert_eq!(quantization["quant_method"], "compressed-tensors");
+        assert_eq!(quantization["config_groups"]["W4A16"]["weights"]["group_size"], 128);
+        let mut list: Vec<String> = serde_json::from_value(quantization["ignore"].clone()).unwrap();
+        list.sort();
+        list
+    };
+    let layer = "model.layers.0";
+    let [gate, odd] = [format!("{layer}.mlp.gate"), format!("{layer}.self_attn.o_proj")];
+    let experts = r"re:.*\.layers\.0\.mlp\.experts\..*".to_owned();
+    assert_eq!(ignored(&[]), ["lm_head", &gate, &odd]);
+    assert_eq!(ignored(&["--exclude", "experts"]), ["lm_head", &gate, &odd, &experts]);
+    let one = format!("{layer}.mlp.experts.1.up_proj");
+    assert_eq!(ignored(&["--exclude", r"experts\.1\.up"]), ["lm_head", &one, &gate, &odd]);
+    let manifest = folder.read_json("prequant.json");
+    let record = |name: &str| {
+        let of = |record: &&Value| record["sources"][0]["name"] == format!("{name}.weight");
+        manifest["tensors"].as_array().unwrap().iter().find(of).unwrap().clone()
+    };
+    assert_eq!(record(&odd)["reason"], "its 72 columns aren't whole groups of 128: kept in its dtype");
+    assert_eq!(manifest["recipe"]["group_size"], 128);
+    assert!(!folder.destination().join("README.md").exists());
+}
+
+#[test]
+fn a_mix_that_vllm_does_not_read_is_warned_of() {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/tiny-qwen3-moe");
+    let folder = Folder::new("qwen3_moe");
+    let warning = |flags: &[&str]| {
+        let run = folder.convert_from(&fixture, &[&["--format", "int4", "--force"], flags].concat()).ok();
+        run.stderr.lines().find(|line| line.starts_with("warning")).unwrap_or_default().to_owned()
+    };
+    // Down has 64 columns.
+    let found = warning(&[]);
+    assert!(found.contains("down_proj") && found.contains("--group-size 64") && found.contains("vLLM"), "{found}");
+    let fits = &["--group-size", "64"][..];
+    assert_eq!(warning(fits), "");
+    assert_eq!(warning(&["--only-experts", "--group-size", "64"]), "");
+    assert_eq!(warning(&["--exclude", "experts"]), "");
+    for (pattern, reason) in [
+        ("k_proj", "self_attn.k_proj"),
+        (r"experts\.\d\.down", "down_proj"),
+        (r"experts\.3\.", "experts.3."),
+        (r"layers\.1\.mlp\.experts\.0\.up", "layers.1.mlp.experts.0.up_proj"),
+    ] {
+        let found = warning(&[fits, &["--exclude", pattern]].concat());
+        assert!(found.contains(reason) && found.contains("--exclude") && !found.contains("--group-size"), "{found}");
+    }
+}
+
+#[test]
+fn a_column_alone_is_no_group_that_saves_room() {
+    let folder = Folder::new("llama");
+    let column = Tensor::random("model.layers.0.mlp.down_proj.weight", Dtype::BF16, &[64, 1]);
+    folder.write("model.safetensors", serialize(&[[column.clone()].to_vec(), support::llama()].concat()));
+    for format in ["int4", "int4-asym"] {
+        folder.convert(&["--format", format, "--group-size", "channel", "--force"]).ok();
+        assert_eq!(stored(&read_tensors(&folder.destination()), &column.name).2, column.data);
+    }
+}
+
+/// Whatever a source or an older checkpoint has by this name: it would speak of other weights.
+#[test]
+fn hf_quant_config_goes_with_the_weights_it_is_of() {
+    const NAME: &str = "hf_quant_config.json";
+    let folder = Folder::new("llama");
+    folder.write("model.safetensors", serialize(&support::llama()));
+    folder.write(NAME, "{}");
+    let modelopt = ["--format", "nvfp4", "--layout", "modelopt"];
+    folder.convert(&modelopt).ok();
+    assert!(folder.read_json(NAME)["quantization"]["quant_algo"] == "NVFP4");
+    folder.convert(&["--format", "int4", "--group-size", "32", "--force"]).ok();
+    assert!(!folder.destination().join(NAME).exists());
+    verify(&folder, &[]).ok();
+    std::fs::write(folder.destination().join(NAME), "{}").unwrap();
+    let run = verify(&folder, &[]);
+    assert!(run.code == 1 && run.stdout.contains(NAME), "{}", run.stdout);
+}
+
+/// Whichever comes first in the file.
+#[test]
+fn a_scale_shared_by_weights_of_several_dtypes_does_not_depend_on_their_order() {
+    let name = |part: &str| format!("model.layers.0.self_attn.{part}_proj.weight");
+    let dtypes = [("q", Dtype::BF16), ("k", Dtype::F32), ("v", Dtype::F16)];
+    let tensors = dtypes.map(|(part, dtype)| Tensor::random(&name(part), dtype, &[32, 64]));
+    let mut all = Vec::new();
+    for order in [[0, 1, 2], [1, 2, 0], [2, 0, 1]] {
+        let folder = Folder::new("llama");
+        folder.write_shards(&order.map(|i| vec![tensors[i].clone()]));
+        folder.convert(&["--format", "nvfp4"]).ok();
+        let found = read_tensors(&folder.destination()).into_iter().map(|(name, (_, stored))| (name, stored));
+        all.push(found.collect::<BTreeMap<_, _>>());
+    }
+    assert!(all.iter().all(|found| *found == all[0]));
+    let scale = |part: &str| all[0][&format!("{}_global_scale", name(part))].clone();
+    assert!(scale("q") == scale("k") && scale("k") == scale("v"));
+}
+
+/// What is quantized against the rules must not be listed as kept.
+#[test]
+fn a_head_that_is_included_is_not_ignored() {
+    for (model_type, flags) in [
+        ("llama", &["--format", "int4", "--group-size", "32"][..]),
+        ("qwen3_moe", &["--format", "mxfp4"]),
+        ("deepseek_v3", &["--format", "nvfp4"]),
+        ("llama", &["--format", "nvfp4", "--layout", "modelopt"]),
+    ] {
+        let folder = Folder::new(model_type);
+        folder.write("model.safetensors", serialize(&support::llama()));
+        let run = folder.convert(&[flags, &["--include", "lm_head"]].concat()).ok();
+        assert!(run.stderr.contains("vLLM"), "{}", run.stderr);
+        let ignore = &folder.read_json("config.json")["quantization_config"]["ignore"];
+        assert!(!ignore.as_array().unwrap().contains(&json!("lm_head")), "{ignore}");
+        verify(&folder, &[]).ok();
+    }
+}
+
+#[test]
+fn options_of_other_formats_are_refused() {
+    let folder = Folder::new("qwen3_moe");
+    folder.write("model.safetensors", serialize(&moe()));
+    for (flags, word) in [
+        (&["--double-quant"][..], "--double-quant"),
+        (&["--nonfinite", "keep"], "--nonfinite"),
+        (&["--experts", "fuse"], "--experts fuse"),
+    ] {
+        folder.convert(&[&["--format", "mxfp4"], flags].concat()).fails(2, &[word, "nf4 and fp4"]);
+    }
+    for flags in [
+        &["--format", "int4", "--group-size", "96"][..],
+        &["--format", "nvfp4", "--group-size", "32"],
+        &["--format", "int4", "--block-size", "32"],
+        &["--format", "nf4", "--group-size", "32"],
+        &["--format", "nf4", "--layout", "modelopt"],
+        &["--format", "int4", "--layout", "modelopt"],
+        &["--format", "nvfp4", "--layout", "gpt-oss"],
+    ] {
+        folder.convert(flags).fails(2, &[flags[2]]);
+    }
+    assert!(!folder.destination().exists());
+}
+
+#[test]
+fn fused_experts_of_unknown_models_are_refused_and_can_be_kept() {
+    let name = "model.layers.0.mlp.experts.gate_up_proj";
+    let folder = Folder::new("some_moe");
+    let tensors =
+        [Tensor::random(name, Dtype::BF16, &[2, 64, 128]), Tensor::random(&linear(0), Dtype::BF16, &[8, 128])];
+    folder.write("model.safetensors", serialize(&tensors));
+    folder.convert(&["--format", "int4"]).fails(3, &[name, "some_moe", "--exclude"]);
+    folder.convert(&["--format", "int4", "--exclude", "experts"]).ok();
+    let found = read_tensors(&folder.destination());
+    assert_eq!(stored(&found, name).2, tensors[0].data);
+    let ignore = &folder.read_json("config.json")["quantization_config"]["ignore"];
+    assert_eq!(*ignore, json!([r"re:.*\.layers\.0\.mlp\.experts\..*", "lm_head"]));
+}
+
+#[test]
+fn what_was_converted_is_not_converted_again() {
+    let folder = Folder::new("qwen3_moe");
+    folder.write("model.safetensors", serialize(&moe()));
+    folder.convert(&["--format", "int4"]).ok();
+    let converted = folder.beside("source2");
+    std::fs::rename(folder.destination(), &converted).unwrap();
+    folder.convert_from(&converted, &["--experts", "fuse"]).fails(3, &["already quantized", "compressed-tensors"]);
+    folder.convert_from(&converted, &[]).fails(3, &["already quantized", "compressed-tensors"]);
+}
+
+#[test]
+fn a_nan_is_an_error_that_says_where() {
+    let folder = Folder::new("llama");
+    let mut weight = Tensor::random(&linear(0), Dtype::BF16, &[64, 128]);
+    weight.data[300..302].copy_from_slice(&half::bf16::NAN.to_le_bytes());
+    folder.write("model.safetensors", serialize(&[weight]));
+    folder.convert(&["--format", "int4"]).fails(3, &[&linear(0), "element 150"]);
+    folder.convert(&["--format", "mxfp4"]).fails(3, &[&linear(0), "element 150"]);
+    folder.convert(&["--format", "nvfp4"]).fails(3, &[&linear(0), "element 150"]);
+}
+
+#[test]
+fn a_dry_run_says_what_would_be_written() {
+    let folder = Folder::new("qwen3_moe");
+    folder.write("model.safetensors", serialize(&moe()));
+    let run = folder.convert(&["--format", "int4", "--dry-run"]).ok();
+    assert!(run.stdout.contains("int4 (group 128)"), "{}", run.stdout);
+    let json: Value =
+        serde_json::from_str(&folder.convert(&["--format", "int4", "--dry-run", "--json"]).ok().stdout).unwrap();
+    folder.convert(&["--format", "int4"]).ok();
+    let written = std::fs::metadata(folder.destination().join("model.safetensors")).unwrap().len();
+    assert_eq!(json["files"][0], json!({"name": "model.safetensors", "size": written, "tensors": moe().len()}));
+}

@@ -1,0 +1,14 @@
+//! What is written, and what is read back from it: conversions of every source and format, and what `verify`, `dequantize` and
+//! a change of layout make of them.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod conversion;
+mod dequantize;
+mod files;
+mod groups;
+mod relayout;
+mod sources;
+mod split;
+mod verify;

@@ -1,0 +1,7 @@
+//! Our bytes against the reference libraries' own.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod blocks;
+mod groups;

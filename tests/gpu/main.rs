@@ -1,0 +1,14 @@
+//! `--device cuda` without a GPU: its kernels in the interpreter of tests/ptx-interpreter, conversions on the driver of
+//! tests/fake-cuda.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod block_faults;
+mod blocks;
+mod convert;
+mod group_faults;
+mod groups;
+mod launch;
+mod launch_groups;
+mod mutations;

@@ -1,0 +1,97 @@
+//! What the fuzzers call, and what `tests/hostile` calls with their corpus: everything that reads what strangers
+//! wrote. Nothing here may panic.
+
+use std::path::Path;
+
+use prequant::checkpoint::{Config, Header, Index, Source, SourceFile};
+use prequant::format::{Format, GroupSize, Layout};
+use prequant::layout::ParsedQuantState;
+use prequant::manifest::Manifest;
+use prequant::pipeline::{Budget, Limits};
+use prequant::plan::Plan;
+use prequant::recipe::{ExpertLayout, Recipe};
+
+/// What a fuzzer calls with whatever it makes up.
+pub type Target = fn(&[u8]);
+
+/// Every target, by the name of its corpus.
+pub const TARGETS: [(&str, Target); 6] = [
+    ("header", header),
+    ("index", index),
+    ("config", config),
+    ("manifest", manifest),
+    ("quant_state", quant_state),
+    ("plan", plan),
+];
+
+/// A safetensors file, whole.
+pub fn header(data: &[u8]) {
+    let _ = Header::read(&mut &data[..], data.len() as u64, Path::new("fuzzed"));
+}
+
+/// `model.safetensors.index.json`.
+pub fn index(data: &[u8]) {
+    if let Ok(index) = Index::parse(data, Path::new("fuzzed")) {
+        assert!(index.files().iter().all(|file| Path::new(file).file_name() == Some(file.as_ref())));
+    }
+}
+
+/// `config.json`: what is written of it must be read again.
+pub fn config(data: &[u8]) {
+    let path = Path::new("fuzzed");
+    if let Ok(config) = Config::parse(data.to_vec(), path) {
+        config.model_types();
+        let text = config.with(&[("quantization_config", serde_json::json!({"a": 1}))]).expect("it was read once");
+        let again = Config::parse(text.into_bytes(), path).expect("what was written is JSON");
+        assert_eq!(again.values()["quantization_config"]["a"], 1);
+    }
+}
+
+/// `prequant.json`.
+pub fn manifest(data: &[u8]) {
+    if let Ok(manifest) = serde_json::from_slice::<Manifest>(data) {
+        let mut written = Vec::new();
+        manifest.write_json(&mut written).expect("writing to memory");
+        assert!(serde_json::from_slice::<Manifest>(&written).is_ok());
+    }
+}
+
+/// A quant_state tensor.
+pub fn quant_state(data: &[u8]) {
+    let _ = ParsedQuantState::parse(data);
+}
+
+/// A config.json, a zero byte, and the JSON of a safetensors header; the file is as long as the header wants it.
+pub fn plan(data: &[u8]) {
+    let split = data.iter().position(|&byte| byte == 0).unwrap_or(data.len());
+    let (config, json) = (&data[..split], data.get(split + 1..).unwrap_or_default());
+    let Ok(config) = Config::parse(config.to_vec(), Path::new("config.json")) else { return };
+    let wanted = serde_json::from_slice::<serde_json::Value>(json).ok().and_then(|header| {
+        let entries = header.as_object()?.values();
+        entries.filter_map(|entry| entry["data_offsets"][1].as_u64()).max()
+    });
+    let file = [&(json.len() as u64).to_le_bytes(), json].concat();
+    let Some(len) = wanted.unwrap_or(0).checked_add(file.len() as u64) else { return };
+    let Ok(header) = Header::read(&mut &file[..], len, Path::new("fuzzed")) else { return };
+    let name = "model.safetensors".to_owned();
+    let (path, header_sha256, tensors) = (name.clone().into(), header.sha256, header.tensors);
+    let files = vec![SourceFile { name, path, len, modified: 0, header_sha256, tensors }];
+    let source = Source { path: "fuzzed".into(), files, config: Some(config), side_files: Vec::new() };
+    let base = Recipe { max_shard_size: 1000, dequantize_source: true, ..Recipe::default() };
+    let channel = GroupSize::Channel;
+    for recipe in [
+        base.clone(),
+        Recipe { double_quant: true, ..base.clone() },
+        Recipe { experts: ExpertLayout::Fuse, ..base.clone() },
+        Recipe { format: Format::Int4, ..base.clone() },
+        Recipe { format: Format::Int4Asym, group_size: channel, ..base.clone() },
+        Recipe { format: Format::Nvfp4, layout: Layout::Modelopt, ..base.clone() },
+        Recipe { format: Format::Mxfp4, layout: Layout::GptOss, ..base },
+    ] {
+        if let Ok(plan) = Plan::new(&source, recipe) {
+            assert_eq!(plan.tensors.len(), plan.files.iter().map(|file| file.tensors.len()).sum::<usize>());
+            let limits = Limits { memory: 1 << 28, threads: 4, gpus: 0, device_memory: 0 };
+            let _ = Budget::new(&plan, limits);
+        }
+    }
+}

@@ -1,0 +1,389 @@
+//! Conversions that are stopped: by failing disks, signals and kills. What is left is never taken for a checkpoint, and
+//! the same command goes on to the very same bytes.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use prequant::Error;
+use prequant::ops::quantize::{Conversion, Options, plan};
+use prequant::pipeline::Progress;
+use prequant::recipe::Recipe;
+use prequant::store::Disk;
+use safetensors::tensor::Dtype;
+
+use crate::support::{Folder, Tensor, contents, file_names, serialize};
+
+const STAGING: &str = ".prequant-staging";
+
+/// Nine weights, each a shard of its own.
+fn checkpoint() -> Folder {
+    let folder = Folder::new("llama");
+    let weight = |i| Tensor::random(&format!("model.layers.{i}.mlp.up_proj.weight"), Dtype::BF16, &[64, 128]);
+    let halves = (0..9).map(weight).collect::<Vec<_>>();
+    folder.write_shards(&[halves[..5].to_vec(), halves[5..].to_vec()]);
+    folder.write("tokenizer.json", "{}");
+    folder
+}
+
+fn recipe(double_quant: bool) -> Recipe {
+    Recipe { double_quant, max_shard_size: 6_000, ..Recipe::default() }
+}
+
+const FLAGS: [&str; 2] = ["--max-shard-size", "6kB"];
+
+/// What an uninterrupted run gives.
+fn expected(double_quant: bool) -> BTreeMap<String, Vec<u8>> {
+    let folder = checkpoint();
+    conversion(&folder, double_quant).execute(&folder.destination(), &Watch::default()).unwrap();
+    contents(&folder.destination())
+}
+
+fn conversion(folder: &Folder, double_quant: bool) -> Conversion {
+    plan(&folder.source(), recipe(double_quant), Options { threads: 2, ..Options::default() }).unwrap()
+}
+
+/// Counts what is told.
+#[derive(Default)]
+struct Watch {
+    resumed: AtomicUsize,
+    sealed: AtomicUsize,
+    kept: AtomicUsize,
+}
+
+impl Progress for Watch {
+    fn found(&self, _: usize, _: usize) {}
+
+    fn resumed(&self, files: usize, _: u64) {
+        self.resumed.store(files, Ordering::Relaxed);
+    }
+
+    fn advanced(&self, _: &str, _: u64) {}
+
+    fn sealed(&self, _: &str, _: u64) {
+        self.sealed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn kept(&self, files: usize) {
+        self.kept.store(files, Ordering::Relaxed);
+    }
+}
+
+/// What goes wrong at the `countdown`th call of its kind.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Fault {
+    Read,
+    Write,
+    DiskFull,
+    Sync,
+    EndOfFile,
+}
+
+/// A disk that answers in small pieces, and fails once.
+struct FaultyDisk {
+    fault: Fault,
+    countdown: AtomicUsize,
+}
+
+impl FaultyDisk {
+    fn is_time(&self, faults: &[Fault]) -> bool {
+        faults.contains(&self.fault) && self.countdown.fetch_sub(1, Ordering::Relaxed) == 1
+    }
+}
+
+impl Disk for FaultyDisk {
+    fn read_at(&self, file: &File, _: &Path, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        if self.is_time(&[Fault::Read]) {
+            return Err(io::Error::from_raw_os_error(5)); // EIO
+        }
+        if self.is_time(&[Fault::EndOfFile]) {
+            return Ok(0);
+        }
+        let short = buffer.len().min(1000);
+        file.read_at(&mut buffer[..short], offset)
+    }
+
+    fn write_at(&self, file: &File, _: &Path, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        if self.is_time(&[Fault::Write]) {
+            return Err(io::Error::from_raw_os_error(5));
+        }
+        if self.is_time(&[Fault::DiskFull]) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        file.write_at(&bytes[..bytes.len().min(777)], offset)
+    }
+
+    fn sync(&self, file: &File, _: &Path) -> io::Result<()> {
+        if self.is_time(&[Fault::Sync]) { Err(io::Error::from_raw_os_error(5)) } else { file.sync_all() }
+    }
+}
+
+#[test]
+fn a_disk_that_fails_anywhere_gives_an_error_and_the_next_run_the_same_bytes() {
+    for double_quant in [false, true] {
+        let expected = expected(double_quant);
+        for fault in [Fault::Read, Fault::Write, Fault::DiskFull, Fault::Sync, Fault::EndOfFile] {
+            for countdown in [1, 2, 5, 9, 17, 60, 150, 250, 400] {
+                let folder = checkpoint();
+                let disk = FaultyDisk { fault, countdown: AtomicUsize::new(countdown) };
+                let (watch, go_on) = (Watch::default(), AtomicBool::new(false));
+                let to = folder.destination();
+                let result = conversion(&folder, double_quant).execute_on(&disk, &go_on, &to, &watch);
+                if let Err(error) = &result {
+                    let right = match fault {
+                        Fault::EndOfFile => matches!(error, Error::SourceChanged { .. } | Error::Io { .. }),
+                        _ => matches!(error, Error::Io { .. }),
+                    };
+                    assert!(right, "{fault:?} {countdown}: {error}");
+                    assert!(fault != Fault::DiskFull || error.to_string().contains("make room"), "{error}");
+                    only_staging(&to);
+                    conversion(&folder, double_quant).execute(&to, &watch).unwrap();
+                    assert_eq!(watch.resumed.into_inner(), watch.kept.into_inner(), "{fault:?} {countdown}");
+                    assert_eq!(watch.sealed.into_inner(), 9, "sealed files aren't made again");
+                }
+                assert!(contents(&to) == expected, "{fault:?} {countdown}");
+            }
+        }
+    }
+}
+
+/// Nothing but the staging folder is there, and no loader would look into it.
+#[track_caller]
+fn only_staging(destination: &Path) {
+    if destination.exists() {
+        let names: Vec<_> = fs::read_dir(destination).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(names, [STAGING]);
+        let inside = file_names(&destination.join(STAGING));
+        assert!(!inside.iter().any(|name| name.starts_with("partial/")), "{inside:?}");
+    }
+}
+
+#[test]
+fn an_interrupt_stops_the_run_and_keeps_what_is_finished() {
+    let folder = checkpoint();
+    let error = conversion(&folder, false)
+        .execute_on(&prequant::store::RealDisk, &AtomicBool::new(true), &folder.destination(), &Watch::default())
+        .unwrap_err();
+    assert!(matches!(error, Error::Interrupted), "{error}");
+    assert!(!folder.destination().exists());
+}
+
+/// A run stopped after some files, by a disk that failed. With one thread the source's first file is hashed before.
+fn stopped_with(options: Options) -> Folder {
+    // Whether the disk fails before the first file has its name is for the threads to decide.
+    loop {
+        let folder = checkpoint();
+        let disk = FaultyDisk { fault: Fault::Sync, countdown: AtomicUsize::new(6) };
+        let (watch, go_on) = (Watch::default(), AtomicBool::new(false));
+        let conversion = plan(&folder.source(), recipe(false), options.clone()).unwrap();
+        assert!(conversion.execute_on(&disk, &go_on, &folder.destination(), &watch).is_err());
+        if watch.kept.into_inner() > 0 {
+            return folder;
+        }
+    }
+}
+
+fn stopped() -> Folder {
+    stopped_with(Options { threads: 2, ..Options::default() })
+}
+
+#[test]
+fn a_sealed_file_that_was_changed_is_made_again() {
+    let folder = stopped();
+    let ready = folder.destination().join(STAGING).join("ready");
+    let sealed = file_names(&ready).into_iter().find(|name| name.ends_with(".safetensors")).unwrap();
+    let mut content = fs::read(ready.join(&sealed)).unwrap();
+    *content.last_mut().unwrap() ^= 1;
+    fs::write(ready.join(&sealed), content).unwrap();
+    let run = folder.convert(&FLAGS).ok();
+    assert!(run.stderr.contains("were finished by an earlier run"), "{}", run.stderr);
+    assert!(run.stderr.contains(&format!("wrote {sealed}")), "{}", run.stderr);
+    assert!(contents(&folder.destination()) == expected(false));
+}
+
+#[test]
+fn a_changed_source_or_recipe_is_an_error_that_says_what_changed() {
+    let touched = |folder: &Folder, name: &str| {
+        let file = File::options().write(true).open(folder.source().join(name)).unwrap();
+        file.set_modified(std::time::SystemTime::now() + Duration::from_secs(5)).unwrap();
+    };
+    let shard = "model-00002-of-00002.safetensors";
+    type Case<'a> = (&'a dyn Fn(&Folder), &'a [&'a str], &'a str);
+    let cases: [Case; 5] = [
+        (&|_| {}, &["--max-shard-size", "7kB"], "max_shard_size was 6000, and is 7000"),
+        (&|_| {}, &["--max-shard-size", "6kB", "--format", "fp4"], "format was \"nf4\", and is \"fp4\""),
+        (&|folder| touched(folder, shard), &FLAGS, "the source's model-00002-of-00002.safetensors was written to"),
+        (&|folder| folder.write("config.json", "{\"model_type\": \"qwen3\"}"), &FLAGS, "config.json has changed"),
+        (
+            &|folder| {
+                let weight = |i| format!("model.layers.{i}.mlp.up_proj.weight");
+                let other: Vec<Tensor> = (5..9).map(|i| Tensor::random(&weight(i), Dtype::BF16, &[128, 64])).collect();
+                folder.write(shard, serialize(&other));
+            },
+            &FLAGS,
+            "the header of the source's model-00002-of-00002.safetensors has changed",
+        ),
+    ];
+    for (change, flags, words) in cases {
+        let folder = stopped();
+        change(&folder);
+        let before = contents(&folder.destination());
+        folder.convert(flags).fails(3, &[STAGING, words, "--restart"]);
+        let mut after = contents(&folder.destination());
+        let lock = format!("{STAGING}/lock");
+        after.insert(lock.clone(), before[&lock].clone());
+        assert!(after == before, "{words}");
+        folder.convert(&[flags, &["--restart"]].concat()).ok();
+    }
+}
+
+#[test]
+fn a_source_whose_content_changed_is_found_by_its_hash() {
+    let folder = stopped_with(Options { threads: 1, hash_source: true, ..Options::default() });
+    let path = folder.source().join("model-00001-of-00002.safetensors");
+    let modified = fs::metadata(&path).unwrap().modified().unwrap();
+    let mut content = fs::read(&path).unwrap();
+    *content.last_mut().unwrap() ^= 1;
+    fs::write(&path, content).unwrap();
+    File::options().write(true).open(&path).unwrap().set_modified(modified).unwrap();
+    let flags = [&FLAGS[..], &["--hash-source"]].concat();
+    folder.convert(&flags).fails(3, &["model-00001-of-00002.safetensors: changed", "SHA-256"]);
+    folder.convert(&[&flags[..], &["--restart"]].concat()).ok();
+}
+
+#[test]
+fn a_source_that_vanishes_or_shrinks_between_plan_and_reading_is_an_error() {
+    for vanishes in [true, false] {
+        let folder = checkpoint();
+        let conversion = conversion(&folder, false);
+        let path = folder.source().join("model-00002-of-00002.safetensors");
+        if vanishes {
+            fs::remove_file(&path).unwrap();
+        } else {
+            File::options().write(true).open(&path).unwrap().set_len(500).unwrap();
+        }
+        let error = conversion.execute(&folder.destination(), &Watch::default()).unwrap_err();
+        let words = if vanishes { "No such file" } else { "it has 500 bytes, and had" };
+        assert!(error.to_string().contains("model-00002") && error.to_string().contains(words), "{error}");
+        only_staging(&folder.destination());
+    }
+}
+
+#[test]
+fn two_conversions_into_one_folder_are_refused() {
+    let folder = checkpoint();
+    let staging = folder.destination().join(STAGING);
+    fs::create_dir_all(&staging).unwrap();
+    let lock = File::create(staging.join("lock")).unwrap();
+    lock.write_all_at(b"4711\n", 0).unwrap();
+    lock.lock().unwrap();
+    folder.convert(&FLAGS).fails(3, &["converted: process 4711 is converting into it"]);
+    lock.unlock().unwrap();
+    folder.convert(&FLAGS).ok();
+}
+
+/// Begins a conversion that takes a while, and sends it a signal once a file is sealed; how it ended.
+fn signalled(folder: &Folder, signal: &str) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_prequant"));
+    command.arg("convert").arg(folder.source()).arg(folder.destination());
+    command.args(["--max-shard-size", "1MB", "--threads", "1"]).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let sealed = folder.destination().join(STAGING).join("sealed");
+    let any_sealed = || fs::read_dir(&sealed).is_ok_and(|mut entries| entries.next().is_some());
+    while child.try_wait().unwrap().is_none() && !any_sealed() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().is_ok());
+    child.wait_with_output().unwrap()
+}
+
+/// A conversion that was stopped by a signal, and how: not one that was faster than the signal.
+fn stopped_by(signal: &str) -> (Folder, Output) {
+    let attempts = (0..20).map(|_| {
+        let folder = large();
+        let output = signalled(&folder, signal);
+        (folder, output)
+    });
+    let mut stopped = attempts.filter(|(_, output)| !output.status.success());
+    stopped.next().expect("every conversion was faster than its signal")
+}
+
+fn large() -> Folder {
+    let folder = Folder::new("llama");
+    let data = Tensor::random("seed", Dtype::BF16, &[1024, 1024]).data;
+    let weight =
+        |i| Tensor::new(&format!("model.layers.{i}.mlp.up_proj.weight"), Dtype::BF16, &[1024, 1024], data.clone());
+    folder.write("model.safetensors", serialize(&(0..60).map(weight).collect::<Vec<_>>()));
+    folder
+}
+
+#[test]
+fn signals_stop_a_run_with_their_exit_code_and_the_way_to_go_on() {
+    for (name, code) in [("-INT", 130), ("-TERM", 143)] {
+        let (folder, output) = stopped_by(name);
+        let words = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{words}");
+        assert!(words.contains("run the same command again to go on"), "{words}");
+        only_staging(&folder.destination());
+        let run = folder.convert(&["--max-shard-size", "1MB"]).ok();
+        assert!(run.stderr.contains("going on: "), "{}", run.stderr);
+    }
+}
+
+#[test]
+fn a_killed_run_is_gone_on_with() {
+    let (folder, _) = stopped_by("-KILL");
+    let killed = file_names(&folder.destination());
+    assert!(killed.iter().all(|name| name.starts_with(STAGING)), "{killed:?}");
+    let run = folder.convert(&["--max-shard-size", "1MB"]).ok();
+    assert!(run.stderr.contains("are as they were: skipping"), "{}", run.stderr);
+    let again = folder.beside("again");
+    prequant::ops::quantize::plan(
+        &folder.source(),
+        Recipe { max_shard_size: 1_000_000, ..Recipe::default() },
+        Options::default(),
+    )
+    .unwrap()
+    .execute(&again, &Watch::default())
+    .unwrap();
+    assert!(contents(&again) == contents(&folder.destination()));
+}
+
+/// Killed while files move to their places: the worst instant of all.
+#[test]
+fn a_run_that_was_stopped_while_publishing_is_gone_on_with() {
+    let expected = expected(false);
+    let names: Vec<&String> = expected.keys().collect();
+    for moved in 0..names.len() {
+        let folder = stopped();
+        // As a run leaves it that was killed after `moved` moves: everything is made, some of it is in its place.
+        let (staging, to) = (folder.destination().join(STAGING), folder.destination());
+        let rank = |name: &str| {
+            ["SHA256SUMS", "model.safetensors.index.json", "config.json", "prequant.json"]
+                .iter()
+                .position(|n| *n == name)
+        };
+        let mut order = names.clone();
+        order.sort_by_key(|name| rank(name));
+        let ready = staging.join("ready");
+        let sealed: Vec<_> = file_names(&ready).into_iter().filter(|name| name.ends_with(".safetensors")).collect();
+        fs::write(staging.join("publishing"), "").unwrap();
+        for (i, name) in order.iter().enumerate() {
+            let made = !name.ends_with(".safetensors") || sealed.contains(name);
+            if made {
+                fs::write(if i < moved { to.join(name) } else { ready.join(name) }, &expected[*name]).unwrap();
+                if i < moved {
+                    let _ = fs::remove_file(ready.join(name));
+                }
+            }
+        }
+        let run = folder.convert(&FLAGS).ok();
+        assert!(run.stderr.contains(&format!("{} of them are as they were", sealed.len())), "{}", run.stderr);
+        assert!(contents(&to) == expected, "after {moved} moves");
+    }
+}
