@@ -7,6 +7,7 @@ mod support;
 mod block_faults;
 mod blocks;
 mod convert;
+mod driver;
 mod group_faults;
 mod groups;
 mod launch;
