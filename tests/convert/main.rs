@@ -7,6 +7,7 @@ mod support;
 mod conversion;
 mod dequantize;
 mod files;
+mod group_configs;
 mod groups;
 mod relayout;
 mod sources;

@@ -6,7 +6,10 @@ mod support;
 
 mod block_faults;
 mod blocks;
+// The driver is found by LD_LIBRARY_PATH, as on Linux only.
+#[cfg(target_os = "linux")]
 mod convert;
+mod driver;
 mod group_faults;
 mod groups;
 mod launch;
