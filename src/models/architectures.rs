@@ -2,7 +2,7 @@
 //!
 //! Most tensors are told by their name and shape (see `rules.rs`). A row here exists where that would be wrong, where
 //! the modules are called otherwise than the tensors, or where a Linear has no tensor of its own. Held against
-//! `tests/data/architectures.json`, which `scripts/make-architectures` takes from transformers itself.
+//! `tests/data/architectures.json`, which `scripts/make architectures` takes from transformers itself.
 
 use crate::models::rules::Role;
 

@@ -3,7 +3,7 @@
 //! In transformers 5 a layer's experts are 3-D parameters. The hub's checkpoints have them in other shapes, and
 //! transformers' conversion mapping says how they are put together when they are loaded. `--experts fuse` does the same
 //! beforehand. To cover another architecture, add its `model_type` to a row, or a row; `tests/plan/experts.rs` holds the
-//! table against `tests/data/experts.json`, which `scripts/make-experts` takes from transformers.
+//! table against `tests/data/experts.json`, which `scripts/make experts` takes from transformers.
 
 use crate::checkpoint::Config;
 

@@ -12,7 +12,7 @@ const EXPERTS: &str = r#"
 ## Loading the 4-bit experts
 
 prequant quantized this checkpoint's experts to 4 bits. transformers can't load such experts alone, and config.json has it stop
-with an error that names `prequant_loader`. With prequant's loader (the package `prequant-loader`, in `scripts/loader` of prequant's
+with an error that names `prequant_loader`. With prequant's loader (the package `prequant-loader`, in `python` of prequant's
 repository) it loads as any other:
 
 ```python
@@ -25,6 +25,11 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 **Don't** take `experts_implementation` out of config.json: with `ignore_mismatched_sizes=True` transformers would then fill the
 experts with random numbers, without an error.
 "#;
+
+/// The same in the words of 0.1.0, when the package lay elsewhere: recognized, no longer written.
+fn experts_in_0_1_0() -> String {
+    EXPERTS.replace("`python` of", "`scripts/loader` of")
+}
 
 /// The file's content, where it isn't the source's own: with the addition if experts are 4-bit, without it once they are
 /// decoded. Empty if nothing is left of it.
@@ -41,7 +46,20 @@ pub fn changed(source: &Source, plan: &Plan, is_decoded: bool) -> Result<Option<
     Ok(match (adds, own) {
         (true, Some(own)) => Some([&own, EXPERTS.as_bytes()].concat()),
         (true, None) => Some(EXPERTS.trim_start().as_bytes().to_vec()),
-        (false, Some(own)) if own == EXPERTS.trim_start().as_bytes() => Some(Vec::new()),
-        (false, own) => own.and_then(|own| own.strip_suffix(EXPERTS.as_bytes()).map(<[u8]>::to_vec)),
+        (false, own) => own.and_then(|own| without_addition(&own).map(<[u8]>::to_vec)),
     })
+}
+
+/// A card without what was added to it; none if nothing was.
+fn without_addition(card: &[u8]) -> Option<&[u8]> {
+    [EXPERTS, &experts_in_0_1_0()].iter().find_map(|added| match card {
+        _ if card == added.trim_start().as_bytes() => Some(&card[..0]),
+        _ => card.strip_suffix(added.as_bytes()),
+    })
+}
+
+/// Whether what was found says what `card` does, be it in the words of an earlier version.
+pub fn says_the_same(found: &[u8], card: &[u8]) -> bool {
+    let own = without_addition(found);
+    own.is_some() && own == without_addition(card)
 }

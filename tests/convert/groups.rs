@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::support::{self, Folder, Run, Stored, Tensor, contents, groups, read_tensors, serialize};
 
-/// A golden file's tensors; scripts/make-group-goldens had llm-compressor write them.
+/// A golden file's tensors; scripts/make group-goldens had llm-compressor write them.
 fn goldens(file: &str) -> BTreeMap<String, Stored> {
     support::goldens("group-goldens", file)
 }
@@ -219,7 +219,7 @@ fn packed_points(points: &[u8], per_row: usize) -> Vec<u8> {
     packed
 }
 
-/// All of a small model as ModelOpt's own export has it, by digests that scripts/make-modelopt-goldens took.
+/// All of a small model as ModelOpt's own export has it, by digests that scripts/make modelopt-goldens took.
 #[test]
 fn modelopts_layout_is_its_own_tensor_by_tensor() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");

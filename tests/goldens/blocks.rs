@@ -1,4 +1,4 @@
-//! Our bytes against bitsandbytes 0.50.2's own, as `scripts/make-goldens` had it write them.
+//! Our bytes against bitsandbytes 0.50.2's own, as `scripts/make goldens` had it write them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;

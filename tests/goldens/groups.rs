@@ -1,5 +1,5 @@
-//! Our bytes against those of llm-compressor 0.14.0.1 and compressed-tensors 0.19.0, as `scripts/make-group-goldens` had
-//! them written, and of ModelOpt 0.47.0, as `scripts/make-modelopt-goldens` had.
+//! Our bytes against those of llm-compressor 0.14.0.1 and compressed-tensors 0.19.0, as `scripts/make group-goldens` had
+//! them written, and of ModelOpt 0.47.0, as `scripts/make modelopt-goldens` had.
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -1,5 +1,5 @@
-//! Codes decoded, against what the reference libraries' own decoders give (`scripts/make-goldens`,
-//! `scripts/make-group-goldens`, `scripts/make-source-goldens`).
+//! Codes decoded, against what the reference libraries' own decoders give (`scripts/make goldens`,
+//! `scripts/make group-goldens`, `scripts/make source-goldens`).
 
 use std::collections::BTreeMap;
 use std::path::Path;

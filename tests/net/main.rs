@@ -69,7 +69,7 @@ fn every_output_is_what_it_was() {
     );
 }
 
-/// Checkpoints of manifest schema 1 (see scripts/make-converted-fixtures) are still read.
+/// Checkpoints of manifest schema 1 (see scripts/make converted) are still read.
 #[test]
 fn what_0_1_0_wrote_is_verified_and_dequantized() {
     let temporary = tempfile::tempdir().unwrap();
@@ -84,6 +84,8 @@ fn what_0_1_0_wrote_is_verified_and_dequantized() {
         run(&["verify".as_ref(), converted.as_ref()]);
         run(&["verify".as_ref(), converted.as_ref(), "--against".as_ref(), source.as_ref()]);
         run(&["dequantize".as_ref(), converted.as_ref(), temporary.path().join(&name).as_ref()]);
+        let card = temporary.path().join(&name).join("README.md");
+        assert!(!card.exists(), "{name}: {}", fs::read_to_string(&card).unwrap());
     }
 }
 

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::support::{self, Folder, Tensor, contents, read_tensors};
 
-/// What transformers does with experts, by `model_type`; see scripts/make-experts.
+/// What transformers does with experts, by `model_type`; see scripts/make experts.
 const GOLDEN: &str = include_str!("../data/experts.json");
 
 /// In transformers' table, and not in ours: other ways of putting experts together, or names of classes.

@@ -1,0 +1,97 @@
+"""Checkpoints that the tests share: made once, converted side by side."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: compiled dequantization would take a minute and gives the same numbers.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import architectures
+import prequant_loader
+
+PREQUANT = Path(os.environ.get("PREQUANT", Path(__file__).resolve().parents[2] / "target" / "release" / "prequant"))
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(2)
+
+
+class Sources:
+    """Checkpoints in bf16 and what prequant makes of them, each made when it is first asked for."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.classes: dict[str, type[PreTrainedModel]] = {}
+        self.made: set[Path] = set()
+
+    def source(self, name: str) -> Path:
+        """A checkpoint of architectures.SOURCES."""
+        folder = self.work / name / "source"
+        if name not in self.classes:
+            self.classes[name] = architectures.SOURCES[name](folder)
+        return folder
+
+    def model_class(self, name: str) -> type[PreTrainedModel]:
+        """The class that it is loaded with."""
+        self.source(name)
+        return self.classes[name]
+
+    def converted(self, name: str, *flags: str) -> Path:
+        """`prequant convert` with these flags, in blocks of the size chosen for it, into several shards."""
+        folder = self.work / name / ("converted" + "".join(flags).replace("/", "_"))
+        if folder not in self.made:
+            block_size = architectures.BLOCK_SIZES.get(name, 64)
+            flags += architectures.FLAGS.get(name, ())
+            convert(self.source(name), folder, "--block-size", str(block_size), "--max-shard-size", "70KB", *flags)
+            self.made.add(folder)
+        return folder
+
+
+def convert(source: Path, folder: Path, *flags: str) -> None:
+    """`prequant convert`."""
+    command = [PREQUANT, "convert", source, folder, "--quiet", "--device", "cpu", *flags]
+    subprocess.run(command, check=True)
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
+    """All checkpoints."""
+    assert PREQUANT.is_file(), f"{PREQUANT} does not exist; build it with `cargo build --release`, or set PREQUANT"
+    return Sources(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture
+def without_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers as it is, for one test."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "bitsandbytes_4bit", Bnb4BitHfQuantizer)
+    original = PreTrainedModel.get_correct_experts_implementation.__wrapped__
+    monkeypatch.setattr(PreTrainedModel, "get_correct_experts_implementation", original)
+
+
+@pytest.fixture
+def editable(sources: Sources, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a conversion, to damage."""
+    import shutil
+
+    def copy(name: str, *flags: str) -> Path:
+        return Path(shutil.copytree(sources.converted(name, *flags), tmp_path / "editable"))
+
+    return copy
+
+
+assert prequant_loader.PrequantQuantizer  # imported for what importing it does

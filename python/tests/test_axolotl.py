@@ -1,0 +1,150 @@
+"""The axolotl plugin, and the YAML that uses it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import axolotl_stub
+import pytest
+import tiny_models
+import yaml
+from axolotl_stub import Config
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
+
+import prequant_loader.peft
+
+HERE = Path(__file__).parent
+EXAMPLE = HERE.parent / "examples" / "qwen3-30b-a3b-qlora.yaml"
+OPTIONS = {line for line in (HERE / "axolotl_keys.txt").read_text().splitlines() if not line.startswith("#")}
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The plugin as axolotl makes it: imported by the name in the YAML, called without arguments."""
+    prequant_loader.peft._restore_peft()
+    axolotl_stub.install(monkeypatch)
+    module, _, name = example()["plugins"][0].rpartition(".")
+    yield getattr(importlib.import_module(module), name)()
+    sys.modules.pop(module, None)
+    prequant_loader.peft._restore_peft()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder that looks as if prequant wrote it."""
+    (tmp_path / "prequant.json").write_text("{}")
+    return tmp_path
+
+
+def example() -> dict[str, Any]:
+    return yaml.safe_load(EXAMPLE.read_text())
+
+
+# --- Hooks -----------------------------------------------------------------------------------------------------------
+
+
+def test_hooks_have_the_names_and_arguments_of_axolotl(plugin: Any) -> None:
+    assert isinstance(plugin, axolotl_stub.BasePlugin)
+    hooks = {name for name, value in vars(type(plugin)).items() if inspect.isfunction(value)}
+    assert hooks == {"pre_model_load", "post_model_build"}
+    for hook in hooks:
+        ours, theirs = (inspect.signature(getattr(owner, hook)) for owner in (type(plugin), axolotl_stub.BasePlugin))
+        assert list(ours.parameters) == list(theirs.parameters)
+
+
+def test_pre_model_load_fixes_peft(plugin: Any, folder: Path) -> None:
+    before = ParamWrapper._activate_lora
+    plugin.pre_model_load(Config(base_model=str(folder), adapter="qlora", load_in_4bit=True))
+    assert ParamWrapper._activate_lora is not before
+    plugin.pre_model_load(Config(base_model=str(folder), quantize_moe_experts=False))
+
+
+def test_quantize_moe_experts_is_an_error(plugin: Any, folder: Path) -> None:
+    before = ParamWrapper._activate_lora
+    with pytest.raises(ValueError, match="remove quantize_moe_experts from the YAML"):
+        plugin.pre_model_load(Config(base_model=str(folder), quantize_moe_experts=True))
+    assert ParamWrapper._activate_lora is before
+
+
+@pytest.mark.parametrize("base_model", ["Qwen/Qwen3-30B-A3B", "", None, "."])
+def test_another_base_model_is_an_error(
+    plugin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base_model: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="holds no prequant.json.*prequant convert"):
+        plugin.pre_model_load(Config(base_model=base_model))
+
+
+def test_post_model_build_marks_4_bit_experts(plugin: Any) -> None:
+    model = tiny_models.quantized_model()
+    model._moe_experts_quantized = False  # what axolotl has set by now
+    plugin.post_model_build(Config(), model)
+    assert model._moe_experts_quantized is True
+
+
+def test_post_model_build_leaves_other_models_alone(plugin: Any) -> None:
+    model = tiny_models.bf16_model()
+    model._moe_experts_quantized = False
+    plugin.post_model_build(Config(), model)
+    assert model._moe_experts_quantized is False
+
+
+def test_the_package_needs_no_axolotl() -> None:
+    """Importing the plugin without axolotl says what is missing; everything else imports."""
+    code = (
+        "import sys; sys.modules['axolotl'] = None\n"
+        "import prequant_loader.peft\n"
+        "try: import prequant_loader.axolotl\n"
+        "except ModuleNotFoundError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "axolotl" in done.stdout
+
+
+# --- The example -----------------------------------------------------------------------------------------------------
+
+
+def test_example_has_only_options_that_axolotl_knows() -> None:
+    config = example()
+    assert config.keys() <= OPTIONS, config.keys() - OPTIONS
+    for dataset in config["datasets"]:
+        assert {f"datasets.{key}" for key in dataset} <= OPTIONS, dataset
+
+
+def test_a_misspelt_option_would_be_noticed() -> None:
+    assert {"lora_target_parameter", "lora_targets", "datasets.message_field"}.isdisjoint(OPTIONS)
+
+
+def test_example_is_a_qlora_run_that_the_plugin_accepts(plugin: Any, folder: Path) -> None:
+    config = Config(example(), base_model=str(folder))
+    plugin.pre_model_load(config)
+    assert (config.adapter, config.load_in_4bit) == ("qlora", True)
+    assert config.lora_dropout == 0, "axolotl refuses dropout next to lora_target_parameters"
+    assert "quantize_moe_experts" not in config and "lora_target_linear" not in config
+
+
+def test_example_trains_attention_and_experts(plugin: Any, folder: Path) -> None:
+    """On a tiny model of the same type, with a LoraConfig made as axolotl makes it."""
+    config = Config(example(), base_model=str(folder))
+    plugin.pre_model_load(config)
+    model = get_peft_model(
+        tiny_models.quantized_model("qwen3_moe"),
+        LoraConfig(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=config.lora_target_modules,
+            target_parameters=config.lora_target_parameters,
+            bias="none",
+            task_type="CAUSAL_LM",
+        ),
+    )
+    assert len(model.base_model.targeted_module_names) == 2 * 4
+    assert len(model.base_model.targeted_parameter_names) == 2 * 2
