@@ -6,8 +6,9 @@
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 
-use crate::backend::Device;
+use crate::backend::Cpu;
 use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, Source, TensorInfo};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, IoContext, Result};
@@ -51,7 +52,7 @@ pub fn plan(converted: &Path, max_shard_size: u64, mut options: Options) -> Resu
                 .to_owned(),
         );
     }
-    options.device = Device::cpu();
+    options.device = Arc::new(Cpu::detect());
     options.hash_source = true; // what is read must be what its manifest says
     Conversion::dequantize(source, plan, manifest, options)
 }

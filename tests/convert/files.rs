@@ -6,9 +6,10 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use prequant::backend::Device;
+use prequant::backend::Cpu;
 use prequant::format::{BlockSize, Format};
 use prequant::kernel::Kernel;
 use prequant::manifest::{DecisionRecord, Manifest};
@@ -67,7 +68,7 @@ fn tensors_longer_than_any_chunk_are_what_one_pass_gives_in_any_memory() {
             (3, 14 << 20, Kernel::detect()), // room for one tensor's absmax at a time
         ] {
             let to = folder.beside(&format!("{double_quant}-{threads}"));
-            let options = Options { threads, memory, device: Device::Cpu(kernel), ..Options::default() };
+            let options = Options { threads, memory, device: Arc::new(Cpu::new(kernel)), ..Options::default() };
             plan(&folder.source(), recipe.clone(), options).unwrap().execute(&to, &Unseen).unwrap();
             let files = contents(&to);
             let reference = reference.get_or_insert_with(|| {

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use prequant::backend::Cpu;
 use prequant::checkpoint::{Config, Header, Index, Source, SourceFile};
 use prequant::format::{Format, GroupSize, Layout};
 use prequant::layout::ParsedQuantState;
@@ -90,8 +91,8 @@ pub fn plan(data: &[u8]) {
     ] {
         if let Ok(plan) = Plan::new(&source, recipe) {
             assert_eq!(plan.tensors.len(), plan.files.iter().map(|file| file.tensors.len()).sum::<usize>());
-            let limits = Limits { memory: 1 << 28, threads: 4, gpus: 0, device_memory: 0 };
-            let _ = Budget::new(&plan, limits);
+            let limits = Limits { memory: 1 << 28, threads: 4, device_memory: 0 };
+            let _ = Budget::new(&plan, limits, &Cpu::detect());
         }
     }
 }

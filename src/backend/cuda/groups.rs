@@ -3,9 +3,11 @@
 use std::ffi::CString;
 use std::sync::Arc;
 
+use crate::backend::columns_and_group;
 use crate::backend::cuda::driver::{Context, Fault, Function, Module};
 use crate::backend::cuda::{THREADS, dtype_name};
 use crate::dtype::FloatDtype;
+use crate::format::GroupScheme;
 use crate::kernel::group::GroupCoder;
 
 /// The kernels for groups, made from groups.cu as [`super::PTX`] is from kernels.cu.
@@ -45,14 +47,12 @@ impl GroupKernel {
         GroupKernel::Int4AsymRows,
     ];
 
-    /// The kernel for rows of `columns` elements in groups of `group`.
-    ///
-    /// # Panics
-    /// When there is none: groups are 16 elements for NVFP4 and 32 for MXFP4; for integers a multiple of 32, or a row.
-    pub fn new(scheme: GroupCoder, columns: usize, group: usize) -> GroupKernel {
+    /// The kernel for rows of `columns` elements in groups of `group`, if there is one: groups are 16 elements for NVFP4 and
+    /// 32 for MXFP4; for integers a multiple of 32, or a row.
+    pub fn new(scheme: GroupCoder, columns: usize, group: usize) -> Option<GroupKernel> {
         let in_teams = group.is_multiple_of(32);
         let in_rows = group == columns && (!in_teams || group >= LONG_ROW);
-        match scheme {
+        Some(match scheme {
             GroupCoder::Int4 if in_rows => GroupKernel::Int4Rows,
             GroupCoder::Int4Asym if in_rows => GroupKernel::Int4AsymRows,
             GroupCoder::Int4 if in_teams => GroupKernel::Int4,
@@ -60,8 +60,14 @@ impl GroupKernel {
             GroupCoder::Nvfp4 { .. } if group == 16 => GroupKernel::Nvfp4,
             GroupCoder::Nvfp4ModelOpt { .. } if group == 16 => GroupKernel::Nvfp4ModelOpt,
             GroupCoder::Mxfp4 if group == 32 => GroupKernel::Mxfp4,
-            _ => panic!("no kernel for groups of {group} in rows of {columns}"),
-        }
+            _ => return None,
+        })
+    }
+
+    /// The kernel for a tensor's rows of `columns` elements, if there is one.
+    pub(super) fn of(scheme: &GroupScheme, columns: u64) -> Option<GroupKernel> {
+        let (columns, group) = columns_and_group(scheme, columns);
+        GroupKernel::new(GroupCoder::new(scheme, None), columns, group)
     }
 
     /// Its name for a dtype.

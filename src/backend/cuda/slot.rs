@@ -1,38 +1,34 @@
-//! A place for one piece of work on a GPU: pinned buffers here, buffers there, and a stream between them.
+//! A lane on a GPU: pinned buffers here, buffers there, and a stream between them.
 
 use std::sync::Arc;
 
 use crate::backend::cuda::driver::{Argument, DeviceBuffer, Fault, Launch, PinnedBuffer, Stream};
 use crate::backend::cuda::groups::{GroupKernel, tensor_factor};
 use crate::backend::cuda::{Gpu, THREADS, thread_blocks};
+use crate::backend::{self, Encoded, Lane, LaneSize, Run, columns_and_group};
 use crate::dtype::FloatDtype;
-use crate::format::{BlockFormat, BlockSize, NESTED_BLOCK_SIZE};
+use crate::format::{BlockScheme, GroupScheme, NESTED_BLOCK_SIZE, Scheme};
 use crate::kernel::BlockErrors;
 use crate::kernel::group::GroupCoder;
 
 /// Bytes of a slot's buffers, on the device and here alike.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SlotSize {
+#[derive(Clone, Copy)]
+pub(super) struct SlotSize {
     source: usize,
     results: usize,
 }
 
-impl SlotSize {
-    /// Room for `elements` weights of `element` bytes, in whole blocks; and for `nested` absmax, if that is more.
-    pub fn new(elements: usize, element: usize, block_size: BlockSize, nested: usize) -> SlotSize {
-        let blocks = elements.div_ceil(block_size.get());
+impl From<&LaneSize> for SlotSize {
+    fn from(size: &LaneSize) -> SlotSize {
+        let results = size.packed + size.groups * (4 * size_of::<f32>() + size.group_len);
         SlotSize {
-            source: (elements * element).max(nested * size_of::<f32>()),
-            results: (results_len(elements, blocks)).max(nested_len(nested)),
+            source: size.source.max(size.absmax * size_of::<f32>()),
+            results: results.max(nested_len(size.absmax)),
         }
     }
+}
 
-    /// Room for `source` bytes of weights that become `packed` bytes of codes, in no more than `groups` groups.
-    pub fn for_groups(source: usize, packed: usize, groups: usize) -> SlotSize {
-        // Four figures, the scale, and a zero point.
-        SlotSize { source, results: packed + groups * (5 * size_of::<f32>() + 1) }
-    }
-
+impl SlotSize {
     /// Bytes on the device, which are as many as here.
     pub fn total(self) -> u64 {
         (self.source + self.results) as u64
@@ -92,30 +88,9 @@ pub struct Slot {
     gpu: Arc<Gpu>,
 }
 
-/// What quantizing gave, in a slot's pinned memory.
-pub struct Quantized<'a> {
-    /// Two codes a byte.
-    pub packed: &'a [u8],
-    /// One figure a block. A block with a NaN or an infinity has such an absmax, and its other results mean nothing.
-    pub figures: BlockErrors<'a>,
-}
-
-/// What quantizing in groups gave, in a slot's pinned memory; see [`crate::kernel::group::Groups`].
-pub struct QuantizedGroups<'a> {
-    /// Codes.
-    pub packed: &'a [u8],
-    /// One scale a group, as stored.
-    pub scales: &'a [u8],
-    /// One zero point a group, for [`GroupCoder::Int4Asym`] alone.
-    pub zero_points: &'a [u8],
-    /// One figure a group. A group with a NaN or an infinity has NaN for an absmax, and its other results mean nothing;
-    /// an infinite absmax is a scale that overflowed.
-    pub figures: BlockErrors<'a>,
-}
-
 impl Slot {
     /// A slot on `gpu`.
-    pub fn new(gpu: &Arc<Gpu>, size: SlotSize) -> Result<Slot, Fault> {
+    pub(super) fn new(gpu: &Arc<Gpu>, size: SlotSize) -> Result<Slot, Fault> {
         Ok(Slot {
             stream: Stream::new(&gpu.context)?,
             source: PinnedBuffer::new(&gpu.context, size.source)?,
@@ -126,43 +101,20 @@ impl Slot {
         })
     }
 
-    /// The GPU it is on.
-    pub fn gpu(&self) -> &Arc<Gpu> {
-        &self.gpu
-    }
-
-    /// Where the first `len` bytes of what is to be quantized go.
-    ///
-    /// # Panics
-    /// When the slot is smaller.
-    pub fn source(&mut self, len: usize) -> &mut [u8] {
-        &mut self.source.bytes()[..len]
-    }
-
-    /// Quantizes the first `elements` elements of [`Slot::source`]; as [`crate::kernel::Kernel::quantize`] does, but for
-    /// how it tells of what isn't finite.
-    ///
-    /// # Panics
-    /// When the slot is smaller.
-    pub fn quantize(
-        &mut self,
-        elements: usize,
-        dtype: FloatDtype,
-        format: BlockFormat,
-        block_size: BlockSize,
-    ) -> Result<Quantized<'_>, Fault> {
-        let blocks = elements.div_ceil(block_size.get());
+    /// Quantizes blocks of weights. A block with a NaN or an infinity gets such an absmax, and its other results mean nothing.
+    fn blocks(&mut self, run: &Run<'_>, scheme: &BlockScheme) -> Result<Option<Encoded<'_>>, Fault> {
+        let (elements, blocks) = (run.elements(), run.groups());
         let results = self.device_results.address();
         let figure = |i: usize| Argument::Address(results + (i * blocks * size_of::<f32>()) as u64);
         let launch = Launch {
-            function: self.gpu.quantize_function(format, dtype),
+            function: self.gpu.quantize_function(scheme.format, run.dtype),
             grid: thread_blocks(blocks),
             threads: THREADS,
             arguments: &[
                 Argument::Address(self.device_source.address()),
                 Argument::U32(elements as u32),
-                Argument::U32(block_size.get() as u32),
-                Argument::Address(self.gpu.table(format).address()),
+                Argument::U32(scheme.block_size.get() as u32),
+                Argument::Address(self.gpu.table(scheme.format).address()),
                 figure(4),
                 figure(0),
                 figure(1),
@@ -170,35 +122,33 @@ impl Slot {
                 figure(3),
             ],
         };
-        let source = &self.source.bytes()[..elements * dtype.size()];
+        let source = &self.source.bytes()[run.place.clone()];
         let bytes = &mut self.results.bytes()[..results_len(elements, blocks)];
         // SAFETY: these are the parameters in kernels.cu. The kernel reads `elements` elements of the source and the
         // table; it writes four figures a block and then the codes, which together are as long as `bytes`.
         unsafe { self.stream.run((source, &mut self.device_source), &launch, (&self.device_results, bytes))? };
         let (figures, packed) = bytes.split_at_mut(blocks * 4 * size_of::<f32>());
-        Ok(Quantized { packed, figures: as_figures(figures) })
+        let figures = as_figures(figures);
+        let finite = figures.absmax.iter().all(|absmax| absmax.is_finite());
+        Ok(finite.then_some(Encoded { packed, scales: &[], zero_points: &[], figures }))
     }
 
-    /// Quantizes the first `elements` elements of [`Slot::source`], whole rows of `columns`, in groups of `group`; as
-    /// [`crate::kernel::Kernel::quantize_groups`] does, but for how it tells of what isn't finite.
-    ///
-    /// # Panics
-    /// When the slot is smaller, or [`GroupKernel::new`] has no kernel.
-    pub fn quantize_groups(
+    /// Quantizes groups of weights. A group with a NaN or an infinity gets NaN for an absmax, and its other results mean
+    /// nothing; an infinite absmax is a scale that overflowed.
+    fn groups(
         &mut self,
-        elements: usize,
-        dtype: FloatDtype,
-        columns: usize,
-        group: usize,
-        scheme: GroupCoder,
-    ) -> Result<QuantizedGroups<'_>, Fault> {
-        let kernel = GroupKernel::new(scheme, columns, group);
-        let len = GroupResults::new(elements, dtype, columns, group, scheme);
+        run: &Run<'_>,
+        scheme: &GroupScheme,
+        kernel: GroupKernel,
+    ) -> Result<Option<Encoded<'_>>, Fault> {
+        let (columns, group) = columns_and_group(scheme, run.columns);
+        let scheme = run.coder(scheme);
+        let len = GroupResults::new(run.elements(), run.dtype, columns, group, scheme);
         let figures = self.device_results.address();
         let packed = figures + len.figures() as u64;
         let scales = packed + len.packed as u64;
         let launch = Launch {
-            function: self.gpu.groups()?.function(kernel, dtype),
+            function: self.gpu.groups()?.function(kernel, run.dtype),
             grid: kernel.thread_blocks(len.groups),
             threads: THREADS,
             arguments: &[
@@ -212,7 +162,7 @@ impl Slot {
                 Argument::Address(figures),
             ],
         };
-        let source = &self.source.bytes()[..elements * dtype.size()];
+        let source = &self.source.bytes()[run.place.clone()];
         let bytes = &mut self.results.bytes()[..len.len()];
         // SAFETY: these are the parameters in groups.cu. The kernel reads `groups` groups of the source; it writes what
         // `GroupResults` says, which together is as long as `bytes`.
@@ -220,14 +170,12 @@ impl Slot {
         let (figures, rest) = bytes.split_at_mut(len.figures());
         let (packed, rest) = rest.split_at(len.packed);
         let (scales, zero_points) = rest.split_at(len.scales);
-        Ok(QuantizedGroups { packed, scales, zero_points, figures: as_figures(figures) })
+        let figures = as_figures(figures);
+        let finite = !figures.absmax.iter().any(|absmax| absmax.is_nan());
+        Ok(finite.then_some(Encoded { packed, scales, zero_points, figures }))
     }
 
-    /// Quantizes `absmax` less `offset`; returns the codes and the nested absmax, as [`crate::kernel::block::nested::quantize`].
-    ///
-    /// # Panics
-    /// When the slot is smaller.
-    pub fn quantize_absmax(&mut self, absmax: &[f32], offset: f32) -> Result<(&[u8], &[f32]), Fault> {
+    fn absmax(&mut self, absmax: &[f32], offset: f32) -> Result<(&[u8], &[f32]), Fault> {
         let blocks = absmax.len().div_ceil(NESTED_BLOCK_SIZE);
         let source = &mut self.source.bytes()[..size_of_val(absmax)];
         for (bytes, x) in source.chunks_exact_mut(4).zip(absmax) {
@@ -253,6 +201,32 @@ impl Slot {
         unsafe { self.stream.run((source, &mut self.device_source), &launch, (&self.device_results, bytes))? };
         let (nested_absmax, codes) = bytes.split_at_mut(blocks * size_of::<f32>());
         Ok((codes, as_floats(nested_absmax)))
+    }
+}
+
+impl Lane for Slot {
+    fn source(&mut self, len: usize) -> &mut [u8] {
+        &mut self.source.bytes()[..len]
+    }
+
+    fn quantize(&mut self, run: &Run<'_>) -> Result<Option<Encoded<'_>>, backend::Fault> {
+        let gpu = self.gpu.clone();
+        match run.scheme {
+            Scheme::Blocks(scheme) => self.blocks(run, scheme).map_err(|fault| gpu.fault(fault)),
+            Scheme::Groups(scheme) => match GroupKernel::of(scheme, run.columns) {
+                Some(kernel) => self.groups(run, scheme, kernel).map_err(|fault| gpu.fault(fault)),
+                None => Err(backend::Fault {
+                    device: gpu.to_string(),
+                    why: format!("it has no kernel for groups of {:?}", scheme.size).into(),
+                    is_out_of_memory: false,
+                }),
+            },
+        }
+    }
+
+    fn quantize_absmax(&mut self, absmax: &[f32], offset: f32) -> Result<(&[u8], &[f32]), backend::Fault> {
+        let gpu = self.gpu.clone();
+        self.absmax(absmax, offset).map_err(|fault| gpu.fault(fault))
     }
 }
 
@@ -289,7 +263,9 @@ mod tests {
             for dtype in [FloatDtype::Bfloat16, FloatDtype::Float32] {
                 let elements = 3 * columns;
                 let packed = 3 * scheme.packed_row(columns);
-                let size = SlotSize::for_groups(elements * dtype.size(), packed, elements / group);
+                let group_len = scheme.scale_size(dtype) + 1;
+                let (source, groups) = (elements * dtype.size(), elements / group);
+                let size = SlotSize::from(&LaneSize { source, packed, groups, group_len, absmax: 0 });
                 let needed = GroupResults::new(elements, dtype, columns, group, scheme).len();
                 assert!(needed <= size.results, "{columns} {group} {scheme:?}: {needed} of {}", size.results);
             }

@@ -40,7 +40,7 @@ pub fn against(folder: &Path, source: &Path, convert: quantize::Options, options
 
     let compared = Compared { folder: folder.to_owned(), differences: Mutex::default() };
     let means = ExecutionContext {
-        device: &conversion.options.device,
+        device: &*conversion.options.device,
         budget: conversion.budget,
         hash_source,
         disk: &RealDisk,
