@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::dtype::Dtype;
+
 /// An error of what isn't this module's to know.
 type Cause = Box<dyn std::error::Error + Send + Sync>;
 
@@ -44,7 +46,7 @@ pub enum Error {
         /// The tensor's name.
         tensor: String,
         /// Its dtype.
-        dtype: &'static str,
+        dtype: Dtype,
     },
     /// The source is quantized already.
     #[error("{}: already quantized with {method} ({evidence}); start from the bf16 checkpoint it was made from{hint}", path.display())]

@@ -1,8 +1,6 @@
 //! `--device cuda` without a GPU: its kernels in the interpreter of tests/ptx-interpreter, conversions on the driver of
 //! tests/fake-cuda.
 
-#![cfg(feature = "cuda")]
-
 #[path = "../support/mod.rs"]
 mod support;
 
