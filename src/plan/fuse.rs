@@ -7,7 +7,7 @@ use super::layout;
 use super::{Decision, PlannedTensor};
 use crate::checkpoint::Source;
 use crate::error::{Error, Result};
-use crate::format::Scheme;
+use crate::format::Codec;
 use crate::models::Role;
 use crate::models::experts::{FAMILIES, Fusion};
 
@@ -20,7 +20,7 @@ pub fn fuse(
     source: &Source,
     model_types: &[&str],
     tensors: Vec<PlannedTensor>,
-    scheme: &Scheme,
+    codec: &Codec,
 ) -> Result<Vec<PlannedTensor>> {
     let families = FAMILIES.iter().filter(|row| row.model_types.iter().any(|name| model_types.contains(name)));
     let fusions: Vec<&'static Fusion> = families.flat_map(|family| family.fusions).collect();
@@ -33,7 +33,7 @@ pub fn fuse(
             continue;
         }
         let mut tensor = group.fuse(source, &tensors)?;
-        tensor.outputs = layout::outputs(&tensor, scheme);
+        tensor.outputs = layout::outputs(&tensor, codec);
         fused.insert(members().min().unwrap_or_default(), tensor);
         taken.extend(members());
     }
