@@ -1,8 +1,6 @@
 //! A format with its options, and all sizes that follow.
 
-use super::{
-    BlockSize, Codebook, Coding, ElementCode, FormatSpec, GroupSize, Layout, ScaleCode, Sharing,
-};
+use super::{BlockSize, Codebook, Coding, ElementCode, FormatSpec, GroupSize, Layout, ScaleCode, Sharing};
 use crate::dtype::FloatDtype;
 
 /// How weights are quantized: everything that decides a quantized tensor's bytes.

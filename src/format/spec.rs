@@ -88,6 +88,14 @@ impl ScaleCode {
 }
 
 impl FormatSpec {
+    /// Its sixteen values, if codes stand for such.
+    pub fn codebook(&self) -> Option<&'static Codebook> {
+        match self.element {
+            ElementCode::Codebook(codebook) => Some(codebook),
+            ElementCode::Int { .. } | ElementCode::E2m1 => None,
+        }
+    }
+
     /// The names of all formats, for messages.
     pub fn names() -> String {
         FORMATS.iter().map(|format| format.name).collect::<Vec<_>>().join(", ")

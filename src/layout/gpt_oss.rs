@@ -12,7 +12,8 @@ use crate::layout::{OutputDtype, OutputKind, OutputTensor};
 pub fn output_tensors(codec: &Codec, shape: &[u64]) -> Vec<OutputTensor> {
     let &[experts, rows, columns] = shape else { unreachable!("only fused experts are quantized in this layout") };
     let group = codec.block_len(columns);
-    let tensor = |kind, suffix, shape| OutputTensor { kind, suffix: Cow::Borrowed(suffix), dtype: OutputDtype::U8, shape };
+    let tensor =
+        |kind, suffix, shape| OutputTensor { kind, suffix: Cow::Borrowed(suffix), dtype: OutputDtype::U8, shape };
     vec![
         tensor(OutputKind::Packed, "_blocks", vec![experts, rows, columns / group, group / 2]),
         tensor(OutputKind::Scale, "_scales", vec![experts, rows, columns / group]),

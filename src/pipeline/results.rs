@@ -4,7 +4,7 @@ use super::files::Files;
 use super::scheduler::Done;
 use crate::dtype::FloatDtype;
 use crate::error::Result;
-use crate::format::{Codec, ElementCode, NESTED_BLOCK_SIZE, dynamic_map};
+use crate::format::{Codec, NESTED_BLOCK_SIZE, dynamic_map};
 use crate::kernel::BlockErrors;
 use crate::kernel::block::nested;
 use crate::layout::{OutputKind, QuantState, ZERO_POINT_ROWS, quant_state_bytes, shape_bytes};
@@ -120,7 +120,7 @@ impl Results<'_, '_, '_> {
 
     /// The outputs that are known without the weights.
     fn constants(&mut self, codec: &Codec) -> Result<()> {
-        if let ElementCode::Codebook(codebook) = codec.format.element {
+        if let Some(codebook) = codec.format.codebook() {
             self.floats(&codebook.values(), OutputKind::QuantMap, 0)?;
         }
         if codec.double_quant() {

@@ -189,7 +189,9 @@ impl<'j, 'a> Worker<'j, 'a> {
     fn quantize_blocks_on_gpu(&mut self, ring: &SlotPool<'_>, piece: Piece<'_>) -> Result<Done> {
         let Piece { tensor, dtype, first_element, .. } = piece;
         let elements = piece.place.len() / dtype.size();
-        let Scales::Blocks { codebook, size, .. } = self.codec.scales else { return self.quantize(self.kernel(), piece) };
+        let Scales::Blocks { codebook, size, .. } = self.codec.scales else {
+            return self.quantize(self.kernel(), piece);
+        };
         let Some(kernel) = BlockKernel::new(codebook) else { return self.quantize(self.kernel(), piece) };
         ring.with(|slot| {
             self.files.read(tensor, piece.offset(), slot.source(piece.place.len()))?;
@@ -390,7 +392,13 @@ impl Buffers {
 }
 
 impl ChunkOutputs<'_> {
-    fn blocks<'s>(&'s mut self, source: &'s [u8], dtype: FloatDtype, codebook: &'static Codebook, block_size: BlockSize) -> Blocks<'s> {
+    fn blocks<'s>(
+        &'s mut self,
+        source: &'s [u8],
+        dtype: FloatDtype,
+        codebook: &'static Codebook,
+        block_size: BlockSize,
+    ) -> Blocks<'s> {
         let BlockErrors { absmax, signal, noise, worst } = &mut self.figures;
         Blocks {
             source,

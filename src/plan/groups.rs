@@ -58,13 +58,7 @@ pub fn check_options(recipe: &Recipe) -> Result<()> {
 ///
 /// # Errors
 /// When gpt-oss's layout can't be had of all experts.
-pub fn check(
-    source: &Source,
-    model_types: &[&str],
-    input: &Input,
-    codec: &Codec,
-    verdict: &mut Verdict,
-) -> Result<()> {
+pub fn check(source: &Source, model_types: &[&str], input: &Input, codec: &Codec, verdict: &mut Verdict) -> Result<()> {
     let keep = |verdict: &mut Verdict, reason: Cow<'static, str>| {
         (verdict.quantize, verdict.reason) = (false, reason);
         Ok(())
