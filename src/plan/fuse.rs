@@ -176,7 +176,7 @@ impl Group<'_> {
                 );
             }
             if tensor.dtype != first.dtype {
-                let (found, expected) = (tensor.dtype.name(), first.dtype.name());
+                let (found, expected) = (tensor.dtype, first.dtype);
                 return error(
                     tensor,
                     format!("it is {found}, and {:?} is {expected}: one tensor has one dtype", first.name),

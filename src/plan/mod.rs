@@ -250,7 +250,7 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
             (true, Some(dtype)) => Decision::Quantize(dtype),
             (true, None) => {
                 let path = source.files[input.parts[0].file].path.clone();
-                return Err(Error::UnsupportedDtype { path, tensor: input.name, dtype: input.dtype.name() });
+                return Err(Error::UnsupportedDtype { path, tensor: input.name, dtype: input.dtype });
             }
         };
         decided.push((input, verdict, decision));
@@ -273,7 +273,7 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
 /// The dtype as one that weights are quantized from.
 pub fn float_dtype(dtype: Dtype) -> Option<FloatDtype> {
     match dtype {
-        Dtype::Bf16 => Some(FloatDtype::Bfloat16),
+        Dtype::BF16 => Some(FloatDtype::Bfloat16),
         Dtype::F16 => Some(FloatDtype::Float16),
         Dtype::F32 => Some(FloatDtype::Float32),
         _ => None,

@@ -6,7 +6,7 @@ use super::input::Input;
 use super::part::MAX_EXPERTS;
 use super::{Decision, Part};
 use crate::checkpoint::{MAX_HEADER_LEN, Source};
-use crate::dtype::Dtype;
+use crate::dtype::{Dtype, byte_len};
 use crate::error::{Error, Result};
 use crate::models::Role;
 use crate::models::Verdict;
@@ -69,7 +69,7 @@ pub fn join(source: &Source, model_types: &[&str], name: &str, shape: &[u64], ma
     });
     let is_whole = names.eq(matrices.iter().map(|matrix| matrix.name.clone()))
         && matrices.iter().all(|matrix| matrix.dtype == dtype)
-        && dtype.byte_len(shape) == Some(joined.parts.iter().map(|part| part.len).sum());
+        && byte_len(dtype, shape) == Some(joined.parts.iter().map(|part| part.len).sum());
     (is_whole && !transposed && !split.interleaved).then_some(joined)
 }
 
@@ -180,6 +180,6 @@ impl Split {
             return *part;
         }
         let (first, step) = if self.interleaved { (which, count) } else { (which * (rows / count), 1) };
-        part.rows([rows, columns], dtype.bits() / 8, first, step, rows / count)
+        part.rows([rows, columns], dtype.bitsize() as u64 / 8, first, step, rows / count)
     }
 }

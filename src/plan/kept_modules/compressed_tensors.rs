@@ -1,4 +1,4 @@
-//! `ignore`, and its like: every Linear that stays in its dtype, in formats with groups. [`super::skip_modules`] is NF4's and FP4's.
+//! `ignore`, and its like: every Linear that stays in its dtype, in formats with groups. [`super::bitsandbytes`] is NF4's and FP4's.
 
 use std::collections::HashSet;
 
