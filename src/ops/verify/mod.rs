@@ -18,7 +18,7 @@ use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, STAGING_NAME};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Result};
 use crate::manifest::{DecisionRecord, Manifest, SCHEMA_VERSION};
-use crate::models::rules::Rules;
+use crate::models::Rules;
 use crate::plan::kept_modules::{bitsandbytes, compressed_tensors};
 use crate::store::Sha256Hash;
 
