@@ -144,9 +144,7 @@ impl JsonSchema for FormatSpec {
     }
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        let names = FORMATS
-            .iter()
-            .map(|format| json_schema!({"description": format.about, "type": "string", "const": format.name}));
+        let names = FORMATS.iter().map(|format| json_schema!({"description": format.about, "const": format.name}));
         json_schema!({"description": "A 4-bit format.", "oneOf": names.collect::<Vec<_>>()})
     }
 }
