@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use half::{bf16, f16};
 use prequant::backend::{Backend, Cpu, CpuLane, Encoded, Lane, LaneSize, Run};
 use prequant::dtype::FloatDtype;
-use prequant::format::{BlockFormat, BlockScheme, BlockSize, NESTED_BLOCK_SIZE, Scheme};
+use prequant::format::{BlockSize, Codec, CodecOptions, FP4, FormatSpec, NESTED_BLOCK_SIZE, NF4, nf4};
 use prequant::units::Bytes;
 
 use super::{Report, groups};
@@ -23,7 +23,7 @@ const KINDS: u64 = 6;
 /// What is compared: a format with its own ways to be laid out.
 #[derive(Clone, Copy)]
 enum Compared {
-    Blocks(BlockFormat),
+    Blocks(&'static FormatSpec),
     Groups(&'static str),
 }
 
@@ -31,7 +31,7 @@ enum Compared {
 pub fn check(backend: &dyn Backend, size: u64, report: &mut Report) -> Result<(), Box<dyn std::error::Error>> {
     let seed = SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos() as u64;
     report.line(&format!("bytes: {} for each format, seed {seed}", Bytes(size)));
-    let formats = [BlockFormat::Nf4, BlockFormat::Fp4].map(Compared::Blocks);
+    let formats = [&NF4, &FP4].map(Compared::Blocks);
     for format in formats.into_iter().chain(groups::SCHEMES.map(Compared::Groups)) {
         let (next, done) = (AtomicU64::new(0), AtomicU64::new(0));
         let wrong = thread::scope(|scope| {
@@ -41,7 +41,7 @@ pub fn check(backend: &dyn Backend, size: u64, report: &mut Report) -> Result<()
             all.into_iter().filter_map(|thread| thread.join().unwrap_or(Some("a panic".to_owned()))).next()
         });
         let (name, what) = match format {
-            Compared::Blocks(format) => (format.name(), "codes, absmax, figures and double quantization"),
+            Compared::Blocks(format) => (format.name, "codes, absmax, figures and double quantization"),
             Compared::Groups(name) => (name, "codes, scales, zero points and figures"),
         };
         let said = wrong.as_deref().map_or(format!("{what} as on the CPU"), str::to_owned);
@@ -77,20 +77,21 @@ fn compare(
         let dtype = DTYPES[piece as usize % 3];
         let mut random = Random(seed ^ piece.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
         let mut weights = |elements| weights(&mut random, piece / 2 % KINDS, elements, dtype);
-        let (source, scheme, columns, tensor_scale) = match format {
+        let (source, codec, columns, tensor_scale) = match format {
             Compared::Blocks(format) => {
                 let block_size = BlockSize::try_from(32 << (piece / 3 % 8)).ok()?;
                 // Every other piece ends in a short block.
                 let elements = elements - (piece % 2 * (piece * 37 % 4096)).min(elements as u64 - 1) as usize;
-                let scheme = BlockScheme { format, block_size, double_quant: true };
-                (weights(elements), Scheme::Blocks(scheme), elements as u64, None)
+                let codec = format.codec(CodecOptions { block_size, ..CodecOptions::default() });
+                (weights(elements), codec, elements as u64, None)
             }
             Compared::Groups(name) => groups::piece(name, piece / 3, elements, dtype, &mut weights),
         };
-        let run = Run { scheme: &scheme, dtype, columns, tensor_scale, place: 0..source.len() };
+        let run = Run { codec: &codec, dtype, columns, tensor_scale, place: 0..source.len() };
         if let Err(what) = compare_piece(&mut cpu, &mut *lane, &source, &run) {
-            let elements = run.elements();
-            return Some(format!("piece {piece} ({dtype:?}): {scheme:?}, {elements} in rows of {columns}: {what}"));
+            let Codec { format, scales } = codec;
+            let elements = format!("{} elements in rows of {columns}, {scales:?}", run.elements());
+            return Some(format!("piece {piece} ({dtype:?}) to {}: {elements}: {what}", format.name));
         }
         done.fetch_add(source.len() as u64, Ordering::Relaxed);
     }
@@ -118,7 +119,7 @@ fn compare_piece(cpu: &mut CpuLane, lane: &mut dyn Lane, source: &[u8], run: &Ru
             return Err(format!("{name} {i} is {:e}, and {:e} on the CPU", found[i], expected[i]));
         }
     }
-    if let Scheme::Groups(_) = run.scheme {
+    if !run.codec.is_blocks() {
         return Ok(());
     }
     let offset = (absmax.iter().map(|&x| f64::from(x)).sum::<f64>() / absmax.len() as f64) as f32;
@@ -149,7 +150,7 @@ fn compare_bytes(expected: &Encoded<'_>, found: &Encoded<'_>) -> Result<(), Stri
 
 /// Finite weights of one kind, as they stand in a file.
 fn weights(random: &mut Random, kind: u64, elements: usize, dtype: FloatDtype) -> Vec<u8> {
-    let thresholds = BlockFormat::Nf4.codebook().thresholds();
+    let thresholds = nf4::CODEBOOK.thresholds();
     let mut bytes = Vec::with_capacity(elements * dtype.size());
     for i in 0..elements {
         let bits = random.next();

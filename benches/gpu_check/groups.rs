@@ -1,7 +1,7 @@
 //! Group formats: what is compared.
 
 use prequant::dtype::FloatDtype;
-use prequant::format::{GroupFormat, GroupScheme, GroupSize, Layout, Scheme};
+use prequant::format::{Codec, CodecOptions, GroupSize, INT4, INT4_ASYM, Layout, MXFP4, NVFP4, Sharing};
 use prequant::kernel::group::{scalar, tensor_scale};
 
 /// The formats' names, for people.
@@ -10,7 +10,7 @@ pub const SCHEMES: [&str; 5] = ["int4", "int4-asym", "nvfp4", "nvfp4 (ModelOpt)"
 /// Columns of rows that are groups.
 const ROWS: [usize; 6] = [33, 512, 1000, 4096, 14336, 151_937];
 
-/// At most `elements` weights and how they are quantized, by a number: scheme, columns, and the scale that a plan would give
+/// At most `elements` weights and how they are quantized, by a number: codec, columns, and the scale that a plan would give
 /// the tensor.
 pub fn piece(
     name: &str,
@@ -18,25 +18,27 @@ pub fn piece(
     elements: usize,
     dtype: FloatDtype,
     weights: &mut impl FnMut(usize) -> Vec<u8>,
-) -> (Vec<u8>, Scheme, u64, Option<f32>) {
+) -> (Vec<u8>, Codec, u64, Option<f32>) {
     let number = number as usize;
     let (format, layout) = match name {
-        "int4" => (GroupFormat::Int4, Layout::CompressedTensors),
-        "int4-asym" => (GroupFormat::Int4Asym, Layout::CompressedTensors),
-        "mxfp4" => (GroupFormat::Mxfp4, Layout::CompressedTensors),
-        "nvfp4" => (GroupFormat::Nvfp4, Layout::CompressedTensors),
-        _ => (GroupFormat::Nvfp4, Layout::Modelopt),
+        "int4" => (&INT4, Layout::CompressedTensors),
+        "int4-asym" => (&INT4_ASYM, Layout::CompressedTensors),
+        "mxfp4" => (&MXFP4, Layout::CompressedTensors),
+        "nvfp4" => (&NVFP4, Layout::CompressedTensors),
+        _ => (&NVFP4, Layout::Modelopt),
     };
-    let (columns, size) = match format {
-        GroupFormat::Mxfp4 => (1280, GroupSize::Columns(32)),
-        GroupFormat::Nvfp4 => (1280, GroupSize::Columns(16)),
-        _ if number.is_multiple_of(2) => (ROWS[number / 2 % ROWS.len()].min(elements), GroupSize::Channel),
-        _ => (1280, GroupSize::Columns([32, 64, 128, 160][number / 2 % 4])),
+    let (columns, group_size) = match format.sharing {
+        Sharing::Groups if number.is_multiple_of(2) => {
+            (ROWS[number / 2 % ROWS.len()].min(elements), GroupSize::Channel)
+        }
+        Sharing::Groups => (1280, GroupSize::Columns([32, 64, 128, 160][number / 2 % 4])),
+        _ => (1280, GroupSize::default()),
     };
+    let codec = format.codec(CodecOptions { group_size, layout, ..CodecOptions::default() });
     let source = weights((elements / columns).max(1) * columns);
-    let scale = (format == GroupFormat::Nvfp4).then(|| {
+    let scale = codec.has_tensor_scale().then(|| {
         let absmax = scalar::absmax(&source, dtype).unwrap_or(1.0);
-        tensor_scale(layout, absmax, dtype)
+        tensor_scale(&codec, absmax, dtype)
     });
-    (source, Scheme::Groups(GroupScheme { format, size, layout }), columns as u64, scale)
+    (source, codec, columns as u64, scale)
 }

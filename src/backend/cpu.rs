@@ -3,7 +3,7 @@
 use super::{Backend, Devices, Encoded, Fault, Lane, LaneSize, Run, columns_and_group};
 use crate::dtype::FloatDtype;
 use crate::error::Result;
-use crate::format::{BlockScheme, GroupScheme, NESTED_BLOCK_SIZE, Scheme, dynamic_map};
+use crate::format::{BlockSize, Codebook, Codec, NESTED_BLOCK_SIZE, Scales, dynamic_map};
 use crate::kernel::block::nested;
 use crate::kernel::group::Groups;
 use crate::kernel::{BlockErrors, Blocks, Kernel, NonFinite, quantize_any};
@@ -54,11 +54,11 @@ impl Backend for Cpu {
         None
     }
 
-    fn quantizes(&self, _: &Scheme, _: u64) -> bool {
+    fn quantizes(&self, _: &Codec, _: u64) -> bool {
         true
     }
 
-    fn prepare(&self, _: &Scheme, _: u64) -> Result<()> {
+    fn prepare(&self, _: &Codec, _: u64) -> Result<()> {
         Ok(())
     }
 
@@ -102,21 +102,21 @@ impl CpuLane {
         self.kernel.absmax(&self.source[place], dtype)
     }
 
-    /// Quantizes a run of blocks whatever is in them; see [`quantize_any`]. `None` if the scheme has groups, which can't hold
+    /// Quantizes a run of blocks whatever is in them; see [`quantize_any`]. `None` if the codec has groups, which can't hold
     /// what isn't finite.
     pub fn quantize_any(&mut self, run: &Run<'_>) -> Option<Encoded<'_>> {
-        let Scheme::Blocks(scheme) = run.scheme else { return None };
-        let (source, mut encoded) = self.split(run);
-        quantize_any(encoded.blocks(source, run, scheme));
-        Some(encoded.into())
+        let Scales::Blocks { codebook, size, .. } = run.codec.scales else { return None };
+        let (source, mut outputs) = self.split(run);
+        quantize_any(outputs.blocks(source, run, codebook, size));
+        Some(outputs.into())
     }
 
     /// A run's weights, and room for what they become.
     fn split(&mut self, run: &Run<'_>) -> (&[u8], Outputs<'_>) {
         let groups = run.groups();
-        let (scale_size, points) = match run.scheme {
-            Scheme::Groups(scheme) => (scheme.scale_size(run.dtype), scheme.has_zero_points()),
-            Scheme::Blocks(_) => (0, false),
+        let (scale_size, points) = match run.codec.is_blocks() {
+            true => (0, false),
+            false => (run.codec.scale_size(run.dtype), run.codec.has_zero_points()),
         };
         let [absmax, signal, noise, worst] = self.figures.each_mut().map(|figure| &mut figure[..groups]);
         let outputs = Outputs {
@@ -137,9 +137,9 @@ impl Lane for CpuLane {
     fn quantize(&mut self, run: &Run<'_>) -> Result<Option<Encoded<'_>>, Fault> {
         let kernel = self.kernel;
         let (source, mut outputs) = self.split(run);
-        let quantized = match run.scheme {
-            Scheme::Blocks(scheme) => kernel.quantize(outputs.blocks(source, run, scheme)),
-            Scheme::Groups(scheme) => kernel.quantize_groups(outputs.groups(source, run, scheme)),
+        let quantized = match run.codec.scales {
+            Scales::Blocks { codebook, size, .. } => kernel.quantize(outputs.blocks(source, run, codebook, size)),
+            Scales::Groups { .. } => kernel.quantize_groups(outputs.groups(source, run)),
         };
         Ok(quantized.ok().map(|()| outputs.into()))
     }
@@ -161,27 +161,33 @@ struct Outputs<'a> {
 }
 
 impl Outputs<'_> {
-    fn blocks<'s>(&'s mut self, source: &'s [u8], run: &Run<'_>, scheme: &BlockScheme) -> Blocks<'s> {
+    fn blocks<'s>(
+        &'s mut self,
+        source: &'s [u8],
+        run: &Run<'_>,
+        codebook: &'static Codebook,
+        block_size: BlockSize,
+    ) -> Blocks<'s> {
         let BlockErrors { absmax, signal, noise, worst } = &mut self.figures;
         Blocks {
             source,
             dtype: run.dtype,
-            block_size: scheme.block_size,
-            codebook: scheme.format.codebook(),
+            block_size,
+            codebook,
             packed: self.packed,
             figures: BlockErrors { absmax, signal, noise, worst },
         }
     }
 
-    fn groups<'s>(&'s mut self, source: &'s [u8], run: &Run<'_>, scheme: &GroupScheme) -> Groups<'s> {
+    fn groups<'s>(&'s mut self, source: &'s [u8], run: &Run<'_>) -> Groups<'s> {
         let BlockErrors { absmax, signal, noise, worst } = &mut self.figures;
-        let (columns, group) = columns_and_group(scheme, run.columns);
+        let (columns, group) = columns_and_group(run.codec, run.columns);
         Groups {
             source,
             dtype: run.dtype,
             columns,
             group,
-            scheme: run.coder(scheme),
+            scheme: run.coder(),
             packed: self.packed,
             scales: self.scales,
             zero_points: self.zero_points,

@@ -21,7 +21,7 @@ pub use cpu::{Cpu, CpuLane};
 
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Result};
-use crate::format::{GroupScheme, Scheme};
+use crate::format::Codec;
 use crate::kernel::BlockErrors;
 use crate::kernel::group::GroupCoder;
 
@@ -62,14 +62,14 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// The devices that have lanes; `None` if each thread has its own on the processor, and nothing else.
     fn devices(&self) -> Option<Devices>;
 
-    /// Whether lanes quantize by this scheme, in rows of so many columns. Otherwise the processor does.
-    fn quantizes(&self, scheme: &Scheme, columns: u64) -> bool;
+    /// Whether lanes quantize by this codec, in rows of so many columns. Otherwise the processor does.
+    fn quantizes(&self, codec: &Codec, columns: u64) -> bool;
 
-    /// Gets ready to quantize by this scheme, before anything is written. Lanes will take `memory` bytes of each device.
+    /// Gets ready to quantize by this codec, before anything is written. Lanes will take `memory` bytes of each device.
     ///
     /// # Errors
     /// When a device fails or has less.
-    fn prepare(&self, scheme: &Scheme, memory: u64) -> Result<()>;
+    fn prepare(&self, codec: &Codec, memory: u64) -> Result<()>;
 
     /// Bytes that a lane takes here, and as many on its device if it has one.
     fn lane_len(&self, size: &LaneSize) -> u64;
@@ -132,7 +132,7 @@ pub trait Lane: Send {
 #[derive(Clone, Debug)]
 pub struct Run<'a> {
     /// How.
-    pub scheme: &'a Scheme,
+    pub codec: &'a Codec,
     /// The weights' dtype.
     pub dtype: FloatDtype,
     /// Elements of the tensor's rows.
@@ -151,25 +151,25 @@ impl Run<'_> {
 
     /// Blocks or groups.
     fn groups(&self) -> usize {
-        (self.elements() as u64).div_ceil(self.scheme.block_len(self.columns)) as usize
+        (self.elements() as u64).div_ceil(self.codec.block_len(self.columns)) as usize
     }
 
     /// Bytes of codes.
     fn packed_len(&self) -> usize {
-        self.scheme.packed_len(self.elements() as u64, self.columns) as usize
+        self.codec.packed_len(self.elements() as u64, self.columns) as usize
     }
 
     /// How kernels code groups.
-    fn coder(&self, scheme: &GroupScheme) -> GroupCoder {
-        GroupCoder::new(scheme, self.tensor_scale)
+    fn coder(&self) -> GroupCoder {
+        GroupCoder::new(self.codec, self.tensor_scale)
     }
 }
 
 /// The columns and the groups that kernels take a tensor's rows for. Where a run needn't be whole rows, rows have no
 /// padding: groups lie one after the other, as rows do.
-fn columns_and_group(scheme: &GroupScheme, columns: u64) -> (usize, usize) {
-    let group = scheme.group_len(columns) as usize;
-    (if scheme.has_whole_rows() { columns as usize } else { group }, group)
+fn columns_and_group(codec: &Codec, columns: u64) -> (usize, usize) {
+    let group = codec.block_len(columns) as usize;
+    (if codec.has_whole_rows() { columns as usize } else { group }, group)
 }
 
 /// What a run was quantized to.

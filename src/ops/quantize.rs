@@ -92,7 +92,7 @@ pub struct Conversion {
 pub fn plan(source: &Path, recipe: Recipe, mut options: Options) -> Result<Conversion> {
     let source = Source::open(source)?;
     let manifest = source.quantization().and_then(|_| relayout::manifest_of(&source.path));
-    let (plan, relay) = match manifest.filter(|manifest| manifest.recipe.scheme().blocks().is_some()) {
+    let (plan, relay) = match manifest.filter(|manifest| manifest.recipe.codec().is_blocks()) {
         None => {
             input::check_quantization(&source, &recipe)?;
             (Plan::new(&source, recipe)?, None)
@@ -105,7 +105,7 @@ pub fn plan(source: &Path, recipe: Recipe, mut options: Options) -> Result<Conve
     };
     let Options { memory, threads, device_memory, .. } = options;
     let budget = Budget::new(&plan, Limits { memory, threads, device_memory }, &*options.device)?;
-    options.device.prepare(&plan.recipe.scheme(), budget.device_peak())?;
+    options.device.prepare(&plan.recipe.codec(), budget.device_peak())?;
     Ok(Conversion { source, plan, budget, options, relay, dequantized: None })
 }
 

@@ -3,7 +3,7 @@
 use super::scheduler::NESTED_CHUNK;
 use crate::backend::{Backend, Devices, LaneSize};
 use crate::error::{Error, Result};
-use crate::format::{BlockSize, Scheme};
+use crate::format::BlockSize;
 use crate::plan::{Plan, PlannedTensor};
 use crate::stats::GROUP;
 use crate::units::Bytes;
@@ -177,20 +177,17 @@ fn element_size(plan: &Plan) -> usize {
 
 /// Room for chunks of `chunk` elements at most, and for runs of absmax if there will be any.
 pub fn lane_size(plan: &Plan, chunk: usize) -> LaneSize {
-    let scheme = plan.recipe.scheme();
+    let codec = plan.recipe.codec();
     let element = element_size(plan);
-    let group_len = match &scheme {
-        Scheme::Groups(_) => element + 1,
-        Scheme::Blocks(_) => 0,
-    };
+    let group_len = if codec.is_blocks() { 0 } else { element + 1 };
     let absmax = if plan.recipe.double_quant { NESTED_CHUNK } else { 0 };
     // Tensors that are kept go through the same room.
     let mut size = LaneSize { source: chunk.saturating_mul(element), packed: 0, groups: 0, group_len, absmax };
     for tensor in plan.quantized() {
         let elements = tensor.elements().min(chunk_elements(plan, tensor, chunk) as u64);
-        let groups = elements.div_ceil(scheme.block_len(tensor.columns()));
+        let groups = elements.div_ceil(codec.block_len(tensor.columns()));
         size.groups = size.groups.max(groups as usize);
-        size.packed = size.packed.max(scheme.packed_len(elements, tensor.columns()) as usize);
+        size.packed = size.packed.max(codec.packed_len(elements, tensor.columns()) as usize);
     }
     size
 }
@@ -203,8 +200,8 @@ pub fn chunk_elements(plan: &Plan, tensor: &PlannedTensor, most: usize) -> usize
 
 /// Elements of `tensor` that a chunk is whole multiples of.
 fn chunk_unit(plan: &Plan, tensor: &PlannedTensor) -> usize {
-    match plan.recipe.scheme() {
-        Scheme::Groups(scheme) if scheme.has_whole_rows() && tensor.quantized_from().is_some() => {
+    match plan.recipe.codec().has_whole_rows() {
+        true if tensor.quantized_from().is_some() => {
             // Rows in a multiple of what share an integer for their zero points.
             usize::try_from(tensor.columns()).unwrap_or(usize::MAX).saturating_mul(GROUP)
         }

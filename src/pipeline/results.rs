@@ -5,7 +5,7 @@ use super::scheduler::Done;
 use crate::backend::Encoded;
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Result};
-use crate::format::{BlockScheme, GroupScheme, NESTED_BLOCK_SIZE, Scheme, dynamic_map};
+use crate::format::{Codec, NESTED_BLOCK_SIZE, Scales, dynamic_map};
 use crate::kernel::block::nested;
 use crate::layout::{OutputKind, QuantState, ZERO_POINT_ROWS, quant_state_bytes, shape_bytes};
 use crate::plan::PlannedTensor;
@@ -14,7 +14,7 @@ use crate::stats::{AbsmaxAccumulator, StatsAccumulator};
 /// One tensor's places in the output file that is open.
 pub struct Results<'x, 'j, 'a> {
     pub files: &'x Files<'j, 'a>,
-    pub scheme: &'x Scheme,
+    pub codec: &'x Codec,
     pub tensor: &'x PlannedTensor,
     pub dtype: FloatDtype,
     /// Numbers as they stand in the file; a buffer.
@@ -27,36 +27,31 @@ impl Results<'_, '_, '_> {
         if first == 0 {
             self.constants(tensor_scale)?;
         }
-        let (scheme, columns) = (self.scheme, self.tensor.columns());
-        let before = scheme.packed_len(first, columns);
+        let (codec, columns) = (self.codec, self.tensor.columns());
+        let before = codec.packed_len(first, columns);
         self.files.write(encoded.packed, self.offset(OutputKind::Packed) + before)?;
-        let first_group = first / scheme.block_len(columns);
-        let absmax = match scheme {
-            Scheme::Blocks(scheme) if scheme.double_quant => {
-                Some((first_group as usize, encoded.figures.absmax.to_vec()))
-            }
-            Scheme::Blocks(_) => {
-                self.floats(encoded.figures.absmax, OutputKind::Absmax, first_group)?;
-                None
-            }
-            Scheme::Groups(scheme) => {
-                let scale_size = scheme.scale_size(self.dtype) as u64;
-                self.files.write(encoded.scales, self.offset(OutputKind::Scale) + first_group * scale_size)?;
-                if scheme.has_zero_points() {
-                    self.zero_points(scheme, first, encoded.zero_points)?;
-                }
-                None
-            }
-        };
+        let first_group = first / codec.block_len(columns);
+        let mut absmax = None;
+        if codec.double_quant() {
+            absmax = Some((first_group as usize, encoded.figures.absmax.to_vec()));
+        } else if codec.is_blocks() {
+            self.floats(encoded.figures.absmax, OutputKind::Absmax, first_group)?;
+        } else {
+            let scale_size = codec.scale_size(self.dtype) as u64;
+            self.files.write(encoded.scales, self.offset(OutputKind::Scale) + first_group * scale_size)?;
+        }
+        if codec.has_zero_points() {
+            self.zero_points(first, encoded.zero_points)?;
+        }
         let mut gathering = Box::<StatsAccumulator>::default();
         gathering.add(&encoded.figures);
         Ok(Done::Quantized { gathering, absmax })
     }
 
     /// Zero points of whole rows that start at an element.
-    fn zero_points(&mut self, scheme: &GroupScheme, first: u64, points: &[u8]) -> Result<()> {
+    fn zero_points(&mut self, first: u64, points: &[u8]) -> Result<()> {
         let columns = self.tensor.columns();
-        let per_row = columns / scheme.group_len(columns);
+        let per_row = columns / self.codec.block_len(columns);
         pack_zero_points(points, per_row as usize, self.bytes);
         let before = first / columns / ZERO_POINT_ROWS * per_row * 4;
         self.files.write(self.bytes, self.offset(OutputKind::ZeroPoint) + before)
@@ -64,11 +59,11 @@ impl Results<'_, '_, '_> {
 
     /// The outputs that are known without the weights.
     fn constants(&mut self, tensor_scale: Option<f32>) -> Result<()> {
-        if let Scheme::Blocks(scheme) = self.scheme {
-            self.floats(&scheme.format.codebook().values(), OutputKind::QuantMap, 0)?;
-            return match scheme.double_quant {
+        if let Scales::Blocks { codebook, double_quant, .. } = self.codec.scales {
+            self.floats(&codebook.values(), OutputKind::QuantMap, 0)?;
+            return match double_quant {
                 true => self.floats(dynamic_map().values(), OutputKind::NestedQuantMap, 0),
-                false => self.quant_state(scheme, 0.0),
+                false => self.quant_state(0.0),
             };
         }
         for output in &self.tensor.outputs {
@@ -96,14 +91,16 @@ impl Results<'_, '_, '_> {
         codes: &[u8],
         nested_absmax: &[f32],
     ) -> Result<Done> {
-        let Scheme::Blocks(scheme) = self.scheme else {
+        if !self.codec.double_quant() {
             let name = &self.tensor.name;
-            return Err(Error::internal(format!("tensor {name:?} has groups, and absmax to be quantized")));
-        };
+            return Err(Error::internal(format!(
+                "absmax of tensor {name:?} were to be quantized, by a recipe that doesn't"
+            )));
+        }
         self.files.write(codes, self.offset(OutputKind::Absmax) + first as u64)?;
         self.floats(nested_absmax, OutputKind::NestedAbsmax, (first / NESTED_BLOCK_SIZE) as u64)?;
         if first == 0 {
-            self.quant_state(scheme, offset)?;
+            self.quant_state(offset)?;
         }
         let map = dynamic_map();
         let mut error = AbsmaxAccumulator::default();
@@ -115,8 +112,8 @@ impl Results<'_, '_, '_> {
         Ok(Done::Nested(error))
     }
 
-    fn quant_state(&self, scheme: &BlockScheme, nested_offset: f32) -> Result<()> {
-        let state = QuantState { scheme, dtype: self.dtype, shape: &self.tensor.shape, nested_offset };
+    fn quant_state(&self, nested_offset: f32) -> Result<()> {
+        let state = QuantState { codec: self.codec, dtype: self.dtype, shape: &self.tensor.shape, nested_offset };
         self.files.write(&quant_state_bytes(&state), self.offset(OutputKind::QuantState))
     }
 

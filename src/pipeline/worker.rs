@@ -13,7 +13,7 @@ use super::{Job, nonfinite};
 use crate::backend::{CpuLane, Lane, Run};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, IoContext, Result};
-use crate::format::Scheme;
+use crate::format::Codec;
 use crate::kernel::group;
 use crate::plan::{Decision, PlannedTensor};
 use crate::recipe::NonFinitePolicy;
@@ -22,7 +22,7 @@ use crate::store::{Sha256Hash, hash_range};
 /// A thread with its lane on the processor and the files it has in hand.
 pub struct Worker<'j, 'a> {
     job: &'j Job<'a>,
-    scheme: Scheme,
+    codec: Codec,
     files: Files<'j, 'a>,
     /// What is copied and hashed goes through its room, too.
     lane: CpuLane,
@@ -34,7 +34,7 @@ impl<'j, 'a> Worker<'j, 'a> {
     pub fn new(job: &'j Job<'a>) -> Worker<'j, 'a> {
         Worker {
             job,
-            scheme: job.plan.recipe.scheme(),
+            codec: job.plan.recipe.codec(),
             files: Files::new(job),
             lane: job.means.device.cpu().lane(&lane_size(job.plan, job.means.budget.chunk_elements)),
             bytes: Vec::new(),
@@ -112,7 +112,7 @@ impl<'j, 'a> Worker<'j, 'a> {
     /// Reads and quantizes a run: on a device, if there is one that has a kernel for it.
     fn quantize(&mut self, piece: &Piece<'_>) -> Result<Done> {
         let (job, tensor, len) = (self.job, piece.tensor, piece.place.len());
-        let lanes = job.lanes.as_ref().filter(|_| job.means.device.quantizes(&self.scheme, tensor.columns()));
+        let lanes = job.lanes.as_ref().filter(|_| job.means.device.quantizes(&self.codec, tensor.columns()));
         let Some(lanes) = lanes else {
             self.files.read(tensor, piece.offset(), self.lane.source(len))?;
             return self.quantize_here(piece);
@@ -141,7 +141,7 @@ impl<'j, 'a> Worker<'j, 'a> {
     fn quantize_nonfinite(&mut self, piece: &Piece<'_>) -> Result<Done> {
         if self.job.plan.recipe.nonfinite == NonFinitePolicy::Keep {
             let (lane, mut results) = self.parts(piece);
-            if let Some(encoded) = lane.quantize_any(&piece.run(results.scheme)) {
+            if let Some(encoded) = lane.quantize_any(&piece.run(results.codec)) {
                 return results.quantized(piece.first, piece.tensor_scale, &encoded);
             }
         }
@@ -150,8 +150,8 @@ impl<'j, 'a> Worker<'j, 'a> {
 
     /// The thread's own lane, and where a run's results go.
     fn parts<'s>(&'s mut self, piece: &Piece<'s>) -> (&'s mut CpuLane, Results<'s, 'j, 'a>) {
-        let Worker { files, scheme, lane, bytes, .. } = self;
-        (lane, Results { files, scheme, tensor: piece.tensor, dtype: piece.dtype, bytes })
+        let Worker { files, codec, lane, bytes, .. } = self;
+        (lane, Results { files, codec, tensor: piece.tensor, dtype: piece.dtype, bytes })
     }
 
     /// Reads tensors that share a scale one after the other into the thread's lane, and quantizes there `written` of them.
@@ -171,7 +171,7 @@ impl<'j, 'a> Worker<'j, 'a> {
             places.push((i, dtype, place));
         }
         let mut done = Vec::new();
-        let tensor_scale = Some(group::tensor_scale(plan.recipe.layout, absmax, plan.scale_dtype(set)));
+        let tensor_scale = Some(group::tensor_scale(&self.codec, absmax, plan.scale_dtype(set)));
         for (i, dtype, place) in places.into_iter().filter(|(i, ..)| written.contains(i)) {
             let tensor = &plan.tensors[i];
             self.files.open_output(scheduler.file_of(i))?;
@@ -198,13 +198,13 @@ impl<'j, 'a> Worker<'j, 'a> {
     /// Quantizes a run of absmax that starts at entry `first`.
     fn nested(&mut self, tensor: &PlannedTensor, absmax: &[f32], first: usize, offset: f32) -> Result<Done> {
         let (job, dtype) = (self.job, quantized_from(tensor)?);
-        let Worker { files, scheme, lane, bytes, .. } = self;
-        let mut results = Results { files, scheme, tensor, dtype, bytes };
+        let Worker { files, codec, lane, bytes, .. } = self;
+        let mut results = Results { files, codec, tensor, dtype, bytes };
         let mut quantize = |lane: &mut dyn Lane| {
             let (codes, nested_absmax) = lane.quantize_absmax(absmax, offset)?;
             Ok(results.nested(first, absmax, offset, codes, nested_absmax)?)
         };
-        match job.lanes.as_ref().filter(|_| job.means.device.quantizes(scheme, tensor.columns())) {
+        match job.lanes.as_ref().filter(|_| job.means.device.quantizes(codec, tensor.columns())) {
             Some(lanes) => lanes.with(quantize),
             None => quantize(lane).map_err(Failed::into),
         }
@@ -264,7 +264,7 @@ fn quantize_in(
     results: &mut Results<'_, '_, '_>,
     piece: &Piece<'_>,
 ) -> Result<Option<Done>, Failed> {
-    match lane.quantize(&piece.run(results.scheme))? {
+    match lane.quantize(&piece.run(results.codec))? {
         Some(encoded) => Ok(Some(results.quantized(piece.first, piece.tensor_scale, &encoded)?)),
         None => Ok(None),
     }
@@ -287,9 +287,9 @@ impl Piece<'_> {
         self.first * self.dtype.size() as u64
     }
 
-    fn run<'s>(&self, scheme: &'s Scheme) -> Run<'s> {
+    fn run<'s>(&self, codec: &'s Codec) -> Run<'s> {
         let Piece { tensor, dtype, tensor_scale, .. } = *self;
-        Run { scheme, dtype, columns: tensor.columns(), tensor_scale, place: self.place.clone() }
+        Run { codec, dtype, columns: tensor.columns(), tensor_scale, place: self.place.clone() }
     }
 }
 

@@ -9,7 +9,7 @@ use std::thread;
 
 use prequant::backend::{Backend, Cpu, Devices, Encoded, Fault, Lane, LaneSize, Run};
 use prequant::error::{Error, Result};
-use prequant::format::{Format, GroupSize, Layout, Scheme};
+use prequant::format::{Codec, FP4, FormatSpec, GroupSize, INT4, INT4_ASYM, Layout, MXFP4, NF4, NVFP4};
 use prequant::kernel::{BlockErrors, Kernel};
 use prequant::manifest::Manifest;
 use prequant::ops::quantize::{Options, plan};
@@ -38,7 +38,7 @@ type Work = Box<dyn FnOnce() + Send>;
 #[derive(Debug)]
 struct Queue {
     work: SyncSender<Work>,
-    has_kernel: fn(&Scheme) -> bool,
+    has_kernel: fn(&Codec) -> bool,
     /// The piece of work that fails, and whether for want of memory.
     fails: Option<(usize, bool)>,
     started: AtomicUsize,
@@ -46,7 +46,7 @@ struct Queue {
 }
 
 impl Queue {
-    fn new(has_kernel: fn(&Scheme) -> bool, fails: Option<(usize, bool)>) -> Arc<Queue> {
+    fn new(has_kernel: fn(&Codec) -> bool, fails: Option<(usize, bool)>) -> Arc<Queue> {
         let (work, queued) = sync_channel::<Work>(2);
         thread::spawn(|| queued.into_iter().for_each(|work| work()));
         let (started, lanes) = Default::default();
@@ -83,11 +83,11 @@ impl Backend for Queued {
         Some(Devices { count: 1, lanes_each: 2, waiting: 1, reserved: 0 })
     }
 
-    fn quantizes(&self, scheme: &Scheme, _: u64) -> bool {
-        (self.0.has_kernel)(scheme)
+    fn quantizes(&self, codec: &Codec, _: u64) -> bool {
+        (self.0.has_kernel)(codec)
     }
 
-    fn prepare(&self, _: &Scheme, memory: u64) -> Result<()> {
+    fn prepare(&self, _: &Codec, memory: u64) -> Result<()> {
         assert!(memory > 0);
         Ok(())
     }
@@ -127,13 +127,13 @@ impl Lane for QueueLane {
     }
 
     fn quantize(&mut self, run: &Run<'_>) -> Result<Option<Encoded<'_>>, Fault> {
-        assert!((self.queue.has_kernel)(run.scheme), "there is no such kernel");
+        assert!((self.queue.has_kernel)(run.codec), "there is no such kernel");
         let Run { dtype, columns, tensor_scale, .. } = *run;
-        let (size, scheme, bytes) = (self.size, *run.scheme, self.source[run.place.clone()].to_vec());
+        let (size, codec, bytes) = (self.size, *run.codec, self.source[run.place.clone()].to_vec());
         self.results = self.queue.have_done(move || {
             let mut lane = Cpu::new(Kernel::SCALAR).lane(&size);
             lane.source(bytes.len()).copy_from_slice(&bytes);
-            let run = Run { scheme: &scheme, dtype, columns, tensor_scale, place: 0..bytes.len() };
+            let run = Run { codec: &codec, dtype, columns, tensor_scale, place: 0..bytes.len() };
             let Some(Encoded { packed, scales, zero_points, figures }) = lane.quantize(&run).unwrap() else {
                 return Results::default();
             };
@@ -187,17 +187,17 @@ fn convert(source: &Path, to: &Path, recipe: &Recipe, device: Arc<dyn Backend>) 
 
 /// Every way to quantize.
 fn recipes() -> Vec<Recipe> {
-    let of = |format| Recipe { format, ..Recipe::default() };
+    let of = |format: &'static FormatSpec| Recipe { format, ..Recipe::default() };
     vec![
-        of(Format::Nf4),
-        Recipe { double_quant: true, ..of(Format::Nf4) },
-        of(Format::Fp4),
-        of(Format::Int4),
-        Recipe { group_size: GroupSize::Channel, ..of(Format::Int4) },
-        of(Format::Int4Asym),
-        of(Format::Mxfp4),
-        of(Format::Nvfp4),
-        Recipe { layout: Layout::Modelopt, ..of(Format::Nvfp4) },
+        of(&NF4),
+        Recipe { double_quant: true, ..of(&NF4) },
+        of(&FP4),
+        of(&INT4),
+        Recipe { group_size: GroupSize::Channel, ..of(&INT4) },
+        of(&INT4_ASYM),
+        of(&MXFP4),
+        of(&NVFP4),
+        Recipe { layout: Layout::Modelopt, ..of(&NVFP4) },
     ]
 }
 
@@ -225,10 +225,10 @@ fn a_device_gives_the_processors_bytes_in_every_format() {
 #[test]
 fn what_a_device_has_no_kernel_for_the_processor_quantizes() {
     same_bytes(
-        || Queue::new(|scheme| scheme.blocks().is_some(), None),
+        || Queue::new(Codec::is_blocks, None),
         |queue, recipe| {
             let works = queue.started.load(Ordering::SeqCst) > 0;
-            assert_eq!(works, recipe.scheme().blocks().is_some(), "{recipe:?}");
+            assert_eq!(works, recipe.codec().is_blocks(), "{recipe:?}");
         },
     );
 }

@@ -7,7 +7,7 @@ use crate::backend::columns_and_group;
 use crate::backend::cuda::driver::{Context, Fault, Function, Module};
 use crate::backend::cuda::{THREADS, dtype_name};
 use crate::dtype::FloatDtype;
-use crate::format::GroupScheme;
+use crate::format::Codec;
 use crate::kernel::group::GroupCoder;
 
 /// The kernels for groups, made from groups.cu as [`super::PTX`] is from kernels.cu.
@@ -65,9 +65,9 @@ impl GroupKernel {
     }
 
     /// The kernel for a tensor's rows of `columns` elements, if there is one.
-    pub(super) fn of(scheme: &GroupScheme, columns: u64) -> Option<GroupKernel> {
-        let (columns, group) = columns_and_group(scheme, columns);
-        GroupKernel::new(GroupCoder::new(scheme, None), columns, group)
+    pub(super) fn of(codec: &Codec, columns: u64) -> Option<GroupKernel> {
+        let (columns, group) = columns_and_group(codec, columns);
+        GroupKernel::new(GroupCoder::new(codec, None), columns, group)
     }
 
     /// Its name for a dtype.

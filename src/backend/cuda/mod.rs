@@ -20,7 +20,7 @@ pub use tables::{codebook_table, dynamic_map_table};
 use super::{Backend, Devices, Kind, Lane, LaneSize};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Result};
-use crate::format::{BlockFormat, Codebook, FP4, NF4, Scheme};
+use crate::format::{Codebook, Codec, Scales, fp4, nf4};
 use driver::{Context, DeviceBuffer, Fault, Function, Module};
 use groups::GroupModule;
 
@@ -65,6 +65,26 @@ const MIN_CAPABILITY: (i32, i32) = (7, 5);
 /// CUDA 12.0, which came with driver 525.
 const MIN_VERSION: i32 = 12_000;
 
+/// A kernel of kernels.cu, in one of its three dtypes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum BlockKernel {
+    /// Thresholds of which no two share a bin.
+    Nf4,
+    /// Those of FP4.
+    Fp4,
+}
+
+impl BlockKernel {
+    /// The kernel for a codebook, if there is one.
+    fn new(codebook: &Codebook) -> Option<BlockKernel> {
+        match codebook {
+            _ if *codebook == nf4::CODEBOOK => Some(BlockKernel::Nf4),
+            _ if *codebook == fp4::CODEBOOK => Some(BlockKernel::Fp4),
+            _ => None,
+        }
+    }
+}
+
 /// GPUs, at least one.
 #[derive(Debug)]
 struct Cuda {
@@ -85,14 +105,14 @@ impl Backend for Cuda {
         Some(Devices { count: self.gpus.len(), lanes_each: SLOTS, waiting: WAITING, reserved: TABLE_BYTES })
     }
 
-    fn quantizes(&self, scheme: &Scheme, columns: u64) -> bool {
-        match scheme {
-            Scheme::Blocks(_) => true,
-            Scheme::Groups(scheme) => GroupKernel::of(scheme, columns).is_some(),
+    fn quantizes(&self, codec: &Codec, columns: u64) -> bool {
+        match codec.scales {
+            Scales::Blocks { codebook, .. } => BlockKernel::new(codebook).is_some(),
+            Scales::Groups { .. } => GroupKernel::of(codec, columns).is_some(),
         }
     }
 
-    fn prepare(&self, scheme: &Scheme, memory: u64) -> Result<()> {
+    fn prepare(&self, codec: &Codec, memory: u64) -> Result<()> {
         for gpu in &self.gpus {
             let free = gpu.free_memory().map_err(|fault| gpu.fault(fault))?;
             if free < memory {
@@ -100,7 +120,7 @@ impl Backend for Cuda {
                 return Err(Error::NoDevice { device: format!("cuda:{}", gpu.ordinal), why: why.into() });
             }
         }
-        if let Scheme::Groups(_) = scheme {
+        if !codec.is_blocks() {
             // Compiled before anything is written.
             self.gpus.iter().try_for_each(|gpu| gpu.groups().map(|_| ()).map_err(|fault| gpu.fault(fault)))?;
         }
@@ -250,8 +270,8 @@ impl Gpu {
             version,
             functions: [of_format("nf4")?, of_format("fp4")?],
             absmax: module.function("quantize_absmax")?,
-            nf4: table(&NF4)?,
-            fp4: table(&FP4)?,
+            nf4: table(&nf4::CODEBOOK)?,
+            fp4: table(&fp4::CODEBOOK)?,
             dynamic_map: DeviceBuffer::with_words(&context, &dynamic_map_table())?,
             groups: OnceLock::new(),
             _module: module,
@@ -270,13 +290,8 @@ impl Gpu {
         super::Fault { device: self.to_string(), why: fault.into(), is_out_of_memory }
     }
 
-    fn quantize_function(&self, format: BlockFormat, dtype: FloatDtype) -> Function {
-        let [nf4, fp4] = &self.functions;
-        let functions = match format {
-            BlockFormat::Nf4 => nf4,
-            BlockFormat::Fp4 => fp4,
-        };
-        of_dtype(functions, dtype)
+    fn quantize_function(&self, kernel: BlockKernel, dtype: FloatDtype) -> Function {
+        of_dtype(&self.functions[kernel as usize], dtype)
     }
 
     /// The kernels for groups, which the driver compiles unless it has.
@@ -292,10 +307,10 @@ impl Gpu {
         self.absmax
     }
 
-    fn table(&self, format: BlockFormat) -> &DeviceBuffer {
-        match format {
-            BlockFormat::Nf4 => &self.nf4,
-            BlockFormat::Fp4 => &self.fp4,
+    fn table(&self, kernel: BlockKernel) -> &DeviceBuffer {
+        match kernel {
+            BlockKernel::Nf4 => &self.nf4,
+            BlockKernel::Fp4 => &self.fp4,
         }
     }
 

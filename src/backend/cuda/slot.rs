@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use crate::backend::cuda::driver::{Argument, DeviceBuffer, Fault, Launch, PinnedBuffer, Stream};
 use crate::backend::cuda::groups::{GroupKernel, tensor_factor};
-use crate::backend::cuda::{Gpu, THREADS, thread_blocks};
+use crate::backend::cuda::{BlockKernel, Gpu, THREADS, thread_blocks};
 use crate::backend::{self, Encoded, Lane, LaneSize, Run, columns_and_group};
 use crate::dtype::FloatDtype;
-use crate::format::{BlockScheme, GroupScheme, NESTED_BLOCK_SIZE, Scheme};
+use crate::format::{BlockSize, NESTED_BLOCK_SIZE, Scales};
 use crate::kernel::BlockErrors;
 use crate::kernel::group::GroupCoder;
 
@@ -102,19 +102,24 @@ impl Slot {
     }
 
     /// Quantizes blocks of weights. A block with a NaN or an infinity gets such an absmax, and its other results mean nothing.
-    fn blocks(&mut self, run: &Run<'_>, scheme: &BlockScheme) -> Result<Option<Encoded<'_>>, Fault> {
+    fn blocks(
+        &mut self,
+        run: &Run<'_>,
+        kernel: BlockKernel,
+        block_size: BlockSize,
+    ) -> Result<Option<Encoded<'_>>, Fault> {
         let (elements, blocks) = (run.elements(), run.groups());
         let results = self.device_results.address();
         let figure = |i: usize| Argument::Address(results + (i * blocks * size_of::<f32>()) as u64);
         let launch = Launch {
-            function: self.gpu.quantize_function(scheme.format, run.dtype),
+            function: self.gpu.quantize_function(kernel, run.dtype),
             grid: thread_blocks(blocks),
             threads: THREADS,
             arguments: &[
                 Argument::Address(self.device_source.address()),
                 Argument::U32(elements as u32),
-                Argument::U32(scheme.block_size.get() as u32),
-                Argument::Address(self.gpu.table(scheme.format).address()),
+                Argument::U32(block_size.get() as u32),
+                Argument::Address(self.gpu.table(kernel).address()),
                 figure(4),
                 figure(0),
                 figure(1),
@@ -135,14 +140,9 @@ impl Slot {
 
     /// Quantizes groups of weights. A group with a NaN or an infinity gets NaN for an absmax, and its other results mean
     /// nothing; an infinite absmax is a scale that overflowed.
-    fn groups(
-        &mut self,
-        run: &Run<'_>,
-        scheme: &GroupScheme,
-        kernel: GroupKernel,
-    ) -> Result<Option<Encoded<'_>>, Fault> {
-        let (columns, group) = columns_and_group(scheme, run.columns);
-        let scheme = run.coder(scheme);
+    fn groups(&mut self, run: &Run<'_>, kernel: GroupKernel) -> Result<Option<Encoded<'_>>, Fault> {
+        let (columns, group) = columns_and_group(run.codec, run.columns);
+        let scheme = run.coder();
         let len = GroupResults::new(run.elements(), run.dtype, columns, group, scheme);
         let figures = self.device_results.address();
         let packed = figures + len.figures() as u64;
@@ -211,17 +211,18 @@ impl Lane for Slot {
 
     fn quantize(&mut self, run: &Run<'_>) -> Result<Option<Encoded<'_>>, backend::Fault> {
         let gpu = self.gpu.clone();
-        match run.scheme {
-            Scheme::Blocks(scheme) => self.blocks(run, scheme).map_err(|fault| gpu.fault(fault)),
-            Scheme::Groups(scheme) => match GroupKernel::of(scheme, run.columns) {
-                Some(kernel) => self.groups(run, scheme, kernel).map_err(|fault| gpu.fault(fault)),
-                None => Err(backend::Fault {
-                    device: gpu.to_string(),
-                    why: format!("it has no kernel for groups of {:?}", scheme.size).into(),
-                    is_out_of_memory: false,
-                }),
-            },
-        }
+        let no_kernel = || backend::Fault {
+            device: gpu.to_string(),
+            why: format!("there is no kernel for {}", run.codec.format.name).into(),
+            is_out_of_memory: false,
+        };
+        let encoded = match run.codec.scales {
+            Scales::Blocks { codebook, size, .. } => {
+                self.blocks(run, BlockKernel::new(codebook).ok_or_else(no_kernel)?, size)
+            }
+            Scales::Groups { .. } => self.groups(run, GroupKernel::of(run.codec, run.columns).ok_or_else(no_kernel)?),
+        };
+        encoded.map_err(|fault| gpu.fault(fault))
     }
 
     fn quantize_absmax(&mut self, absmax: &[f32], offset: f32) -> Result<(&[u8], &[f32]), backend::Fault> {
