@@ -16,7 +16,7 @@ use super::summary::format_name;
 
 /// The plan, and what would keep it from being carried out.
 pub fn report(conversion: &Conversion, destination: &Path, device: &str, audience: Audience) -> Outcome {
-    let (free, obstacle) = match (free_space(destination), conversion.check_destination(destination)) {
+    let (free, obstacle) = match (free_space(&destination.into()), conversion.check_destination(destination)) {
         (Ok(free), checked) => (free, checked.err()),
         (Err(error), _) => (None, Some(error)),
     };

@@ -106,7 +106,7 @@ pub fn check(
 /// Its loader takes all experts for MXFP4.
 fn check_gpt_oss(source: &Source, input: &Input, scheme: &GroupScheme, verdict: &Verdict) -> Result<()> {
     let error = |why: String| {
-        let path = source.files[input.parts[0].file].path.clone();
+        let path = source.files[input.parts[0].file].location.path().to_owned();
         Err(Error::Experts { path, tensor: input.name.clone(), why })
     };
     if !verdict.quantize {
