@@ -332,7 +332,7 @@ fn a_checkpoint_in_memory_gives_the_bytes_that_one_in_a_folder_gives() {
         let (there, here) = (folder.beside(&format!("from-folder-{i}")), folder.beside(&format!("from-memory-{i}")));
         plan(folder.source(), recipe.clone(), options.clone()).unwrap().execute(&there, &Unseen).unwrap();
         plan(&source, recipe.clone(), options.clone()).unwrap().execute(&here, &Unseen).unwrap();
-        assert!(contents(&here) == contents(&there), "{format}");
+        assert!(contents(&here) == contents(&there), "{format:?}");
 
         let (interrupt, hashed) = (AtomicBool::new(false), |_| ());
         let options = verify::Options { threads: 2, quick: false, interrupt: &interrupt, hashed: &hashed };
@@ -344,7 +344,7 @@ fn a_checkpoint_in_memory_gives_the_bytes_that_one_in_a_folder_gives() {
             let decoding = dequantize::plan(from, 6000, Options::default()).unwrap();
             decoding.dequantize_until(&interrupt, to, &Unseen).unwrap();
         }
-        assert!(contents(&here) == contents(&there), "{format}");
+        assert!(contents(&here) == contents(&there), "{format:?}");
     }
     let nowhere = plan(&source, Recipe::default(), Options::default()).unwrap().execute(&source, &Unseen);
     assert!(

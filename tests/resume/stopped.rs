@@ -312,7 +312,7 @@ fn signals_stop_a_run_with_their_exit_code_and_the_way_to_go_on() {
         let (folder, output) = stopped_by(name);
         let words = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(code), "{words}");
-        assert!(words.contains("run the same command again to go on"), "{words}");
+        assert!(words.contains("run the same command again to resume"), "{words}");
         only_staging(&folder.destination());
         let run = folder.convert(&["--max-shard-size", "1MB"]).ok();
         assert!(run.stderr.contains("resuming: "), "{}", run.stderr);
@@ -325,7 +325,7 @@ fn a_killed_run_is_gone_on_with() {
     let killed = file_names(&folder.destination());
     assert!(killed.iter().all(|name| name.starts_with(STAGING)), "{killed:?}");
     let run = folder.convert(&["--max-shard-size", "1MB"]).ok();
-    assert!(run.stderr.contains("are as they were: skipping"), "{}", run.stderr);
+    assert!(run.stderr.contains("verified, skipping"), "{}", run.stderr);
     let again = folder.beside("again");
     prequant::ops::quantize::plan(
         &folder.source(),
@@ -367,7 +367,7 @@ fn a_run_that_was_stopped_while_publishing_is_gone_on_with() {
             }
         }
         let run = folder.convert(&FLAGS).ok();
-        assert!(run.stderr.contains(&format!("{} of them are as they were", sealed.len())), "{}", run.stderr);
+        assert!(run.stderr.contains(&format!("{} verified", sealed.len())), "{}", run.stderr);
         assert!(contents(&to) == expected, "after {moved} moves");
     }
 }
