@@ -1,14 +1,13 @@
-//! Tests of rules and rows against every tensor of the models in `data/architectures.json`, as transformers sees it.
+//! Tests of rules and rows against every tensor of the models in `../data/architectures.json`, as transformers sees it.
 
 use serde_json::Value;
 
-use super::experts::ExpertParameter;
-use super::families::{compared, families};
-use super::names::{match_end, skip_entry_matches};
-use super::roles::Role;
-use super::rules::Rules;
+use crate::models::experts::ExpertParameter;
+use crate::models::families::{compared, families};
+use crate::models::names::{match_end, skip_entry_matches};
+use crate::models::{Role, Rules};
 
-const GOLDEN: &str = include_str!("data/architectures.json");
+const GOLDEN: &str = include_str!("../data/architectures.json");
 
 /// A tensor as transformers sees it.
 struct Row {
