@@ -5,6 +5,7 @@
 //! layout it has and in the one that is asked for. What both quantize is the same run of the same source tensor; that
 //! says where in the converted files the codes and absmax of each run are.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
@@ -12,7 +13,6 @@ use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, Source, SourceFile, 
 use crate::dtype::FloatDtype;
 use crate::dtype::{self, byte_len};
 use crate::error::{Error, Result};
-use crate::format::Scheme;
 use crate::layout::{OutputKind, QuantState, quant_state_bytes};
 use crate::manifest::{DecisionRecord, Manifest, SCHEMA_VERSION, TensorRecord};
 use crate::ops::verify;
@@ -39,7 +39,7 @@ pub fn recipe_of(place: impl Into<Location>) -> Option<Recipe> {
     let place = place.into();
     let config = Config::read(&place.join(CONFIG_NAME)).ok()?;
     config.values().get("quantization_config")?;
-    Some(manifest_of(&place)?.recipe).filter(|recipe| recipe.scheme().blocks().is_some())
+    Some(manifest_of(&place)?.recipe).filter(|recipe| recipe.codec().is_blocks())
 }
 
 /// The manifest of the converted checkpoint at `path`.
@@ -186,7 +186,7 @@ fn check_manifest(path: &Path, plan: &Plan, manifest: &Manifest) -> Result<()> {
         (tensor.decision == Decision::Keep) == (record.decision == DecisionRecord::Keep)
             && tensor.outputs.len() == record.outputs.len()
             && { outputs }.all(|(output, record)| {
-                record.name.strip_prefix(&*tensor.name) == Some(output.suffix)
+                record.name.strip_prefix(&*tensor.name) == Some(&*output.suffix)
                     && record.dtype == output.dtype.to_string()
                     && record.shape == output.shape
             })
@@ -296,12 +296,13 @@ impl Copies<'_> {
         if recipe.double_quant {
             return self.error(tensor, "with double quantization its scales depend on the layout".to_owned());
         }
-        let Scheme::Blocks(scheme) = &recipe.scheme() else {
+        let codec = &recipe.codec();
+        if !codec.is_blocks() {
             return self.error(tensor, "groups are of experts one by one only".to_owned());
-        };
+        }
         let (packed, absmax) = self.parts(tensor, dtype, recipe)?;
         let first = &self.old.tensors[self.runs.of(tensor.parts[0]).next().map_or(0, |(run, ..)| run.tensor)];
-        let state = QuantState { scheme, dtype, shape: &tensor.shape, nested_offset: 0.0 };
+        let state = QuantState { codec, dtype, shape: &tensor.shape, nested_offset: 0.0 };
         let outputs = tensor.outputs.iter().map(|output| match output.kind {
             Some(OutputKind::Packed) => copy(tensor, output, packed.clone()),
             Some(OutputKind::Absmax) => copy(tensor, output, absmax.clone()),
@@ -366,6 +367,6 @@ fn copy(tensor: &PlannedTensor, output: &PlannedOutput, parts: Vec<Part>) -> Pla
         role: tensor.role,
         decision: Decision::Keep,
         reason: tensor.reason.clone(),
-        outputs: vec![PlannedOutput { kind: None, suffix: "", ..output.clone() }],
+        outputs: vec![PlannedOutput { kind: None, suffix: Cow::Borrowed(""), ..output.clone() }],
     }
 }

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use prequant::backend::Device;
 use prequant::checkpoint::Source;
-use prequant::format::{BlockSize, Format};
+use prequant::format::{BlockSize, FP4, MXFP4, NF4};
 use prequant::kernel::Kernel;
 use prequant::manifest::{DecisionRecord, Manifest};
 use prequant::ops::quantize::{Options, plan};
@@ -104,7 +104,7 @@ fn tensors_shorter_than_a_block_are_quantized_like_any_other() {
 
 #[test]
 fn statistics_are_those_of_a_plain_recomputation_for_each_tensor_and_for_all() {
-    for format in [Format::Nf4, Format::Fp4] {
+    for format in [&NF4, &FP4] {
         for (block_size, double_quant) in [("32", true), ("64", false), ("512", true), ("4096", false)] {
             let mut zeros = up_proj(3, Dtype::F16, &[64, 200]);
             zeros.data[8192..][..8192].fill(0);
@@ -116,7 +116,7 @@ fn statistics_are_those_of_a_plain_recomputation_for_each_tensor_and_for_all() {
             ];
             let folder = Folder::new("llama");
             folder.write("model.safetensors", serialize(&tensors));
-            let mut flags = vec!["--format", format.name(), "--block-size", block_size, "--max-shard-size", "9kB"];
+            let mut flags = vec!["--format", format.name, "--block-size", block_size, "--max-shard-size", "9kB"];
             flags.extend(double_quant.then_some("--double-quant"));
             folder.convert(&flags).ok();
             let manifest = manifest(&folder);
@@ -124,7 +124,7 @@ fn statistics_are_those_of_a_plain_recomputation_for_each_tensor_and_for_all() {
             for tensor in &tensors {
                 let record = manifest.tensors.iter().find(|record| record.sources[0].name == tensor.name).unwrap();
                 let loss = recompute(tensor, &manifest.recipe).loss;
-                let of = format!("{} in {} of {block_size}", tensor.name, format.name());
+                let of = format!("{} in {} of {block_size}", tensor.name, format.name);
                 loss.assert_is(record.statistics.as_ref().unwrap(), &of);
                 all.add(&loss);
             }
@@ -326,7 +326,7 @@ fn a_checkpoint_in_memory_gives_the_bytes_that_one_in_a_folder_gives() {
     folder.write("tokenizer.json", "{}");
     folder.write("nested/LICENSE", "free");
     let source = in_memory(&folder.source());
-    for (i, format) in [Format::Nf4, Format::Mxfp4].into_iter().enumerate() {
+    for (i, format) in [&NF4, &MXFP4].into_iter().enumerate() {
         let recipe = Recipe { format, max_shard_size: 6000, ..Recipe::default() };
         let options = Options { hash_source: true, ..Options::default() };
         let (there, here) = (folder.beside(&format!("from-folder-{i}")), folder.beside(&format!("from-memory-{i}")));
