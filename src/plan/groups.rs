@@ -7,8 +7,7 @@ use super::split;
 use crate::checkpoint::Source;
 use crate::error::{Error, Result};
 use crate::format::{GroupFormat, GroupScheme, Layout, Scheme};
-use crate::models::Role;
-use crate::models::rules::Verdict;
+use crate::models::{Role, Verdict};
 use crate::recipe::{ExpertLayout, NonFinitePolicy, Recipe};
 
 /// # Errors

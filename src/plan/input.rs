@@ -8,8 +8,8 @@ use std::collections::{HashMap, HashSet};
 use serde_json::Value;
 
 use crate::checkpoint::{Config, Source, TensorInfo};
-use crate::dtype::Dtype;
 use crate::dtype::FloatDtype;
+use crate::dtype::{Dtype, byte_len};
 use crate::error::{Error, Result};
 use crate::format::{Coding, ScaleDtype};
 use crate::layout::{FP8_METHOD, MXFP4_METHOD, SourceQuantization};
@@ -43,7 +43,7 @@ impl Input {
 
     /// Bytes of an element.
     pub fn element_size(&self) -> usize {
-        (self.dtype.bits() / 8) as usize
+        self.dtype.bitsize() / 8
     }
 }
 
@@ -75,7 +75,7 @@ pub fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
     let only = |own: &str| {
         source.tensors().all(|(_, info)| SourceQuantization::by_name(&info.name).is_none_or(|method| method == own))
     };
-    let fp8 = source.tensors().filter(|(_, info)| info.dtype == Dtype::F8E4M3);
+    let fp8 = source.tensors().filter(|(_, info)| info.dtype == Dtype::F8_E4M3);
     let fp8: HashSet<&str> = fp8.map(|(_, info)| info.name.as_str()).collect();
     let has_fp8 = ends(SCALE).next().is_some() && ends(SCALE).all(|weight| fp8.contains(weight));
     let is_fp8 = has_fp8 && method_is("fp8") && only(FP8_METHOD);
@@ -106,7 +106,7 @@ pub fn inputs(source: &Source, recipe: &Recipe) -> Result<Vec<Input>> {
                 Err(Error::malformed(&source_file.path, why))
             };
             let decoded = match (info.dtype, info.name.strip_suffix("_blocks")) {
-                (Dtype::F8E4M3, _) => match places.get(&format!("{}{SCALE}", info.name)) {
+                (Dtype::F8_E4M3, _) => match places.get(&format!("{}{SCALE}", info.name)) {
                     Some(scale) => Some(fp8(source, info, place, scale, dtype)),
                     None => {
                         return error(format!("it is F8_E4M3, and its scales (\"{}{SCALE}\") are missing", info.name));
@@ -193,8 +193,8 @@ fn fp8(
 ) -> Result<Input, String> {
     let scale_dtype = match scale.dtype {
         Dtype::F32 => ScaleDtype::F32,
-        Dtype::Bf16 => ScaleDtype::Bf16,
-        Dtype::F8E8M0 => ScaleDtype::E8m0,
+        Dtype::BF16 => ScaleDtype::Bf16,
+        Dtype::F8_E8M0 => ScaleDtype::E8m0,
         Dtype::U8 => ScaleDtype::U8,
         other => return Err(format!("its scale {:?} is {other}: expected F32, BF16, F8_E8M0 or U8", scale.name)),
     };
@@ -299,10 +299,10 @@ fn mxfp4(
 /// A tensor that is decoded to `dtype`.
 pub fn decoded(name: String, shape: Vec<u64>, dtype: FloatDtype, read: Read) -> Input {
     let dtype = match dtype {
-        FloatDtype::Bfloat16 => Dtype::Bf16,
+        FloatDtype::Bfloat16 => Dtype::BF16,
         FloatDtype::Float16 => Dtype::F16,
         FloatDtype::Float32 => Dtype::F32,
     };
-    debug_assert_eq!(dtype.byte_len(&shape), Some(read.len()), "{name}: decodes to its shape");
+    debug_assert_eq!(byte_len(dtype, &shape), Some(read.len()), "{name}: decodes to its shape");
     Input { name, dtype, shape, read }
 }

@@ -5,8 +5,7 @@ use std::collections::HashSet;
 use regex::Regex;
 
 use crate::format::Layout;
-use crate::models::Role;
-use crate::models::rules::Rules;
+use crate::models::{Role, Rules};
 use crate::plan::{Decision, PlannedTensor};
 
 /// The Linear modules that are kept: whole names, or a pattern for all experts of a layer if none is quantized.
