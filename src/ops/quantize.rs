@@ -91,7 +91,7 @@ pub struct Conversion {
 pub fn plan(source: &Path, recipe: Recipe, mut options: Options) -> Result<Conversion> {
     let source = Source::open(source)?;
     let manifest = source.quantization().and_then(|_| relayout::manifest_of(&source.path));
-    let (plan, relay) = match manifest.filter(|manifest| manifest.recipe.scheme().blocks().is_some()) {
+    let (plan, relay) = match manifest.filter(|manifest| manifest.recipe.codec().is_blocks()) {
         None => {
             input::check_quantization(&source, &recipe)?;
             (Plan::new(&source, recipe)?, None)
@@ -125,7 +125,7 @@ fn check_device_memory(device: &Device, budget: &Budget) -> Result<()> {
 
 /// Has the GPUs' drivers compile what is compiled only when it is needed, before anything is written.
 fn compile_kernels(device: &Device, plan: &Plan) -> Result<()> {
-    if plan.recipe.scheme().blocks().is_some() {
+    if plan.recipe.codec().is_blocks() {
         return Ok(());
     }
     device

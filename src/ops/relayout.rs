@@ -5,6 +5,7 @@
 //! layout it has and in the one that is asked for. What both quantize is the same run of the same source tensor; that
 //! says where in the converted files the codes and absmax of each run are.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
@@ -12,7 +13,6 @@ use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, Source, SourceFile, 
 use crate::dtype::FloatDtype;
 use crate::dtype::{self, byte_len};
 use crate::error::{Error, Result};
-use crate::format::Scheme;
 use crate::layout::{OutputKind, QuantState, quant_state_bytes};
 use crate::manifest::{DecisionRecord, Manifest, SCHEMA_VERSION, TensorRecord};
 use crate::ops::verify;
@@ -38,7 +38,7 @@ pub struct Relayout {
 pub fn recipe_of(path: &Path) -> Option<Recipe> {
     let config = Config::read(&path.join(CONFIG_NAME)).ok()?;
     config.values().get("quantization_config")?;
-    Some(manifest_of(path)?.recipe).filter(|recipe| recipe.scheme().blocks().is_some())
+    Some(manifest_of(path)?.recipe).filter(|recipe| recipe.codec().is_blocks())
 }
 
 /// The manifest of the converted checkpoint at `path`.
@@ -183,7 +183,7 @@ fn check_manifest(path: &Path, plan: &Plan, manifest: &Manifest) -> Result<()> {
         (tensor.decision == Decision::Keep) == (record.decision == DecisionRecord::Keep)
             && tensor.outputs.len() == record.outputs.len()
             && { outputs }.all(|(output, record)| {
-                record.name.strip_prefix(&*tensor.name) == Some(output.suffix)
+                record.name.strip_prefix(&*tensor.name) == Some(&*output.suffix)
                     && record.dtype == output.dtype.to_string()
                     && record.shape == output.shape
             })
@@ -301,13 +301,14 @@ impl Copies<'_> {
         if recipe.double_quant {
             return self.error(tensor, "with double quantization its scales depend on the layout".to_owned());
         }
-        let Scheme::Blocks(scheme) = &recipe.scheme() else {
+        let codec = &recipe.codec();
+        if !codec.is_blocks() {
             return self.error(tensor, "groups are of experts one by one only".to_owned());
-        };
+        }
         let (packed, absmax) = self.parts(tensor, dtype, recipe)?;
         let first = tensor.read.spans().next().and_then(|span| self.runs.of(span).next());
         let first = &self.old.tensors[first.map_or(0, |(run, ..)| run.tensor)];
-        let state = QuantState { scheme, dtype, shape: &tensor.shape, nested_offset: 0.0 };
+        let state = QuantState { codec, dtype, shape: &tensor.shape, nested_offset: 0.0 };
         let outputs = tensor.outputs.iter().map(|output| match output.kind {
             Some(OutputKind::Packed) => copy(tensor, output, packed.clone()),
             Some(OutputKind::Absmax) => copy(tensor, output, absmax.clone()),
@@ -370,6 +371,6 @@ fn copy(tensor: &PlannedTensor, output: &PlannedOutput, read: Read) -> PlannedTe
         role: tensor.role,
         decision: Decision::Keep,
         reason: tensor.reason.clone(),
-        outputs: vec![PlannedOutput { kind: None, suffix: "", ..output.clone() }],
+        outputs: vec![PlannedOutput { kind: None, suffix: Cow::Borrowed(""), ..output.clone() }],
     }
 }

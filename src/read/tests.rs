@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::dtype::FloatDtype;
-use crate::format::{BlockFormat, Coding, NESTED_BLOCK_SIZE, ScaleDtype};
+use crate::format::{CodecOptions, Coding, NESTED_BLOCK_SIZE, NF4, ScaleDtype};
 use crate::kernel::decode::{Row, decode, restore_absmax};
 
 /// A source in which no two bytes near each other are alike.
@@ -108,8 +108,8 @@ fn coded(kind: u8, rows: u64, columns: u64, f32: bool, at: u64) -> Decode {
     let scale = if f32 { ScaleDtype::F32 } else { ScaleDtype::U8 };
     let (coding, rows, columns, row_len) = match kind {
         0 | 1 => {
-            let (format, elements) = (BlockFormat::Nf4, rows * columns * 977 + 3);
-            (Coding::Blocks { format, block_size: 64 }, 1, elements, elements.div_ceil(2))
+            let elements = rows * columns * 977 + 3;
+            (NF4.codec(CodecOptions::default()).coding(elements, None), 1, elements, elements.div_ceil(2))
         }
         2 | 3 => (Coding::Int { group: 32 }, rows, columns * 32, columns * 16),
         4 => (Coding::Nvfp4 { global_scale: 3.0 }, rows, columns * 16, columns * 8),

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use prequant::checkpoint::{Config, Header, Index, Source, SourceFile};
-use prequant::format::{Format, GroupSize, Layout};
+use prequant::format::{GroupSize, INT4, INT4_ASYM, Layout, MXFP4, NVFP4};
 use prequant::layout::ParsedQuantState;
 use prequant::manifest::Manifest;
 use prequant::pipeline::{Budget, Limits};
@@ -83,10 +83,10 @@ pub fn plan(data: &[u8]) {
         base.clone(),
         Recipe { double_quant: true, ..base.clone() },
         Recipe { experts: ExpertLayout::Fuse, ..base.clone() },
-        Recipe { format: Format::Int4, ..base.clone() },
-        Recipe { format: Format::Int4Asym, group_size: channel, ..base.clone() },
-        Recipe { format: Format::Nvfp4, layout: Layout::Modelopt, ..base.clone() },
-        Recipe { format: Format::Mxfp4, layout: Layout::GptOss, ..base },
+        Recipe { format: &INT4, ..base.clone() },
+        Recipe { format: &INT4_ASYM, group_size: channel, ..base.clone() },
+        Recipe { format: &NVFP4, layout: Layout::Modelopt, ..base.clone() },
+        Recipe { format: &MXFP4, layout: Layout::GptOss, ..base },
     ] {
         if let Ok(plan) = Plan::new(&source, recipe) {
             assert_eq!(plan.tensors.len(), plan.files.iter().map(|file| file.tensors.len()).sum::<usize>());

@@ -153,7 +153,7 @@ impl Entry<'_> {
         let block_size = u64::from(u32::from(manifest.recipe.block_size));
         let (found, expected) = (
             (state.quant_type.as_str(), state.blocksize, state.dtype.as_str()),
-            (manifest.recipe.format.name(), block_size, dtype.torch_name()),
+            (manifest.recipe.format.library_name, block_size, dtype.torch_name()),
         );
         if found != expected {
             self.differ(report, format!("says {found:?}, expected {expected:?}"));
