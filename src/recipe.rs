@@ -3,13 +3,13 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::format::{BlockFormat, BlockScheme, BlockSize, Format, GroupFormat, GroupScheme, GroupSize, Layout, Scheme};
+use crate::format::{BlockSize, Codec, CodecOptions, FormatSpec, GroupSize, Layout, NF4};
 
 /// The choices of a conversion.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Recipe {
     /// The 4-bit format.
-    pub format: Format,
+    pub format: &'static FormatSpec,
     /// Consecutive elements that share one absmax, in NF4 and FP4.
     pub block_size: BlockSize,
     /// Columns that share one scale, in INT4.
@@ -61,20 +61,9 @@ pub enum NonFinitePolicy {
 
 impl Recipe {
     /// The part that decides a quantized tensor's bytes.
-    pub fn scheme(&self) -> Scheme {
-        let blocks = |format| {
-            let (block_size, double_quant) = (self.block_size, self.double_quant);
-            Scheme::Blocks(BlockScheme { format, block_size, double_quant })
-        };
-        let groups = |format, size| Scheme::Groups(GroupScheme { format, size, layout: self.layout });
-        match self.format {
-            Format::Nf4 => blocks(BlockFormat::Nf4),
-            Format::Fp4 => blocks(BlockFormat::Fp4),
-            Format::Int4 => groups(GroupFormat::Int4, self.group_size),
-            Format::Int4Asym => groups(GroupFormat::Int4Asym, self.group_size),
-            Format::Mxfp4 => groups(GroupFormat::Mxfp4, GroupSize::Columns(32)),
-            Format::Nvfp4 => groups(GroupFormat::Nvfp4, GroupSize::Columns(16)),
-        }
+    pub fn codec(&self) -> Codec {
+        let Recipe { block_size, double_quant, group_size, layout, .. } = *self;
+        self.format.codec(CodecOptions { block_size, double_quant, group_size, layout })
     }
 }
 
@@ -82,7 +71,7 @@ impl Default for Recipe {
     /// bitsandbytes' own defaults (but NF4), in shards of 5 GB.
     fn default() -> Self {
         Recipe {
-            format: Format::Nf4,
+            format: &NF4,
             block_size: BlockSize::default(),
             group_size: GroupSize::default(),
             layout: Layout::default(),

@@ -5,13 +5,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use prequant::Error;
-use prequant::format::{BlockSize, Format, GroupSize, Layout};
+use prequant::format::{BlockSize, FORMATS, FormatSpec, GroupSize, Layout};
 use prequant::ops::quantize::{Options, plan};
 use prequant::ops::recipe_of;
 use prequant::recipe::{ExpertLayout, NonFinitePolicy, Recipe};
-use prequant::store::RealDisk;
 use prequant::units::Bytes;
 
 use super::output::{self, Outcome};
@@ -35,8 +35,8 @@ pub struct Arguments {
     destination: PathBuf,
 
     /// 4-bit format [default: nf4]
-    #[arg(long, value_enum)]
-    format: Option<FormatArg>,
+    #[arg(long, value_parser = formats())]
+    format: Option<&'static FormatSpec>,
 
     /// Block size for nf4 and fp4: how many weights share one scale, a power of two from 32 to 4096. Smaller blocks are more
     /// accurate and take more space [default: 64]
@@ -49,8 +49,8 @@ pub struct Arguments {
     group_size: Option<GroupSize>,
 
     /// On-disk tensor layout of int4, mxfp4 and nvfp4; pick the one your runtime reads [default: compressed-tensors]
-    #[arg(long, value_enum)]
-    layout: Option<LayoutArg>,
+    #[arg(long, value_parser = layouts())]
+    layout: Option<Layout>,
 
     /// Also quantize the scales of nf4 and fp4, to 8 bits: saves 0.37 bits per weight, slightly less accurate
     #[arg(long)]
@@ -122,30 +122,16 @@ pub struct Arguments {
     quiet: bool,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum FormatArg {
-    /// 4-bit NormalFloat, as QLoRA uses it
-    Nf4,
-    /// bitsandbytes' 4-bit float
-    Fp4,
-    /// Integers with a scale for each group of columns: compressed-tensors' W4A16
-    Int4,
-    /// The same with a zero point for each group: compressed-tensors' W4A16_ASYM
-    Int4Asym,
-    /// 4-bit floats with a power of two for each 32 columns: compressed-tensors' MXFP4A16
-    Mxfp4,
-    /// 4-bit floats with an 8-bit float for each 16 columns: compressed-tensors' NVFP4A16
-    Nvfp4,
+/// What `--format` takes.
+fn formats() -> impl TypedValueParser<Value = &'static FormatSpec> {
+    let values = FORMATS.iter().map(|format| PossibleValue::new(format.name).help(format.about));
+    PossibleValuesParser::new(values).try_map(|name| name.parse())
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum LayoutArg {
-    /// compressed-tensors': vLLM and transformers read it
-    CompressedTensors,
-    /// ModelOpt's, of nvfp4: vLLM and axolotl's NVFP4 LoRA read it
-    Modelopt,
-    /// gpt-oss's own, of mxfp4: its experts as its checkpoint on the hub has them, and all else in its dtype
-    GptOss,
+/// What `--layout` takes.
+fn layouts() -> impl TypedValueParser<Value = Layout> {
+    let values = Layout::all().into_iter().map(|layout| PossibleValue::new(layout.name()).help(layout.about()));
+    PossibleValuesParser::new(values).try_map(|name| name.parse())
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -170,23 +156,10 @@ impl Arguments {
         let base = recipe_of(&self.source).unwrap_or_default();
         let patterns = |given: &Vec<String>, base| if given.is_empty() { base } else { given.clone() };
         Recipe {
-            format: match self.format {
-                Some(FormatArg::Nf4) => Format::Nf4,
-                Some(FormatArg::Fp4) => Format::Fp4,
-                Some(FormatArg::Int4) => Format::Int4,
-                Some(FormatArg::Int4Asym) => Format::Int4Asym,
-                Some(FormatArg::Mxfp4) => Format::Mxfp4,
-                Some(FormatArg::Nvfp4) => Format::Nvfp4,
-                None => base.format,
-            },
+            format: self.format.unwrap_or(base.format),
             block_size: self.block_size.unwrap_or(base.block_size),
             group_size: self.group_size.unwrap_or(base.group_size),
-            layout: match self.layout {
-                Some(LayoutArg::CompressedTensors) => Layout::CompressedTensors,
-                Some(LayoutArg::Modelopt) => Layout::Modelopt,
-                Some(LayoutArg::GptOss) => Layout::GptOss,
-                None => base.layout,
-            },
+            layout: self.layout.unwrap_or(base.layout),
             double_quant: self.double_quant || base.double_quant,
             experts: match self.experts {
                 Some(ExpertsArg::Keep) => ExpertLayout::Keep,
@@ -269,7 +242,7 @@ fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
         return Ok(done.already(arguments.audience()));
     }
     let reporter = Reporter::new(arguments.style(), &conversion);
-    let manifest = conversion.execute_on(&RealDisk, interrupt::flag(), &arguments.destination, &reporter)?;
+    let manifest = conversion.execute_until(interrupt::flag(), &arguments.destination, &reporter)?;
     reporter.finish();
     let done = summary::Done { conversion: &conversion, destination: &arguments.destination, manifest: &manifest };
     Ok(done.report(start.elapsed(), arguments.audience()))

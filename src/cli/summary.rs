@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::Duration;
 
-use prequant::format::{GroupScheme, GroupSize, Layout, Scheme};
+use prequant::format::{GroupSize, Layout, Scales};
 use prequant::manifest::Manifest;
 use prequant::ops::quantize::Conversion;
 use prequant::recipe::Recipe;
@@ -102,18 +102,17 @@ impl Done<'_> {
 
 /// The format and its options, in a few words.
 pub fn format_name(recipe: &Recipe) -> String {
-    let mut name = match recipe.scheme() {
-        Scheme::Blocks(scheme) => format!("{} (block {}", recipe.format.name(), scheme.block_size),
-        Scheme::Groups(GroupScheme { size: GroupSize::Channel, .. }) => {
-            format!("{} (one scale per row", recipe.format.name())
-        }
-        Scheme::Groups(scheme) => format!("{} (group {}", recipe.format.name(), scheme.size),
+    let codec = recipe.codec();
+    let mut name = match codec.scales {
+        Scales::Blocks { size, .. } => format!("{} (block {size}", codec.format.name),
+        Scales::Groups { size: GroupSize::Channel, .. } => format!("{} (one scale per row", codec.format.name),
+        Scales::Groups { size, .. } => format!("{} (group {size}", codec.format.name),
     };
-    if recipe.double_quant {
+    if codec.double_quant() {
         name += ", double quantization";
     }
-    if recipe.layout != Layout::CompressedTensors {
-        name = format!("{name}, {}'s layout", recipe.layout.name());
+    if let Some(layout) = codec.layout().filter(|layout| *layout != Layout::CompressedTensors) {
+        name = format!("{name}, {}'s layout", layout.name());
     }
     name + ")"
 }

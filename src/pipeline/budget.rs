@@ -3,7 +3,7 @@
 use super::scheduler::NESTED_CHUNK;
 use crate::backend::cuda::{SlotSize, TABLE_BYTES};
 use crate::error::{Error, Result};
-use crate::format::{BlockSize, Scheme};
+use crate::format::BlockSize;
 use crate::plan::{Plan, PlannedTensor};
 use crate::stats::GROUP;
 use crate::units::Bytes;
@@ -154,7 +154,7 @@ fn slot_len(plan: &Plan, chunk: usize, gpus: usize) -> u64 {
 
 /// A slot that takes chunks, and runs of absmax if there will be any.
 fn slot_size(plan: &Plan, chunk: usize) -> SlotSize {
-    if let Scheme::Groups(_) = plan.recipe.scheme() {
+    if !plan.recipe.codec().is_blocks() {
         let Capacity { source, packed, groups } = Capacity::new(plan, chunk);
         return SlotSize::for_groups(source, packed, groups);
     }
@@ -194,14 +194,14 @@ pub struct Capacity {
 impl Capacity {
     /// For chunks of `chunk` elements at most.
     pub fn new(plan: &Plan, chunk: usize) -> Capacity {
-        let scheme = plan.recipe.scheme();
+        let codec = plan.recipe.codec();
         // Tensors that are kept go through the same buffer.
         let mut capacity = Capacity { source: chunk.saturating_mul(element_size(plan)), packed: 0, groups: 0 };
         for tensor in plan.quantized() {
             let elements = tensor.elements().min(chunk_elements(plan, tensor, chunk) as u64);
-            let groups = elements.div_ceil(scheme.block_len(tensor.columns()));
+            let groups = elements.div_ceil(codec.block_len(tensor.columns()));
             capacity.groups = capacity.groups.max(groups as usize);
-            capacity.packed = capacity.packed.max(scheme.packed_len(elements, tensor.columns()) as usize);
+            capacity.packed = capacity.packed.max(codec.packed_len(elements, tensor.columns()) as usize);
         }
         capacity
     }
@@ -215,8 +215,8 @@ pub fn chunk_elements(plan: &Plan, tensor: &PlannedTensor, most: usize) -> usize
 
 /// Elements of `tensor` that a chunk is whole multiples of.
 fn chunk_unit(plan: &Plan, tensor: &PlannedTensor) -> usize {
-    match plan.recipe.scheme() {
-        Scheme::Groups(scheme) if scheme.has_whole_rows() && tensor.quantized_from().is_some() => {
+    match plan.recipe.codec().has_whole_rows() {
+        true if tensor.quantized_from().is_some() => {
             // Rows in a multiple of what share an integer for their zero points.
             usize::try_from(tensor.columns()).unwrap_or(usize::MAX).saturating_mul(GROUP)
         }
@@ -244,7 +244,8 @@ fn largest_absmax(plan: &Plan) -> u64 {
 fn plan_len(plan: &Plan) -> u64 {
     let headers: u64 = plan.files.iter().map(|file| file.header.len() as u64).sum();
     let of_tensor = |tensor: &PlannedTensor| {
-        let (name, outputs, parts) = (tensor.name.len(), tensor.outputs.len(), tensor.parts.len());
+        let (name, outputs) = (tensor.name.len(), tensor.outputs.len());
+        let parts = tensor.read.parts().iter().filter(|part| part.spans().next().is_some()).count();
         // The header, the plan and the manifest know every part by its name.
         (outputs * (name + 332) + parts * (3 * name + 300) + 300) as u64
     };

@@ -2,12 +2,11 @@
 
 use std::borrow::Cow;
 
-use super::input::Input;
-use super::part::MAX_EXPERTS;
+use super::input::{Input, MAX_EXPERTS};
 use super::split;
 use crate::checkpoint::Source;
 use crate::error::{Error, Result};
-use crate::format::{GroupFormat, GroupScheme, Layout, Scheme};
+use crate::format::{Codec, Layout, Sharing};
 use crate::models::{Role, Verdict};
 use crate::recipe::{ExpertLayout, NonFinitePolicy, Recipe};
 
@@ -20,16 +19,15 @@ pub fn check_options(recipe: &Recipe) -> Result<()> {
         return error("--nonfinite keep with --double-quant", why);
     }
     let default = Recipe::default();
-    let scheme = match recipe.scheme() {
-        Scheme::Groups(scheme) => scheme,
-        Scheme::Blocks(_) if recipe.layout != default.layout => {
+    if recipe.format.sharing == Sharing::Blocks {
+        if recipe.layout != default.layout {
             return error("--layout", "nf4 and fp4 have bitsandbytes' layout only: leave it out");
         }
-        Scheme::Blocks(_) if recipe.group_size != default.group_size => {
+        if recipe.group_size != default.group_size {
             return error("--group-size", "nf4 and fp4 have blocks, whose size is --block-size");
         }
-        Scheme::Blocks(_) => return Ok(()),
-    };
+        return Ok(());
+    }
     if recipe.double_quant {
         return error("--double-quant", "only nf4 and fp4 have scales that can be quantized: leave it out");
     }
@@ -43,17 +41,14 @@ pub fn check_options(recipe: &Recipe) -> Result<()> {
     if recipe.block_size != default.block_size {
         return error("--block-size", "only nf4 and fp4 have blocks; int4's groups have --group-size");
     }
-    if !scheme.is_integer() && recipe.group_size != default.group_size {
+    if recipe.format.sharing != Sharing::Groups && recipe.group_size != default.group_size {
         return error("--group-size", "only int4 and int4-asym have a choice: leave it out");
     }
-    match (scheme.layout, scheme.format) {
-        (Layout::Modelopt, format) if format != GroupFormat::Nvfp4 => {
-            error("--layout modelopt", "it is a layout of nvfp4: give --format nvfp4")
-        }
-        (Layout::GptOss, format) if format != GroupFormat::Mxfp4 => {
-            error("--layout gpt-oss", "it is a layout of mxfp4: give --format mxfp4")
-        }
-        _ => Ok(()),
+    match recipe.layout {
+        layout if recipe.format.layouts.contains(&layout) => Ok(()),
+        Layout::Modelopt => error("--layout modelopt", "it is a layout of nvfp4: give --format nvfp4"),
+        Layout::GptOss => error("--layout gpt-oss", "it is a layout of mxfp4: give --format mxfp4"),
+        Layout::CompressedTensors => error("--layout compressed-tensors", "the format has other layouts only"),
     }
 }
 
@@ -61,20 +56,14 @@ pub fn check_options(recipe: &Recipe) -> Result<()> {
 ///
 /// # Errors
 /// When gpt-oss's layout can't be had of all experts.
-pub fn check(
-    source: &Source,
-    model_types: &[&str],
-    input: &Input,
-    scheme: &GroupScheme,
-    verdict: &mut Verdict,
-) -> Result<()> {
+pub fn check(source: &Source, model_types: &[&str], input: &Input, codec: &Codec, verdict: &mut Verdict) -> Result<()> {
     let keep = |verdict: &mut Verdict, reason: Cow<'static, str>| {
         (verdict.quantize, verdict.reason) = (false, reason);
         Ok(())
     };
-    if scheme.layout == Layout::GptOss {
+    if codec.layout() == Some(Layout::GptOss) {
         return match verdict.role {
-            Role::FusedExperts => check_gpt_oss(source, input, scheme, verdict),
+            Role::FusedExperts => check_gpt_oss(source, input, codec, verdict),
             _ if verdict.quantize => keep(verdict, "gpt-oss's layout is of experts only: kept in its dtype".into()),
             _ => Ok(()),
         };
@@ -92,8 +81,8 @@ pub fn check(
         }
         _ => input.shape[1],
     };
-    let group = scheme.group_len(columns);
-    if scheme.packed_row(columns) > 2 * columns {
+    let group = codec.block_len(columns);
+    if codec.packed_row(columns) > 2 * columns {
         return keep(verdict, "its rows would take more room than in 16 bits: kept in its dtype".into());
     }
     if columns.is_multiple_of(group) {
@@ -103,16 +92,16 @@ pub fn check(
 }
 
 /// Its loader takes all experts for MXFP4.
-fn check_gpt_oss(source: &Source, input: &Input, scheme: &GroupScheme, verdict: &Verdict) -> Result<()> {
+fn check_gpt_oss(source: &Source, input: &Input, codec: &Codec, verdict: &Verdict) -> Result<()> {
     let error = |why: String| {
-        let path = source.files[input.parts[0].file].path.clone();
+        let path = source.files[input.read.first_file()].location.path().to_owned();
         Err(Error::Experts { path, tensor: input.name.clone(), why })
     };
     if !verdict.quantize {
         return error(format!("{}: in gpt-oss's layout all experts are quantized, or none", verdict.reason));
     }
     match input.shape[..] {
-        [experts, columns, _] if columns.is_multiple_of(scheme.group_len(columns)) && experts <= MAX_EXPERTS => Ok(()),
+        [experts, columns, _] if columns.is_multiple_of(codec.block_len(columns)) && experts <= MAX_EXPERTS => Ok(()),
         _ => error(format!("its shape is {:?}: the second dimension must be whole groups of 32", input.shape)),
     }
 }

@@ -8,27 +8,26 @@ mod groups;
 pub mod input;
 pub mod kept_modules;
 mod layout;
-mod part;
 mod scale_sets;
 pub mod split;
 
 use std::borrow::Cow;
 use std::collections::HashSet;
-use std::sync::Arc;
 
 use serde_json::Value;
 
+pub use input::MAX_EXPERTS;
 pub use layout::{PlannedFile, PlannedOutput};
-pub use part::{Coded, MAX_EXPERTS, Matrix, Nested, Part, Place};
 
 use crate::checkpoint::{CONFIG_NAME, Source};
 use crate::dtype::Dtype;
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Result};
-use crate::format::{GroupScheme, Layout, Scheme};
+use crate::format::{Codec, Layout};
 use crate::layout::OutputKind;
 use crate::models::families::families;
 use crate::models::{Role, Rules, Verdict};
+use crate::read::Read;
 use crate::recipe::{ExpertLayout, Recipe};
 use decide::Selection;
 use input::Input;
@@ -64,10 +63,8 @@ pub struct PlannedTensor {
     pub dtype: Dtype,
     /// Its shape in the output, before quantizing.
     pub shape: Vec<u64>,
-    /// Where its bytes are in the source, in their order.
-    pub parts: Vec<Part>,
-    /// Its bytes, if the source doesn't have them; there are no parts then.
-    pub constant: Option<Arc<[u8]>>,
+    /// Where its bytes come from.
+    pub read: Read,
     /// What the tensor is.
     pub role: Role,
     /// Keep or quantize.
@@ -88,12 +85,11 @@ pub enum Decision {
 }
 
 impl PlannedTensor {
-    fn new((input, verdict, decision): Decided, scheme: &Scheme) -> PlannedTensor {
-        let Input { name, dtype, shape, parts } = input;
+    fn new((input, verdict, decision): Decided, codec: &Codec) -> PlannedTensor {
+        let Input { name, dtype, shape, read } = input;
         let Verdict { role, reason, .. } = verdict;
-        let (constant, outputs) = (None, Vec::new());
-        let mut tensor = PlannedTensor { name, dtype, shape, parts, constant, role, decision, reason, outputs };
-        tensor.outputs = layout::outputs(&tensor, scheme);
+        let mut tensor = PlannedTensor { name, dtype, shape, read, role, decision, reason, outputs: Vec::new() };
+        tensor.outputs = layout::outputs(&tensor, codec);
         tensor
     }
 
@@ -109,13 +105,12 @@ impl PlannedTensor {
 
     /// Whether it is quantized in the source, and decoded as it is read.
     pub fn is_decoded(&self) -> bool {
-        self.parts.iter().any(|part| part.coded.is_some())
+        self.read.is_decoded()
     }
 
     /// Bytes that it is made of, decoded.
     pub fn source_len(&self) -> u64 {
-        let constant = self.constant.as_ref().map_or(0, |bytes| bytes.len() as u64);
-        self.parts.iter().map(|part| part.len).sum::<u64>() + constant
+        self.read.len()
     }
 
     /// The dtype that it is quantized from, if it is.
@@ -132,7 +127,7 @@ impl PlannedTensor {
     /// When the tensor has no such output.
     pub fn output(&self, kind: OutputKind) -> &PlannedOutput {
         let found = self.outputs.iter().find(|output| output.kind == Some(kind));
-        found.expect("the scheme gives this output")
+        found.expect("the codec gives this output")
     }
 
     /// Bytes of all that is written for it.
@@ -149,28 +144,28 @@ impl Plan {
     /// to quantize, or clients couldn't tell what is quantized from what is not.
     pub fn new(source: &Source, recipe: Recipe) -> Result<Plan> {
         groups::check_options(&recipe)?;
-        let scheme = recipe.scheme();
+        let codec = recipe.codec();
         let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
         let rules = Rules::new(&model_types);
         let decided = decide(source, &recipe, &model_types, &rules)?;
         let linear: Vec<bool> = decided.iter().map(|(_, verdict, _)| verdict.linear).collect();
         let mut tensors: Vec<PlannedTensor> =
-            decided.into_iter().map(|decided| PlannedTensor::new(decided, &scheme)).collect();
+            decided.into_iter().map(|decided| PlannedTensor::new(decided, &codec)).collect();
         check_anything_quantized(source, &tensors, &recipe)?;
-        let kept_modules = match &scheme {
-            Scheme::Blocks(_) => kept_modules::bitsandbytes::list(&rules, &tensors, &linear)?,
-            Scheme::Groups(scheme) => kept_modules::compressed_tensors::list(&rules, &tensors, &linear, scheme.layout),
+        let kept_modules = match codec.layout() {
+            None => kept_modules::bitsandbytes::list(&rules, &tensors, &linear)?,
+            Some(layout) => kept_modules::compressed_tensors::list(&rules, &tensors, &linear, layout),
         };
         let config = quantized_config(source, &recipe, &tensors, &kept_modules)?;
         let warnings = warnings(source, &recipe, &rules, &tensors, &linear);
         if recipe.experts == ExpertLayout::Fuse {
-            tensors = fuse::fuse(source, &model_types, tensors, &recipe.scheme())?;
+            tensors = fuse::fuse(source, &model_types, tensors, &codec)?;
         }
         check_names_are_free(source, &tensors)?;
         check_names_differ(source, &tensors)?;
         let files = layout::lay_out(&mut tensors, recipe.max_shard_size);
-        let scale_sets = if scheme.shares_scales() { scale_sets::scale_sets(&tensors) } else { Vec::new() };
-        let side_files = scheme.side_file(&kept_modules).into_iter().collect();
+        let scale_sets = if codec.has_tensor_scale() { scale_sets::scale_sets(&tensors) } else { Vec::new() };
+        let side_files = codec.side_file(&kept_modules).into_iter().collect();
         Ok(Plan { recipe, tensors, files, scale_sets, config, side_files, warnings })
     }
 
@@ -180,10 +175,9 @@ impl Plan {
     /// When two have one name.
     pub fn decoded(source: &Source, recipe: Recipe, inputs: Vec<Input>, config: Option<String>) -> Result<Plan> {
         let keep = |input: Input| {
-            let is_coded = input.parts.iter().any(|part| part.coded.is_some());
-            let reason = if is_coded { "decoded" } else { "copied" };
+            let reason = if input.read.is_decoded() { "decoded" } else { "copied" };
             let verdict = Verdict { role: Role::Unknown, quantize: false, linear: false, reason: reason.into() };
-            PlannedTensor::new((input, verdict, Decision::Keep), &recipe.scheme())
+            PlannedTensor::new((input, verdict, Decision::Keep), &recipe.codec())
         };
         let mut tensors: Vec<PlannedTensor> = inputs.into_iter().map(keep).collect();
         check_names_differ(source, &tensors)?;
@@ -232,33 +226,33 @@ impl Plan {
 
 /// What becomes of each tensor, with fused experts taken apart where the format wants it.
 fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules) -> Result<Vec<Decided>> {
-    let scheme = recipe.scheme();
-    if recipe.layout == Layout::GptOss && !families(model_types).any(|family| family.gpt_oss_layout) {
+    let codec = recipe.codec();
+    if codec.layout() == Some(Layout::GptOss) && !families(model_types).any(|family| family.gpt_oss_layout) {
         let why = "gpt-oss's layout is of gpt_oss models' experts only; leave --layout out for compressed-tensors'"
             .to_owned();
-        return Err(Error::NothingToQuantize { path: source.path.clone(), why });
+        return Err(Error::NothingToQuantize { path: source.location.path().to_owned(), why });
     }
     let mut selection = Selection::new(recipe, rules.clone())?;
     let mut decided = Vec::new();
     for input in input::inputs(source, recipe)? {
         let mut verdict = selection.decide(&input.name, &input.shape);
-        if let Scheme::Groups(scheme) = &scheme {
-            groups::check(source, model_types, &input, scheme, &mut verdict)?;
+        if !codec.is_blocks() {
+            groups::check(source, model_types, &input, &codec, &mut verdict)?;
         }
         let decision = match (verdict.quantize, float_dtype(input.dtype)) {
             (false, _) => Decision::Keep,
             (true, Some(dtype)) => Decision::Quantize(dtype),
             (true, None) => {
-                let path = source.files[input.parts[0].file].path.clone();
+                let path = source.files[input.read.first_file()].location.path().to_owned();
                 return Err(Error::UnsupportedDtype { path, tensor: input.name, dtype: input.dtype });
             }
         };
         decided.push((input, verdict, decision));
     }
     selection.check_patterns()?;
-    match scheme {
-        Scheme::Blocks(_) => Ok(decided),
-        Scheme::Groups(GroupScheme { layout: Layout::GptOss, .. }) => {
+    match codec.layout() {
+        None => Ok(decided),
+        Some(Layout::GptOss) => {
             let transposed = decided.into_iter().map(|(input, verdict, decision)| match decision {
                 // What products sum over in rows, of which MXFP4's groups are.
                 Decision::Quantize(_) => (input.transposed(), verdict, decision),
@@ -266,7 +260,7 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
             });
             Ok(transposed.collect())
         }
-        Scheme::Groups(_) => split::split_experts(source, model_types, decided),
+        Some(_) => split::split_experts(source, model_types, decided),
     }
 }
 
@@ -288,8 +282,8 @@ fn bits_per_element<'a>(tensors: impl Iterator<Item = &'a PlannedTensor>) -> f64
 
 /// What is written for a quantized weight must not have the name of another tensor.
 fn check_names_are_free(source: &Source, tensors: &[PlannedTensor]) -> Result<()> {
-    let parts = |tensor: &PlannedTensor| tensor.outputs.iter().map(|output| output.suffix).collect::<Vec<_>>();
-    let Some(suffixes) = tensors.iter().find(|tensor| tensor.outputs.len() > 1).map(parts) else { return Ok(()) };
+    let Some(first) = tensors.iter().find(|tensor| tensor.outputs.len() > 1) else { return Ok(()) };
+    let suffixes: Vec<&str> = first.outputs.iter().map(|output| &*output.suffix).collect();
     let quantized: HashSet<&str> =
         tensors.iter().filter(|tensor| tensor.decision != Decision::Keep).map(|tensor| tensor.name.as_str()).collect();
     for tensor in tensors {
@@ -300,7 +294,7 @@ fn check_names_are_free(source: &Source, tensors: &[PlannedTensor]) -> Result<()
                 "tensor {name:?} has a name that quantizing {weight:?} takes for a part of it: was the checkpoint \
                  quantized before? Keep the weight with --exclude"
             );
-            return Err(Error::malformed(&source.files[tensor.parts[0].file].path, why));
+            return Err(Error::malformed(source.files[tensor.read.first_file()].location.path(), why));
         }
     }
     Ok(())
@@ -315,7 +309,7 @@ fn check_names_differ(source: &Source, tensors: &[PlannedTensor]) -> Result<()> 
             let why = format!(
                 "two tensors would be written as {name:?}: which one is meant? Keep one as it is with --exclude"
             );
-            return Err(Error::malformed(&source.files[tensor.parts[0].file].path, why));
+            return Err(Error::malformed(source.files[tensor.read.first_file()].location.path(), why));
         }
     }
     Ok(())
@@ -333,7 +327,7 @@ fn check_anything_quantized(source: &Source, tensors: &[PlannedTensor], recipe: 
         let first = matrix.map_or(String::new(), |tensor| format!(", such as {:?}: {}", tensor.name, tensor.reason));
         format!("every tensor is kept{first}; --include REGEX chooses tensors")
     };
-    Err(Error::NothingToQuantize { path: source.path.clone(), why })
+    Err(Error::NothingToQuantize { path: source.location.path().to_owned(), why })
 }
 
 /// What config.json names as the experts' implementation when they are 4-bit. transformers knows no such one, and stops;
@@ -351,17 +345,20 @@ fn quantized_config(
     let of_config = ["dtype", "torch_dtype"].iter().find_map(|key| config.values().get(*key)?.as_str());
     let of_weights = tensors.iter().find_map(PlannedTensor::quantized_from).unwrap_or(FloatDtype::Bfloat16);
     let compute_dtype = of_config.and_then(FloatDtype::from_torch_name).unwrap_or(of_weights);
-    let mut entries = vec![("quantization_config", recipe.scheme().quantization_config(compute_dtype, skip_modules))];
+    let mut entries = vec![("quantization_config", recipe.codec().quantization_config(compute_dtype, skip_modules))];
     if has_4_bit_experts(recipe, tensors) {
         entries.push(("experts_implementation", Value::from(EXPERTS_GUARD)));
     }
-    config.with(&entries).map(Some).map_err(|error| Error::malformed(&source.path.join(CONFIG_NAME), error.to_string()))
+    config
+        .with(&entries)
+        .map(Some)
+        .map_err(|error| Error::malformed(source.location.join(CONFIG_NAME).path(), error.to_string()))
 }
 
 /// Whether experts are quantized in a layout that transformers doesn't load by itself.
 fn has_4_bit_experts(recipe: &Recipe, tensors: &[PlannedTensor]) -> bool {
     let is_quantized = |tensor: &PlannedTensor| tensor.role.is_expert() && tensor.decision != Decision::Keep;
-    recipe.scheme().blocks().is_some() && tensors.iter().any(is_quantized)
+    recipe.codec().is_blocks() && tensors.iter().any(is_quantized)
 }
 
 fn warnings(

@@ -4,12 +4,13 @@
 use std::path::Path;
 
 use prequant::checkpoint::{Config, Header, Index, Source, SourceFile};
-use prequant::format::{Format, GroupSize, Layout};
+use prequant::format::{GroupSize, INT4, INT4_ASYM, Layout, MXFP4, NVFP4};
 use prequant::layout::ParsedQuantState;
 use prequant::manifest::Manifest;
 use prequant::pipeline::{Budget, Limits};
 use prequant::plan::Plan;
 use prequant::recipe::{ExpertLayout, Recipe};
+use prequant::store::Identity;
 
 /// What a fuzzer calls with whatever it makes up.
 pub type Target = fn(&[u8]);
@@ -74,19 +75,20 @@ pub fn plan(data: &[u8]) {
     let Some(len) = wanted.unwrap_or(0).checked_add(file.len() as u64) else { return };
     let Ok(header) = Header::read(&mut &file[..], len, Path::new("fuzzed")) else { return };
     let name = "model.safetensors".to_owned();
-    let (path, header_sha256, tensors) = (name.clone().into(), header.sha256, header.tensors);
-    let files = vec![SourceFile { name, path, len, modified: 0, header_sha256, tensors }];
-    let source = Source { path: "fuzzed".into(), files, config: Some(config), side_files: Vec::new() };
+    let (location, header_sha256, tensors) = (name.clone().into(), header.sha256, header.tensors);
+    let identity = Identity { len, version: String::new(), sha256: None };
+    let files = vec![SourceFile { name, location, identity, header_sha256, tensors }];
+    let source = Source { location: "fuzzed".into(), files, config: Some(config), side_files: Vec::new() };
     let base = Recipe { max_shard_size: 1000, dequantize_source: true, ..Recipe::default() };
     let channel = GroupSize::Channel;
     for recipe in [
         base.clone(),
         Recipe { double_quant: true, ..base.clone() },
         Recipe { experts: ExpertLayout::Fuse, ..base.clone() },
-        Recipe { format: Format::Int4, ..base.clone() },
-        Recipe { format: Format::Int4Asym, group_size: channel, ..base.clone() },
-        Recipe { format: Format::Nvfp4, layout: Layout::Modelopt, ..base.clone() },
-        Recipe { format: Format::Mxfp4, layout: Layout::GptOss, ..base },
+        Recipe { format: &INT4, ..base.clone() },
+        Recipe { format: &INT4_ASYM, group_size: channel, ..base.clone() },
+        Recipe { format: &NVFP4, layout: Layout::Modelopt, ..base.clone() },
+        Recipe { format: &MXFP4, layout: Layout::GptOss, ..base },
     ] {
         if let Ok(plan) = Plan::new(&source, recipe) {
             assert_eq!(plan.tensors.len(), plan.files.iter().map(|file| file.tensors.len()).sum::<usize>());

@@ -4,7 +4,6 @@ mod files;
 mod headers;
 mod reconvert;
 
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -17,11 +16,10 @@ pub use reconvert::against;
 use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, STAGING_NAME};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Result};
-use crate::format::Scheme;
 use crate::manifest::{DecisionRecord, Manifest, SCHEMA_VERSION};
 use crate::models::Rules;
 use crate::plan::kept_modules::{bitsandbytes, compressed_tensors};
-use crate::store::Sha256Hash;
+use crate::store::{Location, Sha256Hash};
 
 /// Bytes that are read at once.
 const BUFFER: usize = 1 << 20;
@@ -98,7 +96,7 @@ impl Report {
 
 /// A checkpoint's folder and its manifest, as it was found.
 struct Checkpoint {
-    folder: PathBuf,
+    folder: Location,
     manifest: Manifest,
     manifest_sha256: Sha256Hash,
 }
@@ -107,9 +105,9 @@ struct Checkpoint {
 ///
 /// # Errors
 /// When there is no manifest, or the system refuses to read. What is damaged is in the report.
-pub fn verify(folder: &Path, options: Options<'_>) -> Result<Report> {
+pub fn verify(folder: impl Into<Location>, options: Options<'_>) -> Result<Report> {
     let mut report = Report::default();
-    let Some(checkpoint) = open(folder, &mut report)? else { return Ok(report) };
+    let Some(checkpoint) = open(&folder.into(), &mut report)? else { return Ok(report) };
     files::check_sums(&checkpoint, &mut report)?;
     files::check_names(&checkpoint, &mut report)?;
     files::check_contents(&checkpoint, options, &mut report)?;
@@ -121,19 +119,19 @@ pub fn verify(folder: &Path, options: Options<'_>) -> Result<Report> {
 }
 
 /// Opens a converted checkpoint; a manifest that can't be read is a difference.
-fn open(folder: &Path, report: &mut Report) -> Result<Option<Checkpoint>> {
+fn open(folder: &Location, report: &mut Report) -> Result<Option<Checkpoint>> {
     let path = folder.join(MANIFEST_NAME);
     if !path.is_file() {
-        let why = match folder.join(STAGING_NAME).is_dir() {
+        let why = match folder.join(STAGING_NAME).is_folder() {
             true => "its conversion was never finished; run the command it was begun with again",
             false => "it has no prequant.json: give the folder of a checkpoint that prequant made",
         };
-        return Err(Error::NotACheckpoint { path: folder.to_owned(), why: why.to_owned() });
+        return Err(Error::NotACheckpoint { path: folder.path().to_owned(), why: why.to_owned() });
     }
     let (manifest, manifest_sha256) = files::read_manifest(&path)?;
     match manifest {
         Ok(manifest) if manifest.schema_version == SCHEMA_VERSION => {
-            Ok(Some(Checkpoint { folder: folder.to_owned(), manifest, manifest_sha256 }))
+            Ok(Some(Checkpoint { folder: folder.clone(), manifest, manifest_sha256 }))
         }
         Ok(manifest) => {
             let what = format!("schema version {}, expected {SCHEMA_VERSION}", manifest.schema_version);
@@ -164,7 +162,7 @@ fn check_config(checkpoint: &Checkpoint, report: &mut Report) {
     let Some(found) = config.values().get("quantization_config") else {
         return report.differ(NAME, None, "has no quantization_config");
     };
-    let expected = checkpoint.manifest.recipe.scheme().quantization_config(FloatDtype::Bfloat16, &[]);
+    let expected = checkpoint.manifest.recipe.codec().quantization_config(FloatDtype::Bfloat16, &[]);
     for (key, expected) in expected.as_object().into_iter().flatten() {
         let found = found.get(key).unwrap_or(&serde_json::Value::Null);
         let free = FREE_KEYS.contains(&key.as_str());
@@ -177,21 +175,21 @@ fn check_config(checkpoint: &Checkpoint, report: &mut Report) {
 
 /// No module that is quantized may be among those that clients are told to leave alone.
 fn check_kept_modules(checkpoint: &Checkpoint, config: &Config, found: &serde_json::Value, report: &mut Report) {
-    let scheme = checkpoint.manifest.recipe.scheme();
-    let key = scheme.kept_modules_key();
+    let codec = checkpoint.manifest.recipe.codec();
+    let key = codec.kept_modules_key();
     let listed = found.get(key).and_then(|list| list.as_array());
     let listed: Vec<&str> = listed.into_iter().flatten().filter_map(|entry| entry.as_str()).collect();
     let tensors = checkpoint.manifest.tensors.iter();
     let quantized = tensors.filter(|tensor| tensor.decision == DecisionRecord::Quantize);
     let rules = Rules::new(&config.model_types());
-    let clash = match scheme {
-        Scheme::Blocks(_) => {
+    let clash = match codec.layout() {
+        None => {
             let weights: Vec<&str> = quantized.flat_map(|tensor| &tensor.sources).map(|s| s.name.as_str()).collect();
             bitsandbytes::clash(&rules, &listed, &weights)
         }
-        Scheme::Groups(scheme) => {
-            let codes = quantized.filter_map(|tensor| tensor.outputs.first()?.name.strip_suffix(scheme.codes_suffix()));
-            compressed_tensors::clash(&rules, scheme.layout, &listed, &codes.collect::<Vec<_>>())
+        Some(layout) => {
+            let codes = quantized.filter_map(|tensor| tensor.outputs.first()?.name.strip_suffix(codec.codes_suffix()));
+            compressed_tensors::clash(&rules, layout, &listed, &codes.collect::<Vec<_>>())
         }
     };
     if let Some((entry, module)) = clash {

@@ -48,7 +48,7 @@ impl Scheduler<'_> {
             self.measure(state, set);
         }
         let measured = state.sets.get(&set).filter(|set| set.tasks_left == 0)?;
-        Some(group::tensor_scale(self.plan.recipe.layout, measured.absmax, self.plan.scale_dtype(set)))
+        Some(group::tensor_scale(&self.plan.recipe.codec(), measured.absmax, self.plan.scale_dtype(set)))
     }
 
     /// Queues the reading of a set's tensors, once.
