@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::dtype::Dtype;
+use safetensors::Dtype;
 
 /// An error of what isn't this module's to know.
 type Cause = Box<dyn std::error::Error + Send + Sync>;

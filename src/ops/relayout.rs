@@ -7,7 +7,7 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, Source, SourceFile, TensorInfo, sort_canonically};
 use crate::dtype::FloatDtype;
@@ -17,8 +17,10 @@ use crate::layout::{OutputKind, QuantState, quant_state_bytes};
 use crate::manifest::{DecisionRecord, Manifest, SCHEMA_VERSION, TensorRecord};
 use crate::ops::verify;
 use crate::pipeline::{Outcome, TensorOutcome};
-use crate::plan::{Decision, Part, Plan, PlannedFile, PlannedOutput, PlannedTensor};
+use crate::plan::{Decision, Plan, PlannedFile, PlannedOutput, PlannedTensor};
+use crate::read::{Read, Span};
 use crate::recipe::{ExpertLayout, Recipe};
+use crate::store::{Identity, Location};
 
 /// A converted checkpoint and what it becomes.
 #[derive(Debug)]
@@ -34,15 +36,16 @@ pub struct Relayout {
 }
 
 /// The recipe of the converted checkpoint at `path`, if that is what it is, and its experts can be laid out anew.
-pub fn recipe_of(path: &Path) -> Option<Recipe> {
-    let config = Config::read(&path.join(CONFIG_NAME)).ok()?;
+pub fn recipe_of(place: impl Into<Location>) -> Option<Recipe> {
+    let place = place.into();
+    let config = Config::read(&place.join(CONFIG_NAME)).ok()?;
     config.values().get("quantization_config")?;
-    Some(manifest_of(path)?.recipe).filter(|recipe| recipe.codec().is_blocks())
+    Some(manifest_of(&place)?.recipe).filter(|recipe| recipe.codec().is_blocks())
 }
 
 /// The manifest of the converted checkpoint at `path`.
-pub fn manifest_of(path: &Path) -> Option<Manifest> {
-    let (manifest, _) = verify::read_manifest(&path.join(MANIFEST_NAME)).ok()?;
+pub fn manifest_of(place: &Location) -> Option<Manifest> {
+    let (manifest, _) = verify::read_manifest(&place.join(MANIFEST_NAME)).ok()?;
     manifest.ok().filter(|manifest| manifest.schema_version == SCHEMA_VERSION)
 }
 
@@ -53,7 +56,7 @@ impl Relayout {
     /// When `recipe` asks for more than another layout or other shards, blocks straddle experts, or the files aren't what
     /// the manifest says.
     pub fn new(converted: &Source, manifest: Manifest, recipe: Recipe) -> Result<(Plan, Relayout)> {
-        let path = &converted.path;
+        let path = converted.location.path();
         check_recipe(path, &manifest.recipe, &recipe)?;
         let origin = origin(converted, &manifest)?;
         let old = Plan::new(&origin, manifest.recipe.clone())?;
@@ -104,7 +107,7 @@ pub fn check_source(converted: &Source, manifest: &Manifest, outcome: &Outcome) 
             let why = format!(
                 "isn't what {MANIFEST_NAME} says it is (SHA-256 {sha256}); download it again, or convert the source again; then begin anew with --restart"
             );
-            return Err(Error::malformed(&file.path, why));
+            return Err(Error::malformed(file.location.path(), why));
         }
     }
     Ok(())
@@ -133,14 +136,16 @@ fn check_recipe(path: &Path, then: &Recipe, now: &Recipe) -> Result<()> {
 
 /// The checkpoint that the converted one was made from, as far as the manifest tells.
 fn origin(converted: &Source, manifest: &Manifest) -> Result<Source> {
-    let path = converted.path.join(MANIFEST_NAME);
+    let location = converted.location.join(MANIFEST_NAME);
+    let path = location.path();
     let mut files: Vec<SourceFile> = Vec::new();
     for file in &manifest.source.files {
-        let (name, len, header_sha256) = (file.name.clone(), file.size, file.header_sha256);
-        files.push(SourceFile { name, path: path.clone(), len, modified: 0, header_sha256, tensors: Vec::new() });
+        let (name, location, header_sha256) = (file.name.clone(), location.clone(), file.header_sha256);
+        let identity = Identity { len: file.size, version: String::new(), sha256: file.sha256 };
+        files.push(SourceFile { name, location, identity, header_sha256, tensors: Vec::new() });
     }
     for tensor in manifest.tensors.iter().flat_map(|record| &record.sources) {
-        let error = |what: &str| Error::malformed(&path, format!("tensor {:?} of the source: {what}", tensor.name));
+        let error = |what: &str| Error::malformed(path, format!("tensor {:?} of the source: {what}", tensor.name));
         let file = files.iter_mut().find(|file| file.name == tensor.file);
         let file = file.ok_or_else(|| error("its file isn't among the source's"))?;
         let dtype = dtype::named(&tensor.dtype).ok_or_else(|| error("a dtype that safetensors doesn't have"))?;
@@ -161,7 +166,7 @@ fn origin(converted: &Source, manifest: &Manifest) -> Result<Source> {
             }
         }
     }
-    let origin = Source { path, files, config: converted.config.clone(), side_files: Vec::new() };
+    let origin = Source { location, files, config: converted.config.clone(), side_files: Vec::new() };
     origin.check_names_differ()?;
     Ok(origin)
 }
@@ -204,35 +209,34 @@ fn check_manifest(path: &Path, plan: &Plan, manifest: &Manifest) -> Result<()> {
 }
 
 /// Where each output of the plan is in the converted files.
-fn places(converted: &Source, plan: &Plan) -> Result<HashMap<String, Part>> {
+fn places(converted: &Source, plan: &Plan) -> Result<HashMap<String, Span>> {
     let mut places = HashMap::new();
     for (file, tensors) in converted.files.iter().enumerate() {
         for (tensor, info) in tensors.tensors.iter().enumerate() {
-            let part = Part { file, tensor, offset: info.offset, len: info.len, matrix: None, coded: None };
-            places.insert(info.name.clone(), part);
+            places.insert(info.name.clone(), Span { file, tensor, offset: info.offset, len: info.len });
         }
     }
-    let info = |part: &Part| &converted.files[part.file].tensors[part.tensor];
+    let info = |span: &Span| &converted.files[span.file].tensors[span.tensor];
     for tensor in &plan.tensors {
         for output in &tensor.outputs {
             let name = format!("{}{}", tensor.name, output.suffix);
             let found = places.get(&name).map(info);
             if found.is_none_or(|info| info.dtype != output.dtype || info.shape != output.shape) {
                 let why = format!("tensor {name:?} isn't there as {MANIFEST_NAME} says; prequant verify tells more");
-                return Err(Error::malformed(&converted.path, why));
+                return Err(Error::malformed(converted.location.path(), why));
             }
         }
     }
     let planned: usize = plan.tensors.iter().map(|tensor| tensor.outputs.len()).sum();
     if planned != places.len() {
         let why = format!("it has more tensors than {MANIFEST_NAME} says; prequant verify tells which");
-        return Err(Error::malformed(&converted.path, why));
+        return Err(Error::malformed(converted.location.path(), why));
     }
     Ok(places)
 }
 
 fn is_same(old: &PlannedTensor, new: &PlannedTensor) -> bool {
-    (&old.parts, &old.shape, old.decision) == (&new.parts, &new.shape, new.decision)
+    (&old.read, &old.shape, old.decision) == (&new.read, &new.shape, new.decision)
 }
 
 /// The quantized runs of each tensor of the origin, by file and tensor, then by their first byte.
@@ -244,7 +248,10 @@ struct Run {
     tensor: usize,
     /// Bytes of that tensor before it.
     at: u64,
-    part: Part,
+    /// From its first byte in the source on.
+    span: Span,
+    /// Whether these are the bytes as they are stored.
+    stored: bool,
 }
 
 impl Runs {
@@ -252,31 +259,37 @@ impl Runs {
         let mut runs: HashMap<(usize, usize), BTreeMap<u64, Run>> = HashMap::new();
         for (tensor, planned) in plan.tensors.iter().enumerate() {
             let mut at = 0;
-            for &part in &planned.parts {
-                runs.entry((part.file, part.tensor)).or_default().insert(part.offset, Run { tensor, at, part });
-                at += part.len;
+            for part in planned.read.parts() {
+                let (len, stored) = (part.len(), matches!(part, Read::Bytes(_)));
+                if let Some(first) = part.spans().next() {
+                    let span = Span { len, ..first };
+                    runs.entry((span.file, span.tensor))
+                        .or_default()
+                        .insert(span.offset, Run { tensor, at, span, stored });
+                }
+                at += len;
             }
         }
         Runs(runs)
     }
 
     /// Those that a part is made of, in order: the run, the part's first byte in it, and how many bytes of it.
-    fn of(&self, part: Part) -> impl Iterator<Item = (&Run, u64, u64)> {
+    fn of(&self, part: Span) -> impl Iterator<Item = (&Run, u64, u64)> {
         let runs = self.0.get(&(part.file, part.tensor)).into_iter();
         let runs = runs.flat_map(move |runs| runs.range(..part.offset + part.len).map(|(_, run)| run));
         runs.filter_map(move |run| {
-            let start = part.offset.max(run.part.offset);
-            let end = (part.offset + part.len).min(run.part.offset + run.part.len);
-            (start < end).then(|| (run, start - run.part.offset, end - start))
+            let start = part.offset.max(run.span.offset);
+            let end = (part.offset + part.len).min(run.span.offset + run.span.len);
+            (start < end).then(|| (run, start - run.span.offset, end - start))
         })
     }
 }
 
 /// Where the bytes of a new tensor's outputs come from.
 struct Copies<'a> {
-    path: &'a PathBuf,
+    path: &'a Path,
     old: &'a Plan,
-    places: &'a HashMap<String, Part>,
+    places: &'a HashMap<String, Span>,
     runs: Runs,
 }
 
@@ -297,34 +310,35 @@ impl Copies<'_> {
             return self.error(tensor, "groups are of experts one by one only".to_owned());
         }
         let (packed, absmax) = self.parts(tensor, dtype, recipe)?;
-        let first = &self.old.tensors[self.runs.of(tensor.parts[0]).next().map_or(0, |(run, ..)| run.tensor)];
+        let first = tensor.read.spans().next().and_then(|span| self.runs.of(span).next());
+        let first = &self.old.tensors[first.map_or(0, |(run, ..)| run.tensor)];
         let state = QuantState { codec, dtype, shape: &tensor.shape, nested_offset: 0.0 };
         let outputs = tensor.outputs.iter().map(|output| match output.kind {
             Some(OutputKind::Packed) => copy(tensor, output, packed.clone()),
             Some(OutputKind::Absmax) => copy(tensor, output, absmax.clone()),
-            Some(OutputKind::QuantState) => {
-                PlannedTensor { constant: Some(quant_state_bytes(&state).into()), ..copy(tensor, output, Vec::new()) }
-            }
-            _ => copy(tensor, output, vec![self.places[&format!("{}{}", first.name, output.suffix)]]),
+            Some(OutputKind::QuantState) => copy(tensor, output, Read::Literal(quant_state_bytes(&state).into())),
+            _ => copy(tensor, output, Read::Bytes(self.places[&format!("{}{}", first.name, output.suffix)])),
         });
         Ok(outputs.collect())
     }
 
     fn as_it_is(&self, tensor: &PlannedTensor, output: &PlannedOutput) -> PlannedTensor {
-        copy(tensor, output, vec![self.places[&format!("{}{}", tensor.name, output.suffix)]])
+        copy(tensor, output, Read::Bytes(self.places[&format!("{}{}", tensor.name, output.suffix)]))
     }
 
     /// Where the codes and absmax of its runs are.
-    fn parts(&self, tensor: &PlannedTensor, dtype: FloatDtype, recipe: &Recipe) -> Result<(Vec<Part>, Vec<Part>)> {
+    fn parts(&self, tensor: &PlannedTensor, dtype: FloatDtype, recipe: &Recipe) -> Result<(Read, Read)> {
         let (mut packed, mut absmax) = (Vec::new(), Vec::new());
-        for &part in &tensor.parts {
+        for part in tensor.read.parts() {
+            let &Read::Bytes(span) = part else {
+                let coded = matches!(part, Read::Decode(_));
+                let why = if coded { "its source was quantized itself" } else { "one layout has it transposed" };
+                return self.error(tensor, why.to_owned());
+            };
             let mut covered = 0;
-            for (run, skipped, len) in self.runs.of(part) {
-                if part.matrix.is_some() || run.part.matrix.is_some() {
+            for (run, skipped, len) in self.runs.of(span) {
+                if !run.stored {
                     return self.error(tensor, "one layout has it transposed".to_owned());
-                }
-                if part.coded.is_some() {
-                    return self.error(tensor, "its source was quantized itself".to_owned());
                 }
                 let block = recipe.block_size.get() as u64;
                 let (first, elements) = ((run.at + skipped) / dtype.size() as u64, len / dtype.size() as u64);
@@ -334,32 +348,30 @@ impl Copies<'_> {
                 }
                 let old = &self.old.tensors[run.tensor];
                 let place = |kind| self.places[&format!("{}{}", old.name, old.output(kind).suffix)];
-                let of = |part: Part, offset, len| Part { offset: part.offset + offset, len, ..part };
-                packed.push(of(place(OutputKind::Packed), first / 2, elements / 2));
-                absmax.push(of(place(OutputKind::Absmax), first / block * 4, elements / block * 4));
+                packed.push(Read::Bytes(place(OutputKind::Packed).part(first / 2, elements / 2)));
+                absmax.push(Read::Bytes(place(OutputKind::Absmax).part(first / block * 4, elements / block * 4)));
                 covered += len;
             }
-            if covered != part.len {
+            if covered != span.len {
                 return self.error(tensor, format!("{MANIFEST_NAME} doesn't tell where all of it is"));
             }
         }
-        Ok((packed, absmax))
+        Ok((Read::concat(packed), Read::concat(absmax)))
     }
 
     fn error<T>(&self, tensor: &PlannedTensor, why: String) -> Result<T> {
         let why = format!("tensor {:?}: {why}; start from the bf16 checkpoint it was made from", tensor.name);
-        Err(Error::Relayout { path: self.path.clone(), why })
+        Err(Error::Relayout { path: self.path.to_owned(), why })
     }
 }
 
 /// An output of a tensor as a tensor of its own, which is copied.
-fn copy(tensor: &PlannedTensor, output: &PlannedOutput, parts: Vec<Part>) -> PlannedTensor {
+fn copy(tensor: &PlannedTensor, output: &PlannedOutput, read: Read) -> PlannedTensor {
     PlannedTensor {
         name: format!("{}{}", tensor.name, output.suffix),
         dtype: output.dtype,
         shape: output.shape.clone(),
-        parts,
-        constant: None,
+        read,
         role: tensor.role,
         decision: Decision::Keep,
         reason: tensor.reason.clone(),

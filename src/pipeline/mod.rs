@@ -7,16 +7,13 @@
 //! (whole, and tensor by tensor) out of the page cache, ahead of quantizing what comes next.
 
 mod budget;
-mod coded;
 mod files;
 mod lane_pool;
-mod matrix;
 mod nonfinite;
 mod results;
 mod scheduler;
 mod worker;
 
-use std::fs::File;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -31,7 +28,7 @@ use crate::checkpoint::{Source, SourceFile};
 use crate::error::Result;
 use crate::plan::{Plan, PlannedFile};
 use crate::stats::{AbsmaxAccumulator, Statistics, StatsAccumulator};
-use crate::store::{Disk, Sha256Hash};
+use crate::store::{ReadAt, Sha256Hash};
 use lane_pool::LanePool;
 use scheduler::Scheduler;
 use worker::Worker;
@@ -59,8 +56,6 @@ pub struct ExecutionContext<'a> {
     pub budget: Budget,
     /// Whether to hash the source's files.
     pub hash_source: bool,
-    /// What reads and writes.
-    pub disk: &'a dyn Disk,
     /// Set from outside to have it stop.
     pub interrupt: &'a AtomicBool,
     /// Who is told.
@@ -119,7 +114,7 @@ pub trait Output: Send + Sync {
     /// Waits until the file is on the disk.
     fn sync(&self) -> Result<()>;
     /// The file, for reading back.
-    fn file(&self) -> &File;
+    fn file(&self) -> &dyn ReadAt;
     /// Where it is.
     fn path(&self) -> &Path;
 }

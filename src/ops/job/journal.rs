@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::manifest::Tool;
 use crate::pipeline::FileOutcome;
 use crate::recipe::Recipe;
-use crate::store::Sha256Hash;
+use crate::store::{Identity, Sha256Hash};
 
 /// What is being made, and of what.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -27,9 +27,7 @@ pub struct Job {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct SourceMark {
     name: String,
-    size: u64,
-    /// Nanoseconds since 1970.
-    modified: i128,
+    identity: Identity,
     header_sha256: Sha256Hash,
 }
 
@@ -38,8 +36,7 @@ impl Job {
     pub fn new(source: &Source, recipe: &Recipe, dequantize: bool) -> Job {
         let mark = |file: &SourceFile| SourceMark {
             name: file.name.clone(),
-            size: file.len,
-            modified: file.modified,
+            identity: file.identity.clone(),
             header_sha256: file.header_sha256,
         };
         Job {
@@ -92,11 +89,12 @@ impl Job {
         }
         self.source_files.iter().zip(&now.source_files).find_map(|(then, now)| {
             let name = &now.name;
-            if then.size != now.size {
-                Some(format!("the source's {name} had {} bytes, and has {}", then.size, now.size))
+            let (before, after) = (&then.identity, &now.identity);
+            if before.len != after.len {
+                Some(format!("the source's {name} had {} bytes, and has {}", before.len, after.len))
             } else if then.header_sha256 != now.header_sha256 {
                 Some(format!("the header of the source's {name} has changed"))
-            } else if then.modified != now.modified {
+            } else if before != after {
                 Some(format!("the source's {name} was written to since"))
             } else {
                 None
@@ -122,7 +120,7 @@ pub fn check_source_hash(staging: &Staging, file: &SourceFile, sha256: Sha256Has
             let why = format!(
                 "its content isn't what it was when the conversion began (SHA-256 {sha256} now; --restart begins anew)"
             );
-            Err(Error::SourceChanged { path: file.path.clone(), why })
+            Err(Error::SourceChanged { path: file.location.path().to_owned(), why })
         }
         Some(_) => Ok(()),
         None => staging.write_sealed(&name, |note| note.write_all(&sha256.0)),
