@@ -2,6 +2,9 @@
 //!
 //! No time, host or path is in it: the same source and recipe give the same bytes on every machine.
 
+mod read;
+mod v1;
+
 use std::collections::BTreeMap;
 use std::io;
 
@@ -14,7 +17,7 @@ use crate::stats::Statistics;
 use crate::store::Sha256Hash;
 
 /// The version of this schema; raised when a reader of the last one would misunderstand.
-pub const SCHEMA_VERSION: u32 = 1;
+pub const SCHEMA_VERSION: u32 = 2;
 
 /// A converted checkpoint's manifest.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]

@@ -1,54 +1,73 @@
 //! What the user asks for: all that decides the output's bytes, besides the source.
 
+mod options;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use options::RecipeOptions;
+
 use crate::format::{BlockFormat, BlockScheme, BlockSize, Format, GroupFormat, GroupScheme, GroupSize, Layout, Scheme};
 
-/// The choices of a conversion.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+/// The choices of a conversion; [`RecipeOptions::build`] makes one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "RecipeOptions", into = "RecipeOptions")]
 pub struct Recipe {
-    /// The 4-bit format.
-    pub format: Format,
-    /// Consecutive elements that share one absmax, in NF4 and FP4.
-    pub block_size: BlockSize,
-    /// Columns that share one scale, in INT4.
-    #[serde(default)]
-    pub group_size: GroupSize,
-    /// The tensors that formats with groups are put in.
-    #[serde(default)]
-    pub layout: Layout,
-    /// Whether absmax is quantized too, to 8 bits.
-    pub double_quant: bool,
-    /// How the experts of a Mixture-of-Experts model are laid out.
-    pub experts: ExpertLayout,
+    /// How weights are quantized.
+    pub weights: Weights,
     /// Whether everything but experts is kept.
     pub only_experts: bool,
-    /// Regular expressions: tensors to be quantized against the rules.
+    /// Regular expressions: tensors to quantize although the rules would keep them.
     pub include: Vec<String>,
-    /// Regular expressions: tensors to be kept, whatever else says otherwise.
+    /// Regular expressions: tensors to keep, whatever else says otherwise.
     pub exclude: Vec<String>,
-    /// Whether gpt-oss's MXFP4 experts are decoded on the way in.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    /// Whether gpt-oss's MXFP4 experts are decoded first.
     pub dequantize_source: bool,
-    /// What becomes of weights with a NaN or an infinity.
-    pub nonfinite: NonFinitePolicy,
-    /// The most bytes of tensors in one file; a weight and its statistics stay together even if they are more.
+    /// The most bytes of tensors in one file; a weight and its scales stay together even if they exceed it.
     pub max_shard_size: u64,
+}
+
+/// The format with its own choices: only those that it has. Values that don't go together can't be built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Weights {
+    /// Blocks of consecutive elements with a codebook: bitsandbytes'.
+    #[non_exhaustive]
+    Blocks {
+        /// The codebook.
+        format: BlockFormat,
+        /// Consecutive elements that share one absmax.
+        block_size: BlockSize,
+        /// Whether absmax is quantized too, to 8 bits.
+        double_quant: bool,
+        /// How weights with a NaN or an infinity are treated.
+        nonfinite: NonFinitePolicy,
+        /// How the experts of a Mixture-of-Experts model are laid out.
+        experts: ExpertLayout,
+    },
+    /// Groups of a row's columns; experts are one by one, whatever the source has.
+    #[non_exhaustive]
+    Groups {
+        /// The codes.
+        format: GroupFormat,
+        /// Columns that share one scale.
+        group_size: GroupSize,
+        /// The tensors they are put in.
+        layout: Layout,
+    },
 }
 
 /// How experts are laid out in the output.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum ExpertLayout {
-    /// As the source has them, under the same names.
+    /// As in the source, under the same names.
     #[default]
     Keep,
     /// As transformers' models have them: all of a layer's in one 3-D tensor for each projection.
     Fuse,
 }
 
-/// What becomes of weights with a NaN or an infinity.
+/// How weights with a NaN or an infinity are treated.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum NonFinitePolicy {
@@ -59,22 +78,56 @@ pub enum NonFinitePolicy {
     Keep,
 }
 
+impl Weights {
+    /// The format.
+    pub fn format(&self) -> Format {
+        match self {
+            Weights::Blocks { format: BlockFormat::Nf4, .. } => Format::Nf4,
+            Weights::Blocks { format: BlockFormat::Fp4, .. } => Format::Fp4,
+            Weights::Groups { format: GroupFormat::Int4, .. } => Format::Int4,
+            Weights::Groups { format: GroupFormat::Int4Asym, .. } => Format::Int4Asym,
+            Weights::Groups { format: GroupFormat::Mxfp4, .. } => Format::Mxfp4,
+            Weights::Groups { format: GroupFormat::Nvfp4, .. } => Format::Nvfp4,
+        }
+    }
+}
+
 impl Recipe {
     /// The part that decides a quantized tensor's bytes.
     pub fn scheme(&self) -> Scheme {
-        let blocks = |format| {
-            let (block_size, double_quant) = (self.block_size, self.double_quant);
-            Scheme::Blocks(BlockScheme { format, block_size, double_quant })
-        };
-        let groups = |format, size| Scheme::Groups(GroupScheme { format, size, layout: self.layout });
-        match self.format {
-            Format::Nf4 => blocks(BlockFormat::Nf4),
-            Format::Fp4 => blocks(BlockFormat::Fp4),
-            Format::Int4 => groups(GroupFormat::Int4, self.group_size),
-            Format::Int4Asym => groups(GroupFormat::Int4Asym, self.group_size),
-            Format::Mxfp4 => groups(GroupFormat::Mxfp4, GroupSize::Columns(32)),
-            Format::Nvfp4 => groups(GroupFormat::Nvfp4, GroupSize::Columns(16)),
+        match self.weights {
+            Weights::Blocks { format, block_size, double_quant, .. } => {
+                Scheme::Blocks(BlockScheme { format, block_size, double_quant })
+            }
+            Weights::Groups { format, group_size, layout } => {
+                Scheme::Groups(GroupScheme { format, size: group_size, layout })
+            }
         }
+    }
+
+    /// The format.
+    pub fn format(&self) -> Format {
+        self.weights.format()
+    }
+
+    /// Whether absmax is quantized too.
+    pub fn double_quant(&self) -> bool {
+        matches!(self.weights, Weights::Blocks { double_quant: true, .. })
+    }
+
+    /// Whether a layer's experts are in one tensor for each projection.
+    pub fn fuses_experts(&self) -> bool {
+        matches!(self.weights, Weights::Blocks { experts: ExpertLayout::Fuse, .. })
+    }
+
+    /// Whether the layout is gpt-oss's own.
+    pub fn is_gpt_oss(&self) -> bool {
+        matches!(self.weights, Weights::Groups { layout: Layout::GptOss, .. })
+    }
+
+    /// Whether blocks with a NaN or an infinity are written as bitsandbytes does; groups can't hold any.
+    pub fn keeps_nonfinite(&self) -> bool {
+        matches!(self.weights, Weights::Blocks { nonfinite: NonFinitePolicy::Keep, .. })
     }
 }
 
@@ -82,17 +135,17 @@ impl Default for Recipe {
     /// bitsandbytes' own defaults (but NF4), in shards of 5 GB.
     fn default() -> Self {
         Recipe {
-            format: Format::Nf4,
-            block_size: BlockSize::default(),
-            group_size: GroupSize::default(),
-            layout: Layout::default(),
-            double_quant: false,
-            experts: ExpertLayout::Keep,
+            weights: Weights::Blocks {
+                format: BlockFormat::Nf4,
+                block_size: BlockSize::default(),
+                double_quant: false,
+                nonfinite: NonFinitePolicy::Error,
+                experts: ExpertLayout::Keep,
+            },
             only_experts: false,
             include: Vec::new(),
             exclude: Vec::new(),
             dequantize_source: false,
-            nonfinite: NonFinitePolicy::Error,
             max_shard_size: 5_000_000_000,
         }
     }

@@ -10,7 +10,7 @@ use prequant::Error;
 use prequant::format::{BlockSize, Format, GroupSize, Layout};
 use prequant::ops::quantize::{Options, plan};
 use prequant::ops::recipe_of;
-use prequant::recipe::{ExpertLayout, NonFinitePolicy, Recipe};
+use prequant::recipe::{ExpertLayout, NonFinitePolicy, Recipe, RecipeOptions};
 use prequant::store::RealDisk;
 use prequant::units::Bytes;
 
@@ -163,44 +163,43 @@ enum ExpertsArg {
 }
 
 impl Arguments {
-    /// What was given on top of the defaults, or of the recipe that a converted SRC has.
-    fn recipe(&self) -> Recipe {
-        let base = recipe_of(&self.source).unwrap_or_default();
-        let patterns = |given: &Vec<String>, base| if given.is_empty() { base } else { given.clone() };
-        Recipe {
-            format: match self.format {
-                Some(FormatArg::Nf4) => Format::Nf4,
-                Some(FormatArg::Fp4) => Format::Fp4,
-                Some(FormatArg::Int4) => Format::Int4,
-                Some(FormatArg::Int4Asym) => Format::Int4Asym,
-                Some(FormatArg::Mxfp4) => Format::Mxfp4,
-                Some(FormatArg::Nvfp4) => Format::Nvfp4,
-                None => base.format,
-            },
-            block_size: self.block_size.unwrap_or(base.block_size),
-            group_size: self.group_size.unwrap_or(base.group_size),
-            layout: match self.layout {
-                Some(LayoutArg::CompressedTensors) => Layout::CompressedTensors,
-                Some(LayoutArg::Modelopt) => Layout::Modelopt,
-                Some(LayoutArg::GptOss) => Layout::GptOss,
-                None => base.layout,
-            },
-            double_quant: self.double_quant || base.double_quant,
-            experts: match self.experts {
-                Some(ExpertsArg::Keep) => ExpertLayout::Keep,
-                Some(ExpertsArg::Fuse) => ExpertLayout::Fuse,
-                None => base.experts,
-            },
-            only_experts: self.only_experts || base.only_experts,
-            include: patterns(&self.include, base.include),
-            exclude: patterns(&self.exclude, base.exclude),
-            dequantize_source: self.dequantize_source || base.dequantize_source,
-            nonfinite: match self.nonfinite {
-                Some(NonFiniteArg::Error) => NonFinitePolicy::Error,
-                Some(NonFiniteArg::Keep) => NonFinitePolicy::Keep,
-                None => base.nonfinite,
-            },
-            max_shard_size: self.max_shard_size.map_or(base.max_shard_size, |size| size.0),
+    /// What was given; where nothing was, the recipe that a converted SRC has, or the default.
+    fn recipe(&self) -> Result<Recipe, Error> {
+        let patterns = |given: &Vec<String>| Some(given).filter(|given| !given.is_empty()).cloned();
+        let given = RecipeOptions {
+            format: self.format.map(|format| match format {
+                FormatArg::Nf4 => Format::Nf4,
+                FormatArg::Fp4 => Format::Fp4,
+                FormatArg::Int4 => Format::Int4,
+                FormatArg::Int4Asym => Format::Int4Asym,
+                FormatArg::Mxfp4 => Format::Mxfp4,
+                FormatArg::Nvfp4 => Format::Nvfp4,
+            }),
+            block_size: self.block_size,
+            group_size: self.group_size,
+            layout: self.layout.map(|layout| match layout {
+                LayoutArg::CompressedTensors => Layout::CompressedTensors,
+                LayoutArg::Modelopt => Layout::Modelopt,
+                LayoutArg::GptOss => Layout::GptOss,
+            }),
+            double_quant: self.double_quant.then_some(true),
+            experts: self.experts.map(|experts| match experts {
+                ExpertsArg::Keep => ExpertLayout::Keep,
+                ExpertsArg::Fuse => ExpertLayout::Fuse,
+            }),
+            only_experts: self.only_experts.then_some(true),
+            include: patterns(&self.include),
+            exclude: patterns(&self.exclude),
+            dequantize_source: self.dequantize_source.then_some(true),
+            nonfinite: self.nonfinite.map(|policy| match policy {
+                NonFiniteArg::Error => NonFinitePolicy::Error,
+                NonFiniteArg::Keep => NonFinitePolicy::Keep,
+            }),
+            max_shard_size: self.max_shard_size.map(|size| size.0),
+        };
+        match recipe_of(&self.source)? {
+            Some(base) => given.or(&base).build(),
+            None => given.build(),
         }
     }
 
@@ -246,7 +245,7 @@ pub enum Audience {
 
 fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
     let start = Instant::now();
-    let recipe = arguments.recipe();
+    let recipe = arguments.recipe()?;
     let device = arguments.device.open()?;
     let conversion = plan(&arguments.source, recipe, arguments.options(&device))?;
     if arguments.dry_run {

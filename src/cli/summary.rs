@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::Duration;
 
-use prequant::format::{GroupScheme, GroupSize, Layout, Scheme};
+use prequant::format::{BlockScheme, GroupScheme, GroupSize, Layout, Scheme};
 use prequant::manifest::Manifest;
 use prequant::ops::quantize::Conversion;
 use prequant::recipe::Recipe;
@@ -97,20 +97,24 @@ impl Done<'_> {
 
 /// The format and its options, in a few words.
 pub fn format_name(recipe: &Recipe) -> String {
-    let mut name = match recipe.scheme() {
-        Scheme::Blocks(scheme) => format!("{} (block {}", recipe.format.name(), scheme.block_size),
-        Scheme::Groups(GroupScheme { size: GroupSize::Channel, .. }) => {
-            format!("{} (one scale a row", recipe.format.name())
+    let format = recipe.format().name();
+    match recipe.scheme() {
+        Scheme::Blocks(BlockScheme { block_size, double_quant, .. }) => {
+            let double = if double_quant { ", double quantization" } else { "" };
+            format!("{format} (block {block_size}{double})")
         }
-        Scheme::Groups(scheme) => format!("{} (group {}", recipe.format.name(), scheme.size),
-    };
-    if recipe.double_quant {
-        name += ", double quantization";
+        Scheme::Groups(GroupScheme { size, layout, .. }) => {
+            let size = match size {
+                GroupSize::Channel => "one scale a row".to_owned(),
+                GroupSize::Columns(columns) => format!("group {columns}"),
+            };
+            let layout = match layout {
+                Layout::CompressedTensors => String::new(),
+                other => format!(", {}'s layout", other.name()),
+            };
+            format!("{format} ({size}{layout})")
+        }
     }
-    if recipe.layout != Layout::CompressedTensors {
-        name = format!("{name}, {}'s layout", recipe.layout.name());
-    }
-    name + ")"
 }
 
 fn errors(statistics: &Statistics) -> String {

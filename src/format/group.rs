@@ -113,6 +113,9 @@ pub enum Layout {
 }
 
 impl Layout {
+    /// All of them.
+    pub const ALL: [Layout; 3] = [Layout::CompressedTensors, Layout::Modelopt, Layout::GptOss];
+
     /// Its name, as `--layout` takes it.
     pub fn name(self) -> &'static str {
         match self {

@@ -45,6 +45,10 @@ pub enum Format {
 }
 
 impl Format {
+    /// All of them.
+    pub const ALL: [Format; 6] =
+        [Format::Nf4, Format::Fp4, Format::Int4, Format::Int4Asym, Format::Mxfp4, Format::Nvfp4];
+
     /// Its name, as `--format` takes it.
     pub fn name(self) -> &'static str {
         match self {

@@ -33,10 +33,8 @@ const MAX_QUANT_STATE: u64 = 1 << 16;
 /// When it is no checkpoint that prequant converted, or isn't what its manifest says.
 pub fn plan(converted: &Path, max_shard_size: u64, mut options: Options) -> Result<Conversion> {
     let source = Source::open(converted)?;
-    let Some(manifest) = relayout::manifest_of(converted) else {
-        let why = format!(
-            "it has no {MANIFEST_NAME} that this version reads: give the folder of a checkpoint that prequant converted"
-        );
+    let Some(manifest) = relayout::manifest_of(converted)? else {
+        let why = format!("it has no {MANIFEST_NAME}: give the folder of a checkpoint that prequant converted");
         return Err(Error::NotACheckpoint { path: converted.to_owned(), why });
     };
     let (inputs, left_apart) = Converted::new(&source, &manifest).inputs()?;
@@ -131,7 +129,7 @@ impl<'a> Converted<'a> {
         self.check(&coded, info, &shape)?;
         let input = decoded(name, shape, coded, place).map_err(|why| self.malformed(why))?;
         // gpt-oss's model has rows and columns the other way round.
-        let transposed = self.manifest.recipe.layout == Layout::GptOss;
+        let transposed = self.manifest.recipe.is_gpt_oss();
         Ok(if transposed { input.transposed() } else { input })
     }
 

@@ -21,7 +21,6 @@ use crate::ops::job::resume;
 use crate::ops::model_card;
 use crate::ops::relayout;
 use crate::ops::relayout::Relayout;
-use crate::ops::verify;
 use crate::pipeline;
 use crate::pipeline::{Budget, ExecutionContext, FileOutcome, Limits, Outcome, Progress, TensorOutcome};
 use crate::plan::{Part, Plan, PlannedTensor, input};
@@ -90,7 +89,10 @@ pub struct Conversion {
 /// When the source is no checkpoint or damaged, or the recipe doesn't fit it; or a GPU has too little memory free.
 pub fn plan(source: &Path, recipe: Recipe, mut options: Options) -> Result<Conversion> {
     let source = Source::open(source)?;
-    let manifest = source.quantization().and_then(|_| relayout::manifest_of(&source.path));
+    let manifest = match source.quantization() {
+        Some(_) => relayout::manifest_of(&source.path)?,
+        None => None,
+    };
     let (plan, relay) = match manifest.filter(|manifest| manifest.recipe.scheme().blocks().is_some()) {
         None => {
             input::check_quantization(&source, &recipe)?;
@@ -150,7 +152,7 @@ impl Conversion {
 
     /// The layout that a converted checkpoint's experts have, if they are laid out anew.
     pub fn relaid_from(&self) -> Option<ExpertLayout> {
-        self.relay.as_ref().map(|relay| relay.manifest.recipe.experts)
+        self.relay.as_ref().map(|relay| relay.from)
     }
 
     /// Bytes that the destination must have room for: weights, side files, and the manifest by estimate.
@@ -186,8 +188,7 @@ impl Conversion {
         if destination.join(STAGING_NAME).exists() {
             return None;
         }
-        let (manifest, _) = verify::read_manifest(&destination.join(MANIFEST_NAME)).ok()?;
-        let manifest = manifest.ok()?;
+        let manifest = Manifest::read(&destination.join(MANIFEST_NAME)).ok()?;
         let hashed = manifest.source.files.iter().any(|file| file.sha256.is_some());
         let mut source = manifest.source.clone();
         if self.relay.is_none() {

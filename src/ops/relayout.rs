@@ -12,19 +12,20 @@ use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, Source, SourceFile, 
 use crate::dtype::Dtype;
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Result};
-use crate::format::Scheme;
+use crate::format::{BlockScheme, Scheme};
 use crate::layout::{OutputKind, QuantState, quant_state_bytes};
-use crate::manifest::{DecisionRecord, Manifest, SCHEMA_VERSION, TensorRecord};
-use crate::ops::verify;
+use crate::manifest::{DecisionRecord, Manifest, TensorRecord};
 use crate::pipeline::{Outcome, TensorOutcome};
 use crate::plan::{Decision, Part, Plan, PlannedFile, PlannedOutput, PlannedTensor};
-use crate::recipe::{ExpertLayout, Recipe};
+use crate::recipe::{ExpertLayout, Recipe, RecipeOptions};
 
 /// A converted checkpoint and what it becomes.
 #[derive(Debug)]
 pub struct Relayout {
     /// Its manifest.
     pub manifest: Manifest,
+    /// How its experts are laid out.
+    pub from: ExpertLayout,
     /// What it was made from, by its manifest: names, dtypes and shapes; offsets are made up.
     pub origin: Source,
     /// How that would be converted to the new layout.
@@ -34,16 +35,23 @@ pub struct Relayout {
 }
 
 /// The recipe of the converted checkpoint at `path`, if that is what it is, and its experts can be laid out anew.
-pub fn recipe_of(path: &Path) -> Option<Recipe> {
-    let config = Config::read(&path.join(CONFIG_NAME)).ok()?;
-    config.values().get("quantization_config")?;
-    Some(manifest_of(path)?.recipe).filter(|recipe| recipe.scheme().blocks().is_some())
+///
+/// # Errors
+/// When its manifest can't be read, or is of a newer version.
+pub fn recipe_of(path: &Path) -> Result<Option<Recipe>> {
+    // A config that can't be read is an error of opening the source.
+    let config = Config::read(&path.join(CONFIG_NAME)).ok();
+    if config.is_none_or(|config| !config.values().contains_key("quantization_config")) {
+        return Ok(None);
+    }
+    let recipe = manifest_of(path)?.map(|manifest| manifest.recipe);
+    Ok(recipe.filter(|recipe| recipe.scheme().blocks().is_some()))
 }
 
-/// The manifest of the converted checkpoint at `path`.
-pub fn manifest_of(path: &Path) -> Option<Manifest> {
-    let (manifest, _) = verify::read_manifest(&path.join(MANIFEST_NAME)).ok()?;
-    manifest.ok().filter(|manifest| manifest.schema_version == SCHEMA_VERSION)
+/// The manifest of the converted checkpoint at `path`; none if there is no such file.
+pub fn manifest_of(path: &Path) -> Result<Option<Manifest>> {
+    let path = path.join(MANIFEST_NAME);
+    if path.is_file() { Manifest::read(&path).map(Some) } else { Ok(None) }
 }
 
 impl Relayout {
@@ -54,6 +62,7 @@ impl Relayout {
     /// the manifest says.
     pub fn new(converted: &Source, manifest: Manifest, recipe: Recipe) -> Result<(Plan, Relayout)> {
         let path = &converted.path;
+        let from = if manifest.recipe.fuses_experts() { ExpertLayout::Fuse } else { ExpertLayout::Keep };
         check_recipe(path, &manifest.recipe, &recipe)?;
         let origin = origin(converted, &manifest)?;
         let old = Plan::new(&origin, manifest.recipe.clone())?;
@@ -78,7 +87,7 @@ impl Relayout {
         let (config, warnings) = (plan.config.clone(), plan.warnings.clone());
         let (scale_sets, side_files) = Default::default();
         let copying = Plan { recipe: plan.recipe.clone(), tensors, files, scale_sets, config, side_files, warnings };
-        Ok((copying, Relayout { manifest, origin, plan, unchanged }))
+        Ok((copying, Relayout { manifest, from, origin, plan, unchanged }))
     }
 
     /// What came of executing the copying plan, as the outcome of the other. Statistics are known of tensors that didn't
@@ -113,18 +122,19 @@ pub fn check_source(converted: &Source, manifest: &Manifest, outcome: &Outcome) 
 /// Only the layout and the shards can be others.
 fn check_recipe(path: &Path, then: &Recipe, now: &Recipe) -> Result<()> {
     let error = |why: String| Err(Error::Relayout { path: path.to_owned(), why });
-    let Recipe { experts, max_shard_size, .. } = *now;
-    if (Recipe { experts, max_shard_size, ..then.clone() }) != *now {
+    let (was, is) = (RecipeOptions::from(then.clone()), RecipeOptions::from(now.clone()));
+    let (experts, max_shard_size) = (is.experts, is.max_shard_size);
+    if (RecipeOptions { experts, max_shard_size, ..was.clone() }) != is {
         return error(
             "it was converted with other options, and can't be quantized again: leave them out to lay it out anew, or \
              start from the bf16 checkpoint it was made from"
                 .to_owned(),
         );
     }
-    if experts == then.experts {
-        let (is, other) = match experts {
-            ExpertLayout::Keep => ("one by one", "--experts fuse"),
-            ExpertLayout::Fuse => ("fused", "--experts keep"),
+    if experts == was.experts {
+        let (is, other) = match now.fuses_experts() {
+            false => ("one by one", "--experts fuse"),
+            true => ("fused", "--experts keep"),
         };
         return error(format!("converted already, with experts {is}; {other} lays them out anew"));
     }
@@ -151,7 +161,7 @@ fn origin(converted: &Source, manifest: &Manifest) -> Result<Source> {
         file.tensors.push(TensorInfo { name, dtype, shape, offset, len });
     }
     // What was fused has lost its place: it is taken to have been where safetensors puts it.
-    if manifest.recipe.experts == ExpertLayout::Fuse {
+    if manifest.recipe.fuses_experts() {
         for file in &mut files {
             sort_canonically(&mut file.tensors);
             let mut next = 0;
@@ -289,13 +299,13 @@ impl Copies<'_> {
         if unchanged {
             return Ok(tensor.outputs.iter().map(|output| self.as_it_is(tensor, output)).collect());
         }
-        if recipe.double_quant {
-            return self.error(tensor, "with double quantization its scales depend on the layout".to_owned());
-        }
         let Scheme::Blocks(scheme) = &recipe.scheme() else {
             return self.error(tensor, "groups are of experts one by one only".to_owned());
         };
-        let (packed, absmax) = self.parts(tensor, dtype, recipe)?;
+        if scheme.double_quant {
+            return self.error(tensor, "with double quantization its scales depend on the layout".to_owned());
+        }
+        let (packed, absmax) = self.parts(tensor, dtype, scheme)?;
         let first = &self.old.tensors[self.runs.of(tensor.parts[0]).next().map_or(0, |(run, ..)| run.tensor)];
         let state = QuantState { scheme, dtype, shape: &tensor.shape, nested_offset: 0.0 };
         let outputs = tensor.outputs.iter().map(|output| match output.kind {
@@ -314,7 +324,7 @@ impl Copies<'_> {
     }
 
     /// Where the codes and absmax of its runs are.
-    fn parts(&self, tensor: &PlannedTensor, dtype: FloatDtype, recipe: &Recipe) -> Result<(Vec<Part>, Vec<Part>)> {
+    fn parts(&self, tensor: &PlannedTensor, dtype: FloatDtype, scheme: &BlockScheme) -> Result<(Vec<Part>, Vec<Part>)> {
         let (mut packed, mut absmax) = (Vec::new(), Vec::new());
         for &part in &tensor.parts {
             let mut covered = 0;
@@ -325,7 +335,7 @@ impl Copies<'_> {
                 if part.coded.is_some() {
                     return self.error(tensor, "its source was quantized itself".to_owned());
                 }
-                let block = recipe.block_size.get() as u64;
+                let block = scheme.block_size.get() as u64;
                 let (first, elements) = ((run.at + skipped) / dtype.size() as u64, len / dtype.size() as u64);
                 if !first.is_multiple_of(block) || !elements.is_multiple_of(block) {
                     let why = format!("its matrices of {elements} weights aren't whole blocks of {block}");

@@ -154,12 +154,16 @@ fn slot_len(plan: &Plan, chunk: usize, gpus: usize) -> u64 {
 
 /// A slot that takes chunks, and runs of absmax if there will be any.
 fn slot_size(plan: &Plan, chunk: usize) -> SlotSize {
-    if let Scheme::Groups(_) = plan.recipe.scheme() {
-        let Capacity { source, packed, groups } = Capacity::new(plan, chunk);
-        return SlotSize::for_groups(source, packed, groups);
+    match plan.recipe.scheme() {
+        Scheme::Blocks(scheme) => {
+            let nested = if scheme.double_quant { NESTED_CHUNK } else { 0 };
+            SlotSize::new(chunk, element_size(plan), scheme.block_size, nested)
+        }
+        Scheme::Groups(_) => {
+            let Capacity { source, packed, groups } = Capacity::new(plan, chunk);
+            SlotSize::for_groups(source, packed, groups)
+        }
     }
-    let nested = if plan.recipe.double_quant { NESTED_CHUNK } else { 0 };
-    SlotSize::new(chunk, element_size(plan), plan.recipe.block_size, nested)
 }
 
 /// Bytes of the largest element that is quantized.
@@ -233,10 +237,12 @@ fn largest_set(plan: &Plan) -> usize {
 
 /// The most bytes of absmax that must be held at once.
 fn largest_absmax(plan: &Plan) -> u64 {
-    let blocks = |tensor: &PlannedTensor| plan.recipe.block_size.blocks(tensor.elements());
-    match plan.recipe.double_quant {
-        true => plan.quantized().map(blocks).max().unwrap_or(0) * size_of::<f32>() as u64,
-        false => 0,
+    match plan.recipe.scheme() {
+        Scheme::Blocks(scheme) if scheme.double_quant => {
+            let blocks = plan.quantized().map(|tensor| scheme.block_size.blocks(tensor.elements()));
+            blocks.max().unwrap_or(0) * size_of::<f32>() as u64
+        }
+        Scheme::Blocks(_) | Scheme::Groups(_) => 0,
     }
 }
 

@@ -20,7 +20,6 @@ use crate::kernel::group;
 use crate::kernel::group::Groups;
 use crate::kernel::{BlockErrors, Blocks, Kernel, quantize_any};
 use crate::plan::{Decision, PlannedTensor};
-use crate::recipe::NonFinitePolicy;
 use crate::store::{Sha256Hash, hash_range};
 
 /// A thread with its buffers and the files it has in hand.
@@ -124,10 +123,10 @@ impl<'j, 'a> Worker<'j, 'a> {
             Scheme::Blocks(scheme) => {
                 let (bytes, mut outputs) = self.buffers.split(tensor, piece.place, dtype, &self.scheme);
                 if kernel.quantize(outputs.blocks(bytes, dtype, scheme)).is_err() {
-                    match self.job.plan.recipe.nonfinite {
-                        NonFinitePolicy::Error => return Err(self.describe_nonfinite(tensor, dtype)),
-                        NonFinitePolicy::Keep => quantize_any(outputs.blocks(bytes, dtype, scheme)),
+                    if !self.job.plan.recipe.keeps_nonfinite() {
+                        return Err(self.describe_nonfinite(tensor, dtype));
                     }
+                    quantize_any(outputs.blocks(bytes, dtype, scheme));
                 }
                 let mut results = Results { files: &self.files, tensor, dtype, encoded: &mut self.encoded };
                 results.quantized(scheme, first_element, outputs.packed, &outputs.figures)
@@ -166,7 +165,7 @@ impl<'j, 'a> Worker<'j, 'a> {
             places.push((tensor, dtype, place));
         }
         let mut done = Vec::new();
-        let tensor_scale = Some(group::tensor_scale(plan.recipe.layout, absmax, plan.scale_dtype(set)));
+        let tensor_scale = Some(group::tensor_scale(scheme.layout, absmax, plan.scale_dtype(set)));
         for (i, dtype, place) in places.into_iter().filter(|(i, ..)| written.contains(i)) {
             let tensor = &plan.tensors[i];
             self.files.open_output(scheduler.file_of(i))?;
@@ -198,7 +197,7 @@ impl<'j, 'a> Worker<'j, 'a> {
                 let mut results = Results { files: &self.files, tensor, dtype, encoded: &mut self.encoded };
                 return Ok(results.quantized(scheme, first_element, quantized.packed, &quantized.figures)?);
             }
-            if self.job.plan.recipe.nonfinite == NonFinitePolicy::Error {
+            if !self.job.plan.recipe.keeps_nonfinite() {
                 return Err(Failed::Other(self.describe_nonfinite(tensor, dtype)));
             }
             let (_, mut outputs) = self.buffers.split(tensor, piece.place.clone(), dtype, &self.scheme);

@@ -9,12 +9,12 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use prequant::backend::Device;
-use prequant::format::{BlockSize, Format};
+use prequant::format::Format;
 use prequant::kernel::Kernel;
 use prequant::manifest::{DecisionRecord, Manifest};
 use prequant::ops::quantize::{Options, plan};
 use prequant::pipeline::Progress;
-use prequant::recipe::Recipe;
+use prequant::recipe::{Recipe, RecipeOptions};
 use prequant::store::RealDisk;
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
@@ -57,8 +57,13 @@ fn tensors_longer_than_any_chunk_are_what_one_pass_gives_in_any_memory() {
     let folder = Folder::new("qwen3_moe");
     folder.write("model.safetensors", serialize(&tensors));
     for double_quant in [false, true] {
-        let block_size = BlockSize::try_from(32).unwrap();
-        let recipe = Recipe { double_quant, block_size, max_shard_size: 2_000_000, ..Recipe::default() };
+        let options = RecipeOptions {
+            double_quant: Some(double_quant),
+            block_size: Some(32.try_into().unwrap()),
+            max_shard_size: Some(2_000_000),
+            ..RecipeOptions::default()
+        };
+        let recipe = options.build().unwrap();
         let plain: Vec<Recomputed> = tensors.iter().map(|tensor| recompute(tensor, &recipe)).collect();
         let mut reference = None;
         for (threads, memory, kernel) in [

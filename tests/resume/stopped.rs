@@ -13,7 +13,7 @@ use std::time::Duration;
 use prequant::Error;
 use prequant::ops::quantize::{Conversion, Options, plan};
 use prequant::pipeline::Progress;
-use prequant::recipe::Recipe;
+use prequant::recipe::{Recipe, RecipeOptions};
 use prequant::store::Disk;
 use safetensors::tensor::Dtype;
 
@@ -32,7 +32,8 @@ fn checkpoint() -> Folder {
 }
 
 fn recipe(double_quant: bool) -> Recipe {
-    Recipe { double_quant, max_shard_size: 6_000, ..Recipe::default() }
+    let (double_quant, max_shard_size) = (Some(double_quant), Some(6_000));
+    RecipeOptions { double_quant, max_shard_size, ..RecipeOptions::default() }.build().unwrap()
 }
 
 const FLAGS: [&str; 2] = ["--max-shard-size", "6kB"];

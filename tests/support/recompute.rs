@@ -90,8 +90,9 @@ fn bytes(bytes: Vec<u8>) -> Stored {
 
 impl Loss {
     fn of(tensor: &Tensor, recipe: &Recipe, packed: &[u8], absmax: &[f32]) -> Loss {
-        let (dtype, block_size) = (float_dtype(tensor.dtype), recipe.block_size.get());
-        let values = recipe.scheme().blocks().unwrap().format.codebook().values();
+        let scheme = *recipe.scheme().blocks().unwrap();
+        let (dtype, block_size) = (float_dtype(tensor.dtype), scheme.block_size.get());
+        let values = scheme.format.codebook().values();
         let source: Vec<f64> =
             tensor.data.chunks(dtype.size()).map(|bytes| f64::from(scalar::decode(bytes, dtype))).collect();
         let mut loss = Loss { absmax: absmax.iter().copied().map(f64::from).collect(), ..Loss::default() };

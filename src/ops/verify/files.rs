@@ -2,42 +2,15 @@
 
 use std::collections::HashSet;
 use std::fs::{self, File};
-use std::io::{self, BufReader, Read};
+use std::io;
 use std::path::{Component, Path};
 use std::sync::atomic::Ordering;
 
-use sha2::{Digest, Sha256};
-
 use crate::checkpoint::{INDEX_NAME, MANIFEST_NAME, QUANT_CONFIG_NAME, SUMS_NAME};
 use crate::error::{Error, IoContext, Result};
-use crate::manifest::{FileRecord, Manifest, sha256_sums};
+use crate::manifest::{FileRecord, sha256_sums};
 use crate::ops::verify::{BUFFER, Checkpoint, Options, Report, on_threads};
-use crate::store::{RealDisk, Sha256Hash, hash_range};
-
-/// Reads a manifest, and hashes it on the way.
-pub fn read_manifest(path: &Path) -> Result<(serde_json::Result<Manifest>, Sha256Hash)> {
-    let file = File::open(path).at(path, "open it")?;
-    let mut reader = BufReader::with_capacity(BUFFER, HashingReader { inner: file, hasher: Sha256::new() });
-    let mut deserializer = serde_json::Deserializer::from_reader(&mut reader);
-    let manifest = serde::Deserialize::deserialize(&mut deserializer);
-    let manifest = manifest.and_then(|manifest| deserializer.end().map(|()| manifest));
-    drop(deserializer);
-    io::copy(&mut reader, &mut io::sink()).at(path, "read it")?;
-    Ok((manifest, Sha256Hash(reader.into_inner().hasher.finalize().into())))
-}
-
-struct HashingReader<R> {
-    inner: R,
-    hasher: Sha256,
-}
-
-impl<R: Read> Read for HashingReader<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.inner.read(buffer)?;
-        self.hasher.update(&buffer[..read]);
-        Ok(read)
-    }
-}
+use crate::store::{RealDisk, hash_range};
 
 /// SHA256SUMS must say of every file what the manifest says, and of the manifest what it is.
 pub fn check_sums(checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {

@@ -1,0 +1,101 @@
+//! Reading manifests, of this version's schema and of older ones.
+
+use std::fs::File;
+use std::io::{self, BufReader, Read, Seek};
+use std::path::Path;
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use sha2::{Digest, Sha256};
+
+use super::{Manifest, SCHEMA_VERSION, Tool, v1};
+use crate::error::{Error, IoContext, Result};
+use crate::store::Sha256Hash;
+
+/// Bytes that are read at once.
+const BUFFER: usize = 1 << 20;
+
+/// What tells how to read the rest.
+#[derive(Deserialize)]
+struct Version {
+    schema_version: u32,
+    tool: Tool,
+}
+
+impl Manifest {
+    /// The manifest in a file, whichever version of prequant up to this one wrote it.
+    ///
+    /// # Errors
+    /// When it can't be read, is no manifest, or a newer version's.
+    pub fn read(path: &Path) -> Result<Manifest> {
+        Ok(Manifest::read_and_hash(path)?.0)
+    }
+
+    /// The same with the file's SHA-256.
+    pub(crate) fn read_and_hash(path: &Path) -> Result<(Manifest, Sha256Hash)> {
+        let mut file = File::open(path).at(path, "open it")?;
+        read(&mut file).at(path, "read it")?.map_err(|why| Error::malformed(path, why))
+    }
+
+    /// A manifest's text.
+    ///
+    /// # Errors
+    /// Why it is none that this version reads.
+    pub fn parse(json: &[u8]) -> Result<Manifest, String> {
+        let read = read(&mut io::Cursor::new(json)).map_err(|error| error.to_string())?;
+        read.map(|(manifest, _)| manifest)
+    }
+}
+
+/// Reads it twice: for its version, and as what that has. Memory is that of the manifest, not of its text.
+fn read(input: &mut (impl Read + Seek)) -> io::Result<Result<(Manifest, Sha256Hash), String>> {
+    let version = parse::<Version>(input)?;
+    input.rewind()?;
+    let Version { schema_version, tool } = match version {
+        Ok((version, _)) => version,
+        Err(why) => return Ok(Err(why)),
+    };
+    match schema_version {
+        1 => {
+            let found = parse::<v1::Manifest>(input)?;
+            Ok(found.and_then(|(manifest, sha256)| Ok((manifest.try_into()?, sha256))))
+        }
+        SCHEMA_VERSION => parse(input),
+        _ => Ok(Err(format!(
+            "{} {} wrote it, with schema version {schema_version}; this is {} and reads versions 1 to {SCHEMA_VERSION}: use \
+             the version that wrote it, or a newer one",
+            tool.name,
+            tool.version,
+            env!("CARGO_PKG_VERSION"),
+        ))),
+    }
+}
+
+/// A value with the SHA-256 of its text, or why it isn't one.
+fn parse<T: DeserializeOwned>(input: &mut impl Read) -> io::Result<Result<(T, Sha256Hash), String>> {
+    let mut reader = BufReader::with_capacity(BUFFER, HashingReader { inner: input, hasher: Sha256::new() });
+    let mut deserializer = serde_json::Deserializer::from_reader(&mut reader);
+    let value = T::deserialize(&mut deserializer).and_then(|value| deserializer.end().map(|()| value));
+    drop(deserializer);
+    match value {
+        Err(error) if error.is_io() => Err(error.into()),
+        Err(error) => Ok(Err(format!("not a manifest: {error}"))),
+        Ok(value) => {
+            io::copy(&mut reader, &mut io::sink())?;
+            Ok(Ok((value, Sha256Hash(reader.into_inner().hasher.finalize().into()))))
+        }
+    }
+}
+
+struct HashingReader<R> {
+    inner: R,
+    hasher: Sha256,
+}
+
+impl<R: Read> Read for HashingReader<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        self.hasher.update(&buffer[..read]);
+        Ok(read)
+    }
+}
