@@ -1,77 +1,20 @@
-//! The dtypes of the safetensors format.
-
-use std::fmt;
+//! Dtypes: those of the safetensors format, by its own library, and those that weights are quantized from.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-macro_rules! dtypes {
-    ($($variant:ident = $name:literal, $bits:literal;)*) => {
-        /// A tensor's dtype. The order is the one in which safetensors lays tensors out, last first.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        #[allow(missing_docs, reason = "each is the format's own name")]
-        pub enum Dtype { $($variant),* }
+pub use safetensors::Dtype;
 
-        impl Dtype {
-            /// Every dtype.
-            pub const ALL: &[Dtype] = &[$(Dtype::$variant),*];
-
-            /// The name in headers.
-            pub fn name(self) -> &'static str {
-                match self { $(Dtype::$variant => $name),* }
-            }
-
-            /// Bits of one element.
-            pub fn bits(self) -> u64 {
-                match self { $(Dtype::$variant => $bits),* }
-            }
-
-            /// The dtype called `name`.
-            pub fn from_name(name: &str) -> Option<Dtype> {
-                match name { $($name => Some(Dtype::$variant),)* _ => None }
-            }
-        }
-    };
+/// The dtype that headers call `name`.
+pub fn named(name: &str) -> Option<Dtype> {
+    Dtype::deserialize(serde::de::value::StrDeserializer::<serde::de::value::Error>::new(name)).ok()
 }
 
-dtypes! {
-    Bool = "BOOL", 8;
-    F4 = "F4", 4;
-    F6E2M3 = "F6_E2M3", 6;
-    F6E3M2 = "F6_E3M2", 6;
-    U8 = "U8", 8;
-    I8 = "I8", 8;
-    F8E5M2 = "F8_E5M2", 8;
-    F8E4M3 = "F8_E4M3", 8;
-    F8E8M0 = "F8_E8M0", 8;
-    F8E4M3Fnuz = "F8_E4M3FNUZ", 8;
-    F8E5M2Fnuz = "F8_E5M2FNUZ", 8;
-    I16 = "I16", 16;
-    U16 = "U16", 16;
-    F16 = "F16", 16;
-    Bf16 = "BF16", 16;
-    I32 = "I32", 32;
-    U32 = "U32", 32;
-    F32 = "F32", 32;
-    C64 = "C64", 64;
-    F64 = "F64", 64;
-    I64 = "I64", 64;
-    U64 = "U64", 64;
-}
-
-impl Dtype {
-    /// Bytes of a tensor of this dtype and `shape`; `None` past u64, or if it is not whole bytes.
-    pub fn byte_len(self, shape: &[u64]) -> Option<u64> {
-        let elements = shape.iter().try_fold(1u64, |product, &dimension| product.checked_mul(dimension))?;
-        let bits = elements.checked_mul(self.bits())?;
-        bits.is_multiple_of(8).then_some(bits / 8)
-    }
-}
-
-impl fmt::Display for Dtype {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
+/// Bytes of a tensor of this dtype and `shape`; `None` past u64, or if it is not whole bytes.
+pub fn byte_len(dtype: Dtype, shape: &[u64]) -> Option<u64> {
+    let elements = shape.iter().try_fold(1u64, |product, &dimension| product.checked_mul(dimension))?;
+    let bits = elements.checked_mul(dtype.bitsize() as u64)?;
+    bits.is_multiple_of(8).then_some(bits / 8)
 }
 
 /// The floating-point dtypes that weights are quantized from.
@@ -115,24 +58,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_sizes_and_order_are_the_safetensors_librarys() {
-        let theirs = Dtype::ALL.iter().map(|dtype| {
-            let name = format!("\"{dtype}\"");
-            serde_json::from_str::<safetensors::Dtype>(&name).unwrap_or_else(|error| panic!("{name}: {error}"))
-        });
-        let theirs: Vec<_> = theirs.collect();
-        assert!(theirs.is_sorted());
-        for (ours, theirs) in Dtype::ALL.iter().zip(theirs) {
-            assert_eq!(ours.bits(), theirs.bitsize() as u64, "{ours}");
-            assert_eq!(Dtype::from_name(ours.name()), Some(*ours));
+    fn dtypes_are_found_by_the_names_that_headers_have() {
+        for name in ["BOOL", "F4", "F6_E2M3", "U8", "F8_E4M3", "F8_E8M0", "F8_E5M2FNUZ", "BF16", "F32", "C64", "U64"] {
+            assert_eq!(named(name).map(|dtype| dtype.to_string()).as_deref(), Some(name));
         }
+        assert_eq!((named("Q4"), named("bf16"), named("")), (None, None, None));
     }
 
     #[test]
     fn sizes_are_whole_bytes_below_2_to_the_64() {
-        assert_eq!(Dtype::Bf16.byte_len(&[]), Some(2));
-        assert_eq!(Dtype::F32.byte_len(&[3, 0, 5]), Some(0));
-        assert_eq!((Dtype::F4.byte_len(&[4]), Dtype::F4.byte_len(&[3])), (Some(2), None));
-        assert_eq!(Dtype::U8.byte_len(&[1 << 40, 1 << 40]), None);
+        assert_eq!(byte_len(Dtype::BF16, &[]), Some(2));
+        assert_eq!(byte_len(Dtype::F32, &[3, 0, 5]), Some(0));
+        assert_eq!((byte_len(Dtype::F4, &[4]), byte_len(Dtype::F4, &[3])), (Some(2), None));
+        assert_eq!(byte_len(Dtype::U8, &[1 << 40, 1 << 40]), None);
     }
 }

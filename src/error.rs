@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::backend::cuda::{Fault, Unusable};
+use crate::dtype::Dtype;
 
 /// Any failure of this crate.
 #[derive(Debug, thiserror::Error)]
@@ -43,7 +44,7 @@ pub enum Error {
         /// The tensor's name.
         tensor: String,
         /// Its dtype.
-        dtype: &'static str,
+        dtype: Dtype,
     },
     /// The source is quantized already.
     #[error("{}: already quantized with {method} ({evidence}); start from the bf16 checkpoint it was made from{hint}", path.display())]

@@ -1,26 +1,33 @@
-//! The safetensors header: parsed, checked whole, and written in the library's own canonical form.
+//! The safetensors header, by the format's own library: its dtypes, its checks, its text. Ours are the limits before
+//! anything is allocated, names that stand in a header twice, and errors that say which tensor of which file is wrong.
 //!
 //! A file is `u64` length, that many bytes of JSON, then the tensors' bytes without holes
 //! (<https://huggingface.co/docs/safetensors>, "Format").
 
 use std::collections::BTreeMap;
-use std::fmt::{self, Write as _};
-use std::io::Read;
+use std::fmt;
+use std::io::{self, BufReader, Read};
 use std::path::Path;
 
+use safetensors::tensor::{Metadata, TensorInfo as Entry};
 use serde::Deserialize;
-use serde::de::{Deserializer, MapAccess, Visitor};
-use sha2::{Digest, Sha256};
+use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, Visitor};
 
-use crate::dtype::Dtype;
+use crate::dtype::{self, Dtype, byte_len};
 use crate::error::{Error, IoContext, Result};
-use crate::store::Sha256Hash;
+use crate::store::{HashingReader, Sha256Hash};
 
 /// The longest header that is read: the safetensors library's own limit.
 pub const MAX_HEADER_LEN: u64 = 100_000_000;
 
 /// Bytes before the JSON.
 const LENGTH_FIELD: u64 = 8;
+
+/// What is read at once.
+const BUFFER: usize = 1 << 16;
+
+/// The key that names no tensor.
+const METADATA_KEY: &str = "__metadata__";
 
 /// One tensor of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,18 +69,10 @@ pub struct Header {
     pub len: u64,
 }
 
-#[derive(Deserialize)]
-struct RawTensor {
-    dtype: String,
-    shape: Vec<u64>,
-    data_offsets: (u64, u64),
-}
-
-/// The JSON object, in its own order; a key twice is an error.
-struct RawHeader(Vec<(String, RawTensor)>);
-
 impl Header {
     /// Reads and checks the header of `file`, which is `file_len` bytes long. `path` is for errors.
+    ///
+    /// The JSON is parsed as it is read: a header takes the memory of its tensors, not that of its text too.
     pub fn read(file: &mut impl Read, file_len: u64, path: &Path) -> Result<Header> {
         if file_len < LENGTH_FIELD {
             let why = format!(
@@ -82,24 +81,43 @@ impl Header {
             );
             return Err(Error::malformed(path, why));
         }
+        let mut file = HashingReader::new(file);
         let mut length_field = [0; LENGTH_FIELD as usize];
         file.read_exact(&mut length_field).at(path, "read its header")?;
         let json_len = u64::from_le_bytes(length_field);
         check_length(json_len, file_len, path)?;
-        let mut json = vec![0; json_len as usize];
-        file.read_exact(&mut json).at(path, "read its header")?;
-
-        let RawHeader(raw) = serde_json::from_slice(&json)
-            .map_err(|error| Error::malformed(path, format!("its header is not a safetensors header: {error}")))?;
         let data_start = LENGTH_FIELD + json_len;
-        let mut tensors = raw
-            .into_iter()
-            .map(|(name, raw)| check_tensor(name, raw, data_start).map_err(|why| Error::malformed(path, why)))
-            .collect::<Result<Vec<_>>>()?;
-        tensors.sort_by_key(|tensor| (tensor.offset, tensor.len));
-        check_contiguous(&tensors, data_start, file_len).map_err(|why| Error::malformed(path, why))?;
-        let sha256 = Sha256::new().chain_update(length_field).chain_update(&json).finalize();
-        Ok(Header { tensors, sha256: Sha256Hash(sha256.into()), len: data_start })
+
+        let parsed = parse(BufReader::with_capacity(BUFFER, file.by_ref().take(json_len)));
+        let (read, sha256) = file.finish();
+        let mut entries = match parsed {
+            Ok(entries) => entries,
+            Err((_, error)) if error.is_io() => return Err(io::Error::from(error)).at(path, "read its header"),
+            Err((_, error)) if error.is_eof() && read < data_start => {
+                return Err(io::Error::from(io::ErrorKind::UnexpectedEof)).at(path, "read its header");
+            }
+            Err((tensor, error)) => {
+                let tensor = tensor.map(|name| format!("tensor {name:?}: ")).unwrap_or_default();
+                let why = format!("its header is not a safetensors header: {tensor}{error}");
+                return Err(Error::malformed(path, why));
+            }
+        };
+        entries.sort_by_key(|(_, entry)| entry.data_offsets);
+        // The library says whether a header is valid; what is wrong with it, and where, is ours to tell.
+        let checked = Metadata::new(None, entries.clone());
+        if !checked.as_ref().is_ok_and(|metadata| data_start + metadata.data_len() as u64 == file_len) {
+            let why = defect(&entries, data_start, file_len);
+            let why = why.or_else(|| Some(checked.err()?.to_string()));
+            return Err(Error::malformed(path, why.unwrap_or_default()));
+        }
+        let tensors = entries.into_iter().map(|(name, entry)| TensorInfo {
+            name,
+            dtype: entry.dtype,
+            offset: data_start + entry.data_offsets.0 as u64,
+            len: (entry.data_offsets.1 - entry.data_offsets.0) as u64,
+            shape: entry.shape.into_iter().map(|dimension| dimension as u64).collect(),
+        });
+        Ok(Header { tensors: tensors.collect(), sha256, len: data_start })
     }
 }
 
@@ -116,83 +134,106 @@ fn check_length(json_len: u64, file_len: u64, path: &Path) -> Result<()> {
     Err(Error::malformed(path, why))
 }
 
-/// Dtype, shape and offsets of one entry must agree.
-fn check_tensor(name: String, raw: RawTensor, data_start: u64) -> Result<TensorInfo, String> {
-    let RawTensor { dtype, shape, data_offsets: (begin, end) } = raw;
-    let Some(dtype) = Dtype::from_name(&dtype) else {
-        return Err(format!("tensor {name:?} has dtype {dtype:?}, which this version doesn't know"));
-    };
-    let Some(expected) = dtype.byte_len(&shape) else {
-        return Err(format!("tensor {name:?} of {dtype} {shape:?} is not a whole number of bytes below 2^64"));
-    };
-    let len = end
-        .checked_sub(begin)
-        .ok_or_else(|| format!("tensor {name:?} has data_offsets [{begin}, {end}]: they are reversed"))?;
-    if len != expected {
-        return Err(format!(
-            "tensor {name:?} of {dtype} {shape:?} takes {expected} bytes, but its data_offsets [{begin}, {end}] \
-             give {len}"
-        ));
-    }
-    let offset = data_start
-        .checked_add(begin)
-        .ok_or_else(|| format!("tensor {name:?} has data_offsets [{begin}, {end}]: past 2^64"))?;
-    Ok(TensorInfo { name, dtype, shape, offset, len })
-}
-
-/// No holes, no overlaps, and the last byte of the last tensor is the last of the file.
-fn check_contiguous(tensors: &[TensorInfo], data_start: u64, file_len: u64) -> Result<(), String> {
+/// What is wrong with entries in the order of their offsets, if anything: dtype, shape and offsets of each must agree,
+/// and their bytes fill the file from `data_start` to its end, without holes or overlaps.
+fn defect(entries: &[(String, Entry)], data_start: u64, file_len: u64) -> Option<String> {
     let mut position = data_start;
-    for TensorInfo { name, offset, len, .. } in tensors {
-        if *offset != position {
-            let what = if *offset > position { "a hole before it" } else { "an overlap with the tensor before it" };
-            return Err(format!("tensor {name:?} starts at byte {offset}, expected {position}: {what}"));
+    for (name, Entry { dtype, shape, data_offsets: (begin, end) }) in entries {
+        let dimensions: Vec<u64> = shape.iter().map(|&dimension| dimension as u64).collect();
+        let Some(expected) = byte_len(*dtype, &dimensions) else {
+            return Some(format!("tensor {name:?} of {dtype} {shape:?} is not a whole number of bytes below 2^64"));
+        };
+        let Some(len) = end.checked_sub(*begin).map(|len| len as u64) else {
+            return Some(format!("tensor {name:?} has data_offsets [{begin}, {end}]: they are reversed"));
+        };
+        if len != expected {
+            return Some(format!(
+                "tensor {name:?} of {dtype} {shape:?} takes {expected} bytes, but its data_offsets [{begin}, {end}] \
+                 give {len}"
+            ));
         }
-        let end = offset.checked_add(*len).filter(|&end| end <= file_len);
-        position = end.ok_or_else(|| {
-            format!(
+        let Some(offset) = data_start.checked_add(*begin as u64) else {
+            return Some(format!("tensor {name:?} has data_offsets [{begin}, {end}]: past 2^64"));
+        };
+        if offset != position {
+            let what = if offset > position { "a hole before it" } else { "an overlap with the tensor before it" };
+            return Some(format!("tensor {name:?} starts at byte {offset}, expected {position}: {what}"));
+        }
+        let Some(end) = offset.checked_add(len).filter(|&end| end <= file_len) else {
+            return Some(format!(
                 "tensor {name:?} ends {len} bytes from byte {offset}, past the file's {file_len}: the file is \
                  truncated; download it again"
-            )
-        })?;
+            ));
+        };
+        position = end;
     }
-    if position != file_len {
-        return Err(format!("its tensors end at byte {position}, but the file has {file_len}: it is damaged"));
-    }
-    Ok(())
+    let ends_early = || format!("its tensors end at byte {position}, but the file has {file_len}: it is damaged");
+    (position != file_len).then(ends_early)
 }
 
-impl<'de> Deserialize<'de> for RawHeader {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Entries;
-        impl<'de> Visitor<'de> for Entries {
-            type Value = RawHeader;
+/// The entries in their own order, without `__metadata__`; or the tensor at whose entry it failed, if at one's.
+fn parse(json: impl Read) -> Result<Vec<(String, Entry)>, (Option<String>, serde_json::Error)> {
+    let (mut entries, mut at) = (Vec::new(), None);
+    let mut json = serde_json::Deserializer::from_reader(json);
+    let parsed = Entries { entries: &mut entries, at: &mut at }.deserialize(&mut json).and_then(|()| json.end());
+    parsed.map(|()| entries).map_err(|error| (at, error))
+}
 
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object of tensors by name")
-            }
+/// Reads the JSON object. The library's own type reads it into maps, which lose a name that stands in it twice.
+struct Entries<'a> {
+    entries: &'a mut Vec<(String, Entry)>,
+    /// The tensor whose entry is being read.
+    at: &'a mut Option<String>,
+}
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawHeader, A::Error> {
-                let mut tensors: Vec<(String, RawTensor)> = Vec::new();
-                let mut metadata = None;
-                while let Some(name) = map.next_key::<String>()? {
-                    if name != "__metadata__" {
-                        tensors.push((name, map.next_value()?));
-                    } else if metadata.replace(map.next_value::<BTreeMap<String, String>>()?).is_some() {
-                        return Err(serde::de::Error::custom("the key \"__metadata__\" stands in it twice"));
-                    }
-                }
-                let mut names: Vec<&str> = tensors.iter().map(|(name, _)| name.as_str()).collect();
-                names.sort_unstable();
-                if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-                    let message = format!("tensor {:?} stands in it twice", twice[0]);
-                    return Err(serde::de::Error::custom(message));
-                }
-                Ok(RawHeader(tensors))
+impl<'de> DeserializeSeed<'de> for Entries<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Entries<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object of tensors by name")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        let mut metadata = None;
+        while let Some(name) = map.next_key::<String>()? {
+            if name != METADATA_KEY {
+                *self.at = Some(name);
+                let RawEntry { dtype, shape, data_offsets } = map.next_value()?;
+                let entry = Entry { dtype, shape, data_offsets };
+                self.entries.extend(self.at.take().map(|name| (name, entry)));
+            } else if metadata.replace(map.next_value::<BTreeMap<String, String>>()?).is_some() {
+                return Err(de::Error::custom(format!("the key {METADATA_KEY:?} stands in it twice")));
             }
         }
-        deserializer.deserialize_map(Entries)
+        let mut names: Vec<&str> = self.entries.iter().map(|(name, _)| name.as_str()).collect();
+        names.sort_unstable();
+        match names.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(twice) => Err(de::Error::custom(format!("tensor {:?} stands in it twice", twice[0]))),
+            None => Ok(()),
+        }
     }
+}
+
+/// The library's entry, with an error that tells of a dtype which it doesn't have.
+#[derive(Deserialize)]
+struct RawEntry {
+    #[serde(deserialize_with = "known_dtype")]
+    dtype: Dtype,
+    shape: Vec<usize>,
+    data_offsets: (usize, usize),
+}
+
+fn known_dtype<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Dtype, D::Error> {
+    let name = String::deserialize(deserializer)?;
+    dtype::named(&name).ok_or_else(|| de::Error::custom(format!("dtype {name:?}, which this version doesn't know")))
 }
 
 /// A tensor to be written: name, dtype, shape.
@@ -209,7 +250,7 @@ pub trait Described {
     /// # Panics
     /// Past 2^64 bytes; what comes from a checked header, and what is derived from it, is below.
     fn byte_len(&self) -> u64 {
-        self.dtype().byte_len(self.shape()).expect("a tensor below 2^64 bytes")
+        byte_len(self.dtype(), self.shape()).expect("a tensor below 2^64 bytes")
     }
 }
 
@@ -219,22 +260,23 @@ pub fn sort_canonically<T: Described>(tensors: &mut [T]) {
 }
 
 /// The length field and the JSON of a file that holds `tensors` in this order, as the safetensors library writes them.
+///
+/// # Panics
+/// When two have one name, or all together are past 2^64 bytes; a plan's don't and aren't.
 pub fn header_bytes<T: Described>(tensors: &[T]) -> Vec<u8> {
-    let mut json = String::from(r#"{"__metadata__":{"format":"pt"}"#);
     let mut position = 0;
-    for tensor in tensors {
-        let end = position + tensor.byte_len();
-        let name = serde_json::Value::from(tensor.name()); // for its escapes
-        let shape: Vec<String> = tensor.shape().iter().map(u64::to_string).collect();
-        let (dtype, shape) = (tensor.dtype(), shape.join(","));
-        write!(json, r#",{name}:{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{position},{end}]}}"#)
-            .expect("writing to a String");
-        position = end;
-    }
-    json.push('}');
-    let mut bytes = json.into_bytes();
-    bytes.resize(bytes.len().next_multiple_of(LENGTH_FIELD as usize), b' ');
-    let mut header = (bytes.len() as u64).to_le_bytes().to_vec();
-    header.append(&mut bytes);
+    let entries = tensors.iter().map(|tensor| {
+        let begin = position;
+        position += tensor.byte_len() as usize;
+        let shape = tensor.shape().iter().map(|&dimension| dimension as usize).collect();
+        (tensor.name().to_owned(), Entry { dtype: tensor.dtype(), shape, data_offsets: (begin, position) })
+    });
+    let format = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
+    let metadata = Metadata::new(Some(format), entries.collect()).expect("offsets without holes");
+    let mut header = vec![0; LENGTH_FIELD as usize];
+    serde_json::to_writer(&mut header, &metadata).expect("writing to memory");
+    header.resize(header.len().next_multiple_of(LENGTH_FIELD as usize), b' ');
+    let json_len = header.len() as u64 - LENGTH_FIELD;
+    header[..LENGTH_FIELD as usize].copy_from_slice(&json_len.to_le_bytes());
     header
 }

@@ -46,7 +46,7 @@ fn decisions(plan: &Plan) -> String {
     let shape_width = width(|tensor| format!("{:?}", tensor.shape).len());
     for tensor in &plan.tensors {
         let decision = if tensor.quantized_from().is_some() { plan.recipe.format().name() } else { "keep" };
-        let (shape, dtype) = (format!("{:?}", tensor.shape), tensor.dtype);
+        let (shape, dtype) = (format!("{:?}", tensor.shape), tensor.dtype.to_string());
         let decoded = if tensor.is_decoded() { " (decoded)" } else { "" };
         let _ = writeln!(
             text,
@@ -107,7 +107,7 @@ fn json(conversion: &Conversion, destination: &Path, free: Option<u64>, obstacle
     let tensor = |tensor: &PlannedTensor| {
         json!({
             "name": tensor.name,
-            "dtype": tensor.dtype.name(),
+            "dtype": tensor.dtype,
             "shape": tensor.shape,
             "role": tensor.role,
             "decision": if tensor.quantized_from().is_some() { "quantize" } else { "keep" },

@@ -70,7 +70,7 @@ fn weights(source: &Source) -> Vec<Weight<'_>> {
         let mut weight = Weight {
             name: coded.as_ref().map_or(&info.name, |coded| coded.name),
             file: &source.files[file].name,
-            format: coded.as_ref().map_or(info.dtype.name(), |coded| coded.format).to_owned(),
+            format: coded.as_ref().map_or_else(|| info.dtype.to_string(), |coded| coded.format.to_owned()),
             shape: info.shape.clone(),
             // Two codes a byte; whether the last ones are a pad, only what stands beside them knows.
             elements: if coded.is_some() { 2 * info.len } else { elements },

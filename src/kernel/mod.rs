@@ -1,6 +1,6 @@
 //! The numbers: quantizing runs of blocks to 4-bit codes, on whatever the machine has.
 //!
-//! [`scalar`] is the specification. Every other kernel gives the same bytes and the same figures, faster. The choice is
+//! The `scalar` modules of [`block`] and [`group`] are the specification. Every other kernel gives the same bytes and the same figures, faster. The choice is
 //! made once, as a value ([`Kernel`]), and passed down.
 
 pub mod block;
@@ -113,7 +113,7 @@ impl Kernel {
     }
 }
 
-/// Quantizes a run of blocks even if they hold NaN or infinities; see [`scalar::quantize_any`].
+/// Quantizes a run of blocks even if they hold NaN or infinities; see [`block::scalar::quantize_any`].
 ///
 /// # Panics
 /// When a slice's length is not what [`Blocks`] says.

@@ -67,13 +67,14 @@ pub fn in_tensors(tensors: &[TensorInfo]) -> Option<SourceQuantization> {
         let by_name = SourceQuantization::by_name(&tensor.name);
         let by_dtype = matches!(
             tensor.dtype,
-            Dtype::F8E4M3 | Dtype::F8E5M2 | Dtype::F8E4M3Fnuz | Dtype::F8E5M2Fnuz | Dtype::F4 | Dtype::F8E8M0
+            Dtype::F8_E4M3 | Dtype::F8_E5M2 | Dtype::F8_E4M3FNUZ | Dtype::F8_E5M2FNUZ | Dtype::F4 | Dtype::F8_E8M0
         );
         match by_name {
             Some(method) => Some(SourceQuantization::new(method, format!("it has a tensor {:?}", tensor.name))),
-            None if by_dtype => {
-                Some(SourceQuantization::new(tensor.dtype.name(), format!("tensor {:?} has that dtype", tensor.name)))
-            }
+            None if by_dtype => Some(SourceQuantization::new(
+                &tensor.dtype.to_string(),
+                format!("tensor {:?} has that dtype", tensor.name),
+            )),
             None => None,
         }
     })

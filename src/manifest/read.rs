@@ -6,11 +6,10 @@ use std::path::Path;
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use sha2::{Digest, Sha256};
 
 use super::{Manifest, SCHEMA_VERSION, Tool, v1};
 use crate::error::{Error, IoContext, Result};
-use crate::store::Sha256Hash;
+use crate::store::{HashingReader, Sha256Hash};
 
 /// Bytes that are read at once.
 const BUFFER: usize = 1 << 20;
@@ -73,7 +72,7 @@ fn read(input: &mut (impl Read + Seek)) -> io::Result<Result<(Manifest, Sha256Ha
 
 /// A value with the SHA-256 of its text, or why it isn't one.
 fn parse<T: DeserializeOwned>(input: &mut impl Read) -> io::Result<Result<(T, Sha256Hash), String>> {
-    let mut reader = BufReader::with_capacity(BUFFER, HashingReader { inner: input, hasher: Sha256::new() });
+    let mut reader = BufReader::with_capacity(BUFFER, HashingReader::new(input));
     let mut deserializer = serde_json::Deserializer::from_reader(&mut reader);
     let value = T::deserialize(&mut deserializer).and_then(|value| deserializer.end().map(|()| value));
     drop(deserializer);
@@ -82,20 +81,7 @@ fn parse<T: DeserializeOwned>(input: &mut impl Read) -> io::Result<Result<(T, Sh
         Err(error) => Ok(Err(format!("not a manifest: {error}"))),
         Ok(value) => {
             io::copy(&mut reader, &mut io::sink())?;
-            Ok(Ok((value, Sha256Hash(reader.into_inner().hasher.finalize().into()))))
+            Ok(Ok((value, reader.get_ref().finish().1)))
         }
-    }
-}
-
-struct HashingReader<R> {
-    inner: R,
-    hasher: Sha256,
-}
-
-impl<R: Read> Read for HashingReader<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.inner.read(buffer)?;
-        self.hasher.update(&buffer[..read]);
-        Ok(read)
     }
 }

@@ -1,32 +1,49 @@
-//! How each architecture's experts on disk become the model's own fused parameters, as data.
+//! A layer's experts as the hub's checkpoints have them and as the model does: one description, read both ways.
 //!
-//! In transformers 5 a layer's experts are 3-D parameters. The hub's checkpoints have them in other shapes, and
-//! transformers' conversion mapping says how they are put together when they are loaded. `--experts fuse` does the same
-//! beforehand. To cover another architecture, add its `model_type` to a row, or a row; `tests/plan/experts.rs` holds the
-//! table against `tests/data/experts.json`, which `scripts/make experts` takes from transformers.
+//! In transformers 5 a layer's experts are a few 3-D parameters. Checkpoints on the hub have the same numbers in other
+//! shapes, mostly a tensor per expert and projection. [`ExpertParameter::fusion`] puts them together as transformers
+//! does when it loads a checkpoint (`--experts fuse`); [`ExpertParameter::split`] takes a parameter apart, for formats
+//! whose clients want a tensor per expert. Which family has which is in [`super::families`].
 
 use crate::checkpoint::Config;
+use crate::models::names::match_end;
 
-/// How the experts of some architectures are put together.
+/// One of the model's parameters for all experts of a layer. Names are ends of tensors' names, after a dot.
 #[derive(Debug)]
-pub struct Family {
-    /// config.json's `model_type`s, of the model or of one nested in it.
-    pub model_types: &'static [&'static str],
-    /// The model's parameters for experts.
-    pub fusions: &'static [Fusion],
+pub struct ExpertParameter {
+    /// The model's name for it.
+    pub parameter: &'static str,
+    /// The names of one expert's matrices, `*` being its number, in the order of their rows in the parameter. Empty if
+    /// no client knows such names.
+    pub per_expert: &'static [&'static str],
+    /// What the hub's checkpoints have.
+    pub hub: Hub,
+    /// How the matrices lie in a tensor of all experts.
+    pub orientation: Orientation,
+    /// Whether the matrices' rows alternate (gate, up, gate, up, ...) rather than follow each other.
+    pub interleaved: bool,
 }
 
-/// A 3-D parameter for all experts of a layer, and what it is made of.
+/// What the hub's checkpoints have.
 #[derive(Debug)]
-pub struct Fusion {
-    /// The tensors on disk: what their names end with, after a dot. `*` is an expert's number: such tensors are one expert's
-    /// matrix `[rows, columns]`, others all experts' `[experts, rows, columns]`. Several are concatenated along the rows, expert by
-    /// expert.
-    pub sources: &'static [&'static str],
-    /// What stands in the parameter's name for the source's.
-    pub target: &'static str,
-    /// Where checkpoints exist with rows and columns exchanged: what the model's shape is told by.
-    pub transposed_unless: Option<Shape>,
+pub enum Hub {
+    /// A tensor per expert and projection.
+    PerExpert,
+    /// The model's own parameter.
+    Parameter,
+    /// Tensors of all experts under these names; several are concatenated along the rows, expert by expert.
+    Stacked(&'static [&'static str]),
+}
+
+/// What the last two dimensions of a tensor of all experts are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Orientation {
+    /// Rows and columns, as in an `nn.Linear`.
+    Rows,
+    /// Columns and rows.
+    Transposed,
+    /// Rows and columns in the model, either in checkpoints: config.json tells by the shape.
+    ByConfig(Shape),
 }
 
 /// The shape of a model's parameter, by the config's numbers.
@@ -36,6 +53,102 @@ pub enum Shape {
     GateUp,
     /// `[experts, hidden_size, moe_intermediate_size]`.
     Down,
+}
+
+/// How a parameter is made of the hub's tensors.
+#[derive(Clone, Copy, Debug)]
+pub struct Fusion {
+    /// The tensors on disk. Those with a `*` are one expert's matrix `[rows, columns]`, others all experts'
+    /// `[experts, rows, columns]`; several are concatenated along the rows, expert by expert.
+    pub sources: &'static [&'static str],
+    /// What stands in the parameter's name for the source's.
+    pub target: &'static str,
+    /// Where checkpoints exist with rows and columns exchanged: the shape that isn't.
+    pub transposed_unless: Option<Shape>,
+}
+
+/// How a tensor of all experts is taken apart.
+#[derive(Clone, Copy, Debug)]
+pub struct Split {
+    /// The tensor of all experts.
+    pub fused: &'static str,
+    /// What stands in its name for one expert's matrices.
+    pub targets: &'static [&'static str],
+    /// How the matrices lie.
+    pub orientation: Orientation,
+    /// Whether their rows alternate.
+    pub interleaved: bool,
+}
+
+/// Experts that the hub has one by one: the tensors of one expert, and the model's parameter.
+pub const fn one_by_one(per_expert: &'static [&'static str], parameter: &'static str) -> ExpertParameter {
+    let (hub, orientation) = (Hub::PerExpert, Orientation::Rows);
+    ExpertParameter { parameter, per_expert, hub, orientation, interleaved: false }
+}
+
+/// Experts that the hub has as the model does, and what one expert's matrices are called.
+pub const fn fused(parameter: &'static str, per_expert: &'static [&'static str]) -> ExpertParameter {
+    let (hub, orientation) = (Hub::Parameter, Orientation::Rows);
+    ExpertParameter { parameter, per_expert, hub, orientation, interleaved: false }
+}
+
+/// Experts that the hub has in tensors of all experts, but not the model's.
+pub const fn stacked(
+    names: &'static [&'static str],
+    parameter: &'static str,
+    per_expert: &'static [&'static str],
+) -> ExpertParameter {
+    let (hub, orientation) = (Hub::Stacked(names), Orientation::Rows);
+    ExpertParameter { parameter, per_expert, hub, orientation, interleaved: false }
+}
+
+impl ExpertParameter {
+    /// The same with matrices that lie so.
+    pub const fn lying(self, orientation: Orientation) -> ExpertParameter {
+        ExpertParameter { orientation, ..self }
+    }
+
+    /// The same with rows that alternate between the matrices.
+    pub const fn interleaved(self) -> ExpertParameter {
+        ExpertParameter { interleaved: true, ..self }
+    }
+
+    /// Towards the model. Biases are left alone: they aren't quantized, and where experts have some the hub has them as the model
+    /// does.
+    pub fn fusion(&'static self) -> Option<Fusion> {
+        let sources = match self.hub {
+            Hub::PerExpert => self.per_expert,
+            Hub::Parameter => std::slice::from_ref(&self.parameter),
+            Hub::Stacked(names) => names,
+        };
+        let transposed_unless = match self.orientation {
+            Orientation::ByConfig(shape) => Some(shape),
+            Orientation::Rows | Orientation::Transposed => None,
+        };
+        (!self.parameter.ends_with("bias")).then_some(Fusion { sources, target: self.parameter, transposed_unless })
+    }
+
+    /// Towards a tensor per expert and projection.
+    pub fn split(&self) -> Option<Split> {
+        let fused = match self.hub {
+            Hub::PerExpert | Hub::Parameter => self.parameter,
+            Hub::Stacked([name]) => name,
+            Hub::Stacked(_) => return None,
+        };
+        let ExpertParameter { per_expert: targets, orientation, interleaved, .. } = *self;
+        (!targets.is_empty()).then_some(Split { fused, targets, orientation, interleaved })
+    }
+}
+
+impl Fusion {
+    /// What `name` is of the sources: what comes before the part that is replaced, which source, and which expert's (none
+    /// if it is all experts').
+    pub fn source_of<'n>(&self, name: &'n str) -> Option<(&'n str, usize, Option<usize>)> {
+        self.sources.iter().enumerate().find_map(|(i, pattern)| {
+            let (prefix, expert) = match_end(name, pattern)?;
+            Some((prefix, i, expert))
+        })
+    }
 }
 
 impl Shape {
@@ -66,192 +179,17 @@ impl Shape {
     }
 }
 
-const fn fusion(sources: &'static [&'static str], target: &'static str) -> Fusion {
-    Fusion { sources, target, transposed_unless: None }
-}
-
-/// The rows.
-pub const FAMILIES: &[Family] = &[
-    Family {
-        model_types: &[
-            "afmoe",
-            "axk1",
-            "axk2",
-            "bailing_hybrid",
-            "beam",
-            "cohere2_moe",
-            "deepseek_ocr2",
-            "deepseek_v2",
-            "deepseek_v3",
-            "deepseek_v32",
-            "dots1",
-            "ernie4_5_moe",
-            "exaone_moe",
-            "flex_olmo",
-            "flint",
-            "glm4_moe",
-            "glm4_moe_lite",
-            "glm4v_moe",
-            "glm5_next",
-            "glm5_next_text",
-            "glm_moe_dsa",
-            "hunyuan_v1_moe",
-            "hy_v3",
-            "kimi_k25",
-            "kolibri1",
-            "laguna",
-            "longcat_flash",
-            "mellum",
-            "mimo_v2_flash",
-            "olmoe",
-            "qwen2_moe",
-            "qwen3_5_moe_text",
-            "qwen3_moe",
-            "qwen3_next",
-            "qwen3_omni_moe",
-            "qwen3_omni_moe_text",
-            "qwen3_omni_moe_thinker",
-            "qwen4_exp_text",
-            "solar_open",
-        ],
-        fusions: &[
-            fusion(&["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"], "mlp.experts.gate_up_proj"),
-            fusion(&["mlp.experts.*.down_proj.weight"], "mlp.experts.down_proj"),
-        ],
-    },
-    Family {
-        model_types: &["minimax", "minimax_m2", "mixtral", "phimoe"],
-        fusions: &[
-            fusion(
-                &["block_sparse_moe.experts.*.w1.weight", "block_sparse_moe.experts.*.w3.weight"],
-                "mlp.experts.gate_up_proj",
-            ),
-            fusion(&["block_sparse_moe.experts.*.w2.weight"], "mlp.experts.down_proj"),
-        ],
-    },
-    Family {
-        // Where `experts` is, transformers says by renames that hold for other tensors too: they are left to it.
-        model_types: &["deepseek_v4", "kimi_linear", "minimax_m3_vl", "mistral_large4_text"],
-        fusions: &[
-            fusion(&["experts.*.w1.weight", "experts.*.w3.weight"], "experts.gate_up_proj"),
-            fusion(&["experts.*.w2.weight"], "experts.down_proj"),
-        ],
-    },
-    Family {
-        model_types: &["lfm2_moe"],
-        fusions: &[
-            fusion(
-                &["feed_forward.experts.*.w1.weight", "feed_forward.experts.*.w3.weight"],
-                "feed_forward.experts.gate_up_proj",
-            ),
-            fusion(&["feed_forward.experts.*.w2.weight"], "feed_forward.experts.down_proj"),
-        ],
-    },
-    Family {
-        model_types: &["jamba"],
-        fusions: &[
-            fusion(
-                &["feed_forward.experts.*.gate_proj.weight", "feed_forward.experts.*.up_proj.weight"],
-                "feed_forward.experts.gate_up_proj",
-            ),
-            fusion(&["feed_forward.experts.*.down_proj.weight"], "feed_forward.experts.down_proj"),
-        ],
-    },
-    Family {
-        model_types: &["nemotron_h"],
-        fusions: &[
-            fusion(&["mixer.experts.*.up_proj.weight"], "mixer.experts.up_proj"),
-            fusion(&["mixer.experts.*.down_proj.weight"], "mixer.experts.down_proj"),
-        ],
-    },
-    Family {
-        model_types: &["step3p7"],
-        fusions: &[
-            fusion(&["moe.gate_proj.weight", "moe.up_proj.weight"], "mlp.experts.gate_up_proj"),
-            fusion(&["moe.down_proj.weight"], "mlp.experts.down_proj"),
-        ],
-    },
-    Family {
-        model_types: &["granitemoe", "granitemoehybrid", "granitemoeshared"],
-        fusions: &[
-            fusion(&["block_sparse_moe.input_linear.weight"], "block_sparse_moe.experts.gate_up_proj"),
-            fusion(&["block_sparse_moe.output_linear.weight"], "block_sparse_moe.experts.down_proj"),
-        ],
-    },
-    Family {
-        model_types: &["qwen3_vl_moe"],
-        fusions: &[
-            Fusion {
-                sources: &["mlp.experts.gate_up_proj"],
-                target: "mlp.experts.gate_up_proj",
-                transposed_unless: Some(Shape::GateUp),
-            },
-            Fusion {
-                sources: &["mlp.experts.down_proj"],
-                target: "mlp.experts.down_proj",
-                transposed_unless: Some(Shape::Down),
-            },
-        ],
-    },
-    Family {
-        // What is on disk is what the model has.
-        model_types: &["gpt_oss", "qwen3_5_moe"],
-        fusions: &[
-            fusion(&["mlp.experts.gate_up_proj"], "mlp.experts.gate_up_proj"),
-            fusion(&["mlp.experts.down_proj"], "mlp.experts.down_proj"),
-        ],
-    },
-    Family {
-        model_types: &["gemma4", "gemma4_text"],
-        fusions: &[
-            fusion(&["experts.gate_up_proj"], "experts.gate_up_proj"),
-            fusion(&["experts.down_proj"], "experts.down_proj"),
-        ],
-    },
-    Family {
-        model_types: &["llama4", "llama4_text"],
-        fusions: &[
-            fusion(&["feed_forward.experts.gate_up_proj"], "feed_forward.experts.gate_up_proj"),
-            fusion(&["feed_forward.experts.down_proj"], "feed_forward.experts.down_proj"),
-        ],
-    },
-];
-
-impl Fusion {
-    /// What `name` is of the sources: what comes before the part that is replaced, which source, and which expert's (none
-    /// if it is all experts').
-    pub fn source_of<'n>(&self, name: &'n str) -> Option<(&'n str, usize, Option<usize>)> {
-        self.sources.iter().enumerate().find_map(|(i, pattern)| {
-            let (prefix, expert) = match_end(name, pattern)?;
-            Some((prefix, i, expert))
-        })
-    }
-}
-
-/// Matches the end of `name`, part by part.
-pub fn match_end<'n>(name: &'n str, pattern: &str) -> Option<(&'n str, Option<usize>)> {
-    let (mut rest, mut expert) = (name, None);
-    for expected in pattern.rsplit('.') {
-        let part = rest.rsplit('.').next()?;
-        if expected == "*" {
-            // One spelling for each number, or two tensors could be the same expert's.
-            expert = Some(part.parse().ok().filter(|number: &usize| number.to_string() == part)?);
-        } else if part != expected {
-            return None;
-        }
-        rest = rest[..rest.len() - part.len()].trim_end_matches('.');
-    }
-    Some((rest, expert))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const SOURCES: &[&str] = &["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"];
+    static GATE_UP: ExpertParameter = one_by_one(SOURCES, "mlp.experts.gate_up_proj");
+
     #[test]
     fn names_are_matched_part_by_part_from_their_end() {
-        let gate_up = &FAMILIES[0].fusions[0];
-        let of = |name| gate_up.source_of(name);
+        let fusion = GATE_UP.fusion().unwrap();
+        let of = |name| fusion.source_of(name);
         assert_eq!(of("model.layers.3.mlp.experts.12.up_proj.weight"), Some(("model.layers.3", 1, Some(12))));
         assert_eq!(of("mlp.experts.0.gate_proj.weight"), Some(("", 0, Some(0))));
         for other in [
@@ -268,11 +206,14 @@ mod tests {
     }
 
     #[test]
-    fn no_model_type_is_in_two_rows() {
-        let mut all: Vec<&str> = FAMILIES.iter().flat_map(|family| family.model_types).copied().collect();
-        let count = all.len();
-        all.sort_unstable();
-        all.dedup();
-        assert_eq!(all.len(), count);
+    fn both_readings_are_of_one_description() {
+        let (fusion, split) = (GATE_UP.fusion().unwrap(), GATE_UP.split().unwrap());
+        assert_eq!((fusion.sources, fusion.target), (split.targets, split.fused));
+        static BIAS: ExpertParameter = fused("experts.down_proj_bias", &["experts.*.down_proj.bias"]);
+        assert!(BIAS.fusion().is_none());
+        assert_eq!(BIAS.split().unwrap().targets, BIAS.per_expert);
+        static APART: ExpertParameter = stacked(&["moe.gate.weight", "moe.up.weight"], "experts.gate_up_proj", SOURCES);
+        assert_eq!(APART.fusion().unwrap().sources.len(), 2);
+        assert!(APART.split().is_none(), "no one tensor has all of an expert's rows");
     }
 }

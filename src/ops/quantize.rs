@@ -419,7 +419,7 @@ fn tensor_record(source: &Source, tensor: &PlannedTensor, file: &str, outcome: T
             .map(|((output, name), sha256)| OutputRecord {
                 name,
                 file: file.to_owned(),
-                dtype: output.dtype.name().to_owned(),
+                dtype: output.dtype.to_string(),
                 shape: output.shape.clone(),
                 sha256,
             })
@@ -438,7 +438,7 @@ fn source_tensors(source: &Source, tensor: &PlannedTensor) -> Vec<SourceTensorRe
     }
     let record = |(file, tensor): (usize, usize)| {
         let (file, info) = (&source.files[file], &source.files[file].tensors[tensor]);
-        let (name, dtype, shape) = (info.name.clone(), info.dtype.name().to_owned(), info.shape.clone());
+        let (name, dtype, shape) = (info.name.clone(), info.dtype.to_string(), info.shape.clone());
         SourceTensorRecord { name, file: file.name.clone(), dtype, shape }
     };
     places.into_iter().map(record).collect()

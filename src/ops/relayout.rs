@@ -9,8 +9,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, Source, SourceFile, TensorInfo, sort_canonically};
-use crate::dtype::Dtype;
 use crate::dtype::FloatDtype;
+use crate::dtype::{self, byte_len};
 use crate::error::{Error, Result};
 use crate::format::{BlockScheme, Scheme};
 use crate::layout::{OutputKind, QuantState, quant_state_bytes};
@@ -153,8 +153,8 @@ fn origin(converted: &Source, manifest: &Manifest) -> Result<Source> {
         let error = |what: &str| Error::malformed(&path, format!("tensor {:?} of the source: {what}", tensor.name));
         let file = files.iter_mut().find(|file| file.name == tensor.file);
         let file = file.ok_or_else(|| error("its file isn't among the source's"))?;
-        let dtype = Dtype::from_name(&tensor.dtype).ok_or_else(|| error("a dtype that safetensors doesn't have"))?;
-        let len = dtype.byte_len(&tensor.shape).ok_or_else(|| error("a shape past all bounds"))?;
+        let dtype = dtype::named(&tensor.dtype).ok_or_else(|| error("a dtype that safetensors doesn't have"))?;
+        let len = byte_len(dtype, &tensor.shape).ok_or_else(|| error("a shape past all bounds"))?;
         let offset = file.tensors.last().map_or(0, |last| last.offset + last.len);
         offset.checked_add(len).ok_or_else(|| error("a shape past all bounds"))?;
         let (name, shape) = (tensor.name.clone(), tensor.shape.clone());
@@ -193,7 +193,7 @@ fn check_manifest(path: &Path, plan: &Plan, manifest: &Manifest) -> Result<()> {
             && tensor.outputs.len() == record.outputs.len()
             && { outputs }.all(|(output, record)| {
                 record.name.strip_prefix(&*tensor.name) == Some(output.suffix)
-                    && record.dtype == output.dtype.name()
+                    && record.dtype == output.dtype.to_string()
                     && record.shape == output.shape
             })
     };

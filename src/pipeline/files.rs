@@ -76,7 +76,7 @@ impl<'j, 'a> Files<'j, 'a> {
     /// Fills `into` with what a part gives from byte `offset` on.
     fn read_part(&mut self, part: &Part, dtype: Dtype, offset: u64, into: &mut [u8]) -> Result<()> {
         let Some(matrix) = &part.matrix else { return self.read_stored(part, offset, into) };
-        let size = (dtype.bits() / 8) as usize;
+        let size = dtype.bitsize() / 8;
         matrix::read(matrix, size, offset / size as u64, into, |at, run| self.read_stored(part, at, run))
     }
 

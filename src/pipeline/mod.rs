@@ -1,6 +1,6 @@
 //! Executing a plan: read, quantize, write and hash, on all cores, in bounded memory.
 //!
-//! Threads take tasks from one [`Scheduler`]: a run of whole blocks of a tensor is read, quantized and written at the
+//! Threads take tasks from one `Scheduler`: a run of whole blocks of a tensor is read, quantized and written at the
 //! offset that the plan has for it, by the same thread and while it is in that core's cache. With a GPU the thread reads
 //! into pinned memory and sleeps while the GPU quantizes; other threads read, hash and write meanwhile. No order is kept between
 //! tasks, since no output depends on one. When the last tensor of a file is written, the file is synced and hashed

@@ -3,7 +3,7 @@
 use regex::Regex;
 
 use crate::error::{Error, Result};
-use crate::models::rules::{Rules, Verdict};
+use crate::models::{Rules, Verdict};
 use crate::recipe::Recipe;
 
 /// Decides tensor by tensor: `--exclude` before `--include` before `--only-experts` before the rules.

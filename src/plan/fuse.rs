@@ -9,7 +9,8 @@ use crate::checkpoint::Source;
 use crate::error::{Error, Result};
 use crate::format::Scheme;
 use crate::models::Role;
-use crate::models::experts::{FAMILIES, Fusion};
+use crate::models::experts::{ExpertParameter, Fusion};
+use crate::models::families::families;
 
 /// Puts experts together that are to be quantized; all other tensors stay as they are. What is fused stands where its
 /// first part was.
@@ -22,8 +23,8 @@ pub fn fuse(
     tensors: Vec<PlannedTensor>,
     scheme: &Scheme,
 ) -> Result<Vec<PlannedTensor>> {
-    let families = FAMILIES.iter().filter(|row| row.model_types.iter().any(|name| model_types.contains(name)));
-    let fusions: Vec<&'static Fusion> = families.flat_map(|family| family.fusions).collect();
+    let parameters = families(model_types).flat_map(|family| family.experts);
+    let fusions: Vec<Fusion> = parameters.filter_map(ExpertParameter::fusion).collect();
     let groups = groups(source, model_types, &fusions, &tensors)?;
     let mut fused: HashMap<usize, PlannedTensor> = HashMap::new();
     let mut taken: HashSet<usize> = HashSet::new();
@@ -49,7 +50,7 @@ pub fn fuse(
 struct Group<'a> {
     /// What the parameter's name begins with.
     prefix: &'a str,
-    fusion: &'static Fusion,
+    fusion: Fusion,
     /// Places among the tensors, by expert and by which of the fusion's sources it is.
     members: BTreeMap<(Option<usize>, usize), usize>,
 }
@@ -58,7 +59,7 @@ struct Group<'a> {
 fn groups<'a>(
     source: &Source,
     model_types: &[&str],
-    fusions: &[&'static Fusion],
+    fusions: &[Fusion],
     tensors: &'a [PlannedTensor],
 ) -> Result<Vec<Group<'a>>> {
     let mut groups: Vec<Group<'a>> = Vec::new();
@@ -81,7 +82,7 @@ fn groups<'a>(
 }
 
 fn unknown(source: &Source, model_types: &[&str], tensor: &PlannedTensor) -> Error {
-    let known = FAMILIES.iter().any(|family| family.model_types.iter().any(|name| model_types.contains(name)));
+    let known = families(model_types).any(|family| !family.experts.is_empty());
     let why = match (model_types.first(), known) {
         (Some(model_type), false) => format!("how {model_type:?} lays out its experts isn't known"),
         (Some(model_type), true) => format!("{model_type:?} is known, but not experts with this name"),
@@ -175,7 +176,7 @@ impl Group<'_> {
                 );
             }
             if tensor.dtype != first.dtype {
-                let (found, expected) = (tensor.dtype.name(), first.dtype.name());
+                let (found, expected) = (tensor.dtype, first.dtype);
                 return error(
                     tensor,
                     format!("it is {found}, and {:?} is {expected}: one tensor has one dtype", first.name),

@@ -8,8 +8,7 @@ use super::split;
 use crate::checkpoint::Source;
 use crate::error::{Error, Result};
 use crate::format::{GroupScheme, Layout};
-use crate::models::Role;
-use crate::models::rules::Verdict;
+use crate::models::{Role, Verdict};
 
 /// Keeps a weight that the format can't hold: its rows aren't whole groups, or the layout is for others.
 ///

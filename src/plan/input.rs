@@ -10,8 +10,8 @@ use serde_json::Value;
 use super::part::MAX_EXPERTS;
 use super::{Coded, Part, Place};
 use crate::checkpoint::{Config, Source, TensorInfo};
-use crate::dtype::Dtype;
 use crate::dtype::FloatDtype;
+use crate::dtype::{Dtype, byte_len};
 use crate::error::{Error, Result};
 use crate::format::{Coding, ScaleDtype};
 use crate::layout::{FP8_METHOD, MXFP4_METHOD, SourceQuantization};
@@ -80,7 +80,7 @@ pub fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
     let only = |own: &str| {
         source.tensors().all(|(_, info)| SourceQuantization::by_name(&info.name).is_none_or(|method| method == own))
     };
-    let fp8 = source.tensors().filter(|(_, info)| info.dtype == Dtype::F8E4M3);
+    let fp8 = source.tensors().filter(|(_, info)| info.dtype == Dtype::F8_E4M3);
     let fp8: HashSet<&str> = fp8.map(|(_, info)| info.name.as_str()).collect();
     let has_fp8 = ends(SCALE).next().is_some() && ends(SCALE).all(|weight| fp8.contains(weight));
     let is_fp8 = has_fp8 && method_is("fp8") && only(FP8_METHOD);
@@ -116,7 +116,7 @@ pub fn inputs(source: &Source, recipe: &Recipe) -> Result<Vec<Input>> {
                 Err(Error::malformed(&source_file.path, why))
             };
             let decoded = match (info.dtype, info.name.strip_suffix("_blocks")) {
-                (Dtype::F8E4M3, _) => match places.get(&format!("{}{SCALE}", info.name)) {
+                (Dtype::F8_E4M3, _) => match places.get(&format!("{}{SCALE}", info.name)) {
                     Some(scale) => Some(fp8(source, info, place, scale, dtype)),
                     None => {
                         return error(format!("it is F8_E4M3, and its scales (\"{}{SCALE}\") are missing", info.name));
@@ -203,8 +203,8 @@ fn fp8(
 ) -> Result<Input, String> {
     let scale_dtype = match scale.dtype {
         Dtype::F32 => ScaleDtype::F32,
-        Dtype::Bf16 => ScaleDtype::Bf16,
-        Dtype::F8E8M0 => ScaleDtype::E8m0,
+        Dtype::BF16 => ScaleDtype::Bf16,
+        Dtype::F8_E8M0 => ScaleDtype::E8m0,
         Dtype::U8 => ScaleDtype::U8,
         other => return Err(format!("its scale {:?} is {other}: expected F32, BF16, F8_E8M0 or U8", scale.name)),
     };
@@ -286,11 +286,11 @@ fn mxfp4(
 /// A tensor that is decoded in the order it is stored in.
 pub fn decoded(name: String, shape: Vec<u64>, coded: Coded, place: Place) -> Result<Input, String> {
     let dtype = match coded.dtype {
-        FloatDtype::Bfloat16 => Dtype::Bf16,
+        FloatDtype::Bfloat16 => Dtype::BF16,
         FloatDtype::Float16 => Dtype::F16,
         FloatDtype::Float32 => Dtype::F32,
     };
-    let len = dtype.byte_len(&shape).ok_or_else(|| format!("decoded, its shape {shape:?} is past all bounds"))?;
+    let len = byte_len(dtype, &shape).ok_or_else(|| format!("decoded, its shape {shape:?} is past all bounds"))?;
     let Place { file, tensor, offset } = place;
     let part = Part { file, tensor, offset, len, matrix: None, coded: Some(coded) };
     Ok(Input { name, dtype, shape, parts: vec![part] })

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::{Decision, PlannedTensor};
 use crate::checkpoint::{Described, header_bytes, shard_name, sort_canonically};
-use crate::dtype::Dtype;
+use crate::dtype::{Dtype, byte_len};
 use crate::format::Scheme;
 use crate::layout::{OutputDtype, OutputKind};
 
@@ -51,11 +51,11 @@ pub fn outputs(tensor: &PlannedTensor, scheme: &Scheme) -> Vec<PlannedOutput> {
                 OutputDtype::U8 => Dtype::U8,
                 OutputDtype::I32 => Dtype::I32,
                 OutputDtype::I64 => Dtype::I64,
-                OutputDtype::F8E4M3 => Dtype::F8E4M3,
+                OutputDtype::F8E4M3 => Dtype::F8_E4M3,
                 OutputDtype::F32 => Dtype::F32,
                 OutputDtype::Source => tensor.dtype,
             };
-            let len = dtype.byte_len(&output.shape).expect("at most the source's bytes, or a few");
+            let len = byte_len(dtype, &output.shape).expect("at most the source's bytes, or a few");
             PlannedOutput { kind: Some(output.kind), suffix: output.suffix, dtype, shape: output.shape, len, offset: 0 }
         })
         .collect()

@@ -8,8 +8,8 @@ mod groups;
 pub mod input;
 pub mod kept_modules;
 mod layout;
-pub mod merged_linears;
 mod part;
+mod scale_sets;
 pub mod split;
 
 use std::borrow::Cow;
@@ -27,8 +27,8 @@ use crate::dtype::FloatDtype;
 use crate::error::{Error, Result};
 use crate::format::{GroupScheme, Layout, Scheme};
 use crate::layout::OutputKind;
-use crate::models::Role;
-use crate::models::rules::{Rules, Verdict};
+use crate::models::families::families;
+use crate::models::{Role, Rules, Verdict};
 use crate::recipe::Recipe;
 use decide::Selection;
 use input::Input;
@@ -170,7 +170,7 @@ impl Plan {
         check_names_are_free(source, &tensors)?;
         check_names_differ(source, &tensors)?;
         let files = layout::lay_out(&mut tensors, recipe.max_shard_size);
-        let scale_sets = if scheme.shares_scales() { merged_linears::scale_sets(&tensors) } else { Vec::new() };
+        let scale_sets = if scheme.shares_scales() { scale_sets::scale_sets(&tensors) } else { Vec::new() };
         let side_files = scheme.side_file(&kept_modules).into_iter().collect();
         Ok(Plan { recipe, tensors, files, scale_sets, config, side_files, warnings })
     }
@@ -234,7 +234,7 @@ impl Plan {
 /// What becomes of each tensor, with fused experts taken apart where the format wants it.
 fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules) -> Result<Vec<Decided>> {
     let scheme = recipe.scheme();
-    if recipe.is_gpt_oss() && !model_types.contains(&"gpt_oss") {
+    if recipe.is_gpt_oss() && !families(model_types).any(|family| family.gpt_oss_layout) {
         let why = "gpt-oss's layout is of gpt_oss models' experts only; leave --layout out for compressed-tensors'"
             .to_owned();
         return Err(Error::NothingToQuantize { path: source.path.clone(), why });
@@ -251,7 +251,7 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
             (true, Some(dtype)) => Decision::Quantize(dtype),
             (true, None) => {
                 let path = source.files[input.parts[0].file].path.clone();
-                return Err(Error::UnsupportedDtype { path, tensor: input.name, dtype: input.dtype.name() });
+                return Err(Error::UnsupportedDtype { path, tensor: input.name, dtype: input.dtype });
             }
         };
         decided.push((input, verdict, decision));
@@ -274,7 +274,7 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
 /// The dtype as one that weights are quantized from.
 pub fn float_dtype(dtype: Dtype) -> Option<FloatDtype> {
     match dtype {
-        Dtype::Bf16 => Some(FloatDtype::Bfloat16),
+        Dtype::BF16 => Some(FloatDtype::Bfloat16),
         Dtype::F16 => Some(FloatDtype::Float16),
         Dtype::F32 => Some(FloatDtype::Float32),
         _ => None,
@@ -403,7 +403,7 @@ fn warnings(
         }
     }
     let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
-    warnings.extend(merged_linears::warnings(recipe, &model_types, tensors));
+    warnings.extend(scale_sets::warnings(recipe, &model_types, tensors));
     if tensors.iter().any(|tensor| tensor.dtype == Dtype::F64) {
         warnings.push("it has F64 tensors, which are copied as they are".to_owned());
     }

@@ -6,103 +6,13 @@ use super::input::Input;
 use super::part::MAX_EXPERTS;
 use super::{Decision, Part};
 use crate::checkpoint::{MAX_HEADER_LEN, Source};
-use crate::dtype::Dtype;
+use crate::dtype::{Dtype, byte_len};
 use crate::error::{Error, Result};
 use crate::models::Role;
-use crate::models::experts::{FAMILIES, Shape, match_end};
-use crate::models::rules::Verdict;
-
-/// Experts that are fused on disk: how their matrices lie, and what they are called one by one.
-#[derive(Debug)]
-struct Split {
-    model_types: &'static [&'static str],
-    /// What the fused tensor's name ends with, after a dot.
-    fused: &'static str,
-    /// What stands in its place for one expert, whose number `*` is; matrices lie one after the other along the rows.
-    targets: &'static [&'static str],
-    stored: Stored,
-    /// Whether rows of the matrices take turns.
-    interleaved: bool,
-}
-
-/// What a fused tensor's last two dimensions are.
-#[derive(Clone, Copy, Debug)]
-enum Stored {
-    /// Rows and columns.
-    Rows,
-    /// Columns and rows.
-    Transposed,
-    /// The one or the other: config.json tells.
-    ByConfig(Shape),
-}
-
-const fn split(
-    model_types: &'static [&'static str],
-    fused: &'static str,
-    targets: &'static [&'static str],
-    stored: Stored,
-) -> Split {
-    Split { model_types, fused, targets, stored, interleaved: false }
-}
-
-const GATE_UP: &[&str] = &["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"];
-const DOWN: &[&str] = &["mlp.experts.*.down_proj.weight"];
-
-/// Architectures whose checkpoints have fused experts. Those that have them one by one are in [`FAMILIES`]: a checkpoint with
-/// the model's own, fused parameters is taken apart the other way round.
-const SPLITS: &[Split] = &[
-    split(&["qwen3_5_moe"], "mlp.experts.gate_up_proj", GATE_UP, Stored::Rows),
-    split(&["qwen3_5_moe"], "mlp.experts.down_proj", DOWN, Stored::Rows),
-    split(&["qwen3_vl_moe"], "mlp.experts.gate_up_proj", GATE_UP, Stored::ByConfig(Shape::GateUp)),
-    split(&["qwen3_vl_moe"], "mlp.experts.down_proj", DOWN, Stored::ByConfig(Shape::Down)),
-    split(
-        &["gemma4", "gemma4_text"],
-        "experts.gate_up_proj",
-        &["experts.*.gate_proj.weight", "experts.*.up_proj.weight"],
-        Stored::Rows,
-    ),
-    split(&["gemma4", "gemma4_text"], "experts.down_proj", &["experts.*.down_proj.weight"], Stored::Rows),
-    split(
-        &["llama4", "llama4_text"],
-        "feed_forward.experts.gate_up_proj",
-        &["feed_forward.experts.*.gate_proj.weight", "feed_forward.experts.*.up_proj.weight"],
-        Stored::Transposed,
-    ),
-    split(
-        &["llama4", "llama4_text"],
-        "feed_forward.experts.down_proj",
-        &["feed_forward.experts.*.down_proj.weight"],
-        Stored::Transposed,
-    ),
-    Split {
-        model_types: &["gpt_oss"],
-        fused: "mlp.experts.gate_up_proj",
-        targets: GATE_UP,
-        stored: Stored::Transposed,
-        interleaved: true,
-    },
-    split(&["gpt_oss"], "mlp.experts.down_proj", DOWN, Stored::Transposed),
-    Split {
-        model_types: &["gpt_oss"],
-        fused: "mlp.experts.gate_up_proj_bias",
-        targets: &["mlp.experts.*.gate_proj.bias", "mlp.experts.*.up_proj.bias"],
-        stored: Stored::Transposed,
-        interleaved: true,
-    },
-    split(&["gpt_oss"], "mlp.experts.down_proj_bias", &["mlp.experts.*.down_proj.bias"], Stored::Transposed),
-    split(
-        &["granitemoe", "granitemoehybrid", "granitemoeshared"],
-        "block_sparse_moe.input_linear.weight",
-        &["block_sparse_moe.experts.*.w1.weight", "block_sparse_moe.experts.*.w3.weight"],
-        Stored::Rows,
-    ),
-    split(
-        &["granitemoe", "granitemoehybrid", "granitemoeshared"],
-        "block_sparse_moe.output_linear.weight",
-        &["block_sparse_moe.experts.*.w2.weight"],
-        Stored::Rows,
-    ),
-];
+use crate::models::Verdict;
+use crate::models::experts::{ExpertParameter, Orientation, Split};
+use crate::models::families::families;
+use crate::models::names::match_end;
 
 /// A tensor with what was decided of it.
 pub type Decided = (Input, Verdict, Decision);
@@ -159,7 +69,7 @@ pub fn join(source: &Source, model_types: &[&str], name: &str, shape: &[u64], ma
     });
     let is_whole = names.eq(matrices.iter().map(|matrix| matrix.name.clone()))
         && matrices.iter().all(|matrix| matrix.dtype == dtype)
-        && dtype.byte_len(shape) == Some(joined.parts.iter().map(|part| part.len).sum());
+        && byte_len(dtype, shape) == Some(joined.parts.iter().map(|part| part.len).sum());
     (is_whole && !transposed && !split.interleaved).then_some(joined)
 }
 
@@ -187,12 +97,8 @@ struct Splits(Vec<Split>);
 
 impl Splits {
     fn new(model_types: &[&str]) -> Splits {
-        let is_it = |names: &[&str]| names.iter().any(|name| model_types.contains(name));
-        let on_disk = SPLITS.iter().filter(|split| is_it(split.model_types)).map(|row| Split { ..*row });
-        let fusions = FAMILIES.iter().filter(|family| is_it(family.model_types)).flat_map(|family| family.fusions);
-        let inverse = fusions.filter(|fusion| fusion.sources.iter().all(|name| name.contains('*')));
-        let inverse = inverse.map(|fusion| split(&[], fusion.target, fusion.sources, Stored::Rows));
-        Splits(on_disk.chain(inverse).collect())
+        let parameters = families(model_types).flat_map(|family| family.experts);
+        Splits(parameters.filter_map(ExpertParameter::split).collect())
     }
 
     /// What comes before the part of the name that is replaced, and by what.
@@ -232,10 +138,10 @@ impl Split {
         if experts * input.name.len() as u64 > MAX_HEADER_LEN {
             return error("its experts' names alone are more than a header holds".to_owned());
         }
-        let transposed = match self.stored {
-            Stored::Rows => false,
-            Stored::Transposed => true,
-            Stored::ByConfig(shape) => match shape.is_transposed(source.config.as_ref(), &input.shape) {
+        let transposed = match self.orientation {
+            Orientation::Rows => false,
+            Orientation::Transposed => true,
+            Orientation::ByConfig(shape) => match shape.is_transposed(source.config.as_ref(), &input.shape) {
                 Ok(transposed) => transposed,
                 Err(why) => return error(why),
             },
@@ -274,6 +180,6 @@ impl Split {
             return *part;
         }
         let (first, step) = if self.interleaved { (which, count) } else { (which * (rows / count), 1) };
-        part.rows([rows, columns], dtype.bits() / 8, first, step, rows / count)
+        part.rows([rows, columns], dtype.bitsize() as u64 / 8, first, step, rows / count)
     }
 }

@@ -84,6 +84,34 @@ impl<W: io::Write> io::Write for HashingWriter<W> {
     }
 }
 
+/// Counts and hashes what is read through it.
+pub struct HashingReader<R> {
+    inner: R,
+    len: u64,
+    hasher: Sha256,
+}
+
+impl<R> HashingReader<R> {
+    /// Reads from `inner`.
+    pub fn new(inner: R) -> Self {
+        HashingReader { inner, len: 0, hasher: Sha256::new() }
+    }
+
+    /// Length and hash of what was read so far.
+    pub fn finish(&self) -> (u64, Sha256Hash) {
+        (self.len, Sha256Hash(self.hasher.clone().finalize().into()))
+    }
+}
+
+impl<R: io::Read> io::Read for HashingReader<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        self.hasher.update(&buffer[..read]);
+        self.len += read as u64;
+        Ok(read)
+    }
+}
+
 impl fmt::Display for Sha256Hash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))

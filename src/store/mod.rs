@@ -4,4 +4,4 @@ mod disk;
 mod hash;
 
 pub use disk::{Disk, RealDisk, read_exact_at, write_all_at};
-pub use hash::{HashingWriter, Sha256Hash, hash_range};
+pub use hash::{HashingReader, HashingWriter, Sha256Hash, hash_range};

@@ -1,4 +1,4 @@
-"""Holds converted checkpoints against what vLLM's weight loader expects: tests/data/vllm.json, made from its source.
+"""Holds converted checkpoints against what vLLM's weight loader expects: src/models/data/vllm.json, made from its source.
 
     scripts/conformance vllm CHECKPOINT...                exit code 1 if vLLM could not load one of them, or would load it wrongly
     scripts/conformance vllm --self-test CHECKPOINT...    they are fine, and damaged copies are refused
@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-VLLM = json.loads((ROOT / "tests" / "data" / "vllm.json").read_text())
+VLLM = json.loads((ROOT / "src" / "models" / "data" / "vllm.json").read_text())
 COMPRESSED = ("nvfp4", "mxfp4", "int4", "int4-asym")  # in the order in which vLLM asks
 FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 HEADS = ("lm_head", "embed_out")
 
-# The conditions of tests/data/vllm.json's "packed_if", by their text in vLLM.
+# The conditions of src/models/data/vllm.json's "packed_if", by their text in vLLM.
 CONDITIONS: dict[str, Callable[[dict], bool]] = {
     "self.use_mha": lambda config: not (config.get("qk_nope_head_dim") or config.get("qk_rope_head_dim")),
     "self.fuse_qkv_a_proj": lambda config: config.get("q_lora_rank") is not None,
@@ -134,7 +134,7 @@ def problems(folder: Path) -> list[str]:
         checkpoint.tensors = dict(headers(folder))
         architectures = checkpoint.config.get("architectures") or ["no architecture"]
         if architectures[0] not in VLLM["models"]:
-            raise Refused(f"{architectures[0]} is not in tests/data/vllm.json: add it to tests/conformance/make/vllm_expectations.py")
+            raise Refused(f"{architectures[0]} is not in src/models/data/vllm.json: add it to tests/conformance/make/vllm_expectations.py")
         select(checkpoint)
         if checkpoint.format_name == "mxfp4 gpt-oss":
             check_gpt_oss(checkpoint)

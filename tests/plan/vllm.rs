@@ -1,8 +1,9 @@
-//! What vLLM puts together when it loads a checkpoint, from `tests/data/vllm.json`, must be known to share a scale.
+//! What vLLM puts together when it loads a checkpoint, from `src/models/data/vllm.json`, must be known to share a scale.
 
 use std::collections::BTreeSet;
 
-use prequant::plan::merged_linears::MERGED_LINEARS;
+use prequant::models::families::families;
+use prequant::models::merged_linears;
 use serde_json::Value;
 
 /// Sets that are left apart, and why.
@@ -26,11 +27,36 @@ const EXCEPTIONS: &[(&[&str], &str)] = &[
     (&["wk", "wq", "wv"], "of one vision tower"),
 ];
 
+fn vllm() -> Value {
+    serde_json::from_str(include_str!("../../src/models/data/vllm.json")).unwrap()
+}
+
+#[test]
+fn experts_taken_apart_are_named_as_vllm_loads_them() {
+    let classes: Value = serde_json::from_str(include_str!("../../src/models/data/architectures.json")).unwrap();
+    let mut compared = 0;
+    for class in classes["architectures"].as_array().unwrap() {
+        let Some(model) = vllm()["models"].get(class["class"].as_str().unwrap()).cloned() else { continue };
+        let model_types: Vec<String> = serde_json::from_value(class["model_types"].clone()).unwrap();
+        let model_types: Vec<&str> = model_types.iter().map(String::as_str).collect();
+        for family in families(&model_types) {
+            let weights = family.experts.iter().flat_map(|parameter| parameter.per_expert);
+            let weights = weights.filter_map(|name| name.strip_suffix(".weight")?.rsplit('.').next());
+            let weights: Vec<&str> = weights.collect();
+            if !weights.is_empty() {
+                assert_eq!(serde_json::json!(weights), model["experts"], "{model_types:?}");
+                compared += 1;
+            }
+        }
+    }
+    assert!(compared >= 10, "{compared}");
+}
+
 #[test]
 fn what_vllm_puts_together_shares_a_scale_or_is_known_not_to() {
-    let list: Value = serde_json::from_str(include_str!("../data/vllm.json")).unwrap();
+    let list = vllm();
     let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<BTreeSet<_>>();
-    let shared: Vec<_> = MERGED_LINEARS.iter().map(|set| names(set)).collect();
+    let shared: Vec<_> = merged_linears::sets().map(names).collect();
     let mut exceptions: Vec<_> = EXCEPTIONS.iter().map(|(set, _)| names(set)).collect();
     let mut known = 0;
     for fused in list["fused"].as_array().unwrap() {

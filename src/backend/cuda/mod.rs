@@ -1,6 +1,6 @@
 //! NVIDIA GPUs, through the driver alone: no toolkit, no compiler.
 //!
-//! `kernels.cu` is [`super::scalar`] in CUDA C, and `groups.cu` is [`super::group::scalar`]; their PTX is committed beside
+//! `kernels.cu` is [`crate::kernel::block`]'s scalar kernel in CUDA C, and `groups.cu` is [`crate::kernel::group`]'s; their PTX is committed beside
 //! them and compiled by the driver: the former's when a [`Gpu`] is opened, the latter's when it is first needed. A [`Slot`]
 //! holds what one piece of work needs; several of them, each used by one thread at a time, let copies to the device, kernels
 //! and copies back overlap.

@@ -113,8 +113,8 @@ impl Entry<'_> {
     }
 
     fn check_header(&self, report: &mut Report) {
-        let (found, expected) = (self.info.dtype.name(), &self.record.dtype);
-        if found != expected || self.info.shape != self.record.shape {
+        let (found, expected) = (self.info.dtype.to_string(), &self.record.dtype);
+        if found != *expected || self.info.shape != self.record.shape {
             let (found_shape, expected_shape) = (&self.info.shape, &self.record.shape);
             self.differ(report, format!("is {found} {found_shape:?}, expected {expected} {expected_shape:?}"));
         }

@@ -18,7 +18,7 @@ use crate::dtype::FloatDtype;
 use crate::error::{Error, Result};
 use crate::format::Scheme;
 use crate::manifest::{DecisionRecord, Manifest};
-use crate::models::rules::Rules;
+use crate::models::Rules;
 use crate::plan::kept_modules::{bitsandbytes, compressed_tensors};
 use crate::store::Sha256Hash;
 

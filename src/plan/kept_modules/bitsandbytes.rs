@@ -3,8 +3,7 @@
 use std::collections::{BTreeSet, HashSet};
 
 use crate::error::{Error, Result};
-use crate::models::Role;
-use crate::models::rules::Rules;
+use crate::models::{Role, Rules};
 use crate::plan::{Decision, PlannedTensor};
 
 /// The list for `tensors`; `linear` says of each whether the model makes, or may make, a Linear of it.
@@ -66,7 +65,7 @@ impl Modules {
         Modules { names: modules.into_iter().collect(), reversed }
     }
 
-    /// A module that `entry` matches, as [`super::rules::skip_entry_matches`] has it.
+    /// A module that `entry` matches, as [`skip_entry_matches`] has it.
     fn matched_by(&self, entry: &str) -> Option<String> {
         let first = |set: &BTreeSet<String>, start: String| {
             set.range(start.clone()..).next().filter(|name| name.starts_with(&start)).cloned()
@@ -83,7 +82,7 @@ fn reverse(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::models::rules::skip_entry_matches;
+    use crate::models::names::skip_entry_matches;
 
     #[test]
     fn modules_are_matched_as_clients_match_them() {

@@ -1,12 +1,11 @@
-//! `ignore`, and its like: every Linear that stays in its dtype, in formats with groups. [`super::skip_modules`] is NF4's and FP4's.
+//! `ignore`, and its like: every Linear that stays in its dtype, in formats with groups. [`super::bitsandbytes`] is NF4's and FP4's.
 
 use std::collections::HashSet;
 
 use regex::Regex;
 
 use crate::format::Layout;
-use crate::models::Role;
-use crate::models::rules::Rules;
+use crate::models::{Role, Rules};
 use crate::plan::{Decision, PlannedTensor};
 
 /// The Linear modules that are kept: whole names, or a pattern for all experts of a layer if none is quantized.

@@ -1,8 +1,9 @@
-"""Writes tests/data/architectures.json: what transformers makes of every tensor of the most used architectures.
+"""Writes src/models/data/architectures.json: what transformers makes of every tensor of the most used architectures; and
+compared.txt beside it, their model types.
 
 Each class is built from its default config on the meta device (no weight exists). Its parameters are renamed to the
 names save_pretrained writes, layer and expert numbers become `*`, and each row says what module owns the tensor and
-whether `load_in_4bit` would make a 4-bit Linear of it. The rules in src/models/rules.rs are tested against this file.
+whether `load_in_4bit` would make a 4-bit Linear of it. The rules and rows in src/models are tested against this file.
 
 Needs torch 2.15.0, transformers 5.23.0 and bitsandbytes 0.50.2.
 
@@ -230,6 +231,8 @@ def main():
         out.append(",\n".join(json.dumps(row, separators=(",", ":")) for row in architecture["tensors"]))
         out.append("]}" + ("," if index + 1 < len(done) else ""))
     args.out.write_text("\n".join(out) + "\n]}\n")
+    compared = sorted({architecture["model_types"][0] for architecture in done})
+    (args.out.parent / "compared.txt").write_text("".join(f"{model_type}\n" for model_type in compared))
     rows = sum(len(architecture["tensors"]) for architecture in done)
     print(f"{len(done)} classes, {rows} rows, {args.out.stat().st_size} bytes")
     for line in failed:

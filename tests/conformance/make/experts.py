@@ -1,7 +1,7 @@
-"""Writes tests/data/experts.json: how transformers puts experts together when it loads a checkpoint.
+"""Writes src/models/data/experts.json: how transformers puts experts together when it loads a checkpoint.
 
 For every model_type of its conversion mapping that has experts: the renames, in order, and the converters of experts with
-their operations. The table in src/models/experts.rs is tested against this file.
+their operations. The rows in src/models/families.rs are tested against this file.
 
 Needs torch 2.15.0 and transformers 5.23.0.
 

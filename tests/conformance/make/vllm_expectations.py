@@ -1,4 +1,4 @@
-"""Writes tests/data/vllm.json: what vLLM's weight loader expects of our formats, read from vLLM's source.
+"""Writes src/models/data/vllm.json: what vLLM's weight loader expects of our formats, read from vLLM's source.
 
     scripts/make vllm FOLDER [--out FILE]     from the folder that holds vllm/
     scripts/make vllm FOLDER --check          compares with the file that is there
@@ -563,7 +563,7 @@ def main() -> int:
     """Writes the file, or compares with it."""
     parser = argparse.ArgumentParser(prog="scripts/make vllm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--out", type=Path, default=ROOT / "tests" / "data" / "vllm.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "src" / "models" / "data" / "vllm.json")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     try:

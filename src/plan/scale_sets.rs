@@ -3,38 +3,29 @@
 use std::collections::HashMap;
 
 use crate::format::{GroupScheme, Scheme};
-use crate::models::Role;
+use crate::models::families::families;
+use crate::models::{Role, merged_linears};
 use crate::plan::{Decision, PlannedTensor};
 use crate::recipe::Recipe;
 
-/// Names of modules beside each other that become one, as vLLM has them; `tests/plan/vllm.rs` holds the list against
-/// `tests/data/vllm.json`.
-pub const MERGED_LINEARS: &[&[&str]] = &[
-    &["q_proj", "k_proj", "v_proj"],
-    &["gate_proj", "up_proj"],
-    &["w1", "w3"],
-    &["wq_a", "wkv_a_with_mqa"],
-    &["q_a_proj", "kv_a_proj_with_mqa"],
-    &["in_proj_qkv", "in_proj_z"],
-    &["in_proj_b", "in_proj_a"],
-    &["query", "key", "value"],
-];
+/// Linears that are merged: what their modules' names begin with, and their last names.
+type Merged<'a> = (&'a str, &'static [&'static str]);
 
-/// What a weight is put together with: what is before its module's own name, and which row of [`MERGED_LINEARS`] that is in.
-fn place(tensor: &PlannedTensor) -> Option<(&str, usize)> {
+/// What a weight is merged with.
+fn merged(tensor: &PlannedTensor) -> Option<Merged<'_>> {
     let module = tensor.name.strip_suffix(".weight")?;
-    let (parent, leaf) = module.rsplit_once('.').unwrap_or(("", module));
-    MERGED_LINEARS.iter().position(|names| names.contains(&leaf)).map(|kind| (parent, kind))
+    let (parent, last) = module.rsplit_once('.').unwrap_or(("", module));
+    merged_linears::set_of(last).map(|names| (parent, names))
 }
 
 /// The quantized tensors by what shares a global scale, in the order of each set's first: of an expert or a dense MLP, gate and
 /// up; of attention, query, key and value; all others alone.
 pub fn scale_sets(tensors: &[PlannedTensor]) -> Vec<Vec<usize>> {
     let mut sets: Vec<Vec<usize>> = Vec::new();
-    let mut places: HashMap<(&str, usize), usize> = HashMap::new();
+    let mut places: HashMap<Merged, usize> = HashMap::new();
     for (i, tensor) in tensors.iter().enumerate().filter(|(_, tensor)| tensor.decision != Decision::Keep) {
         let next = sets.len();
-        let set = place(tensor).map_or(next, |place| *places.entry(place).or_insert(next));
+        let set = merged(tensor).map_or(next, |with| *places.entry(with).or_insert(next));
         match sets.get_mut(set) {
             Some(set) => set.push(i),
             None => sets.push(vec![i]),
@@ -48,7 +39,9 @@ pub fn warnings(recipe: &Recipe, model_types: &[&str], tensors: &[PlannedTensor]
     let Scheme::Groups(scheme) = recipe.scheme() else { return Vec::new() };
     let quantized = |tensor: &PlannedTensor| tensor.decision != Decision::Keep;
     let mut warnings: Vec<String> = mixed(tensors).map(|kept| mix_warning(&scheme, kept)).into_iter().collect();
-    if model_types.contains(&"gpt_oss") && tensors.iter().any(|t| quantized(t) && t.role == Role::ExpertLinear) {
+    if families(model_types).any(|family| family.gpt_oss_layout)
+        && tensors.iter().any(|t| quantized(t) && t.role == Role::ExpertLinear)
+    {
         let text = "vLLM (0.33) doesn't read a gpt_oss model's experts one by one; --format mxfp4 --layout gpt-oss is what it reads";
         warnings.push(text.to_owned());
     }
@@ -58,13 +51,16 @@ pub fn warnings(recipe: &Recipe, model_types: &[&str], tensors: &[PlannedTensor]
     warnings
 }
 
+/// In place of last names: the experts of a layer, which are loaded as one.
+const ALL_EXPERTS: &[&str] = &["experts"];
+
 /// The first weight that is kept among others, put together with it, that are quantized: of a layer's experts all are.
 fn mixed(tensors: &[PlannedTensor]) -> Option<&PlannedTensor> {
-    let mut found: HashMap<(&str, usize), (bool, Option<&PlannedTensor>)> = HashMap::new();
+    let mut found: HashMap<Merged, (bool, Option<&PlannedTensor>)> = HashMap::new();
     for tensor in tensors.iter().filter(|tensor| matches!(tensor.role, Role::Linear | Role::ExpertLinear)) {
-        let experts = tensor.name.find(".experts.").map(|at| (&tensor.name[..at], MERGED_LINEARS.len()));
-        let Some(place) = experts.or_else(|| place(tensor)) else { continue };
-        let (any_quantized, kept) = found.entry(place).or_default();
+        let experts = tensor.name.find(".experts.").map(|at| (&tensor.name[..at], ALL_EXPERTS));
+        let Some(merged) = experts.or_else(|| merged(tensor)) else { continue };
+        let (any_quantized, kept) = found.entry(merged).or_default();
         match tensor.decision {
             Decision::Keep => *kept = kept.or(Some(tensor)),
             Decision::Quantize(_) => *any_quantized = true,
