@@ -9,7 +9,7 @@ use std::time::Duration;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
 use half::{bf16, f16};
 use prequant::dtype::FloatDtype;
-use prequant::format::{BlockFormat, BlockSize};
+use prequant::format::{BlockSize, Codebook, fp4, nf4};
 use prequant::kernel::decode::{Coding, Row, ScaleDtype, decode};
 use prequant::kernel::group::{GroupCoder, Groups};
 use prequant::kernel::{BlockErrors, Blocks, Kernel};
@@ -30,8 +30,8 @@ const GROUPS: [(&str, GroupCoder, usize); 5] = [
 
 /// What is decoded.
 const CODINGS: [(&str, Coding); 8] = [
-    ("nf4/64", Coding::Blocks { format: BlockFormat::Nf4, block_size: 64 }),
-    ("fp4/64", Coding::Blocks { format: BlockFormat::Fp4, block_size: 64 }),
+    ("nf4/64", Coding::Blocks { codebook: &nf4::CODEBOOK, block_size: 64 }),
+    ("fp4/64", Coding::Blocks { codebook: &fp4::CODEBOOK, block_size: 64 }),
     ("int4 128", Coding::Int { group: 128 }),
     ("nvfp4 16", Coding::Nvfp4 { global_scale: 16384.0 }),
     ("nvfp4 modelopt 16", Coding::Nvfp4ModelOpt { scale_2: 6.1e-5 }),
@@ -48,9 +48,9 @@ fn kernels(criterion: &mut Criterion) {
         let source = weights(dtype);
         copy(&mut group, &source);
         for kernel in Kernel::available() {
-            for format in [BlockFormat::Nf4, BlockFormat::Fp4] {
+            for (format, codebook) in [("nf4", &nf4::CODEBOOK), ("fp4", &fp4::CODEBOOK)] {
                 for size in [32, 64, 256, 4096] {
-                    quantize(&mut group, kernel, &source, dtype, format, size);
+                    quantize(&mut group, kernel, &source, dtype, (format, codebook), size);
                 }
             }
             for (name, scheme, size) in GROUPS {
@@ -88,7 +88,7 @@ fn quantize(
     kernel: Kernel,
     source: &[u8],
     dtype: FloatDtype,
-    format: BlockFormat,
+    (format, codebook): (&str, &'static Codebook),
     size: u32,
 ) {
     let block_size = BlockSize::try_from(size).expect("a block size");
@@ -96,11 +96,10 @@ fn quantize(
     let blocks = elements / block_size.get();
     let mut packed = vec![0; elements / 2];
     let mut figures: [Vec<f32>; 4] = std::array::from_fn(|_| vec![0.0; blocks]);
-    group.bench_function(format!("{}/{}/{size}", kernel.name(), format.name()), |bencher| {
+    group.bench_function(format!("{}/{format}/{size}", kernel.name()), |bencher| {
         bencher.iter(|| {
             let [absmax, signal, noise, worst] = &mut figures;
             let figures = BlockErrors { absmax, signal, noise, worst };
-            let codebook = format.codebook();
             let packed = &mut packed;
             kernel.quantize(Blocks { source: black_box(source), dtype, block_size, codebook, packed, figures })
         });

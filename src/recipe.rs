@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 pub use options::RecipeOptions;
 
-use crate::format::{BlockFormat, BlockScheme, BlockSize, Format, GroupFormat, GroupScheme, GroupSize, Layout, Scheme};
+use crate::format::{BlockSize, Codec, CodecOptions, FormatSpec, GroupSize, Layout, NF4};
 
 /// The choices of a conversion; [`RecipeOptions::build`] makes one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,8 +33,8 @@ pub enum Weights {
     /// Blocks of consecutive elements with a codebook: bitsandbytes'.
     #[non_exhaustive]
     Blocks {
-        /// The codebook.
-        format: BlockFormat,
+        /// The format.
+        format: &'static FormatSpec,
         /// Consecutive elements that share one absmax.
         block_size: BlockSize,
         /// Whether absmax is quantized too, to 8 bits.
@@ -47,8 +47,8 @@ pub enum Weights {
     /// Groups of a row's columns; experts are one by one, whatever the source has.
     #[non_exhaustive]
     Groups {
-        /// The codes.
-        format: GroupFormat,
+        /// The format.
+        format: &'static FormatSpec,
         /// Columns that share one scale.
         group_size: GroupSize,
         /// The tensors they are put in.
@@ -78,51 +78,29 @@ pub enum NonFinitePolicy {
     Keep,
 }
 
-impl Weights {
+impl Recipe {
     /// The format.
-    pub fn format(&self) -> Format {
-        match self {
-            Weights::Blocks { format: BlockFormat::Nf4, .. } => Format::Nf4,
-            Weights::Blocks { format: BlockFormat::Fp4, .. } => Format::Fp4,
-            Weights::Groups { format: GroupFormat::Int4, .. } => Format::Int4,
-            Weights::Groups { format: GroupFormat::Int4Asym, .. } => Format::Int4Asym,
-            Weights::Groups { format: GroupFormat::Mxfp4, .. } => Format::Mxfp4,
-            Weights::Groups { format: GroupFormat::Nvfp4, .. } => Format::Nvfp4,
+    pub fn format(&self) -> &'static FormatSpec {
+        match self.weights {
+            Weights::Blocks { format, .. } | Weights::Groups { format, .. } => format,
         }
     }
-}
 
-impl Recipe {
     /// The part that decides a quantized tensor's bytes.
-    pub fn scheme(&self) -> Scheme {
+    pub fn codec(&self) -> Codec {
         match self.weights {
             Weights::Blocks { format, block_size, double_quant, .. } => {
-                Scheme::Blocks(BlockScheme { format, block_size, double_quant })
+                format.codec(CodecOptions { block_size, double_quant, ..CodecOptions::default() })
             }
             Weights::Groups { format, group_size, layout } => {
-                Scheme::Groups(GroupScheme { format, size: group_size, layout })
+                format.codec(CodecOptions { group_size, layout, ..CodecOptions::default() })
             }
         }
-    }
-
-    /// The format.
-    pub fn format(&self) -> Format {
-        self.weights.format()
-    }
-
-    /// Whether absmax is quantized too.
-    pub fn double_quant(&self) -> bool {
-        matches!(self.weights, Weights::Blocks { double_quant: true, .. })
     }
 
     /// Whether a layer's experts are in one tensor for each projection.
     pub fn fuses_experts(&self) -> bool {
         matches!(self.weights, Weights::Blocks { experts: ExpertLayout::Fuse, .. })
-    }
-
-    /// Whether the layout is gpt-oss's own.
-    pub fn is_gpt_oss(&self) -> bool {
-        matches!(self.weights, Weights::Groups { layout: Layout::GptOss, .. })
     }
 
     /// Whether blocks with a NaN or an infinity are written as bitsandbytes does; groups can't hold any.
@@ -136,7 +114,7 @@ impl Default for Recipe {
     fn default() -> Self {
         Recipe {
             weights: Weights::Blocks {
-                format: BlockFormat::Nf4,
+                format: &NF4,
                 block_size: BlockSize::default(),
                 double_quant: false,
                 nonfinite: NonFinitePolicy::Error,

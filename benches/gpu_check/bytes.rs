@@ -6,9 +6,9 @@ use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use half::{bf16, f16};
-use prequant::backend::cuda::{Gpu, Slot, SlotSize};
+use prequant::backend::cuda::{BlockKernel, Gpu, Slot, SlotSize};
 use prequant::dtype::FloatDtype;
-use prequant::format::{BlockFormat, BlockSize, NESTED_BLOCK_SIZE, dynamic_map};
+use prequant::format::{BlockSize, FP4, FormatSpec, NESTED_BLOCK_SIZE, NF4, dynamic_map, nf4};
 use prequant::kernel::block::nested;
 use prequant::kernel::{BlockErrors, Blocks, Kernel};
 use prequant::units::Bytes;
@@ -26,7 +26,7 @@ const KINDS: u64 = 6;
 /// What is compared: a format with its own ways to be laid out.
 #[derive(Clone, Copy)]
 enum Compared {
-    Blocks(BlockFormat),
+    Blocks(&'static FormatSpec),
     Groups(&'static str),
 }
 
@@ -34,7 +34,7 @@ enum Compared {
 pub fn check(gpu: &Arc<Gpu>, size: u64, report: &mut Report) -> Result<(), Box<dyn std::error::Error>> {
     let seed = SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos() as u64;
     report.line(&format!("bytes: {} for each format, seed {seed}", Bytes(size)));
-    let formats = [BlockFormat::Nf4, BlockFormat::Fp4].map(Compared::Blocks);
+    let formats = [&NF4, &FP4].map(Compared::Blocks);
     for format in formats.into_iter().chain(groups::SCHEMES.map(Compared::Groups)) {
         let (next, done) = (AtomicU64::new(0), AtomicU64::new(0));
         let wrong = thread::scope(|scope| {
@@ -44,7 +44,7 @@ pub fn check(gpu: &Arc<Gpu>, size: u64, report: &mut Report) -> Result<(), Box<d
             all.into_iter().filter_map(|thread| thread.join().unwrap_or(Some("a panic".to_owned()))).next()
         });
         let (name, what) = match format {
-            Compared::Blocks(format) => (format.name(), "codes, absmax, figures and double quantization"),
+            Compared::Blocks(format) => (format.name, "codes, absmax, figures and double quantization"),
             Compared::Groups(name) => (name, "codes, scales, zero points and figures"),
         };
         let said = wrong.as_deref().map_or(format!("{what} as on the CPU"), str::to_owned);
@@ -105,7 +105,7 @@ fn compare_piece(
     slot: &mut Slot,
     source: &[u8],
     dtype: FloatDtype,
-    format: BlockFormat,
+    format: &'static FormatSpec,
     block_size: BlockSize,
 ) -> Result<(), String> {
     let elements = source.len() / dtype.size();
@@ -113,11 +113,12 @@ fn compare_piece(
     let mut packed = vec![0; elements.div_ceil(2)];
     let [mut absmax, mut signal, mut noise, mut worst] = std::array::from_fn(|_| vec![0f32; blocks]);
     let figures = BlockErrors { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
-    let codebook = format.codebook();
+    let codebook = format.codebook().ok_or("no codebook")?;
+    let kernel = BlockKernel::new(codebook).ok_or("no kernel")?;
     Kernel::detect()
         .quantize(Blocks { source, dtype, block_size, codebook, packed: &mut packed, figures })
         .map_err(|_| "not finite".to_owned())?;
-    let found = slot.quantize(elements, dtype, format, block_size).map_err(|fault| fault.to_string())?;
+    let found = slot.quantize(elements, dtype, kernel, block_size).map_err(|fault| fault.to_string())?;
     if let Some(i) = (0..packed.len()).find(|&i| packed[i] != found.packed[i]) {
         return Err(format!("packed byte {i} is {:#04x}, and {:#04x} on the CPU", found.packed[i], packed[i]));
     }
@@ -144,7 +145,7 @@ fn compare_piece(
 
 /// Finite weights of one kind, as they stand in a file.
 fn weights(random: &mut Random, kind: u64, elements: usize, dtype: FloatDtype) -> Vec<u8> {
-    let thresholds = BlockFormat::Nf4.codebook().thresholds();
+    let thresholds = nf4::CODEBOOK.thresholds();
     let mut bytes = Vec::with_capacity(elements * dtype.size());
     for i in 0..elements {
         let bits = random.next();

@@ -1,6 +1,6 @@
 //! Group formats: the GPU's bytes against the CPU's.
 
-use prequant::backend::cuda::Slot;
+use prequant::backend::cuda::{GroupKernel, Slot};
 use prequant::dtype::FloatDtype;
 use prequant::kernel::group::{GroupCoder, Groups, scalar};
 use prequant::kernel::{BlockErrors, Kernel};
@@ -78,7 +78,9 @@ fn compare(
             figures,
         })
         .map_err(|_| "not finite".to_owned())?;
-    let found = slot.quantize_groups(elements, dtype, columns, group, scheme).map_err(|fault| fault.to_string())?;
+    let kernel = GroupKernel::new(scheme, columns, group).ok_or("no kernel")?;
+    let found =
+        slot.quantize_groups(kernel, elements, dtype, columns, group, scheme).map_err(|fault| fault.to_string())?;
     let bytes = [
         ("packed", &packed, found.packed),
         ("scales", &scales, found.scales),

@@ -8,7 +8,7 @@ use cudarc::driver::result::{self, DriverError, event, module, stream};
 use cudarc::driver::sys;
 use prequant::backend::cuda::{GROUPS_PTX, GroupKernel, PTX, THREADS, codebook_table, tensor_factor, thread_blocks};
 use prequant::dtype::FloatDtype;
-use prequant::format::{FP4, NF4};
+use prequant::format::{fp4, nf4};
 use prequant::kernel::group::GroupCoder;
 
 use super::Report;
@@ -176,7 +176,7 @@ fn block_cases(len: usize) -> Result<Vec<Case>, DriverError> {
     use Parameter::{Address, Results, Source, U32};
     let module = load(PTX)?;
     let mut cases = Vec::new();
-    for (format, codebook) in [("nf4", &NF4), ("fp4", &FP4)] {
+    for (format, codebook) in [("nf4", &nf4::CODEBOOK), ("fp4", &fp4::CODEBOOK)] {
         let words = codebook_table(codebook);
         // SAFETY: the table is as long as what is copied to it.
         let table = unsafe {
@@ -233,7 +233,7 @@ fn group_cases(len: usize) -> Result<Vec<Case>, DriverError> {
         (GroupCoder::Nvfp4ModelOpt { scale_2: 1.0 / 448.0 }, 16),
         (GroupCoder::Mxfp4, 32),
     ] {
-        let kernel = GroupKernel::new(scheme, COLUMNS, group);
+        let kernel = GroupKernel::new(scheme, COLUMNS, group).expect("a kernel of this size");
         for (_, dtype) in DTYPES {
             let elements = len / dtype.size() / COLUMNS * COLUMNS;
             let groups = elements / group;

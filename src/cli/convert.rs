@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use prequant::Error;
-use prequant::format::{BlockSize, Format, GroupSize, Layout};
+use prequant::format::{BlockSize, FORMATS, FormatSpec, GroupSize, Layout};
 use prequant::ops::quantize::{Options, plan};
 use prequant::ops::recipe_of;
 use prequant::recipe::{ExpertLayout, NonFinitePolicy, Recipe, RecipeOptions};
@@ -20,82 +21,84 @@ use super::{device, dry_run, interrupt, summary};
 
 /// Quantize a checkpoint to 4 bits.
 ///
-/// SRC is a folder with config.json and safetensors files, as downloaded from the Hugging Face hub, or one safetensors
-/// file. DST becomes a complete checkpoint that loads as it is: 4-bit weights, config.json, tokenizer and all other
-/// files, a manifest (prequant.json) and SHA256SUMS. Weights of Linear layers and experts are quantized; embeddings,
-/// output heads, norms, biases and routers keep their dtype.
+/// SRC is a folder with config.json and safetensors files, as downloaded from the Hugging Face hub, or a single safetensors
+/// file. DST becomes a complete checkpoint: 4-bit weights, config.json, tokenizer and all other files, a manifest
+/// (prequant.json) and SHA256SUMS. Weights of Linear layers and experts are quantized; embeddings, output heads, norms,
+/// biases and routers keep their dtype.
 #[derive(Args)]
 pub struct Arguments {
-    /// The checkpoint's folder, or one .safetensors file
+    /// Checkpoint folder, or a single .safetensors file
     #[arg(value_name = "SRC")]
     source: PathBuf,
 
-    /// The folder to be made
+    /// Folder to create
     #[arg(value_name = "DST")]
     destination: PathBuf,
 
-    /// The 4-bit format [default: nf4]
-    #[arg(long, value_enum)]
-    format: Option<FormatArg>,
+    /// 4-bit format [default: nf4]
+    #[arg(long, value_parser = formats())]
+    format: Option<&'static FormatSpec>,
 
-    /// Weights that share one scale in nf4 and fp4: a power of two from 32 to 4096. Fewer is more exact and takes more room [default: 64]
+    /// Block size for nf4 and fp4: how many weights share one scale, a power of two from 32 to 4096. Smaller blocks are more
+    /// accurate and take more space [default: 64]
     #[arg(long, value_name = "N")]
     block_size: Option<BlockSize>,
 
-    /// Columns that share one scale in int4 and int4-asym: 32, 64 or 128, or channel for all of a row [default: 128]
+    /// Group size for int4 and int4-asym: how many columns share one scale: 32, 64, 128, or channel for the whole row
+    /// [default: 128]
     #[arg(long, value_name = "N")]
     group_size: Option<GroupSize>,
 
-    /// The tensors that int4, mxfp4 and nvfp4 are put in: who reads them [default: compressed-tensors]
-    #[arg(long, value_enum)]
-    layout: Option<LayoutArg>,
+    /// On-disk tensor layout of int4, mxfp4 and nvfp4; pick the one your runtime reads [default: compressed-tensors]
+    #[arg(long, value_parser = layouts())]
+    layout: Option<Layout>,
 
-    /// Quantize the scales too, to 8 bits: 0.37 bits a weight less, slightly less exact
+    /// Also quantize the scales of nf4 and fp4, to 8 bits: saves 0.37 bits per weight, slightly less accurate
     #[arg(long)]
     double_quant: bool,
 
-    /// How the experts of a Mixture-of-Experts model are laid out [default: keep]
+    /// How the experts of a Mixture-of-Experts model are stored [default: keep]
     ///
-    /// If SRC is a checkpoint that prequant converted, its experts are laid out anew, without quantizing again.
+    /// If SRC was converted by prequant, its experts are rewritten in the other layout without quantizing again.
     #[arg(long, value_enum)]
     experts: Option<ExpertsArg>,
 
-    /// Keep everything but experts
+    /// Quantize experts only
     #[arg(long)]
     only_experts: bool,
 
-    /// Quantize the tensors whose names match, against the rules; may be given more than once
+    /// Also quantize tensors matching REGEX that the default rules would leave unquantized; repeatable
     #[arg(long, value_name = "REGEX")]
     include: Vec<String>,
 
-    /// Keep the tensors whose names match, before all other options; may be given more than once
+    /// Never quantize tensors matching REGEX; overrides every other option; repeatable
     #[arg(long, value_name = "REGEX")]
     exclude: Vec<String>,
 
-    /// Decode gpt-oss's MXFP4 experts on the way in. FP8 in blocks (DeepSeek-V3's) is decoded without it
+    /// Decode gpt-oss's MXFP4 experts while reading. FP8 in blocks (DeepSeek-V3's) is decoded without this option
     #[arg(long)]
     dequantize_source: bool,
 
-    /// What becomes of weights with a NaN or an infinity [default: error]
+    /// How to treat NaN or infinite weights [default: error]
     #[arg(long, value_enum)]
     nonfinite: Option<NonFiniteArg>,
 
-    /// The most bytes of tensors in one output file [default: 5GB]
+    /// Maximum size of the tensors in one output file [default: 5GB]
     #[arg(long, value_name = "SIZE")]
     max_shard_size: Option<Bytes>,
 
-    /// The most memory to use
+    /// Memory limit
     #[arg(long, value_name = "SIZE", default_value = "256MiB")]
     memory: Bytes,
 
-    /// Threads to use [default: all cores]
+    /// Number of threads [default: all cores]
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
 
     #[command(flatten)]
     device: device::Arguments,
 
-    /// Put the SHA-256 of the source's files into the manifest; they are read once more for it
+    /// Record the SHA-256 of the source's files in the manifest; reads them a second time
     #[arg(long)]
     hash_source: bool,
 
@@ -103,62 +106,48 @@ pub struct Arguments {
     #[arg(long)]
     force: bool,
 
-    /// Discard what an earlier, unfinished run left in DST, rather than go on with it
+    /// Discard what an unfinished run left in DST instead of resuming it
     #[arg(long)]
     restart: bool,
 
-    /// Show what would become of every tensor, and why; write nothing
+    /// Print the decision for every tensor and its reason; write nothing
     #[arg(long)]
     dry_run: bool,
 
-    /// Print one JSON object at the end, and no other line on standard output
+    /// Print a single JSON object on standard output
     #[arg(long)]
     json: bool,
 
-    /// Print nothing but errors
+    /// Print errors only
     #[arg(long, short)]
     quiet: bool,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum FormatArg {
-    /// 4-bit NormalFloat, as QLoRA uses it
-    Nf4,
-    /// bitsandbytes' 4-bit float
-    Fp4,
-    /// Integers with a scale for each group of columns: compressed-tensors' W4A16
-    Int4,
-    /// The same with a zero point for each group: compressed-tensors' W4A16_ASYM
-    Int4Asym,
-    /// 4-bit floats with a power of two for each 32 columns: compressed-tensors' MXFP4A16
-    Mxfp4,
-    /// 4-bit floats with an 8-bit float for each 16 columns: compressed-tensors' NVFP4A16
-    Nvfp4,
+/// What `--format` takes.
+fn formats() -> impl TypedValueParser<Value = &'static FormatSpec> {
+    let values = FORMATS.iter().map(|format| PossibleValue::new(format.name).help(format.about));
+    PossibleValuesParser::new(values).try_map(|name| name.parse())
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum LayoutArg {
-    /// compressed-tensors': vLLM and transformers read it
-    CompressedTensors,
-    /// ModelOpt's, of nvfp4: vLLM and axolotl's NVFP4 LoRA read it
-    Modelopt,
-    /// gpt-oss's own, of mxfp4: its experts as its checkpoint on the hub has them, and all else in its dtype
-    GptOss,
+/// What `--layout` takes.
+fn layouts() -> impl TypedValueParser<Value = Layout> {
+    let values = Layout::all().into_iter().map(|layout| PossibleValue::new(layout.name()).help(layout.about()));
+    PossibleValuesParser::new(values).try_map(|name| name.parse())
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 enum NonFiniteArg {
-    /// They are an error
+    /// Stop and name the tensor
     Error,
-    /// They are quantized as bitsandbytes does: their whole block decodes to NaN and infinities
+    /// Quantize them as bitsandbytes does: their whole block decodes to NaN and infinities
     Keep,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 enum ExpertsArg {
-    /// As the source has them, under the same names
+    /// Unchanged, under the source's names
     Keep,
-    /// As transformers 5's models have them: all of a layer's in one 3-D tensor for each projection
+    /// Fused as transformers 5 loads them: one 3-D tensor per projection with all experts of a layer
     Fuse,
 }
 
@@ -167,21 +156,10 @@ impl Arguments {
     fn recipe(&self) -> Result<Recipe, Error> {
         let patterns = |given: &Vec<String>| Some(given).filter(|given| !given.is_empty()).cloned();
         let given = RecipeOptions {
-            format: self.format.map(|format| match format {
-                FormatArg::Nf4 => Format::Nf4,
-                FormatArg::Fp4 => Format::Fp4,
-                FormatArg::Int4 => Format::Int4,
-                FormatArg::Int4Asym => Format::Int4Asym,
-                FormatArg::Mxfp4 => Format::Mxfp4,
-                FormatArg::Nvfp4 => Format::Nvfp4,
-            }),
+            format: self.format,
             block_size: self.block_size,
             group_size: self.group_size,
-            layout: self.layout.map(|layout| match layout {
-                LayoutArg::CompressedTensors => Layout::CompressedTensors,
-                LayoutArg::Modelopt => Layout::Modelopt,
-                LayoutArg::GptOss => Layout::GptOss,
-            }),
+            layout: self.layout,
             double_quant: self.double_quant.then_some(true),
             experts: self.experts.map(|experts| match experts {
                 ExpertsArg::Keep => ExpertLayout::Keep,

@@ -16,31 +16,32 @@ use serde_json::json;
 use super::interrupt;
 use super::output::{self, Outcome};
 use super::progress::{Reporter, Style};
+use super::words::count;
 
-/// Write a converted checkpoint's weights back as bf16: to merge adapters into, or for a look.
+/// Decode a converted checkpoint to bf16.
 ///
-/// SRC is a checkpoint that prequant converted, of any format. DST becomes a checkpoint without quantization: every weight
-/// is what its 4-bit codes stand for, in the dtype that the format's own library decodes to (bf16, where the source was).
-/// What is read is held against SRC's manifest.
+/// SRC is a checkpoint converted by prequant, in any format. DST becomes an unquantized checkpoint: every weight has the
+/// value its 4-bit code stands for, in the dtype that the format's own library decodes to (bf16 if the source was bf16).
+/// Everything read is checked against SRC's manifest.
 #[derive(Args)]
 pub struct Arguments {
-    /// The converted checkpoint's folder
+    /// Folder of the converted checkpoint
     #[arg(value_name = "SRC")]
     source: PathBuf,
 
-    /// The folder to be made
+    /// Folder to create
     #[arg(value_name = "DST")]
     destination: PathBuf,
 
-    /// The most bytes of tensors in one output file
+    /// Maximum size of the tensors in one output file
     #[arg(long, value_name = "SIZE", default_value = "5GB")]
     max_shard_size: Bytes,
 
-    /// The most memory to use
+    /// Memory limit
     #[arg(long, value_name = "SIZE", default_value = "256MiB")]
     memory: Bytes,
 
-    /// Threads to use [default: all cores]
+    /// Number of threads [default: all cores]
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
 
@@ -48,15 +49,15 @@ pub struct Arguments {
     #[arg(long)]
     force: bool,
 
-    /// Discard what an earlier, unfinished run left in DST, rather than go on with it
+    /// Discard what an unfinished run left in DST instead of resuming it
     #[arg(long)]
     restart: bool,
 
-    /// Print one JSON object at the end, and no other line on standard output
+    /// Print a single JSON object on standard output
     #[arg(long)]
     json: bool,
 
-    /// Print nothing but errors
+    /// Print errors only
     #[arg(long, short)]
     quiet: bool,
 }
@@ -94,11 +95,12 @@ fn dequantize(arguments: &Arguments) -> Result<Outcome, Error> {
         ),
         (false, true) => String::new(),
         (false, false) => format!(
-            "{destination}: {decoded} tensors decoded from {}, {} copied; {} in {} files, {seconds:.2} s, hashes included\n",
+            "{destination}: {} decoded from {}, {} copied; {} in {}, {seconds:.2} s, hashes included\n",
+            count(decoded, "tensor"),
             super::summary::format_name(&conversion.plan.recipe),
             tensors.len() - decoded,
             Bytes(written),
-            files.len() + 1,
+            count(files.len() + 1, "file"),
         ),
     };
     Ok(Outcome { output, error: None, code: 0 })

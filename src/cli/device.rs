@@ -8,12 +8,12 @@ use prequant::units::Bytes;
 #[derive(Args)]
 #[group(skip)]
 pub struct Arguments {
-    /// What quantizes: auto, cpu, cuda, cuda:N or cuda:N,cuda:M. The bytes are the same. auto takes a usable NVIDIA GPU if
-    /// there is one, else the CPU
+    /// Device to quantize on: auto, cpu, cuda, cuda:N or cuda:N,cuda:M; the output is the same. auto uses an NVIDIA GPU if
+    /// there is a usable one, otherwise the CPU
     #[arg(long, value_name = "DEVICE", default_value_t = DeviceChoice::Auto)]
     device: DeviceChoice,
 
-    /// The most memory to use of each GPU
+    /// Memory limit on each GPU
     #[arg(long, value_name = "SIZE", default_value = "256MiB")]
     device_memory: Bytes,
 }

@@ -13,8 +13,9 @@ use serde_json::{Value, json};
 use super::convert::Audience;
 use super::output::{Outcome, error_json};
 use super::summary::format_name;
+use super::words::count;
 
-/// The plan, and what would keep it from being carried out.
+/// The plan, and the obstacle to it if there is one.
 pub fn report(conversion: &Conversion, destination: &Path, device: &str, audience: Audience) -> Outcome {
     let (free, obstacle) = match (free_space(destination), conversion.check_destination(destination)) {
         (Ok(free), checked) => (free, checked.err()),
@@ -42,10 +43,10 @@ fn decisions(plan: &Plan) -> String {
     let mut text = String::new();
     let width = |of: fn(&PlannedTensor) -> usize| plan.tensors.iter().map(of).max().unwrap_or(0);
     let name_width = width(|tensor| tensor.name.len()).min(72);
-    let decision_width = plan.recipe.format().name().len().max("keep".len());
+    let decision_width = plan.recipe.format().name.len().max("keep".len());
     let shape_width = width(|tensor| format!("{:?}", tensor.shape).len());
     for tensor in &plan.tensors {
-        let decision = if tensor.quantized_from().is_some() { plan.recipe.format().name() } else { "keep" };
+        let decision = if tensor.quantized_from().is_some() { plan.recipe.format().name } else { "keep" };
         let (shape, dtype) = (format!("{:?}", tensor.shape), tensor.dtype.to_string());
         let decoded = if tensor.is_decoded() { " (decoded)" } else { "" };
         let _ = writeln!(
@@ -57,36 +58,41 @@ fn decisions(plan: &Plan) -> String {
     text + "\n"
 }
 
-/// What the whole of it would take.
+/// Sizes, disk space and memory of the whole conversion.
 fn totals(conversion: &Conversion, destination: &Path, device: &str, free: Option<u64>) -> Vec<String> {
     let Conversion { source, plan, budget, .. } = conversion;
     let decisions = conversion.decisions();
-    let (quantized, files) = (decisions.quantized().count(), plan.files.len());
+    let quantized = decisions.quantized().count();
     let free = free.map_or("an unknown amount".to_owned(), |free| Bytes(free).to_string());
     let mut lines = vec![format!(
-        "{quantized} tensors in {}, {} kept",
+        "{} in {}, {} kept",
+        count(quantized, "tensor"),
         format_name(&plan.recipe),
         decisions.tensors.len() - quantized
     )];
-    lines.extend(conversion.relaid_from().map(|_| "experts are laid out anew; nothing is quantized again".to_owned()));
+    lines.extend(
+        conversion
+            .relaid_from()
+            .map(|_| "experts are rewritten in the other layout; nothing is quantized again".to_owned()),
+    );
     lines.extend(plan.warnings.iter().map(|warning| format!("warning: {warning}")));
     let decoded = decisions.tensors.iter().filter(|tensor| tensor.is_decoded()).count();
     if decoded > 0 {
-        lines.push(format!("{decoded} tensors are quantized in the source, and decoded on the way in"));
+        lines.push(format!("{} quantized in the source, decoded while reading", count(decoded, "tensor")));
     }
     let stored: u64 = source.tensors().map(|(_, info)| info.len).sum();
     lines.extend([
-        format!("source:  {} of tensors in {} files", Bytes(stored), source.files.len()),
+        format!("source:  {} of tensors in {}", Bytes(stored), count(source.files.len(), "file")),
         format!(
-            "output:  {} in {files} file{} of weights and {} side files; {:.2} bits a quantized weight, {:.2} over all",
+            "output:  {} in {} and {}; {:.2} bits per quantized weight, {:.2} per weight overall",
             Bytes(plan.output_len()),
-            if files == 1 { "" } else { "s" },
-            source.side_files.len(),
+            count(plan.files.len(), "weight file"),
+            count(source.side_files.len(), "side file"),
             decisions.bits_per_quantized_weight(),
             decisions.bits_per_weight(),
         ),
         format!("disk:    {} needed, {free} free at {}", Bytes(conversion.disk_needed()), destination.display()),
-        format!("memory:  {} at most, {} threads", Bytes(budget.peak), budget.threads),
+        format!("memory:  at most {}, {}", Bytes(budget.peak), count(budget.threads, "thread")),
         format!("{:9}{}", "device:", device.trim_start_matches("device: ")),
     ]);
     lines.extend(budget.ring.map(|ring| {

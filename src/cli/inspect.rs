@@ -13,16 +13,17 @@ use prequant::units::Bytes;
 use serde_json::{Value, json};
 
 use super::output::{self, Outcome};
+use super::words;
 
-/// Show what is in a checkpoint, converted or not: from headers only.
+/// Show what a checkpoint contains, converted or not.
 ///
-/// Lists every weight with its dtype or 4-bit format, its shape, its size with all its statistics, and bits a weight.
+/// Reads headers only. Lists every weight with its dtype or 4-bit format, shape, size including scales, and bits per weight.
 #[derive(Args)]
 pub struct Arguments {
-    /// A checkpoint's folder, or one .safetensors file
+    /// Checkpoint folder, or a single .safetensors file
     path: PathBuf,
 
-    /// Print one JSON object
+    /// Print a single JSON object
     #[arg(long)]
     json: bool,
 }
@@ -145,11 +146,21 @@ fn text(source: &Source, weights: &[Weight<'_>]) -> String {
     text.push('\n');
     for (format, (count, elements, bytes)) in by_format(weights) {
         let (size, bits) = (Bytes(bytes).to_string(), bits(bytes, elements));
-        let _ = writeln!(text, "{format:9} {count} tensors, {elements} weights, {size}, {bits:.2} bits a weight");
+        let _ = writeln!(
+            text,
+            "{format:9} {}, {elements} weights, {size}, {bits:.2} bits per weight",
+            words::count(count, "tensor")
+        );
     }
     let (elements, bytes) = weights.iter().fold((0, 0), |(e, b), weight| (e + weight.elements, b + weight.bytes));
     let files = source.files.len();
-    let _ = writeln!(text, "all       {} in {files} files, {:.2} bits a weight", Bytes(bytes), bits(bytes, elements));
+    let _ = writeln!(
+        text,
+        "all       {} in {}, {:.2} bits per weight",
+        Bytes(bytes),
+        words::count(files, "file"),
+        bits(bytes, elements)
+    );
     text
 }
 

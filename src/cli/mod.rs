@@ -10,6 +10,7 @@ mod output;
 mod progress;
 mod summary;
 mod verify;
+mod words;
 
 use std::process::ExitCode;
 

@@ -10,6 +10,8 @@ use prequant::ops::quantize::Conversion;
 use prequant::pipeline::Progress;
 use prequant::units::Bytes;
 
+use super::words::count;
+
 /// Without a terminal, a line at least this often.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
@@ -77,11 +79,11 @@ impl Drop for Reporter {
 
 impl Progress for Reporter {
     fn found(&self, files: usize, of: usize) {
-        self.say(&format!("going on: {files} of {of} files were finished by an earlier run; hashing them again"));
+        self.say(&format!("resuming: verifying {files} of {} from an earlier run", count(of, "file")));
     }
 
     fn resumed(&self, files: usize, bytes: u64) {
-        self.say(&format!("{files} of them are as they were: skipping {} of the source", Bytes(bytes)));
+        self.say(&format!("{files} verified, skipping {} of the source", Bytes(bytes)));
         self.bar.inc(bytes);
         self.lines.lock().unwrap_or_else(PoisonError::into_inner).done += bytes;
     }
@@ -90,7 +92,8 @@ impl Progress for Reporter {
         self.bar.finish_and_clear();
         if files > 0 {
             self.say(&format!(
-                "{files} finished files are kept; run the same command again to go on, or another one with --restart"
+                "{} kept; run the same command again to resume, or a different one with --restart",
+                count(files, "finished file")
             ));
         }
     }

@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::Duration;
 
-use prequant::format::{BlockScheme, GroupScheme, GroupSize, Layout, Scheme};
+use prequant::format::{GroupSize, Layout, Scales};
 use prequant::manifest::Manifest;
 use prequant::ops::quantize::Conversion;
 use prequant::recipe::Recipe;
@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use super::convert::Audience;
 use super::output::Outcome;
+use super::words::{count, rate};
 
 /// A conversion that has come to its end.
 pub struct Done<'a> {
@@ -37,7 +38,7 @@ impl Done<'_> {
     pub fn already(&self, audience: Audience) -> Outcome {
         let output = match audience {
             Audience::People => format!(
-                "{}: finished by an earlier run, of the same source and recipe; `prequant verify` checks it\n",
+                "{}: already converted from this source with these options; nothing to do (`prequant verify` checks it)\n",
                 self.destination.display()
             ),
             Audience::Machines => format!("{}\n", self.json(Duration::ZERO)),
@@ -50,24 +51,28 @@ impl Done<'_> {
         let Done { conversion, destination, manifest } = self;
         let summary = &manifest.summary;
         let read = conversion.plan.source_len();
-        let rate = read as f64 / elapsed.as_secs_f64() / 1e9;
         let lines = [
             format!(
-                "{}: {} tensors in {}, {} kept; {} in {} files",
+                "{}: {} in {}, {} kept; {} in {}",
                 destination.display(),
-                summary.quantized_tensors,
+                count(summary.quantized_tensors, "tensor"),
                 format_name(&manifest.recipe),
                 summary.kept_tensors,
                 Bytes(self.written()),
-                manifest.files.len() + 2,
+                count(manifest.files.len() + 2, "file"),
             ),
             format!(
-                "{:.2} bits a quantized weight, {:.2} over all; {}",
+                "{:.2} bits per quantized weight, {:.2} per weight overall; {}",
                 summary.bits_per_quantized_weight,
                 summary.bits_per_weight,
                 errors(&summary.statistics)
             ),
-            format!("{} in {:.2} s: {rate:.2} GB/s, hashes included", Bytes(read), elapsed.as_secs_f64()),
+            format!(
+                "{} in {:.2} s, hashes included{}",
+                Bytes(read),
+                elapsed.as_secs_f64(),
+                rate(read, elapsed.as_secs_f64())
+            ),
         ];
         lines.join("\n") + "\n"
     }
@@ -97,24 +102,19 @@ impl Done<'_> {
 
 /// The format and its options, in a few words.
 pub fn format_name(recipe: &Recipe) -> String {
-    let format = recipe.format().name();
-    match recipe.scheme() {
-        Scheme::Blocks(BlockScheme { block_size, double_quant, .. }) => {
-            let double = if double_quant { ", double quantization" } else { "" };
-            format!("{format} (block {block_size}{double})")
-        }
-        Scheme::Groups(GroupScheme { size, layout, .. }) => {
-            let size = match size {
-                GroupSize::Channel => "one scale a row".to_owned(),
-                GroupSize::Columns(columns) => format!("group {columns}"),
-            };
-            let layout = match layout {
-                Layout::CompressedTensors => String::new(),
-                other => format!(", {}'s layout", other.name()),
-            };
-            format!("{format} ({size}{layout})")
-        }
+    let codec = recipe.codec();
+    let mut name = match codec.scales {
+        Scales::Blocks { size, .. } => format!("{} (block {size}", codec.format.name),
+        Scales::Groups { size: GroupSize::Channel, .. } => format!("{} (one scale per row", codec.format.name),
+        Scales::Groups { size, .. } => format!("{} (group {size}", codec.format.name),
+    };
+    if codec.double_quant() {
+        name += ", double quantization";
     }
+    if let Some(layout) = codec.layout().filter(|layout| *layout != Layout::CompressedTensors) {
+        name = format!("{name}, {}'s layout", layout.name());
+    }
+    name + ")"
 }
 
 fn errors(statistics: &Statistics) -> String {

@@ -15,16 +15,17 @@ use prequant::units::Bytes;
 use serde_json::json;
 
 use super::output::{self, Outcome};
+use super::words::{count, rate};
 use super::{device, interrupt};
 
-/// Hold a converted checkpoint against its manifest.
+/// Verify a converted checkpoint.
 ///
-/// Checks every file's size and SHA-256, that no weights are missing or too many, every tensor's entry in its file's
-/// header and its SHA-256, and config.json. With --against SRC it converts SRC again, without writing, and compares every
-/// byte: proof that the checkpoint came from that source by its recipe.
+/// Checks the size and SHA-256 of every file, that no weights are missing and none are extra, every tensor's header entry and
+/// SHA-256, and config.json. With --against SRC it converts SRC again without writing, and compares every byte: proof that
+/// the checkpoint was made from that source with the recorded options.
 #[derive(Args)]
 pub struct Arguments {
-    /// The checkpoint's folder
+    /// Folder of the converted checkpoint
     #[arg(value_name = "DST")]
     folder: PathBuf,
 
@@ -36,19 +37,19 @@ pub struct Arguments {
     #[arg(long)]
     quick: bool,
 
-    /// Threads to use [default: all cores]
+    /// Number of threads [default: all cores]
     #[arg(long, value_name = "N")]
     threads: Option<std::num::NonZeroUsize>,
 
-    /// What quantizes with --against: auto, cpu, cuda, cuda:N or cuda:N,cuda:M
+    /// Device to quantize on with --against: auto, cpu, cuda, cuda:N or cuda:N,cuda:M
     #[arg(long, value_name = "DEVICE", default_value_t = DeviceChoice::Auto, requires = "against")]
     device: DeviceChoice,
 
-    /// Print one JSON object, and no other line on standard output
+    /// Print a single JSON object on standard output
     #[arg(long)]
     json: bool,
 
-    /// Print nothing but differences and errors
+    /// Print differences and errors only
     #[arg(long, short)]
     quiet: bool,
 }
@@ -108,22 +109,21 @@ fn text(arguments: &Arguments, report: &Report, seconds: f64) -> String {
         let tensor = difference.tensor.as_ref().map(|tensor| format!("tensor \"{tensor}\": ")).unwrap_or_default();
         lines.push(format!("{}: {tensor}{}", difference.file, difference.what));
     }
-    let count = report.differences.len();
-    if count > SHOWN {
-        lines.push(format!("... and {} more", count - SHOWN));
+    let differences = report.differences.len();
+    if differences > SHOWN {
+        lines.push(format!("... and {} more", differences - SHOWN));
     }
     let folder = arguments.folder.display();
-    let how = if arguments.against.is_some() { "compared" } else { "hashed" };
-    lines.push(match count {
+    let how = if arguments.against.is_some() { "compared with the source" } else { "verified" };
+    lines.push(match differences {
         0 => format!(
-            "{folder}: as it should be: {} files, {} tensors, {} {how} in {seconds:.2} s ({:.2} GB/s)",
-            report.files,
-            report.tensors,
+            "{folder}: OK: {}, {}, {} {how} in {seconds:.2} s{}",
+            count(report.files, "file"),
+            count(report.tensors, "tensor"),
             Bytes(report.bytes),
-            report.bytes as f64 / seconds / 1e9
+            rate(report.bytes, seconds)
         ),
-        1 => format!("{folder}: 1 difference"),
-        _ => format!("{folder}: {count} differences"),
+        _ => format!("{folder}: {}", count(differences, "difference")),
     });
     lines.join("\n") + "\n"
 }

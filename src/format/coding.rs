@@ -1,6 +1,6 @@
 //! What stored codes and scales mean.
 
-use super::BlockFormat;
+use super::Codebook;
 use crate::dtype::FloatDtype;
 
 /// How the elements of a row are stored.
@@ -9,8 +9,8 @@ pub enum Coding {
     /// bitsandbytes'. A row is the whole tensor, flattened; scales are absmax, f32, one a block; the even element is in the
     /// high half of a byte.
     Blocks {
-        /// NF4 or FP4.
-        format: BlockFormat,
+        /// What codes stand for.
+        codebook: &'static Codebook,
         /// Elements that share one absmax.
         block_size: usize,
     },

@@ -2,44 +2,52 @@
 //!
 //! Names, order and spelling are what transformers' `save_pretrained` writes.
 
+use std::borrow::Cow;
+
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::dtype::FloatDtype;
-use crate::format::{BlockScheme, NESTED_BLOCK_SIZE};
+use crate::format::{Codec, NESTED_BLOCK_SIZE};
 use crate::layout::{OutputDtype, OutputKind, OutputTensor};
 
 /// Room for `nested_offset` in a quant_state: the longest f64 that is an f32, as Python prints it.
 const OFFSET_WIDTH: usize = 24;
 
-/// The tensors that a weight of `shape` becomes, for a dtype and scheme.
-pub fn output_tensors(scheme: &BlockScheme, dtype: FloatDtype, shape: &[u64]) -> Vec<OutputTensor> {
+/// The tensors that a weight of `shape` becomes, for a dtype and codec.
+pub fn output_tensors(codec: &Codec, dtype: FloatDtype, shape: &[u64]) -> Vec<OutputTensor> {
     let elements: u64 = shape.iter().product();
-    let blocks = scheme.block_size.blocks(elements);
+    let blocks = elements.div_ceil(codec.block_len(elements));
     let tensor = |kind, suffix, is_f32, shape| {
         let dtype = if is_f32 { OutputDtype::F32 } else { OutputDtype::U8 };
-        OutputTensor { kind, suffix, dtype, shape }
+        OutputTensor { kind, suffix: Cow::Borrowed(suffix), dtype, shape }
     };
     let mut tensors = vec![
         tensor(OutputKind::Packed, "", false, vec![elements.div_ceil(2), 1]),
-        tensor(OutputKind::Absmax, ".absmax", !scheme.double_quant, vec![blocks]),
+        tensor(OutputKind::Absmax, ".absmax", !codec.double_quant(), vec![blocks]),
         tensor(OutputKind::QuantMap, ".quant_map", true, vec![16]),
     ];
-    if scheme.double_quant {
+    if codec.double_quant() {
         let nested = blocks.div_ceil(NESTED_BLOCK_SIZE as u64);
         tensors.push(tensor(OutputKind::NestedAbsmax, ".nested_absmax", true, vec![nested]));
         tensors.push(tensor(OutputKind::NestedQuantMap, ".nested_quant_map", true, vec![256]));
     }
-    let length = quant_state_len(scheme, dtype, shape) as u64;
-    tensors.push(tensor(OutputKind::QuantState, scheme.format.quant_state_suffix(), false, vec![length]));
+    let length = quant_state_len(codec, dtype, shape) as u64;
+    let state = tensor(OutputKind::QuantState, "", false, vec![length]);
+    tensors.push(OutputTensor { suffix: quant_state_suffix(codec).into(), ..state });
     tensors
+}
+
+/// The end of the quant_state's name, after the weight's.
+pub fn quant_state_suffix(codec: &Codec) -> String {
+    format!(".quant_state.bitsandbytes__{}", codec.format.library_name)
 }
 
 /// What a quant_state says, besides the tensors.
 #[derive(Clone, Copy, Debug)]
 pub struct QuantState<'a> {
     /// How the weight was quantized.
-    pub scheme: &'a BlockScheme,
+    pub codec: &'a Codec,
     /// The source's dtype, which decoding returns to.
     pub dtype: FloatDtype,
     /// The source's shape.
@@ -54,8 +62,8 @@ pub struct QuantState<'a> {
 /// object is padded with spaces to a length known before: every offset in the file is then known before as well.
 pub fn quant_state_bytes(state: &QuantState<'_>) -> Vec<u8> {
     let mut json = quant_state_json(state, &python_float(state.nested_offset));
-    if state.scheme.double_quant {
-        let width = quant_state_len(state.scheme, state.dtype, state.shape);
+    if state.codec.double_quant() {
+        let width = quant_state_len(state.codec, state.dtype, state.shape);
         json.extend(std::iter::repeat_n(' ', width.saturating_sub(json.len())));
     }
     json.into_bytes()
@@ -87,21 +95,21 @@ impl ParsedQuantState {
 }
 
 /// The length of [`quant_state_bytes`], whatever `nested_offset` turns out to be.
-pub fn quant_state_len(scheme: &BlockScheme, dtype: FloatDtype, shape: &[u64]) -> usize {
+pub fn quant_state_len(codec: &Codec, dtype: FloatDtype, shape: &[u64]) -> usize {
     let widest = "0".repeat(OFFSET_WIDTH);
-    quant_state_json(&QuantState { scheme, dtype, shape, nested_offset: 0.0 }, &widest).len()
+    quant_state_json(&QuantState { codec, dtype, shape, nested_offset: 0.0 }, &widest).len()
 }
 
 fn quant_state_json(state: &QuantState<'_>, nested_offset: &str) -> String {
     let shape: Vec<String> = state.shape.iter().map(u64::to_string).collect();
     let mut json = format!(
         r#"{{"quant_type": "{}", "blocksize": {}, "dtype": "{}", "shape": [{}]"#,
-        state.scheme.format.name(),
-        state.scheme.block_size,
+        state.codec.format.library_name,
+        state.codec.block_len(0),
         state.dtype.torch_name(),
         shape.join(", "),
     );
-    if state.scheme.double_quant {
+    if state.codec.double_quant() {
         json += &format!(
             r#", "nested_blocksize": {NESTED_BLOCK_SIZE}, "nested_dtype": "float32", "nested_offset": {nested_offset}"#
         );
@@ -130,13 +138,13 @@ fn python_float(x: f32) -> String {
 ///
 /// `compute_dtype` is the dtype that matrix products run in; `skip_modules` are the Linear modules left unquantized,
 /// which must be all of them: a given list replaces the client's own defaults.
-pub fn quantization_config(scheme: &BlockScheme, compute_dtype: FloatDtype, skip_modules: &[String]) -> Value {
+pub fn quantization_config(codec: &Codec, compute_dtype: FloatDtype, skip_modules: &[String]) -> Value {
     json!({
         "quant_method": "bitsandbytes",
         "load_in_4bit": true,
         "load_in_8bit": false,
-        "bnb_4bit_quant_type": scheme.format.name(),
-        "bnb_4bit_use_double_quant": scheme.double_quant,
+        "bnb_4bit_quant_type": codec.format.library_name,
+        "bnb_4bit_use_double_quant": codec.double_quant(),
         "bnb_4bit_compute_dtype": compute_dtype.torch_name(),
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": skip_modules,
@@ -146,21 +154,21 @@ pub fn quantization_config(scheme: &BlockScheme, compute_dtype: FloatDtype, skip
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::{BlockFormat, BlockSize};
+    use crate::format::{CodecOptions, NF4};
 
-    fn scheme(double_quant: bool) -> BlockScheme {
-        BlockScheme { format: BlockFormat::Nf4, block_size: BlockSize::default(), double_quant }
+    fn codec(double_quant: bool) -> Codec {
+        NF4.codec(CodecOptions { double_quant, ..CodecOptions::default() })
     }
 
     #[test]
     fn quant_state_is_spelled_as_python_spells_it() {
         let state =
-            QuantState { scheme: &scheme(false), dtype: FloatDtype::Bfloat16, shape: &[128, 256], nested_offset: 0.0 };
+            QuantState { codec: &codec(false), dtype: FloatDtype::Bfloat16, shape: &[128, 256], nested_offset: 0.0 };
         assert_eq!(
             String::from_utf8(quant_state_bytes(&state)).unwrap(),
             r#"{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [128, 256]}"#
         );
-        let nested = QuantState { scheme: &scheme(true), nested_offset: f32::from_bits(0x3e207a06), ..state };
+        let nested = QuantState { codec: &codec(true), nested_offset: f32::from_bits(0x3e207a06), ..state };
         let json = String::from_utf8(quant_state_bytes(&nested)).unwrap();
         assert!(
             json.contains(r#", "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.156"#),
@@ -173,11 +181,11 @@ mod tests {
 
     #[test]
     fn quant_state_length_does_not_depend_on_the_offset() {
-        let scheme = scheme(true);
-        let expected = quant_state_len(&scheme, FloatDtype::Float32, &[3]);
+        let codec = codec(true);
+        let expected = quant_state_len(&codec, FloatDtype::Float32, &[3]);
         for bits in [0, 1, 0x007fffff, 0x3f800000, 0x3e207a06, 0x7f7fffff, 0x00800001, 0x38d1b717, 0x5a0e1bca] {
             let nested_offset = f32::from_bits(bits);
-            let state = QuantState { scheme: &scheme, dtype: FloatDtype::Float32, shape: &[3], nested_offset };
+            let state = QuantState { codec: &codec, dtype: FloatDtype::Float32, shape: &[3], nested_offset };
             assert_eq!(quant_state_bytes(&state).len(), expected, "{nested_offset:e}");
         }
     }

@@ -1,41 +1,51 @@
 //! What a weight is in compressed-tensors' layout, which vLLM, SGLang and transformers read: the tensors in place of
 //! `X.weight`, and config.json's part. As compressed-tensors 0.19.0 writes them.
 
+use std::borrow::Cow;
+
 use serde_json::{Value, json};
 
-use crate::format::{GroupFormat, GroupScheme, GroupSize};
+use crate::format::{Codec, ElementCode, GroupSize, ScaleCode, Scales};
 use crate::layout::{OutputDtype, OutputKind, OutputTensor};
 
 /// Rows whose zero points share an i32.
 pub const ZERO_POINT_ROWS: u64 = 8;
 
 /// The tensors that a weight `[rows, columns]`, of whole groups, becomes.
-pub fn output_tensors(scheme: &GroupScheme, shape: &[u64]) -> Vec<OutputTensor> {
+pub fn output_tensors(codec: &Codec, shape: &[u64]) -> Vec<OutputTensor> {
     let &[rows, columns] = shape else { unreachable!("only matrices are quantized in groups") };
-    let groups = columns / scheme.group_len(columns);
-    let tensor = |kind, suffix, dtype, shape| OutputTensor { kind, suffix, dtype, shape };
-    let codes = |dtype, columns| tensor(OutputKind::Packed, "_packed", dtype, vec![rows, columns]);
-    let scale = |dtype| tensor(OutputKind::Scale, "_scale", dtype, vec![rows, groups]);
-    match scheme.format {
-        GroupFormat::Int4 | GroupFormat::Int4Asym => {
-            let mut tensors = vec![
-                codes(OutputDtype::I32, columns.div_ceil(8)),
-                scale(OutputDtype::Source),
-                tensor(OutputKind::Shape, "_shape", OutputDtype::I64, vec![2]),
-            ];
-            if scheme.format == GroupFormat::Int4Asym {
-                let shape = vec![rows.div_ceil(ZERO_POINT_ROWS), groups];
-                tensors.push(tensor(OutputKind::ZeroPoint, "_zero_point", OutputDtype::I32, shape));
-            }
-            tensors
-        }
-        GroupFormat::Mxfp4 => vec![codes(OutputDtype::U8, columns / 2), scale(OutputDtype::U8)],
-        GroupFormat::Nvfp4 => vec![
-            codes(OutputDtype::U8, columns / 2),
-            scale(OutputDtype::F8E4M3),
-            tensor(OutputKind::GlobalScale, "_global_scale", OutputDtype::F32, vec![1]),
-        ],
+    let groups = columns / codec.block_len(columns);
+    let tensor = |kind, suffix, dtype, shape| OutputTensor { kind, suffix: Cow::Borrowed(suffix), dtype, shape };
+    let (codes, per_element) = match codec.format.element {
+        ElementCode::Int { .. } => (OutputDtype::I32, 8),
+        ElementCode::E2m1 | ElementCode::Codebook(_) => (OutputDtype::U8, 2),
+    };
+    let scale = match codec.format.scale {
+        ScaleCode::F32 => OutputDtype::F32,
+        ScaleCode::SourceFloat => OutputDtype::Source,
+        ScaleCode::E4m3 => OutputDtype::F8E4M3,
+        ScaleCode::E8m0 => OutputDtype::U8,
+    };
+    let mut tensors = vec![
+        tensor(OutputKind::Packed, "_packed", codes, vec![rows, columns.div_ceil(per_element)]),
+        tensor(OutputKind::Scale, "_scale", scale, vec![rows, groups]),
+    ];
+    if is_integer(codec) {
+        tensors.push(tensor(OutputKind::Shape, "_shape", OutputDtype::I64, vec![2]));
     }
+    if codec.has_zero_points() {
+        let shape = vec![rows.div_ceil(ZERO_POINT_ROWS), groups];
+        tensors.push(tensor(OutputKind::ZeroPoint, "_zero_point", OutputDtype::I32, shape));
+    }
+    if codec.has_tensor_scale() {
+        tensors.push(tensor(OutputKind::GlobalScale, "_global_scale", OutputDtype::F32, vec![1]));
+    }
+    tensors
+}
+
+/// Whether codes are integers, whose number in a row is in a tensor of its own.
+pub fn is_integer(codec: &Codec) -> bool {
+    matches!(codec.format.element, ElementCode::Int { .. })
 }
 
 /// The content of [`OutputKind::Shape`].
@@ -44,23 +54,23 @@ pub fn shape_bytes(shape: &[u64]) -> Vec<u8> {
 }
 
 /// config.json's `quantization_config`; `ignore` are the Linear modules left unquantized, by whole names or `re:` patterns.
-pub fn quantization_config(scheme: &GroupScheme, ignore: &[String]) -> Value {
-    let (name, format, kind) = match scheme.format {
-        GroupFormat::Int4 => ("W4A16", "pack-quantized", "int"),
-        GroupFormat::Int4Asym => ("W4A16_ASYM", "pack-quantized", "int"),
-        GroupFormat::Mxfp4 => ("MXFP4A16", "mxfp4-pack-quantized", "float"),
-        GroupFormat::Nvfp4 => ("NVFP4A16", "nvfp4-pack-quantized", "float"),
+pub fn quantization_config(codec: &Codec, ignore: &[String]) -> Value {
+    let format = match (codec.format.element, codec.format.scale) {
+        (ElementCode::Int { .. }, _) => "pack-quantized",
+        (_, ScaleCode::E4m3) => "nvfp4-pack-quantized",
+        _ => "mxfp4-pack-quantized",
     };
-    let (strategy, scale_dtype) = match (scheme.format, scheme.size) {
-        (GroupFormat::Nvfp4, _) => ("tensor_group", Value::from("torch.float8_e4m3fn")),
-        (GroupFormat::Mxfp4, _) => ("group", Value::from("torch.uint8")),
-        (_, GroupSize::Columns(_)) => ("group", Value::Null),
-        (_, GroupSize::Channel) => ("channel", Value::Null),
+    let scale_dtype = match codec.format.scale {
+        ScaleCode::E4m3 => Value::from("torch.float8_e4m3fn"),
+        ScaleCode::E8m0 => Value::from("torch.uint8"),
+        ScaleCode::F32 | ScaleCode::SourceFloat => Value::Null,
     };
-    let group_size = match scheme.size {
-        GroupSize::Columns(columns) => Value::from(columns),
-        GroupSize::Channel => Value::Null,
+    let (strategy, group_size) = match codec.scales {
+        Scales::Groups { size: GroupSize::Channel, .. } => ("channel", Value::Null),
+        _ if codec.has_tensor_scale() => ("tensor_group", Value::from(codec.block_len(0))),
+        _ => ("group", Value::from(codec.block_len(0))),
     };
+    let has_zero_points = codec.has_zero_points();
     let weights = json!({
         "actorder": null,
         "block_structure": null,
@@ -71,9 +81,9 @@ pub fn quantization_config(scheme: &GroupScheme, ignore: &[String]) -> Value {
         "observer_kwargs": {},
         "scale_dtype": scale_dtype,
         "strategy": strategy,
-        "symmetric": scheme.format != GroupFormat::Int4Asym,
-        "type": kind,
-        "zp_dtype": if scheme.format == GroupFormat::Int4Asym { Value::from("torch.int8") } else { Value::Null },
+        "symmetric": !has_zero_points,
+        "type": if is_integer(codec) { "int" } else { "float" },
+        "zp_dtype": if has_zero_points { Value::from("torch.int8") } else { Value::Null },
     });
     let group = json!({
         "format": format,
@@ -83,7 +93,7 @@ pub fn quantization_config(scheme: &GroupScheme, ignore: &[String]) -> Value {
         "weights": weights,
     });
     json!({
-        "config_groups": {name: group},
+        "config_groups": {codec.format.library_name: group},
         "format": format,
         "global_compression_ratio": null,
         "ignore": ignore,

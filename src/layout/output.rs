@@ -1,5 +1,7 @@
 //! The tensors that one weight becomes.
 
+use std::borrow::Cow;
+
 /// Which part of a quantized weight an output tensor is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OutputKind {
@@ -48,7 +50,7 @@ pub struct OutputTensor {
     /// What it holds.
     pub kind: OutputKind,
     /// Appended to the weight's own name.
-    pub suffix: &'static str,
+    pub suffix: Cow<'static, str>,
     /// Its dtype.
     pub dtype: OutputDtype,
     /// Its shape.

@@ -4,7 +4,7 @@
 use serde::Deserialize;
 
 use super::{FileRecord, SCHEMA_VERSION, SourceRecord, Summary, TensorRecord, Tool};
-use crate::format::{BlockSize, Format, GroupSize, Layout};
+use crate::format::{BlockSize, FormatSpec, GroupSize, Layout, Sharing};
 use crate::recipe::{ExpertLayout, NonFinitePolicy, RecipeOptions};
 
 /// The file.
@@ -22,7 +22,7 @@ pub struct Manifest {
 
 #[derive(Deserialize)]
 struct FlatRecipe {
-    format: Format,
+    format: &'static FormatSpec,
     block_size: BlockSize,
     #[serde(default)]
     group_size: GroupSize,
@@ -61,15 +61,14 @@ impl TryFrom<Manifest> for super::Manifest {
 impl FlatRecipe {
     /// What applies to the format.
     fn options(self) -> RecipeOptions {
-        let is_blocks = matches!(self.format, Format::Nf4 | Format::Fp4);
-        let is_integers = matches!(self.format, Format::Int4 | Format::Int4Asym);
+        let is_blocks = self.format.sharing == Sharing::Blocks;
         RecipeOptions {
             format: Some(self.format),
             block_size: is_blocks.then_some(self.block_size),
             double_quant: is_blocks.then_some(self.double_quant),
             nonfinite: is_blocks.then_some(self.nonfinite),
             experts: is_blocks.then_some(self.experts),
-            group_size: is_integers.then_some(self.group_size),
+            group_size: (self.format.sharing == Sharing::Groups).then_some(self.group_size),
             layout: (!is_blocks).then_some(self.layout),
             only_experts: Some(self.only_experts),
             include: Some(self.include),

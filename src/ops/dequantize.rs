@@ -11,8 +11,8 @@ use crate::backend::Device;
 use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, Source, TensorInfo};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, IoContext, Result};
-use crate::format::{BlockScheme, Coding, GroupScheme, Layout, NESTED_BLOCK_SIZE, Scheme};
-use crate::layout::{ParsedQuantState, ZERO_POINT_ROWS};
+use crate::format::{Codec, Layout, NESTED_BLOCK_SIZE};
+use crate::layout::{ParsedQuantState, ZERO_POINT_ROWS, compressed_tensors, quant_state_suffix};
 use crate::manifest::{DecisionRecord, Manifest, TensorRecord};
 use crate::ops::quantize::{Conversion, Options};
 use crate::ops::relayout;
@@ -112,30 +112,25 @@ impl<'a> Converted<'a> {
             let (place, info) = self.tensor(&first.name)?;
             return Ok(as_stored(info, place));
         }
-        let (name, coded, shape) = match self.manifest.recipe.scheme() {
-            Scheme::Blocks(scheme) => {
-                let (coded, shape) = self.blocks(&scheme, &first.name)?;
-                (first.name.clone(), coded, shape)
-            }
-            Scheme::Groups(scheme) => {
-                let suffix = scheme.codes_suffix();
-                let name = first.name.strip_suffix(suffix);
-                let name = name.ok_or_else(|| self.malformed(format!("{:?} doesn't end in {suffix:?}", first.name)))?;
-                let (coded, shape) = self.groups(&scheme, name, &first.name)?;
-                (name.to_owned(), coded, shape)
-            }
+        let codec = self.manifest.recipe.codec();
+        let suffix = codec.codes_suffix();
+        let name = first.name.strip_suffix(suffix);
+        let name = name.ok_or_else(|| self.malformed(format!("{:?} doesn't end in {suffix:?}", first.name)))?;
+        let (coded, shape) = match codec.is_blocks() {
+            true => self.blocks(&codec, name)?,
+            false => self.groups(&codec, name, &first.name)?,
         };
         let (place, info) = self.tensor(&first.name)?;
         self.check(&coded, info, &shape)?;
-        let input = decoded(name, shape, coded, place).map_err(|why| self.malformed(why))?;
+        let input = decoded(name.to_owned(), shape, coded, place).map_err(|why| self.malformed(why))?;
         // gpt-oss's model has rows and columns the other way round.
-        let transposed = self.manifest.recipe.is_gpt_oss();
+        let transposed = codec.layout() == Some(Layout::GptOss);
         Ok(if transposed { input.transposed() } else { input })
     }
 
     /// bitsandbytes' weights: their quant_state tells all.
-    fn blocks(&mut self, scheme: &BlockScheme, name: &str) -> Result<(Coded, Vec<u64>)> {
-        let state_name = format!("{name}{}", scheme.format.quant_state_suffix());
+    fn blocks(&mut self, codec: &Codec, name: &str) -> Result<(Coded, Vec<u64>)> {
+        let state_name = format!("{name}{}", quant_state_suffix(codec));
         let json = self.bytes(&state_name, MAX_QUANT_STATE)?;
         let state =
             ParsedQuantState::parse(&json).map_err(|error| self.malformed(format!("{state_name:?}: {error}")))?;
@@ -146,26 +141,26 @@ impl<'a> Converted<'a> {
         let columns =
             elements.ok_or_else(|| self.malformed(format!("{state_name:?}: a shape of {:?}", state.shape)))?;
         let (scales, _) = self.tensor(&format!("{name}.absmax"))?;
-        let nested = match scheme.double_quant {
+        let nested = match codec.double_quant() {
             true => {
                 let (absmax, _) = self.tensor(&format!("{name}.nested_absmax"))?;
                 Some(Nested { absmax, offset: state.nested_offset.unwrap_or(0.0) as f32 })
             }
             false => None,
         };
-        let coding = Coding::Blocks { format: scheme.format, block_size: scheme.block_size.get() };
+        let coding = codec.coding(columns, None);
         let row_len = columns.div_ceil(2);
         Ok((Coded { coding, dtype, columns, row_len, group_rows: 1, scales, zero_points: None, nested }, state.shape))
     }
 
-    fn groups(&mut self, scheme: &GroupScheme, name: &str, codes: &str) -> Result<(Coded, Vec<u64>)> {
-        let (scales, scale) = self.tensor(&format!("{name}{}", scheme.scales_suffix()))?;
+    fn groups(&mut self, codec: &Codec, name: &str, codes: &str) -> Result<(Coded, Vec<u64>)> {
+        let (scales, scale) = self.tensor(&format!("{name}{}", codec.scales_suffix()))?;
         let (_, packed) = self.tensor(codes)?;
-        let shape = match (&packed.shape[..], scheme.layout) {
-            (&[experts, rows, groups, 16], Layout::GptOss) if experts <= MAX_EXPERTS => {
+        let shape = match (&packed.shape[..], codec.layout()) {
+            (&[experts, rows, groups, 16], Some(Layout::GptOss)) if experts <= MAX_EXPERTS => {
                 vec![experts, rows, groups.saturating_mul(32)]
             }
-            (&[rows, columns], _) if !scheme.is_integer() => vec![rows, columns.saturating_mul(2)],
+            (&[rows, columns], _) if !compressed_tensors::is_integer(codec) => vec![rows, columns.saturating_mul(2)],
             (&[_, _], _) => {
                 let bytes = self.bytes(&format!("{name}_shape"), 16)?;
                 bytes.as_chunks().0.iter().map(|dimension| u64::from_le_bytes(*dimension)).collect()
@@ -175,16 +170,16 @@ impl<'a> Converted<'a> {
         let columns = shape.last().copied().filter(|_| !shape.contains(&0));
         let columns = columns.ok_or_else(|| self.malformed(format!("{name:?}: a shape of {shape:?}")))?;
         let scales_dtype = float_dtype(scale.dtype);
-        let dtype = scheme.decoded_dtype(scales_dtype, model_dtype(self.source.config.as_ref()));
+        let dtype = codec.decoded_dtype(scales_dtype, model_dtype(self.source.config.as_ref()));
         let dtype = dtype.ok_or_else(|| self.malformed(format!("{:?} is {}", scale.name, scale.dtype)))?;
         let tensor_scale =
-            scheme.tensor_scale_suffix().map(|suffix| self.number(&format!("{name}{suffix}"))).transpose()?;
-        let coding = scheme.coding(columns, tensor_scale);
-        let zero_points = match scheme.has_zero_points() {
+            codec.tensor_scale_suffix().map(|suffix| self.number(&format!("{name}{suffix}"))).transpose()?;
+        let coding = codec.coding(columns, tensor_scale);
+        let zero_points = match codec.has_zero_points() {
             true => Some(self.tensor(&format!("{name}_zero_point"))?.0),
             false => None,
         };
-        let row_len = scheme.packed_row(columns);
+        let row_len = codec.packed_row(columns);
         Ok((Coded { coding, dtype, columns, row_len, group_rows: 1, scales, zero_points, nested: None }, shape))
     }
 

@@ -93,7 +93,7 @@ pub fn plan(source: &Path, recipe: Recipe, mut options: Options) -> Result<Conve
         Some(_) => relayout::manifest_of(&source.path)?,
         None => None,
     };
-    let (plan, relay) = match manifest.filter(|manifest| manifest.recipe.scheme().blocks().is_some()) {
+    let (plan, relay) = match manifest.filter(|manifest| manifest.recipe.codec().is_blocks()) {
         None => {
             input::check_quantization(&source, &recipe)?;
             (Plan::new(&source, recipe)?, None)
@@ -127,7 +127,7 @@ fn check_device_memory(device: &Device, budget: &Budget) -> Result<()> {
 
 /// Has the GPUs' drivers compile what is compiled only when it is needed, before anything is written.
 fn compile_kernels(device: &Device, plan: &Plan) -> Result<()> {
-    if plan.recipe.scheme().blocks().is_some() {
+    if plan.recipe.codec().is_blocks() {
         return Ok(());
     }
     device

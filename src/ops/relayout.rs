@@ -5,6 +5,7 @@
 //! layout it has and in the one that is asked for. What both quantize is the same run of the same source tensor; that
 //! says where in the converted files the codes and absmax of each run are.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
@@ -12,7 +13,7 @@ use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, Source, SourceFile, 
 use crate::dtype::FloatDtype;
 use crate::dtype::{self, byte_len};
 use crate::error::{Error, Result};
-use crate::format::{BlockScheme, Scheme};
+use crate::format::{BlockSize, Scales};
 use crate::layout::{OutputKind, QuantState, quant_state_bytes};
 use crate::manifest::{DecisionRecord, Manifest, TensorRecord};
 use crate::pipeline::{Outcome, TensorOutcome};
@@ -45,7 +46,7 @@ pub fn recipe_of(path: &Path) -> Result<Option<Recipe>> {
         return Ok(None);
     }
     let recipe = manifest_of(path)?.map(|manifest| manifest.recipe);
-    Ok(recipe.filter(|recipe| recipe.scheme().blocks().is_some()))
+    Ok(recipe.filter(|recipe| recipe.codec().is_blocks()))
 }
 
 /// The manifest of the converted checkpoint at `path`; none if there is no such file.
@@ -192,7 +193,7 @@ fn check_manifest(path: &Path, plan: &Plan, manifest: &Manifest) -> Result<()> {
         (tensor.decision == Decision::Keep) == (record.decision == DecisionRecord::Keep)
             && tensor.outputs.len() == record.outputs.len()
             && { outputs }.all(|(output, record)| {
-                record.name.strip_prefix(&*tensor.name) == Some(output.suffix)
+                record.name.strip_prefix(&*tensor.name) == Some(&*output.suffix)
                     && record.dtype == output.dtype.to_string()
                     && record.shape == output.shape
             })
@@ -299,15 +300,16 @@ impl Copies<'_> {
         if unchanged {
             return Ok(tensor.outputs.iter().map(|output| self.as_it_is(tensor, output)).collect());
         }
-        let Scheme::Blocks(scheme) = &recipe.scheme() else {
+        let codec = &recipe.codec();
+        let Scales::Blocks { size, double_quant, .. } = codec.scales else {
             return self.error(tensor, "groups are of experts one by one only".to_owned());
         };
-        if scheme.double_quant {
+        if double_quant {
             return self.error(tensor, "with double quantization its scales depend on the layout".to_owned());
         }
-        let (packed, absmax) = self.parts(tensor, dtype, scheme)?;
+        let (packed, absmax) = self.parts(tensor, dtype, size)?;
         let first = &self.old.tensors[self.runs.of(tensor.parts[0]).next().map_or(0, |(run, ..)| run.tensor)];
-        let state = QuantState { scheme, dtype, shape: &tensor.shape, nested_offset: 0.0 };
+        let state = QuantState { codec, dtype, shape: &tensor.shape, nested_offset: 0.0 };
         let outputs = tensor.outputs.iter().map(|output| match output.kind {
             Some(OutputKind::Packed) => copy(tensor, output, packed.clone()),
             Some(OutputKind::Absmax) => copy(tensor, output, absmax.clone()),
@@ -324,7 +326,7 @@ impl Copies<'_> {
     }
 
     /// Where the codes and absmax of its runs are.
-    fn parts(&self, tensor: &PlannedTensor, dtype: FloatDtype, scheme: &BlockScheme) -> Result<(Vec<Part>, Vec<Part>)> {
+    fn parts(&self, tensor: &PlannedTensor, dtype: FloatDtype, size: BlockSize) -> Result<(Vec<Part>, Vec<Part>)> {
         let (mut packed, mut absmax) = (Vec::new(), Vec::new());
         for &part in &tensor.parts {
             let mut covered = 0;
@@ -335,7 +337,7 @@ impl Copies<'_> {
                 if part.coded.is_some() {
                     return self.error(tensor, "its source was quantized itself".to_owned());
                 }
-                let block = scheme.block_size.get() as u64;
+                let block = size.get() as u64;
                 let (first, elements) = ((run.at + skipped) / dtype.size() as u64, len / dtype.size() as u64);
                 if !first.is_multiple_of(block) || !elements.is_multiple_of(block) {
                     let why = format!("its matrices of {elements} weights aren't whole blocks of {block}");
@@ -372,6 +374,6 @@ fn copy(tensor: &PlannedTensor, output: &PlannedOutput, parts: Vec<Part>) -> Pla
         role: tensor.role,
         decision: Decision::Keep,
         reason: tensor.reason.clone(),
-        outputs: vec![PlannedOutput { kind: None, suffix: "", ..output.clone() }],
+        outputs: vec![PlannedOutput { kind: None, suffix: Cow::Borrowed(""), ..output.clone() }],
     }
 }

@@ -3,7 +3,7 @@
 use super::scheduler::NESTED_CHUNK;
 use crate::backend::cuda::{SlotSize, TABLE_BYTES};
 use crate::error::{Error, Result};
-use crate::format::{BlockSize, Scheme};
+use crate::format::{BlockSize, Scales};
 use crate::plan::{Plan, PlannedTensor};
 use crate::stats::GROUP;
 use crate::units::Bytes;
@@ -154,12 +154,12 @@ fn slot_len(plan: &Plan, chunk: usize, gpus: usize) -> u64 {
 
 /// A slot that takes chunks, and runs of absmax if there will be any.
 fn slot_size(plan: &Plan, chunk: usize) -> SlotSize {
-    match plan.recipe.scheme() {
-        Scheme::Blocks(scheme) => {
-            let nested = if scheme.double_quant { NESTED_CHUNK } else { 0 };
-            SlotSize::new(chunk, element_size(plan), scheme.block_size, nested)
+    match plan.recipe.codec().scales {
+        Scales::Blocks { size, double_quant, .. } => {
+            let nested = if double_quant { NESTED_CHUNK } else { 0 };
+            SlotSize::new(chunk, element_size(plan), size, nested)
         }
-        Scheme::Groups(_) => {
+        Scales::Groups { .. } => {
             let Capacity { source, packed, groups } = Capacity::new(plan, chunk);
             SlotSize::for_groups(source, packed, groups)
         }
@@ -198,14 +198,14 @@ pub struct Capacity {
 impl Capacity {
     /// For chunks of `chunk` elements at most.
     pub fn new(plan: &Plan, chunk: usize) -> Capacity {
-        let scheme = plan.recipe.scheme();
+        let codec = plan.recipe.codec();
         // Tensors that are kept go through the same buffer.
         let mut capacity = Capacity { source: chunk.saturating_mul(element_size(plan)), packed: 0, groups: 0 };
         for tensor in plan.quantized() {
             let elements = tensor.elements().min(chunk_elements(plan, tensor, chunk) as u64);
-            let groups = elements.div_ceil(scheme.block_len(tensor.columns()));
+            let groups = elements.div_ceil(codec.block_len(tensor.columns()));
             capacity.groups = capacity.groups.max(groups as usize);
-            capacity.packed = capacity.packed.max(scheme.packed_len(elements, tensor.columns()) as usize);
+            capacity.packed = capacity.packed.max(codec.packed_len(elements, tensor.columns()) as usize);
         }
         capacity
     }
@@ -219,8 +219,8 @@ pub fn chunk_elements(plan: &Plan, tensor: &PlannedTensor, most: usize) -> usize
 
 /// Elements of `tensor` that a chunk is whole multiples of.
 fn chunk_unit(plan: &Plan, tensor: &PlannedTensor) -> usize {
-    match plan.recipe.scheme() {
-        Scheme::Groups(scheme) if scheme.has_whole_rows() && tensor.quantized_from().is_some() => {
+    match plan.recipe.codec().has_whole_rows() {
+        true if tensor.quantized_from().is_some() => {
             // Rows in a multiple of what share an integer for their zero points.
             usize::try_from(tensor.columns()).unwrap_or(usize::MAX).saturating_mul(GROUP)
         }
@@ -237,12 +237,12 @@ fn largest_set(plan: &Plan) -> usize {
 
 /// The most bytes of absmax that must be held at once.
 fn largest_absmax(plan: &Plan) -> u64 {
-    match plan.recipe.scheme() {
-        Scheme::Blocks(scheme) if scheme.double_quant => {
-            let blocks = plan.quantized().map(|tensor| scheme.block_size.blocks(tensor.elements()));
+    match plan.recipe.codec().scales {
+        Scales::Blocks { size, double_quant: true, .. } => {
+            let blocks = plan.quantized().map(|tensor| size.blocks(tensor.elements()));
             blocks.max().unwrap_or(0) * size_of::<f32>() as u64
         }
-        Scheme::Blocks(_) | Scheme::Groups(_) => 0,
+        Scales::Blocks { .. } | Scales::Groups { .. } => 0,
     }
 }
 

@@ -4,7 +4,7 @@ use super::files::Files;
 use super::scheduler::Done;
 use crate::dtype::FloatDtype;
 use crate::error::Result;
-use crate::format::{BlockScheme, GroupScheme, NESTED_BLOCK_SIZE, Scheme, dynamic_map};
+use crate::format::{Codec, NESTED_BLOCK_SIZE, dynamic_map};
 use crate::kernel::BlockErrors;
 use crate::kernel::block::nested;
 use crate::layout::{OutputKind, QuantState, ZERO_POINT_ROWS, quant_state_bytes, shape_bytes};
@@ -36,17 +36,17 @@ impl Results<'_, '_, '_> {
     /// A run of blocks that starts at an element: codes, absmax and what is known without the weights.
     pub fn quantized(
         &mut self,
-        scheme: &BlockScheme,
+        codec: &Codec,
         first_element: u64,
         packed: &[u8],
         figures: &BlockErrors<'_>,
     ) -> Result<Done> {
         if first_element == 0 {
-            self.constants(scheme)?;
+            self.constants(codec)?;
         }
         self.files.write(packed, self.offset(OutputKind::Packed) + first_element / 2)?;
-        let first_block = first_element / scheme.block_size.get() as u64;
-        let absmax = if scheme.double_quant {
+        let first_block = first_element / codec.block_len(0);
+        let absmax = if codec.double_quant() {
             Some((first_block as usize, figures.absmax.to_vec()))
         } else {
             self.floats(figures.absmax, OutputKind::Absmax, first_block)?;
@@ -58,17 +58,17 @@ impl Results<'_, '_, '_> {
     }
 
     /// A run of groups that starts at an element, and what is known without the weights.
-    pub fn grouped(&mut self, scheme: &GroupScheme, tensor_scale: Option<f32>, run: &GroupRun<'_>) -> Result<Done> {
+    pub fn grouped(&mut self, codec: &Codec, tensor_scale: Option<f32>, run: &GroupRun<'_>) -> Result<Done> {
         let GroupRun { first_element, packed, scales, zero_points, figures } = run;
         if *first_element == 0 {
             self.group_constants(tensor_scale)?;
         }
         let columns = self.tensor.columns();
-        let before = Scheme::Groups(*scheme).packed_len(*first_element, columns);
+        let before = codec.packed_len(*first_element, columns);
         self.files.write(packed, self.offset(OutputKind::Packed) + before)?;
-        let (group, scale_size) = (scheme.group_len(columns), (scales.len() / figures.absmax.len()) as u64);
+        let (group, scale_size) = (codec.block_len(columns), (scales.len() / figures.absmax.len()) as u64);
         self.files.write(scales, self.offset(OutputKind::Scale) + first_element / group * scale_size)?;
-        if scheme.has_zero_points() {
+        if codec.has_zero_points() {
             let per_row = (columns / group) as usize;
             pack_zero_points(zero_points, per_row, self.encoded);
             let before = first_element / columns / ZERO_POINT_ROWS * per_row as u64 * 4;
@@ -96,7 +96,7 @@ impl Results<'_, '_, '_> {
     /// A run of quantized absmax that starts at entry `first`.
     pub fn nested(
         &mut self,
-        scheme: &BlockScheme,
+        codec: &Codec,
         first: usize,
         absmax: &[f32],
         offset: f32,
@@ -106,7 +106,7 @@ impl Results<'_, '_, '_> {
         self.files.write(codes, self.offset(OutputKind::Absmax) + first as u64)?;
         self.floats(nested_absmax, OutputKind::NestedAbsmax, (first / NESTED_BLOCK_SIZE) as u64)?;
         if first == 0 {
-            self.quant_state(scheme, offset)?;
+            self.quant_state(codec, offset)?;
         }
         let map = dynamic_map();
         let mut error = AbsmaxAccumulator::default();
@@ -119,17 +119,19 @@ impl Results<'_, '_, '_> {
     }
 
     /// The outputs that are known without the weights.
-    fn constants(&mut self, scheme: &BlockScheme) -> Result<()> {
-        self.floats(&scheme.format.codebook().values(), OutputKind::QuantMap, 0)?;
-        if scheme.double_quant {
+    fn constants(&mut self, codec: &Codec) -> Result<()> {
+        if let Some(codebook) = codec.format.codebook() {
+            self.floats(&codebook.values(), OutputKind::QuantMap, 0)?;
+        }
+        if codec.double_quant() {
             self.floats(dynamic_map().values(), OutputKind::NestedQuantMap, 0)
         } else {
-            self.quant_state(scheme, 0.0)
+            self.quant_state(codec, 0.0)
         }
     }
 
-    fn quant_state(&self, scheme: &BlockScheme, nested_offset: f32) -> Result<()> {
-        let state = QuantState { scheme, dtype: self.dtype, shape: &self.tensor.shape, nested_offset };
+    fn quant_state(&self, codec: &Codec, nested_offset: f32) -> Result<()> {
+        let state = QuantState { codec, dtype: self.dtype, shape: &self.tensor.shape, nested_offset };
         self.files.write(&quant_state_bytes(&state), self.offset(OutputKind::QuantState))
     }
 

@@ -11,10 +11,10 @@ use super::scheduler::{Done, Scheduler, Task};
 use super::slot_pool::{Failed, SlotPool};
 use super::{Job, nonfinite};
 use crate::backend::Device;
-use crate::backend::cuda::QuantizedGroups;
+use crate::backend::cuda::{BlockKernel, GroupKernel, QuantizedGroups};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, IoContext, Result};
-use crate::format::{BlockScheme, GroupScheme, NESTED_BLOCK_SIZE, Scheme, dynamic_map};
+use crate::format::{BlockSize, Codebook, Codec, NESTED_BLOCK_SIZE, Scales, dynamic_map};
 use crate::kernel::block::nested;
 use crate::kernel::group;
 use crate::kernel::group::Groups;
@@ -25,7 +25,7 @@ use crate::store::{Sha256Hash, hash_range};
 /// A thread with its buffers and the files it has in hand.
 pub struct Worker<'j, 'a> {
     job: &'j Job<'a>,
-    scheme: Scheme,
+    codec: Codec,
     files: Files<'j, 'a>,
     buffers: Buffers,
     /// f32 as they stand in the file.
@@ -36,7 +36,7 @@ impl<'j, 'a> Worker<'j, 'a> {
     pub fn new(job: &'j Job<'a>) -> Worker<'j, 'a> {
         Worker {
             job,
-            scheme: job.plan.recipe.scheme(),
+            codec: job.plan.recipe.codec(),
             files: Files::new(job),
             buffers: Buffers::new(job),
             encoded: Vec::new(),
@@ -101,9 +101,9 @@ impl<'j, 'a> Worker<'j, 'a> {
         };
         let done = match (tensor.decision, self.job.means.device, &self.job.ring) {
             (Decision::Quantize(dtype), Device::Cpu(kernel), _) => self.quantize(*kernel, piece(dtype))?,
-            (Decision::Quantize(dtype), Device::Cuda(_), Some(ring)) => match self.scheme {
-                Scheme::Blocks(scheme) => self.quantize_blocks_on_gpu(ring, &scheme, piece(dtype))?,
-                Scheme::Groups(scheme) => self.quantize_groups_on_gpu(ring, &scheme, piece(dtype))?,
+            (Decision::Quantize(dtype), Device::Cuda(_), Some(ring)) => match self.codec.scales {
+                Scales::Blocks { .. } => self.quantize_blocks_on_gpu(ring, piece(dtype))?,
+                Scales::Groups { .. } => self.quantize_groups_on_gpu(ring, piece(dtype))?,
             },
             (Decision::Keep, ..) | (_, _, None) => {
                 let bytes = &mut self.buffers.bytes[..len];
@@ -119,36 +119,35 @@ impl<'j, 'a> Worker<'j, 'a> {
     fn quantize(&mut self, kernel: Kernel, piece: Piece<'_>) -> Result<Done> {
         let Piece { tensor, dtype, first_element, .. } = piece;
         self.files.read(tensor, piece.offset(), &mut self.buffers.bytes[piece.place.clone()])?;
-        match &self.scheme {
-            Scheme::Blocks(scheme) => {
-                let (bytes, mut outputs) = self.buffers.split(tensor, piece.place, dtype, &self.scheme);
-                if kernel.quantize(outputs.blocks(bytes, dtype, scheme)).is_err() {
+        match self.codec.scales {
+            Scales::Blocks { codebook, size, .. } => {
+                let (bytes, mut outputs) = self.buffers.split(tensor, piece.place, dtype, &self.codec);
+                if kernel.quantize(outputs.blocks(bytes, dtype, codebook, size)).is_err() {
                     if !self.job.plan.recipe.keeps_nonfinite() {
                         return Err(self.describe_nonfinite(tensor, dtype));
                     }
-                    quantize_any(outputs.blocks(bytes, dtype, scheme));
+                    quantize_any(outputs.blocks(bytes, dtype, codebook, size));
                 }
                 let mut results = Results { files: &self.files, tensor, dtype, encoded: &mut self.encoded };
-                results.quantized(scheme, first_element, outputs.packed, &outputs.figures)
+                results.quantized(&self.codec, first_element, outputs.packed, &outputs.figures)
             }
-            &Scheme::Groups(scheme) => self.quantize_groups(kernel, &scheme, piece),
+            Scales::Groups { .. } => self.quantize_groups(kernel, piece),
         }
     }
 
-    fn quantize_groups(&mut self, kernel: Kernel, scheme: &GroupScheme, piece: Piece<'_>) -> Result<Done> {
+    fn quantize_groups(&mut self, kernel: Kernel, piece: Piece<'_>) -> Result<Done> {
         let Piece { tensor, dtype, first_element, place, tensor_scale } = piece;
-        let (bytes, mut outputs) = self.buffers.split(tensor, place, dtype, &self.scheme);
-        if kernel.quantize_groups(outputs.groups(bytes, tensor, dtype, scheme, tensor_scale)).is_err() {
+        let (bytes, mut outputs) = self.buffers.split(tensor, place, dtype, &self.codec);
+        if kernel.quantize_groups(outputs.groups(bytes, tensor, dtype, &self.codec, tensor_scale)).is_err() {
             return Err(self.describe_nonfinite(tensor, dtype));
         }
         let ChunkOutputs { packed, scales, zero_points, figures } = outputs;
         let mut results = Results { files: &self.files, tensor, dtype, encoded: &mut self.encoded };
-        results.grouped(scheme, tensor_scale, &GroupRun { first_element, packed, scales, zero_points, figures })
+        results.grouped(&self.codec, tensor_scale, &GroupRun { first_element, packed, scales, zero_points, figures })
     }
 
     /// Reads tensors that share a scale one after the other into the buffer, and quantizes from it `written` of them.
     fn set(&mut self, set: usize, written: &[usize], scheduler: &Scheduler<'_>) -> Result<Done> {
-        let Scheme::Groups(scheme) = self.scheme else { return Ok(Done::Written) };
         let (plan, kernel) = (self.job.plan, self.kernel());
         let (mut absmax, mut end, mut places) = (0f32, 0, Vec::new());
         for &tensor in &plan.scale_sets[set] {
@@ -165,12 +164,12 @@ impl<'j, 'a> Worker<'j, 'a> {
             places.push((tensor, dtype, place));
         }
         let mut done = Vec::new();
-        let tensor_scale = Some(group::tensor_scale(scheme.layout, absmax, plan.scale_dtype(set)));
+        let tensor_scale = Some(group::tensor_scale(&self.codec, absmax, plan.scale_dtype(set)));
         for (i, dtype, place) in places.into_iter().filter(|(i, ..)| written.contains(i)) {
             let tensor = &plan.tensors[i];
             self.files.open_output(scheduler.file_of(i))?;
             let piece = Piece { tensor, dtype, first_element: 0, place, tensor_scale };
-            if let Done::Quantized { gathering, .. } = self.quantize_groups(kernel, &scheme, piece)? {
+            if let Done::Quantized { gathering, .. } = self.quantize_groups(kernel, piece)? {
                 done.push((i, gathering));
             }
             self.job.means.progress.advanced(&tensor.name, tensor.source_len());
@@ -186,42 +185,47 @@ impl<'j, 'a> Worker<'j, 'a> {
         }
     }
 
-    fn quantize_blocks_on_gpu(&mut self, ring: &SlotPool<'_>, scheme: &BlockScheme, piece: Piece<'_>) -> Result<Done> {
+    fn quantize_blocks_on_gpu(&mut self, ring: &SlotPool<'_>, piece: Piece<'_>) -> Result<Done> {
         let Piece { tensor, dtype, first_element, .. } = piece;
         let elements = piece.place.len() / dtype.size();
+        let Scales::Blocks { codebook, size, .. } = self.codec.scales else {
+            return self.quantize(self.kernel(), piece);
+        };
+        let Some(kernel) = BlockKernel::new(codebook) else { return self.quantize(self.kernel(), piece) };
         ring.with(|slot| {
             self.files.read(tensor, piece.offset(), slot.source(piece.place.len()))?;
-            let quantized = slot.quantize(elements, dtype, scheme.format, scheme.block_size)?;
+            let quantized = slot.quantize(elements, dtype, kernel, size)?;
             let finite = quantized.figures.absmax.iter().all(|absmax| absmax.is_finite());
             if finite {
                 let mut results = Results { files: &self.files, tensor, dtype, encoded: &mut self.encoded };
-                return Ok(results.quantized(scheme, first_element, quantized.packed, &quantized.figures)?);
+                return Ok(results.quantized(&self.codec, first_element, quantized.packed, &quantized.figures)?);
             }
             if !self.job.plan.recipe.keeps_nonfinite() {
                 return Err(Failed::Other(self.describe_nonfinite(tensor, dtype)));
             }
-            let (_, mut outputs) = self.buffers.split(tensor, piece.place.clone(), dtype, &self.scheme);
-            quantize_any(outputs.blocks(slot.source(piece.place.len()), dtype, scheme));
+            let (_, mut outputs) = self.buffers.split(tensor, piece.place.clone(), dtype, &self.codec);
+            quantize_any(outputs.blocks(slot.source(piece.place.len()), dtype, codebook, size));
             let mut results = Results { files: &self.files, tensor, dtype, encoded: &mut self.encoded };
-            Ok(results.quantized(scheme, first_element, outputs.packed, &outputs.figures)?)
+            Ok(results.quantized(&self.codec, first_element, outputs.packed, &outputs.figures)?)
         })
     }
 
-    fn quantize_groups_on_gpu(&mut self, ring: &SlotPool<'_>, scheme: &GroupScheme, piece: Piece<'_>) -> Result<Done> {
+    fn quantize_groups_on_gpu(&mut self, ring: &SlotPool<'_>, piece: Piece<'_>) -> Result<Done> {
         let Piece { tensor, dtype, first_element, tensor_scale, .. } = piece;
         let elements = piece.place.len() / dtype.size();
-        let (columns, group) = columns_and_group(scheme, tensor);
-        let kernel_scheme = group::GroupCoder::new(scheme, tensor_scale);
+        let (columns, group) = columns_and_group(&self.codec, tensor);
+        let coder = group::GroupCoder::new(&self.codec, tensor_scale);
+        let Some(kernel) = GroupKernel::new(coder, columns, group) else { return self.quantize(self.kernel(), piece) };
         ring.with(|slot| {
             self.files.read(tensor, piece.offset(), slot.source(piece.place.len()))?;
-            let quantized = slot.quantize_groups(elements, dtype, columns, group, kernel_scheme)?;
+            let quantized = slot.quantize_groups(kernel, elements, dtype, columns, group, coder)?;
             let QuantizedGroups { packed, scales, zero_points, figures } = quantized;
             if figures.absmax.iter().any(|absmax| absmax.is_nan()) {
                 return Err(Failed::Other(self.describe_nonfinite(tensor, dtype)));
             }
             let run = GroupRun { first_element, packed, scales, zero_points, figures };
             let mut results = Results { files: &self.files, tensor, dtype, encoded: &mut self.encoded };
-            Ok(results.grouped(scheme, tensor_scale, &run)?)
+            Ok(results.grouped(&self.codec, tensor_scale, &run)?)
         })
     }
 
@@ -237,7 +241,7 @@ impl<'j, 'a> Worker<'j, 'a> {
 
     /// Quantizes a run of absmax that starts at entry `first`.
     fn nested(&mut self, tensor: &PlannedTensor, absmax: &[f32], first: usize, offset: f32) -> Result<Done> {
-        let (Some(dtype), Scheme::Blocks(scheme)) = (tensor.quantized_from(), &self.scheme) else {
+        let Some(dtype) = tensor.quantized_from() else {
             return Ok(Done::Written);
         };
         let (files, encoded) = (&self.files, &mut self.encoded);
@@ -245,13 +249,13 @@ impl<'j, 'a> Worker<'j, 'a> {
         if let Some(ring) = &self.job.ring {
             return ring.with(|slot| {
                 let (codes, nested_absmax) = slot.quantize_absmax(absmax, offset)?;
-                Ok(results.nested(scheme, first, absmax, offset, codes, nested_absmax)?)
+                Ok(results.nested(&self.codec, first, absmax, offset, codes, nested_absmax)?)
             });
         }
         let mut codes = vec![0; absmax.len()];
         let mut nested_absmax = vec![0.0; absmax.len().div_ceil(NESTED_BLOCK_SIZE)];
         nested::quantize(absmax, offset, dynamic_map(), &mut codes, &mut nested_absmax);
-        results.nested(scheme, first, absmax, offset, &codes, &nested_absmax)
+        results.nested(&self.codec, first, absmax, offset, &codes, &nested_absmax)
     }
 
     fn hash(
@@ -298,9 +302,9 @@ fn no_longer(path: PathBuf, tensor: &PlannedTensor) -> Error {
 
 /// The rows and groups that kernels take a tensor for. Where a chunk isn't whole rows, rows have no padding: groups lie one
 /// after the other, as rows do.
-fn columns_and_group(scheme: &GroupScheme, tensor: &PlannedTensor) -> (usize, usize) {
-    let group = scheme.group_len(tensor.columns()) as usize;
-    (if scheme.has_whole_rows() { tensor.columns() as usize } else { group }, group)
+fn columns_and_group(codec: &Codec, tensor: &PlannedTensor) -> (usize, usize) {
+    let group = codec.block_len(tensor.columns()) as usize;
+    (if codec.has_whole_rows() { tensor.columns() as usize } else { group }, group)
 }
 
 /// A run of whole blocks or groups in a buffer.
@@ -363,16 +367,16 @@ impl Buffers {
         tensor: &PlannedTensor,
         place: Range<usize>,
         dtype: FloatDtype,
-        scheme: &Scheme,
+        codec: &Codec,
     ) -> (&[u8], ChunkOutputs<'_>) {
         let (elements, columns) = ((place.len() / dtype.size()) as u64, tensor.columns());
-        let groups = elements.div_ceil(scheme.block_len(columns)) as usize;
-        let (scale_size, points) = match scheme {
-            Scheme::Groups(scheme) => (scheme.scale_size(dtype), scheme.has_zero_points()),
-            Scheme::Blocks(_) => (0, false),
+        let groups = elements.div_ceil(codec.block_len(columns)) as usize;
+        let (scale_size, points) = match codec.is_blocks() {
+            true => (0, false),
+            false => (codec.scale_size(dtype), codec.has_zero_points()),
         };
         let outputs = ChunkOutputs {
-            packed: &mut self.packed[..scheme.packed_len(elements, columns) as usize],
+            packed: &mut self.packed[..codec.packed_len(elements, columns) as usize],
             scales: &mut self.scales[..groups * scale_size],
             zero_points: &mut self.zero_points[..if points { groups } else { 0 }],
             figures: BlockErrors {
@@ -387,13 +391,19 @@ impl Buffers {
 }
 
 impl ChunkOutputs<'_> {
-    fn blocks<'s>(&'s mut self, source: &'s [u8], dtype: FloatDtype, scheme: &BlockScheme) -> Blocks<'s> {
+    fn blocks<'s>(
+        &'s mut self,
+        source: &'s [u8],
+        dtype: FloatDtype,
+        codebook: &'static Codebook,
+        block_size: BlockSize,
+    ) -> Blocks<'s> {
         let BlockErrors { absmax, signal, noise, worst } = &mut self.figures;
         Blocks {
             source,
             dtype,
-            block_size: scheme.block_size,
-            codebook: scheme.format.codebook(),
+            block_size,
+            codebook,
             packed: self.packed,
             figures: BlockErrors { absmax, signal, noise, worst },
         }
@@ -404,17 +414,17 @@ impl ChunkOutputs<'_> {
         source: &'s [u8],
         tensor: &PlannedTensor,
         dtype: FloatDtype,
-        scheme: &GroupScheme,
+        codec: &Codec,
         tensor_scale: Option<f32>,
     ) -> Groups<'s> {
         let BlockErrors { absmax, signal, noise, worst } = &mut self.figures;
-        let (columns, group) = columns_and_group(scheme, tensor);
+        let (columns, group) = columns_and_group(codec, tensor);
         Groups {
             source,
             dtype,
             columns,
             group,
-            scheme: group::GroupCoder::new(scheme, tensor_scale),
+            scheme: group::GroupCoder::new(codec, tensor_scale),
             packed: self.packed,
             scales: self.scales,
             zero_points: self.zero_points,

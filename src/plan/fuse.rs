@@ -7,7 +7,7 @@ use super::layout;
 use super::{Decision, PlannedTensor};
 use crate::checkpoint::Source;
 use crate::error::{Error, Result};
-use crate::format::Scheme;
+use crate::format::Codec;
 use crate::models::Role;
 use crate::models::experts::{ExpertParameter, Fusion};
 use crate::models::families::families;
@@ -21,7 +21,7 @@ pub fn fuse(
     source: &Source,
     model_types: &[&str],
     tensors: Vec<PlannedTensor>,
-    scheme: &Scheme,
+    codec: &Codec,
 ) -> Result<Vec<PlannedTensor>> {
     let parameters = families(model_types).flat_map(|family| family.experts);
     let fusions: Vec<Fusion> = parameters.filter_map(ExpertParameter::fusion).collect();
@@ -34,7 +34,7 @@ pub fn fuse(
             continue;
         }
         let mut tensor = group.fuse(source, &tensors)?;
-        tensor.outputs = layout::outputs(&tensor, scheme);
+        tensor.outputs = layout::outputs(&tensor, codec);
         fused.insert(members().min().unwrap_or_default(), tensor);
         taken.extend(members());
     }

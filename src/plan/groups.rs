@@ -7,27 +7,21 @@ use super::part::MAX_EXPERTS;
 use super::split;
 use crate::checkpoint::Source;
 use crate::error::{Error, Result};
-use crate::format::{GroupScheme, Layout};
+use crate::format::{Codec, Layout};
 use crate::models::{Role, Verdict};
 
 /// Keeps a weight that the format can't hold: its rows aren't whole groups, or the layout is for others.
 ///
 /// # Errors
 /// When gpt-oss's layout can't be had of all experts.
-pub fn check(
-    source: &Source,
-    model_types: &[&str],
-    input: &Input,
-    scheme: &GroupScheme,
-    verdict: &mut Verdict,
-) -> Result<()> {
+pub fn check(source: &Source, model_types: &[&str], input: &Input, codec: &Codec, verdict: &mut Verdict) -> Result<()> {
     let keep = |verdict: &mut Verdict, reason: Cow<'static, str>| {
         (verdict.quantize, verdict.reason) = (false, reason);
         Ok(())
     };
-    if scheme.layout == Layout::GptOss {
+    if codec.layout() == Some(Layout::GptOss) {
         return match verdict.role {
-            Role::FusedExperts => check_gpt_oss(source, input, scheme, verdict),
+            Role::FusedExperts => check_gpt_oss(source, input, codec, verdict),
             _ if verdict.quantize => keep(verdict, "gpt-oss's layout is of experts only: kept in its dtype".into()),
             _ => Ok(()),
         };
@@ -45,8 +39,8 @@ pub fn check(
         }
         _ => input.shape[1],
     };
-    let group = scheme.group_len(columns);
-    if scheme.packed_row(columns) > 2 * columns {
+    let group = codec.block_len(columns);
+    if codec.packed_row(columns) > 2 * columns {
         return keep(verdict, "its rows would take more room than in 16 bits: kept in its dtype".into());
     }
     if columns.is_multiple_of(group) {
@@ -56,7 +50,7 @@ pub fn check(
 }
 
 /// Its loader takes all experts for MXFP4.
-fn check_gpt_oss(source: &Source, input: &Input, scheme: &GroupScheme, verdict: &Verdict) -> Result<()> {
+fn check_gpt_oss(source: &Source, input: &Input, codec: &Codec, verdict: &Verdict) -> Result<()> {
     let error = |why: String| {
         let path = source.files[input.parts[0].file].path.clone();
         Err(Error::Experts { path, tensor: input.name.clone(), why })
@@ -65,7 +59,7 @@ fn check_gpt_oss(source: &Source, input: &Input, scheme: &GroupScheme, verdict: 
         return error(format!("{}: in gpt-oss's layout all experts are quantized, or none", verdict.reason));
     }
     match input.shape[..] {
-        [experts, columns, _] if columns.is_multiple_of(scheme.group_len(columns)) && experts <= MAX_EXPERTS => Ok(()),
+        [experts, columns, _] if columns.is_multiple_of(codec.block_len(columns)) && experts <= MAX_EXPERTS => Ok(()),
         _ => error(format!("its shape is {:?}: the second dimension must be whole groups of 32", input.shape)),
     }
 }

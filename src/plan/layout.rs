@@ -1,11 +1,12 @@
 //! Output tensors, files and offsets.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use super::{Decision, PlannedTensor};
 use crate::checkpoint::{Described, header_bytes, shard_name, sort_canonically};
 use crate::dtype::{Dtype, byte_len};
-use crate::format::Scheme;
+use crate::format::Codec;
 use crate::layout::{OutputDtype, OutputKind};
 
 /// A tensor to be written.
@@ -14,7 +15,7 @@ pub struct PlannedOutput {
     /// Which part of a quantized weight it is; `None` for a tensor kept as it is.
     pub kind: Option<OutputKind>,
     /// Its name, after the source tensor's.
-    pub suffix: &'static str,
+    pub suffix: Cow<'static, str>,
     /// Its dtype.
     pub dtype: Dtype,
     /// Its shape.
@@ -39,12 +40,12 @@ pub struct PlannedFile {
 }
 
 /// What a tensor becomes; offsets are set by [`lay_out`].
-pub fn outputs(tensor: &PlannedTensor, scheme: &Scheme) -> Vec<PlannedOutput> {
+pub fn outputs(tensor: &PlannedTensor, codec: &Codec) -> Vec<PlannedOutput> {
     let Decision::Quantize(dtype) = tensor.decision else {
         let (dtype, shape, len) = (tensor.dtype, tensor.shape.clone(), tensor.source_len());
-        return vec![PlannedOutput { kind: None, suffix: "", dtype, shape, len, offset: 0 }];
+        return vec![PlannedOutput { kind: None, suffix: Cow::Borrowed(""), dtype, shape, len, offset: 0 }];
     };
-    let outputs = scheme.output_tensors(dtype, &tensor.shape).into_iter();
+    let outputs = codec.output_tensors(dtype, &tensor.shape).into_iter();
     outputs
         .map(|output| {
             let dtype = match output.dtype {

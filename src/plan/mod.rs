@@ -25,7 +25,7 @@ use crate::checkpoint::{CONFIG_NAME, Source};
 use crate::dtype::Dtype;
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Result};
-use crate::format::{GroupScheme, Layout, Scheme};
+use crate::format::{Codec, Layout};
 use crate::layout::OutputKind;
 use crate::models::families::families;
 use crate::models::{Role, Rules, Verdict};
@@ -88,12 +88,12 @@ pub enum Decision {
 }
 
 impl PlannedTensor {
-    fn new((input, verdict, decision): Decided, scheme: &Scheme) -> PlannedTensor {
+    fn new((input, verdict, decision): Decided, codec: &Codec) -> PlannedTensor {
         let Input { name, dtype, shape, parts } = input;
         let Verdict { role, reason, .. } = verdict;
         let (constant, outputs) = (None, Vec::new());
         let mut tensor = PlannedTensor { name, dtype, shape, parts, constant, role, decision, reason, outputs };
-        tensor.outputs = layout::outputs(&tensor, scheme);
+        tensor.outputs = layout::outputs(&tensor, codec);
         tensor
     }
 
@@ -132,7 +132,7 @@ impl PlannedTensor {
     /// When the tensor has no such output.
     pub fn output(&self, kind: OutputKind) -> &PlannedOutput {
         let found = self.outputs.iter().find(|output| output.kind == Some(kind));
-        found.expect("the scheme gives this output")
+        found.expect("the codec gives this output")
     }
 
     /// Bytes of all that is written for it.
@@ -150,28 +150,28 @@ impl Plan {
     pub fn new(source: &Source, mut recipe: Recipe) -> Result<Plan> {
         // It is no part of the recipe where nothing was decoded because of it.
         recipe.dequantize_source &= input::has_mxfp4_experts(source);
-        let scheme = recipe.scheme();
+        let codec = recipe.codec();
         let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
         let rules = Rules::new(&model_types);
         let decided = decide(source, &recipe, &model_types, &rules)?;
         let linear: Vec<bool> = decided.iter().map(|(_, verdict, _)| verdict.linear).collect();
         let mut tensors: Vec<PlannedTensor> =
-            decided.into_iter().map(|decided| PlannedTensor::new(decided, &scheme)).collect();
+            decided.into_iter().map(|decided| PlannedTensor::new(decided, &codec)).collect();
         check_anything_quantized(source, &tensors, &recipe)?;
-        let kept_modules = match &scheme {
-            Scheme::Blocks(_) => kept_modules::bitsandbytes::list(&rules, &tensors, &linear)?,
-            Scheme::Groups(scheme) => kept_modules::compressed_tensors::list(&rules, &tensors, &linear, scheme.layout),
+        let kept_modules = match codec.layout() {
+            None => kept_modules::bitsandbytes::list(&rules, &tensors, &linear)?,
+            Some(layout) => kept_modules::compressed_tensors::list(&rules, &tensors, &linear, layout),
         };
         let config = quantized_config(source, &recipe, &tensors, &kept_modules)?;
         let warnings = warnings(source, &recipe, &rules, &tensors, &linear);
         if recipe.fuses_experts() {
-            tensors = fuse::fuse(source, &model_types, tensors, &recipe.scheme())?;
+            tensors = fuse::fuse(source, &model_types, tensors, &codec)?;
         }
         check_names_are_free(source, &tensors)?;
         check_names_differ(source, &tensors)?;
         let files = layout::lay_out(&mut tensors, recipe.max_shard_size);
-        let scale_sets = if scheme.shares_scales() { scale_sets::scale_sets(&tensors) } else { Vec::new() };
-        let side_files = scheme.side_file(&kept_modules).into_iter().collect();
+        let scale_sets = if codec.has_tensor_scale() { scale_sets::scale_sets(&tensors) } else { Vec::new() };
+        let side_files = codec.side_file(&kept_modules).into_iter().collect();
         Ok(Plan { recipe, tensors, files, scale_sets, config, side_files, warnings })
     }
 
@@ -184,7 +184,7 @@ impl Plan {
             let is_coded = input.parts.iter().any(|part| part.coded.is_some());
             let reason = if is_coded { "decoded" } else { "copied" };
             let verdict = Verdict { role: Role::Unknown, quantize: false, linear: false, reason: reason.into() };
-            PlannedTensor::new((input, verdict, Decision::Keep), &recipe.scheme())
+            PlannedTensor::new((input, verdict, Decision::Keep), &recipe.codec())
         };
         let mut tensors: Vec<PlannedTensor> = inputs.into_iter().map(keep).collect();
         check_names_differ(source, &tensors)?;
@@ -233,8 +233,8 @@ impl Plan {
 
 /// What becomes of each tensor, with fused experts taken apart where the format wants it.
 fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules) -> Result<Vec<Decided>> {
-    let scheme = recipe.scheme();
-    if recipe.is_gpt_oss() && !families(model_types).any(|family| family.gpt_oss_layout) {
+    let codec = recipe.codec();
+    if codec.layout() == Some(Layout::GptOss) && !families(model_types).any(|family| family.gpt_oss_layout) {
         let why = "gpt-oss's layout is of gpt_oss models' experts only; leave --layout out for compressed-tensors'"
             .to_owned();
         return Err(Error::NothingToQuantize { path: source.path.clone(), why });
@@ -243,8 +243,8 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
     let mut decided = Vec::new();
     for input in input::inputs(source, recipe)? {
         let mut verdict = selection.decide(&input.name, &input.shape);
-        if let Scheme::Groups(scheme) = &scheme {
-            groups::check(source, model_types, &input, scheme, &mut verdict)?;
+        if !codec.is_blocks() {
+            groups::check(source, model_types, &input, &codec, &mut verdict)?;
         }
         let decision = match (verdict.quantize, float_dtype(input.dtype)) {
             (false, _) => Decision::Keep,
@@ -257,9 +257,9 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
         decided.push((input, verdict, decision));
     }
     selection.check_patterns()?;
-    match scheme {
-        Scheme::Blocks(_) => Ok(decided),
-        Scheme::Groups(GroupScheme { layout: Layout::GptOss, .. }) => {
+    match codec.layout() {
+        None => Ok(decided),
+        Some(Layout::GptOss) => {
             let transposed = decided.into_iter().map(|(input, verdict, decision)| match decision {
                 // What products sum over in rows, of which MXFP4's groups are.
                 Decision::Quantize(_) => (input.transposed(), verdict, decision),
@@ -267,7 +267,7 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
             });
             Ok(transposed.collect())
         }
-        Scheme::Groups(_) => split::split_experts(source, model_types, decided),
+        Some(_) => split::split_experts(source, model_types, decided),
     }
 }
 
@@ -289,8 +289,8 @@ fn bits_per_element<'a>(tensors: impl Iterator<Item = &'a PlannedTensor>) -> f64
 
 /// What is written for a quantized weight must not have the name of another tensor.
 fn check_names_are_free(source: &Source, tensors: &[PlannedTensor]) -> Result<()> {
-    let parts = |tensor: &PlannedTensor| tensor.outputs.iter().map(|output| output.suffix).collect::<Vec<_>>();
-    let Some(suffixes) = tensors.iter().find(|tensor| tensor.outputs.len() > 1).map(parts) else { return Ok(()) };
+    let Some(first) = tensors.iter().find(|tensor| tensor.outputs.len() > 1) else { return Ok(()) };
+    let suffixes: Vec<&str> = first.outputs.iter().map(|output| &*output.suffix).collect();
     let quantized: HashSet<&str> =
         tensors.iter().filter(|tensor| tensor.decision != Decision::Keep).map(|tensor| tensor.name.as_str()).collect();
     for tensor in tensors {
@@ -352,7 +352,7 @@ fn quantized_config(
     let of_config = ["dtype", "torch_dtype"].iter().find_map(|key| config.values().get(*key)?.as_str());
     let of_weights = tensors.iter().find_map(PlannedTensor::quantized_from).unwrap_or(FloatDtype::Bfloat16);
     let compute_dtype = of_config.and_then(FloatDtype::from_torch_name).unwrap_or(of_weights);
-    let mut entries = vec![("quantization_config", recipe.scheme().quantization_config(compute_dtype, skip_modules))];
+    let mut entries = vec![("quantization_config", recipe.codec().quantization_config(compute_dtype, skip_modules))];
     if has_4_bit_experts(recipe, tensors) {
         entries.push(("experts_implementation", Value::from(EXPERTS_GUARD)));
     }
@@ -362,7 +362,7 @@ fn quantized_config(
 /// Whether experts are quantized in a layout that transformers doesn't load by itself.
 fn has_4_bit_experts(recipe: &Recipe, tensors: &[PlannedTensor]) -> bool {
     let is_quantized = |tensor: &PlannedTensor| tensor.role.is_expert() && tensor.decision != Decision::Keep;
-    recipe.scheme().blocks().is_some() && tensors.iter().any(is_quantized)
+    recipe.codec().is_blocks() && tensors.iter().any(is_quantized)
 }
 
 fn warnings(
@@ -394,7 +394,7 @@ fn warnings(
              experts_implementation has it stop rather than fill them with random numbers"
                 .to_owned(),
         );
-        if recipe.double_quant() && recipe.fuses_experts() {
+        if recipe.codec().double_quant() && recipe.fuses_experts() {
             warnings.push(
                 "double quantization over fused experts is less exact than expert by expert: all of a layer's experts \
                  share one mean of absmax, and groups of 256 blocks straddle them; the manifest's statistics tell how much"

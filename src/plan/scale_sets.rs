@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use crate::format::{GroupScheme, Scheme};
+use crate::format::{Codec, Sharing};
 use crate::models::families::families;
 use crate::models::{Role, merged_linears};
 use crate::plan::{Decision, PlannedTensor};
@@ -36,9 +36,12 @@ pub fn scale_sets(tensors: &[PlannedTensor]) -> Vec<Vec<usize>> {
 
 /// What is to be known before vLLM is given the checkpoint.
 pub fn warnings(recipe: &Recipe, model_types: &[&str], tensors: &[PlannedTensor]) -> Vec<String> {
-    let Scheme::Groups(scheme) = recipe.scheme() else { return Vec::new() };
+    let codec = recipe.codec();
+    if codec.is_blocks() {
+        return Vec::new();
+    }
     let quantized = |tensor: &PlannedTensor| tensor.decision != Decision::Keep;
-    let mut warnings: Vec<String> = mixed(tensors).map(|kept| mix_warning(&scheme, kept)).into_iter().collect();
+    let mut warnings: Vec<String> = mixed(tensors).map(|kept| mix_warning(&codec, kept)).into_iter().collect();
     if families(model_types).any(|family| family.gpt_oss_layout)
         && tensors.iter().any(|t| quantized(t) && t.role == Role::ExpertLinear)
     {
@@ -70,9 +73,9 @@ fn mixed(tensors: &[PlannedTensor]) -> Option<&PlannedTensor> {
     kept.min_by_key(|tensor| &tensor.name)
 }
 
-fn mix_warning(scheme: &GroupScheme, kept: &PlannedTensor) -> String {
+fn mix_warning(codec: &Codec, kept: &PlannedTensor) -> String {
     let (name, dtype, columns) = (&kept.name, kept.dtype, kept.columns());
-    let by_columns = scheme.is_integer() && !columns.is_multiple_of(scheme.group_len(columns));
+    let by_columns = codec.format.sharing == Sharing::Groups && !columns.is_multiple_of(codec.block_len(columns));
     let smaller = [64, 32].into_iter().find(|size| by_columns && columns.is_multiple_of(*size));
     let hint = smaller.map_or(String::new(), |size| format!("; --group-size {size} takes it too"));
     format!(

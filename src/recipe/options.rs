@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::{ExpertLayout, NonFinitePolicy, Recipe, Weights};
 use crate::error::{Error, Result};
-use crate::format::{BlockFormat, BlockSize, Format, GroupFormat, GroupSize, Layout};
+use crate::format::{BlockSize, FORMATS, FormatSpec, GroupSize, Layout, NF4, Sharing};
 
 /// Options of a conversion; what isn't given is the default. A recipe stands in the manifest as all those that apply to it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -16,8 +16,8 @@ use crate::format::{BlockFormat, BlockSize, Format, GroupFormat, GroupSize, Layo
 pub struct RecipeOptions {
     /// The 4-bit format.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(with = "Format")]
-    pub format: Option<Format>,
+    #[schemars(with = "FormatSpec")]
+    pub format: Option<&'static FormatSpec>,
     /// Consecutive elements that share one absmax, in NF4 and FP4.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "BlockSize")]
@@ -94,13 +94,14 @@ impl RecipeOptions {
     /// # Errors
     /// When one doesn't apply to the format, or two don't go together.
     pub fn build(self) -> Result<Recipe> {
-        let weights = match self.format.unwrap_or(Format::Nf4) {
-            Format::Nf4 => self.blocks(BlockFormat::Nf4)?,
-            Format::Fp4 => self.blocks(BlockFormat::Fp4)?,
-            Format::Int4 => self.integers(GroupFormat::Int4)?,
-            Format::Int4Asym => self.integers(GroupFormat::Int4Asym)?,
-            Format::Mxfp4 => self.floats(GroupFormat::Mxfp4, 32)?,
-            Format::Nvfp4 => self.floats(GroupFormat::Nvfp4, 16)?,
+        let format = self.format.unwrap_or(&NF4);
+        let weights = match format.sharing {
+            Sharing::Blocks => self.blocks(format)?,
+            Sharing::Groups => self.groups(format, self.group_size.unwrap_or_default())?,
+            Sharing::GroupsOf(columns) => {
+                self.refuse_unless(self.group_size.is_none(), "group_size", has_group_size)?;
+                self.groups(format, GroupSize::Columns(columns))?
+            }
         };
         let default = Recipe::default();
         Ok(Recipe {
@@ -113,9 +114,9 @@ impl RecipeOptions {
         })
     }
 
-    fn blocks(&self, format: BlockFormat) -> Result<Weights> {
-        self.refuse(self.layout.is_some(), "layout", "int4, int4-asym, mxfp4 and nvfp4")?;
-        self.refuse(self.group_size.is_some(), "group_size", "int4 and int4-asym")?;
+    fn blocks(&self, format: &'static FormatSpec) -> Result<Weights> {
+        self.refuse_unless(self.layout.is_none(), "layout", |format| !has_blocks(format))?;
+        self.refuse_unless(self.group_size.is_none(), "group_size", has_group_size)?;
         let double_quant = self.double_quant.unwrap_or_default();
         let nonfinite = self.nonfinite.unwrap_or_default();
         if double_quant && nonfinite == NonFinitePolicy::Keep {
@@ -127,33 +128,39 @@ impl RecipeOptions {
         Ok(Weights::Blocks { format, block_size, double_quant, nonfinite, experts })
     }
 
-    fn integers(&self, format: GroupFormat) -> Result<Weights> {
-        self.groups(format, self.group_size.unwrap_or_default())
-    }
-
-    fn floats(&self, format: GroupFormat, columns: u32) -> Result<Weights> {
-        self.refuse(self.group_size.is_some(), "group_size", "int4 and int4-asym")?;
-        self.groups(format, GroupSize::Columns(columns))
-    }
-
-    fn groups(&self, format: GroupFormat, group_size: GroupSize) -> Result<Weights> {
-        const BLOCKS: &str = "nf4 and fp4";
-        self.refuse(self.block_size.is_some(), "block_size", BLOCKS)?;
-        self.refuse(self.double_quant == Some(true), "double_quant", BLOCKS)?;
-        self.refuse(self.nonfinite == Some(NonFinitePolicy::Keep), "nonfinite keep", BLOCKS)?;
-        self.refuse(self.experts == Some(ExpertLayout::Fuse), "experts fuse", BLOCKS)?;
-        let layout = self.layout.unwrap_or_default();
-        self.refuse(layout == Layout::Modelopt && format != GroupFormat::Nvfp4, "layout modelopt", "nvfp4")?;
-        self.refuse(layout == Layout::GptOss && format != GroupFormat::Mxfp4, "layout gpt-oss", "mxfp4")?;
+    fn groups(&self, format: &'static FormatSpec, group_size: GroupSize) -> Result<Weights> {
+        self.refuse_unless(self.block_size.is_none(), "block_size", has_blocks)?;
+        self.refuse_unless(self.double_quant != Some(true), "double_quant", has_blocks)?;
+        self.refuse_unless(self.nonfinite != Some(NonFinitePolicy::Keep), "nonfinite keep", has_blocks)?;
+        self.refuse_unless(self.experts != Some(ExpertLayout::Fuse), "experts fuse", has_blocks)?;
+        let layout = self.layout.or(format.layouts.first().copied()).unwrap_or_default();
+        let option = match layout {
+            Layout::CompressedTensors => "layout compressed-tensors",
+            Layout::Modelopt => "layout modelopt",
+            Layout::GptOss => "layout gpt-oss",
+        };
+        self.refuse_unless(format.layouts.contains(&layout), option, |format| format.layouts.contains(&layout))?;
         Ok(Weights::Groups { format, group_size, layout })
     }
 
-    /// Refuses an option that is given, but is of other formats.
-    fn refuse(&self, given: bool, option: &'static str, formats: &str) -> Result<()> {
-        let format = self.format.unwrap_or(Format::Nf4).name();
-        let why = || format!("applies to {formats} only: leave it out for {format}");
-        if given { Err(Error::Options { option, why: why() }) } else { Ok(()) }
+    /// Refuses an option that is of other formats.
+    fn refuse_unless(&self, fits: bool, option: &'static str, has: impl Fn(&FormatSpec) -> bool) -> Result<()> {
+        if fits {
+            return Ok(());
+        }
+        let names: Vec<&str> = FORMATS.iter().filter(|format| has(format)).map(|format| format.name).collect();
+        let format = self.format.unwrap_or(&NF4).name;
+        let why = format!("applies to {} only: leave it out for {format}", names.join(" and "));
+        Err(Error::Options { option, why })
     }
+}
+
+fn has_blocks(format: &FormatSpec) -> bool {
+    format.sharing == Sharing::Blocks
+}
+
+fn has_group_size(format: &FormatSpec) -> bool {
+    format.sharing == Sharing::Groups
 }
 
 impl From<Recipe> for RecipeOptions {
@@ -168,8 +175,7 @@ impl From<Recipe> for RecipeOptions {
                 ..RecipeOptions::default()
             },
             Weights::Groups { format, group_size, layout } => {
-                let has_choice = matches!(format, GroupFormat::Int4 | GroupFormat::Int4Asym);
-                let group_size = has_choice.then_some(group_size);
+                let group_size = has_group_size(format).then_some(group_size);
                 RecipeOptions { group_size, layout: Some(layout), ..RecipeOptions::default() }
             }
         };
@@ -199,7 +205,7 @@ impl TryFrom<RecipeOptions> for Recipe {
             let object = json!(options);
             object.as_object().into_iter().flatten().map(|(key, _)| key.clone()).collect()
         };
-        let format = recipe.format().name();
+        let format = recipe.format().name;
         Err(format!("a recipe of {format} with {:?}, expected {:?}", keys(&given), keys(&expected)))
     }
 }
@@ -220,20 +226,18 @@ impl JsonSchema for Recipe {
             .flatten()
             .map(|(key, _)| key.clone())
             .collect();
-        schema.insert("oneOf".to_owned(), Format::ALL.into_iter().map(|format| case(format, &known)).collect());
+        schema.insert("oneOf".to_owned(), FORMATS.iter().map(|format| case(format, &known)).collect());
         schema
     }
 }
 
 /// What a recipe of a format must have, and must not.
-fn case(format: Format, known: &[String]) -> Value {
-    let of = |layout| RecipeOptions { format: Some(format), layout, ..RecipeOptions::default() }.build().ok();
-    let layouts: Vec<Layout> = Layout::ALL.into_iter().filter(|&layout| of(Some(layout)).is_some()).collect();
-    let written = json!(of(None));
+fn case(format: &'static FormatSpec, known: &[String]) -> Value {
+    let written = json!(RecipeOptions { format: Some(format), ..RecipeOptions::default() }.build().ok());
     let mut properties = serde_json::Map::new();
     properties.insert("format".to_owned(), json!({"const": format}));
-    if !layouts.is_empty() {
-        properties.insert("layout".to_owned(), json!({"enum": layouts}));
+    if !format.layouts.is_empty() {
+        properties.insert("layout".to_owned(), json!({"enum": format.layouts}));
     }
     let (required, others): (Vec<&String>, Vec<&String>) = known.iter().partition(|key| written.get(key).is_some());
     properties
@@ -310,7 +314,7 @@ mod tests {
         let on_top = fused.or(&base).build().unwrap();
         assert!(on_top.fuses_experts() && on_top.only_experts);
         assert_eq!(json!(on_top)["block_size"], 32);
-        let other = RecipeOptions { format: Some(Format::Int4), ..Default::default() };
-        assert_eq!(other.or(&base).build().unwrap().format(), Format::Int4);
+        let other = RecipeOptions { format: Some(&FORMATS[2]), ..Default::default() };
+        assert_eq!(other.or(&base).build().unwrap().format(), FORMATS[2]);
     }
 }

@@ -233,7 +233,7 @@ fn quiet_is_quiet_and_json_is_one_object() {
 #[test]
 fn the_last_lines_say_what_was_written_and_what_it_cost() {
     let run = moe().convert(&[]).ok();
-    for words in ["3 tensors in nf4 (block 64), 2 kept", "bits a quantized weight", "SNR", "GB/s"] {
+    for words in ["3 tensors in nf4 (block 64), 2 kept", "bits per quantized weight", "SNR", "hashes included"] {
         assert!(run.stdout.contains(words), "no {words:?} in {}", run.stdout);
     }
     assert!(run.stderr.contains("wrote model.safetensors"), "{}", run.stderr);
@@ -260,7 +260,11 @@ fn a_finished_conversion_is_not_done_again() {
     folder.convert(&[]).ok();
     let before = contents(&folder.destination());
     let run = folder.convert(&[]).ok();
-    assert!(run.stdout.contains("finished by an earlier run, of the same source and recipe"), "{}", run.stdout);
+    assert!(
+        run.stdout.contains("already converted from this source with these options; nothing to do"),
+        "{}",
+        run.stdout
+    );
     assert_eq!(folder.convert(&["--quiet"]).ok().stdout, "");
     for flags in [&["--format", "fp4"][..], &["--hash-source"], &["--exclude", "q_proj"]] {
         folder.convert(flags).fails(3, &["exists and isn't empty"]);

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use prequant::backend::Device;
 use prequant::dtype::FloatDtype;
-use prequant::format::{BlockFormat, BlockSize, Format, NESTED_BLOCK_SIZE, dynamic_map};
+use prequant::format::{BlockSize, FP4, NESTED_BLOCK_SIZE, NF4, Scales, dynamic_map, nf4};
 use prequant::kernel::block::nested;
 use prequant::kernel::{BlockErrors, Blocks, Kernel};
 use prequant::layout::{QuantState, quant_state_bytes};
@@ -47,15 +47,15 @@ fn convert(source: &Path, destination: &Path, recipe: &Recipe, how: How) -> Mani
 
 /// A whole tensor at once, by the specification: its outputs by suffix.
 fn recompute(tensor: &Tensor, dtype: FloatDtype, recipe: &Recipe) -> BTreeMap<String, Stored> {
-    let scheme = *recipe.scheme().blocks().unwrap();
+    let codec = recipe.codec();
+    let Scales::Blocks { codebook, size, double_quant } = codec.scales else { panic!("blocks") };
     let elements = tensor.data.len() / dtype.size();
-    let blocks = elements.div_ceil(scheme.block_size.get());
+    let blocks = elements.div_ceil(size.get());
     let mut packed = vec![0; elements.div_ceil(2)];
     let [mut absmax, mut signal, mut noise, mut worst] = std::array::from_fn(|_| vec![0f32; blocks]);
     let figures = BlockErrors { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
-    let codebook = scheme.format.codebook();
     let source = &tensor.data;
-    let blocks = Blocks { source, dtype, block_size: scheme.block_size, codebook, packed: &mut packed, figures };
+    let blocks = Blocks { source, dtype, block_size: size, codebook, packed: &mut packed, figures };
     Kernel::SCALAR.quantize(blocks).unwrap();
 
     let floats = |values: &[f32]| -> Stored {
@@ -66,7 +66,7 @@ fn recompute(tensor: &Tensor, dtype: FloatDtype, recipe: &Recipe) -> BTreeMap<St
     outputs.insert(String::new(), (Dtype::U8, vec![packed.len(), 1], packed));
     outputs.insert(".quant_map".to_owned(), floats(&codebook.values()));
     let mut nested_offset = 0.0;
-    if scheme.double_quant {
+    if double_quant {
         nested_offset = (absmax.iter().map(|&x| f64::from(x)).sum::<f64>() / absmax.len() as f64) as f32;
         let (mut codes, mut nested) = (vec![0; absmax.len()], vec![0f32; absmax.len().div_ceil(NESTED_BLOCK_SIZE)]);
         nested::quantize(&absmax, nested_offset, dynamic_map(), &mut codes, &mut nested);
@@ -77,8 +77,8 @@ fn recompute(tensor: &Tensor, dtype: FloatDtype, recipe: &Recipe) -> BTreeMap<St
         outputs.insert(".absmax".to_owned(), floats(&absmax));
     }
     let shape: Vec<u64> = tensor.shape.iter().map(|&d| d as u64).collect();
-    let state = quant_state_bytes(&QuantState { scheme: &scheme, dtype, shape: &shape, nested_offset });
-    outputs.insert(format!(".quant_state.bitsandbytes__{}", scheme.format.name()), bytes(state));
+    let state = quant_state_bytes(&QuantState { codec: &codec, dtype, shape: &shape, nested_offset });
+    outputs.insert(format!(".quant_state.bitsandbytes__{}", codec.format.name), bytes(state));
     outputs
 }
 
@@ -150,7 +150,7 @@ proptest! {
     fn bytes_depend_on_source_and_recipe_alone(
         weights in quantizable(),
         block_size in prop::sample::select(vec![32u32, 64, 128, 256, 512, 1024, 2048, 4096]),
-        format in prop::sample::select(vec![Format::Nf4, Format::Fp4]),
+        format in prop::sample::select(vec![&NF4, &FP4]),
         double_quant: bool,
         shards in 1..4usize,
         max_shard_size in prop::sample::select(vec![1, 5_000, 100_000, 5_000_000_000]),
@@ -210,7 +210,7 @@ fn statistics_say_what_decoding_shows() {
             bytes.chunks_exact(4).map(|b| f64::from(f32::from_le_bytes(b.try_into().unwrap()))).collect()
         };
         let (absmax, source) = (floats(&plain[".absmax"].2), floats(&tensor.data));
-        let values = BlockFormat::Nf4.codebook().values();
+        let values = nf4::CODEBOOK.values();
         let decoded: Vec<f64> = (0..source.len())
             .map(|i| {
                 let byte = plain[""].2[i / 2];

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use prequant::backend::Device;
-use prequant::format::Format;
+use prequant::format::{FP4, NF4};
 use prequant::kernel::Kernel;
 use prequant::manifest::{DecisionRecord, Manifest};
 use prequant::ops::quantize::{Options, plan};
@@ -106,7 +106,7 @@ fn tensors_shorter_than_a_block_are_quantized_like_any_other() {
 
 #[test]
 fn statistics_are_those_of_a_plain_recomputation_for_each_tensor_and_for_all() {
-    for format in [Format::Nf4, Format::Fp4] {
+    for format in [&NF4, &FP4] {
         for (block_size, double_quant) in [("32", true), ("64", false), ("512", true), ("4096", false)] {
             let mut zeros = up_proj(3, Dtype::F16, &[64, 200]);
             zeros.data[8192..][..8192].fill(0);
@@ -118,7 +118,7 @@ fn statistics_are_those_of_a_plain_recomputation_for_each_tensor_and_for_all() {
             ];
             let folder = Folder::new("llama");
             folder.write("model.safetensors", serialize(&tensors));
-            let mut flags = vec!["--format", format.name(), "--block-size", block_size, "--max-shard-size", "9kB"];
+            let mut flags = vec!["--format", format.name, "--block-size", block_size, "--max-shard-size", "9kB"];
             flags.extend(double_quant.then_some("--double-quant"));
             folder.convert(&flags).ok();
             let manifest = manifest(&folder);
@@ -126,7 +126,7 @@ fn statistics_are_those_of_a_plain_recomputation_for_each_tensor_and_for_all() {
             for tensor in &tensors {
                 let record = manifest.tensors.iter().find(|record| record.sources[0].name == tensor.name).unwrap();
                 let loss = recompute(tensor, &manifest.recipe).loss;
-                let of = format!("{} in {} of {block_size}", tensor.name, format.name());
+                let of = format!("{} in {} of {block_size}", tensor.name, format.name);
                 loss.assert_is(record.statistics.as_ref().unwrap(), &of);
                 all.add(&loss);
             }

@@ -144,7 +144,7 @@ fn a_run_that_has_finished_is_not_done_again() {
     let relaid = both.path("relaid");
     convert(&both.path("keep"), &relaid, &["--experts", "fuse"]).ok();
     let again = convert(&both.path("keep"), &relaid, &["--experts", "fuse"]).ok();
-    assert!(again.stdout.contains("finished by an earlier run"), "{}", again.stdout);
+    assert!(again.stdout.contains("already converted from this source"), "{}", again.stdout);
     // A conversion of the source gives the same weights and more of a manifest: it isn't that one.
     convert(&both.folder.source(), &relaid, &["--experts", "fuse"]).fails(3, &["--force"]);
 }
@@ -153,7 +153,7 @@ fn a_run_that_has_finished_is_not_done_again() {
 fn dry_run_tells_of_the_tensors_that_it_comes_to() {
     let both = Both::new("qwen3_moe", &tensors(), &[]);
     let run = convert(&both.path("keep"), &both.path("none"), &["--experts", "fuse", "--dry-run"]).ok();
-    for words in ["mlp.experts.gate_up_proj", "[11, 32, 32]", "laid out anew", "6 tensors in nf4"] {
+    for words in ["mlp.experts.gate_up_proj", "[11, 32, 32]", "rewritten in the other layout", "6 tensors in nf4"] {
         assert!(run.stdout.contains(words), "no {words:?} in {}", run.stdout);
     }
     assert!(!both.path("none").exists());

@@ -213,7 +213,7 @@ fn another_block_size_is_another_source() {
             folder.convert(&[]).fails(3, &["--force"]);
         }
         folder.convert(flags).ok();
-        assert!(folder.convert(&[]).ok().stdout.contains("finished by an earlier run"));
+        assert!(folder.convert(&[]).ok().stdout.contains("already converted from this source"));
     }
 }
 

@@ -44,7 +44,7 @@ fn differs(folder: &Folder, flags: &[&str], words: &[&str]) {
 fn a_fresh_checkpoint_is_as_it_should_be() {
     let folder = converted();
     let found = run("verify", &folder, &[]).ok();
-    assert!(found.stdout.contains("as it should be: 8 files, 18 tensors"), "{}", found.stdout);
+    assert!(found.stdout.contains("OK: 8 files, 18 tensors"), "{}", found.stdout);
     assert_eq!(run("verify", &folder, &["--quiet"]).ok().stdout, "");
     run("verify", &folder, &["--quick"]).ok();
     let json: Value = serde_json::from_str(&run("verify", &folder, &["--json"]).ok().stdout).unwrap();
@@ -201,7 +201,7 @@ fn inspect_shows_weights_with_their_formats_and_sizes() {
     let json: Value = serde_json::from_str(&run("inspect", &folder, &["--json"]).ok().stdout).unwrap();
     assert_eq!((&json["formats"]["nf4"]["tensors"], &json["model_type"]), (&4.into(), &"llama".into()));
     let source = Run::of(Command::new(env!("CARGO_BIN_EXE_prequant")).arg("inspect").arg(folder.source())).ok();
-    assert!(source.stdout.contains("16.00 bits a weight"), "{}", source.stdout);
+    assert!(source.stdout.contains("16.00 bits per weight"), "{}", source.stdout);
 }
 
 /// Codes and all that belongs to them are one line, whatever the format.

@@ -4,14 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use prequant::dtype::FloatDtype;
-use prequant::format::{BlockFormat, BlockSize, NESTED_BLOCK_SIZE, dynamic_map};
+use prequant::format::{BlockSize, FP4, FormatSpec, NESTED_BLOCK_SIZE, NF4, dynamic_map};
 use prequant::kernel::block::nested;
 use prequant::kernel::{BlockErrors, Blocks, Kernel, quantize_any};
 use safetensors::SafeTensors;
 
 const DTYPES: [(&str, FloatDtype); 3] =
     [("bf16", FloatDtype::Bfloat16), ("f16", FloatDtype::Float16), ("f32", FloatDtype::Float32)];
-const FORMATS: [BlockFormat; 2] = [BlockFormat::Nf4, BlockFormat::Fp4];
+const FORMATS: [&FormatSpec; 2] = [&NF4, &FP4];
 
 /// A golden file's tensors by name, as bytes.
 fn goldens(file: &str) -> BTreeMap<String, Vec<u8>> {
@@ -33,7 +33,7 @@ fn bits(bytes: &[u8]) -> Vec<u32> {
 fn tables_are_bitsandbytes_own() {
     let tables = goldens("tables");
     for format in FORMATS {
-        let (name, codebook) = (format.name(), format.codebook());
+        let (name, codebook) = (format.name, format.codebook().unwrap());
         assert_eq!(bits(&tables[name]), codebook.value_bits, "{name}: values");
         assert_eq!(bits(&tables[&format!("{name}/thresholds")]), codebook.threshold_bits, "{name}: thresholds");
         assert_eq!(tables[&format!("{name}/code_of_rank")], codebook.code_of_rank, "{name}: codes");
@@ -42,22 +42,22 @@ fn tables_are_bitsandbytes_own() {
 }
 
 /// Codes and absmax of a whole tensor.
-fn quantize(kernel: Kernel, source: &[u8], dtype: FloatDtype, format: BlockFormat, size: u32) -> (Vec<u8>, Vec<u32>) {
+fn quantize(kernel: Kernel, source: &[u8], dtype: FloatDtype, format: &FormatSpec, size: u32) -> (Vec<u8>, Vec<u32>) {
     let block_size = BlockSize::try_from(size).unwrap();
     let elements = source.len() / dtype.size();
     let blocks = elements.div_ceil(block_size.get());
     let mut packed = vec![0; elements.div_ceil(2)];
     let [mut absmax, mut signal, mut noise, mut worst] = std::array::from_fn(|_| vec![0.0; blocks]);
     let figures = BlockErrors { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
-    let codebook = format.codebook();
+    let codebook = format.codebook().unwrap();
     kernel.quantize(Blocks { source, dtype, block_size, codebook, packed: &mut packed, figures }).unwrap();
     (packed, absmax.into_iter().map(f32::to_bits).collect())
 }
 
 /// Every golden of a format and dtype, on every kernel; returns the block sizes met and the number of goldens.
-fn check_format(format: BlockFormat, dtype_name: &str, dtype: FloatDtype) -> (BTreeSet<u32>, usize) {
+fn check_format(format: &FormatSpec, dtype_name: &str, dtype: FloatDtype) -> (BTreeSet<u32>, usize) {
     let inputs = goldens(&format!("input-{dtype_name}"));
-    let outputs = goldens(&format!("{}-{dtype_name}", format.name()));
+    let outputs = goldens(&format!("{}-{dtype_name}", format.name));
     let (mut sizes, mut compared) = (BTreeSet::new(), 0);
     for (name, packed) in outputs.iter().filter(|(name, _)| name.ends_with("/packed")) {
         let key = name.strip_suffix("/packed").unwrap();
@@ -66,7 +66,7 @@ fn check_format(format: BlockFormat, dtype_name: &str, dtype: FloatDtype) -> (BT
         let absmax = bits(&outputs[&format!("{key}/absmax")]);
         for kernel in Kernel::available() {
             let ours = quantize(kernel, &inputs[case], dtype, format, size);
-            let what = format!("{} {dtype_name} {key}, {} kernel", format.name(), kernel.name());
+            let what = format!("{} {dtype_name} {key}, {} kernel", format.name, kernel.name());
             assert_eq!(ours.0, *packed, "{what}: codes");
             assert_eq!(ours.1, absmax, "{what}: absmax");
         }
@@ -82,7 +82,7 @@ fn every_kernel_gives_bitsandbytes_codes_and_absmax_for_every_case_dtype_format_
         for (name, dtype) in DTYPES {
             let (sizes, compared) = check_format(format, name, dtype);
             assert_eq!(sizes, [32, 64, 128, 256, 512, 1024, 2048, 4096].into());
-            assert!(compared >= 8 * 15, "{} {name}: only {compared} goldens", format.name());
+            assert!(compared >= 8 * 15, "{} {name}: only {compared} goldens", format.name);
         }
     }
 }
@@ -148,10 +148,10 @@ fn equal_absmax_are_restored_exactly() {
 #[test]
 fn blocks_with_nan_or_infinity_are_bitsandbytes_own_when_they_are_kept() {
     let cases = [
-        (BlockFormat::Nf4, f32::NAN, vec![0xff; 35]),
-        (BlockFormat::Fp4, f32::NAN, vec![0x33; 35]),
-        (BlockFormat::Nf4, f32::INFINITY, [&[0x77, 0x7f][..], &[0x77; 31], &[0xf7, 0x77]].concat()),
-        (BlockFormat::Fp4, f32::NEG_INFINITY, [&[0x00, 0x03][..], &[0x00; 31], &[0x30, 0x00]].concat()),
+        (&NF4, f32::NAN, vec![0xff; 35]),
+        (&FP4, f32::NAN, vec![0x33; 35]),
+        (&NF4, f32::INFINITY, [&[0x77, 0x7f][..], &[0x77; 31], &[0xf7, 0x77]].concat()),
+        (&FP4, f32::NEG_INFINITY, [&[0x00, 0x03][..], &[0x00; 31], &[0x30, 0x00]].concat()),
     ];
     for (format, bad, expected) in cases {
         let mut elements: Vec<f32> = (1..=70).map(|i| i as f32 / 70.0).collect();
@@ -163,11 +163,11 @@ fn blocks_with_nan_or_infinity_are_bitsandbytes_own_when_they_are_kept() {
             source: &source,
             dtype: FloatDtype::Float32,
             block_size: BlockSize::default(),
-            codebook: format.codebook(),
+            codebook: format.codebook().unwrap(),
             packed: &mut packed,
             figures: BlockErrors { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst },
         });
-        assert_eq!(packed, expected, "{} {bad}", format.name());
+        assert_eq!(packed, expected, "{} {bad}", format.name);
         assert!(absmax.iter().all(|x| x.to_bits() == bad.abs().to_bits()), "{absmax:?}");
         assert_eq!([signal, noise, worst], [[0.0; 2]; 3]);
     }

@@ -6,7 +6,8 @@ use std::time::Instant;
 use half::{bf16, f16};
 use prequant::backend::cuda::{PTX, THREADS};
 use prequant::dtype::FloatDtype;
-use prequant::format::{Codebook, NF4, dynamic_map};
+use prequant::format::nf4::CODEBOOK as NF4;
+use prequant::format::{Codebook, dynamic_map};
 
 use super::launch::{Kernels, kernel_name};
 use crate::support::weights::*;

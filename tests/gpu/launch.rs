@@ -3,7 +3,7 @@
 
 use prequant::backend::cuda::{THREADS, codebook_table, dynamic_map_table, thread_blocks};
 use prequant::dtype::FloatDtype;
-use prequant::format::{BlockSize, Codebook, FP4, NESTED_BLOCK_SIZE, NF4, dynamic_map};
+use prequant::format::{BlockSize, Codebook, NESTED_BLOCK_SIZE, dynamic_map, fp4, nf4};
 use prequant::kernel::block::nested;
 use prequant::kernel::{BlockErrors, Blocks, Kernel, quantize_any};
 use ptx_interpreter::{Entry, Fault, Memory, Module};
@@ -12,8 +12,8 @@ use crate::support::weights::{self, Output};
 
 /// A `quantize_*` kernel's name.
 pub fn kernel_name(dtype: FloatDtype, codebook: &'static Codebook) -> String {
-    let book = if std::ptr::eq(codebook, &NF4) { "nf4" } else { "fp4" };
-    assert!(book == "nf4" || std::ptr::eq(codebook, &FP4), "one of the two codebooks");
+    let book = if std::ptr::eq(codebook, &nf4::CODEBOOK) { "nf4" } else { "fp4" };
+    assert!(book == "nf4" || std::ptr::eq(codebook, &fp4::CODEBOOK), "one of the two codebooks");
     let dtype = match dtype {
         FloatDtype::Bfloat16 => "bf16",
         FloatDtype::Float16 => "f16",

@@ -29,7 +29,7 @@ impl Rows<'_> {
     }
 
     fn kernel(&self) -> GroupKernel {
-        GroupKernel::new(self.scheme, self.columns, self.group)
+        GroupKernel::new(self.scheme, self.columns, self.group).expect("a kernel")
     }
 
     /// The bytes of a group's codes.

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use prequant::checkpoint::{Config, Header, Index, Source, SourceFile};
-use prequant::format::{Format, GroupSize, Layout};
+use prequant::format::{GroupSize, INT4, INT4_ASYM, Layout, MXFP4, NVFP4};
 use prequant::layout::ParsedQuantState;
 use prequant::manifest::Manifest;
 use prequant::pipeline::{Budget, Limits};
@@ -83,10 +83,10 @@ pub fn plan(data: &[u8]) {
         base.clone(),
         RecipeOptions { double_quant: Some(true), ..base.clone() },
         RecipeOptions { experts: Some(ExpertLayout::Fuse), ..base.clone() },
-        of(Format::Int4),
-        RecipeOptions { group_size: Some(GroupSize::Channel), ..of(Format::Int4Asym) },
-        RecipeOptions { layout: Some(Layout::Modelopt), ..of(Format::Nvfp4) },
-        RecipeOptions { layout: Some(Layout::GptOss), ..of(Format::Mxfp4) },
+        of(&INT4),
+        RecipeOptions { group_size: Some(GroupSize::Channel), ..of(&INT4_ASYM) },
+        RecipeOptions { layout: Some(Layout::Modelopt), ..of(&NVFP4) },
+        RecipeOptions { layout: Some(Layout::GptOss), ..of(&MXFP4) },
     ] {
         let recipe = options.build().expect("options that go together");
         if let Ok(plan) = Plan::new(&source, recipe) {

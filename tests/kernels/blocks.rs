@@ -2,7 +2,8 @@
 
 use half::{bf16, f16};
 use prequant::dtype::FloatDtype;
-use prequant::format::{Codebook, NF4};
+use prequant::format::Codebook;
+use prequant::format::nf4::CODEBOOK as NF4;
 use prequant::kernel::{Kernel, NonFinite};
 use proptest::prelude::*;
 

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use half::{bf16, f16};
 use prequant::dtype::FloatDtype;
-use prequant::format::BlockFormat;
+use prequant::format::{Codebook, FP4, FormatSpec, NF4};
 use prequant::kernel::Kernel;
 use prequant::kernel::decode::{Coding, Row, ScaleDtype, decode, restore_absmax};
 use prequant::kernel::group::GroupCoder;
@@ -19,7 +19,7 @@ use crate::support::{groups, weights};
 const DTYPES: [(&str, FloatDtype); 3] =
     [("bf16", FloatDtype::Bfloat16), ("f16", FloatDtype::Float16), ("f32", FloatDtype::Float32)];
 
-const BLOCK_FORMATS: [BlockFormat; 2] = [BlockFormat::Nf4, BlockFormat::Fp4];
+const BLOCK_FORMATS: [&FormatSpec; 2] = [&NF4, &FP4];
 
 /// A golden file's tensor.
 struct Tensor {
@@ -125,6 +125,10 @@ fn unpack_zero_points(packed: &[u8], rows: usize, groups: usize) -> Vec<u8> {
     (0..rows).flat_map(|row| (0..groups).map(move |group| point(place(row, group)))).collect()
 }
 
+fn codebook(format: &FormatSpec) -> &'static Codebook {
+    format.codebook().unwrap()
+}
+
 /// Every case of a group format, against compressed-tensors' `decompress`.
 fn check_groups(format: &str) {
     let mut rows_checked = 0;
@@ -186,11 +190,11 @@ fn nf4_and_fp4_are_decoded_as_bitsandbytes_does() {
     let dequantized = goldens("goldens/dequantized");
     let mut cases = 0;
     for (format, (name, dtype)) in BLOCK_FORMATS.iter().flat_map(|&format| DTYPES.map(|dtype| (format, dtype))) {
-        let prefix = format!("{}/{name}/", format.name());
-        let stored = goldens(&format!("goldens/{}-{name}", format.name()));
+        let prefix = format!("{}/{name}/", format.name);
+        let stored = goldens(&format!("goldens/{}-{name}", format.name));
         for (key, expected) in &dequantized {
             let Some((case, size)) = key.strip_prefix(&prefix).and_then(|case| case.split_once("/b")) else { continue };
-            let coding = Coding::Blocks { format, block_size: size.parse().unwrap() };
+            let coding = Coding::Blocks { codebook: codebook(format), block_size: size.parse().unwrap() };
             let [codes, scales] = ["packed", "absmax"].map(|part| &stored[&format!("{case}/b{size}/{part}")].bytes[..]);
             let row = Stored { coding, dtype, codes, scales, zero_points: &[] };
             assert_eq!(expected.float_dtype(), dtype, "{key}: dtype");
@@ -202,11 +206,11 @@ fn nf4_and_fp4_are_decoded_as_bitsandbytes_does() {
 }
 
 /// What bitsandbytes decoded, as its kernels do it: odd lengths go another way, on which FP4's code 8 is 0 and not -0.
-fn with_signed_zeros(expected: &Tensor, format: BlockFormat, codes: &[u8]) -> Vec<u8> {
+fn with_signed_zeros(expected: &Tensor, format: &FormatSpec, codes: &[u8]) -> Vec<u8> {
     let mut bytes = expected.bytes.clone();
     let size = expected.float_dtype().size();
     let elements = bytes.chunks_mut(size).zip(codes.iter().flat_map(|byte| [byte >> 4, byte & 15]));
-    for (element, _) in elements.filter(|(_, code)| format == BlockFormat::Fp4 && *code == 8) {
+    for (element, _) in elements.filter(|(_, code)| format == &FP4 && *code == 8) {
         element[size - 1] |= 0x80;
     }
     bytes
@@ -216,11 +220,11 @@ fn with_signed_zeros(expected: &Tensor, format: BlockFormat, codes: &[u8]) -> Ve
 fn double_quantized_weights_are_decoded_as_bitsandbytes_does() {
     let tensors = goldens("goldens/dequantized");
     for (format, (name, dtype)) in BLOCK_FORMATS.iter().flat_map(|&format| DTYPES.map(|dtype| (format, dtype))) {
-        let part = |kind: &str| &tensors[&format!("{}/{name}/double/{kind}", format.name())];
+        let part = |kind: &str| &tensors[&format!("{}/{name}/double/{kind}", format.name)];
         let (codes, offset) = (&part("absmax").bytes, part("nested_offset").f32());
         let mut absmax = vec![0; codes.len() * 4];
         restore_absmax(codes, &part("nested_absmax").bytes, offset, 0, &mut absmax);
-        let coding = Coding::Blocks { format, block_size: 32 };
+        let coding = Coding::Blocks { codebook: codebook(format), block_size: 32 };
         let row = Stored { coding, dtype, codes: &part("packed").bytes, scales: &absmax, zero_points: &[] };
         row.check(&part("dequantized").bytes, &format!("{format:?} {name}"));
     }
@@ -294,7 +298,7 @@ fn codings() -> impl Strategy<Value = Coding> {
     let scales = prop::sample::select(vec![ScaleDtype::F32, ScaleDtype::Bf16, ScaleDtype::E8m0, ScaleDtype::U8]);
     prop_oneof![
         (prop::sample::select(BLOCK_FORMATS.to_vec()), sizes())
-            .prop_map(|(format, block_size)| Coding::Blocks { format, block_size }),
+            .prop_map(|(format, block_size)| Coding::Blocks { codebook: codebook(format), block_size }),
         sizes().prop_map(|group| Coding::Int { group }),
         (0.1f32..1e5).prop_map(|global_scale| Coding::Nvfp4 { global_scale }),
         (1e-6f32..1.0).prop_map(|scale_2| Coding::Nvfp4ModelOpt { scale_2 }),
@@ -345,9 +349,9 @@ fn decoded_weights_are_as_far_off_as_the_quantizer_says() {
     let weights: Vec<f32> = (0..4096).map(|_| random.normal() * 0.02).collect();
     let source = weights::encode(dtype, &weights);
     for (format, size) in BLOCK_FORMATS.iter().flat_map(|&format| [32u32, 64, 4096].map(|size| (format, size))) {
-        let stored = weights::quantize(Kernel::SCALAR, &source, dtype, size, format.codebook()).unwrap();
+        let stored = weights::quantize(Kernel::SCALAR, &source, dtype, size, codebook(format)).unwrap();
         let absmax: Vec<u8> = stored.figures[0].iter().flat_map(|bits| bits.to_le_bytes()).collect();
-        let coding = Coding::Blocks { format, block_size: size as usize };
+        let coding = Coding::Blocks { codebook: codebook(format), block_size: size as usize };
         let row = Stored { coding, dtype, codes: &stored.packed, scales: &absmax, zero_points: &[] };
         let decoded = row.decode(0, weights.len());
         assert_noise(&weights, &decoded, size as usize, &stored.figures, &format!("{format:?} {size}"));

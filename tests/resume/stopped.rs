@@ -202,7 +202,7 @@ fn a_sealed_file_that_was_changed_is_made_again() {
     *content.last_mut().unwrap() ^= 1;
     fs::write(ready.join(&sealed), content).unwrap();
     let run = folder.convert(&FLAGS).ok();
-    assert!(run.stderr.contains("were finished by an earlier run"), "{}", run.stderr);
+    assert!(run.stderr.contains("from an earlier run"), "{}", run.stderr);
     assert!(run.stderr.contains(&format!("wrote {sealed}")), "{}", run.stderr);
     assert!(contents(&folder.destination()) == expected(false));
 }
@@ -332,7 +332,7 @@ fn signals_stop_a_run_with_their_exit_code_and_the_way_to_go_on() {
         assert!(words.contains("run the same command again to go on"), "{words}");
         only_staging(&folder.destination());
         let run = folder.convert(&["--max-shard-size", "1MB"]).ok();
-        assert!(run.stderr.contains("going on: "), "{}", run.stderr);
+        assert!(run.stderr.contains("resuming: "), "{}", run.stderr);
     }
 }
 

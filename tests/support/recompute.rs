@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use prequant::dtype::FloatDtype;
-use prequant::format::{NESTED_BLOCK_SIZE, dynamic_map};
+use prequant::format::{NESTED_BLOCK_SIZE, Scales, dynamic_map};
 use prequant::kernel::block::{nested, scalar};
 use prequant::kernel::{BlockErrors, Blocks, Kernel};
 use prequant::layout::{QuantState, quant_state_bytes};
@@ -44,14 +44,15 @@ pub fn float_dtype(dtype: Dtype) -> FloatDtype {
 
 /// Quantizes a whole tensor with the scalar kernel.
 pub fn recompute(tensor: &Tensor, recipe: &Recipe) -> Recomputed {
-    let (scheme, dtype) = (*recipe.scheme().blocks().unwrap(), float_dtype(tensor.dtype));
+    let (codec, dtype) = (recipe.codec(), float_dtype(tensor.dtype));
+    let Scales::Blocks { codebook, size, double_quant } = codec.scales else { panic!("blocks") };
     let elements = tensor.data.len() / dtype.size();
-    let blocks = elements.div_ceil(scheme.block_size.get());
+    let blocks = elements.div_ceil(size.get());
     let mut packed = vec![0; elements.div_ceil(2)];
     let [mut absmax, mut signal, mut noise, mut worst] = std::array::from_fn(|_| vec![0f32; blocks]);
     let figures = BlockErrors { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
-    let (source, codebook) = (&tensor.data, scheme.format.codebook());
-    let blocks = Blocks { source, dtype, block_size: scheme.block_size, codebook, packed: &mut packed, figures };
+    let source = &tensor.data;
+    let blocks = Blocks { source, dtype, block_size: size, codebook, packed: &mut packed, figures };
     Kernel::SCALAR.quantize(blocks).unwrap();
     let mut loss = Loss::of(tensor, recipe, &packed, &absmax);
 
@@ -59,7 +60,7 @@ pub fn recompute(tensor: &Tensor, recipe: &Recipe) -> Recomputed {
     outputs.insert(String::new(), (Dtype::U8, vec![packed.len(), 1], packed));
     outputs.insert(".quant_map".to_owned(), floats(&codebook.values()));
     let mut nested_offset = 0.0;
-    if scheme.double_quant {
+    if double_quant {
         nested_offset = (absmax.iter().copied().map(f64::from).sum::<f64>() / absmax.len() as f64) as f32;
         let (mut codes, mut scales) = (vec![0; absmax.len()], vec![0f32; absmax.len().div_ceil(NESTED_BLOCK_SIZE)]);
         nested::quantize(&absmax, nested_offset, dynamic_map(), &mut codes, &mut scales);
@@ -75,8 +76,8 @@ pub fn recompute(tensor: &Tensor, recipe: &Recipe) -> Recomputed {
         outputs.insert(".absmax".to_owned(), floats(&absmax));
     }
     let shape: Vec<u64> = tensor.shape.iter().map(|&d| d as u64).collect();
-    let state = quant_state_bytes(&QuantState { scheme: &scheme, dtype, shape: &shape, nested_offset });
-    outputs.insert(format!(".quant_state.bitsandbytes__{}", scheme.format.name()), bytes(state));
+    let state = quant_state_bytes(&QuantState { codec: &codec, dtype, shape: &shape, nested_offset });
+    outputs.insert(format!(".quant_state.bitsandbytes__{}", codec.format.name), bytes(state));
     Recomputed { outputs, loss }
 }
 
@@ -90,9 +91,8 @@ fn bytes(bytes: Vec<u8>) -> Stored {
 
 impl Loss {
     fn of(tensor: &Tensor, recipe: &Recipe, packed: &[u8], absmax: &[f32]) -> Loss {
-        let scheme = *recipe.scheme().blocks().unwrap();
-        let (dtype, block_size) = (float_dtype(tensor.dtype), scheme.block_size.get());
-        let values = scheme.format.codebook().values();
+        let Scales::Blocks { codebook, size, .. } = recipe.codec().scales else { panic!("{recipe:?}") };
+        let (dtype, block_size, values) = (float_dtype(tensor.dtype), size.get(), codebook.values());
         let source: Vec<f64> =
             tensor.data.chunks(dtype.size()).map(|bytes| f64::from(scalar::decode(bytes, dtype))).collect();
         let mut loss = Loss { absmax: absmax.iter().copied().map(f64::from).collect(), ..Loss::default() };

@@ -2,11 +2,11 @@
 
 use half::{bf16, f16};
 use prequant::dtype::FloatDtype;
-use prequant::format::{BlockSize, Codebook, FP4, NF4};
+use prequant::format::{BlockSize, Codebook, fp4, nf4};
 use prequant::kernel::{BlockErrors, Blocks, Kernel, NonFinite};
 
 pub const DTYPES: [FloatDtype; 3] = [FloatDtype::Bfloat16, FloatDtype::Float16, FloatDtype::Float32];
-pub const CODEBOOKS: [&Codebook; 2] = [&NF4, &FP4];
+pub const CODEBOOKS: [&Codebook; 2] = [&nf4::CODEBOOK, &fp4::CODEBOOK];
 pub const BLOCK_SIZES: [u32; 8] = [32, 64, 128, 256, 512, 1024, 2048, 4096];
 
 /// The largest finite magnitude that the dtype holds.

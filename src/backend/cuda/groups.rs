@@ -45,14 +45,12 @@ impl GroupKernel {
         GroupKernel::Int4AsymRows,
     ];
 
-    /// The kernel for rows of `columns` elements in groups of `group`.
-    ///
-    /// # Panics
-    /// When there is none: groups are 16 elements for NVFP4 and 32 for MXFP4; for integers a multiple of 32, or a row.
-    pub fn new(scheme: GroupCoder, columns: usize, group: usize) -> GroupKernel {
+    /// The kernel for rows of `columns` elements in groups of `group`, if there is one: groups are 16 elements for NVFP4 and
+    /// 32 for MXFP4; for integers a multiple of 32, or a row.
+    pub fn new(scheme: GroupCoder, columns: usize, group: usize) -> Option<GroupKernel> {
         let in_teams = group.is_multiple_of(32);
         let in_rows = group == columns && (!in_teams || group >= LONG_ROW);
-        match scheme {
+        Some(match scheme {
             GroupCoder::Int4 if in_rows => GroupKernel::Int4Rows,
             GroupCoder::Int4Asym if in_rows => GroupKernel::Int4AsymRows,
             GroupCoder::Int4 if in_teams => GroupKernel::Int4,
@@ -60,8 +58,8 @@ impl GroupKernel {
             GroupCoder::Nvfp4 { .. } if group == 16 => GroupKernel::Nvfp4,
             GroupCoder::Nvfp4ModelOpt { .. } if group == 16 => GroupKernel::Nvfp4ModelOpt,
             GroupCoder::Mxfp4 if group == 32 => GroupKernel::Mxfp4,
-            _ => panic!("no kernel for groups of {group} in rows of {columns}"),
-        }
+            _ => return None,
+        })
     }
 
     /// Its name for a dtype.

@@ -20,7 +20,7 @@ pub use slot::{Quantized, QuantizedGroups, Slot, SlotSize};
 pub use tables::{codebook_table, dynamic_map_table};
 
 use crate::dtype::FloatDtype;
-use crate::format::{BlockFormat, Codebook, FP4, NF4};
+use crate::format::{Codebook, fp4, nf4};
 use driver::{Context, DeviceBuffer, Function, Module};
 use groups::GroupModule;
 
@@ -48,6 +48,26 @@ const MIN_CAPABILITY: (i32, i32) = (7, 5);
 
 /// CUDA 12.0, which came with driver 525.
 const MIN_VERSION: i32 = 12_000;
+
+/// A kernel of kernels.cu, in one of its three dtypes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlockKernel {
+    /// Thresholds of which no two share a bin.
+    Nf4,
+    /// Those of FP4.
+    Fp4,
+}
+
+impl BlockKernel {
+    /// The kernel for a codebook, if there is one.
+    pub fn new(codebook: &Codebook) -> Option<BlockKernel> {
+        match codebook {
+            _ if *codebook == nf4::CODEBOOK => Some(BlockKernel::Nf4),
+            _ if *codebook == fp4::CODEBOOK => Some(BlockKernel::Fp4),
+            _ => None,
+        }
+    }
+}
 
 /// A GPU that is ready to quantize.
 pub struct Gpu {
@@ -171,8 +191,8 @@ impl Gpu {
             version,
             functions: [of_format("nf4")?, of_format("fp4")?],
             absmax: module.function("quantize_absmax")?,
-            nf4: table(&NF4)?,
-            fp4: table(&FP4)?,
+            nf4: table(&nf4::CODEBOOK)?,
+            fp4: table(&fp4::CODEBOOK)?,
             dynamic_map: DeviceBuffer::with_words(&context, &dynamic_map_table())?,
             groups: OnceLock::new(),
             _module: module,
@@ -200,13 +220,8 @@ impl Gpu {
         Version(self.version).to_string()
     }
 
-    fn quantize_function(&self, format: BlockFormat, dtype: FloatDtype) -> Function {
-        let [nf4, fp4] = &self.functions;
-        let functions = match format {
-            BlockFormat::Nf4 => nf4,
-            BlockFormat::Fp4 => fp4,
-        };
-        of_dtype(functions, dtype)
+    fn quantize_function(&self, kernel: BlockKernel, dtype: FloatDtype) -> Function {
+        of_dtype(&self.functions[kernel as usize], dtype)
     }
 
     /// Has the driver compile the kernels for groups, unless it has; else the first group's quantizing does.
@@ -226,10 +241,10 @@ impl Gpu {
         self.absmax
     }
 
-    fn table(&self, format: BlockFormat) -> &DeviceBuffer {
-        match format {
-            BlockFormat::Nf4 => &self.nf4,
-            BlockFormat::Fp4 => &self.fp4,
+    fn table(&self, kernel: BlockKernel) -> &DeviceBuffer {
+        match kernel {
+            BlockKernel::Nf4 => &self.nf4,
+            BlockKernel::Fp4 => &self.fp4,
         }
     }
 

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use crate::backend::cuda::driver::{Argument, DeviceBuffer, Fault, Launch, PinnedBuffer, Stream};
 use crate::backend::cuda::groups::{GroupKernel, tensor_factor};
-use crate::backend::cuda::{Gpu, THREADS, thread_blocks};
+use crate::backend::cuda::{BlockKernel, Gpu, THREADS, thread_blocks};
 use crate::dtype::FloatDtype;
-use crate::format::{BlockFormat, BlockSize, NESTED_BLOCK_SIZE};
+use crate::format::{BlockSize, NESTED_BLOCK_SIZE};
 use crate::kernel::BlockErrors;
 use crate::kernel::group::GroupCoder;
 
@@ -148,21 +148,21 @@ impl Slot {
         &mut self,
         elements: usize,
         dtype: FloatDtype,
-        format: BlockFormat,
+        kernel: BlockKernel,
         block_size: BlockSize,
     ) -> Result<Quantized<'_>, Fault> {
         let blocks = elements.div_ceil(block_size.get());
         let results = self.device_results.address();
         let figure = |i: usize| Argument::Address(results + (i * blocks * size_of::<f32>()) as u64);
         let launch = Launch {
-            function: self.gpu.quantize_function(format, dtype),
+            function: self.gpu.quantize_function(kernel, dtype),
             grid: thread_blocks(blocks),
             threads: THREADS,
             arguments: &[
                 Argument::Address(self.device_source.address()),
                 Argument::U32(elements as u32),
                 Argument::U32(block_size.get() as u32),
-                Argument::Address(self.gpu.table(format).address()),
+                Argument::Address(self.gpu.table(kernel).address()),
                 figure(4),
                 figure(0),
                 figure(1),
@@ -183,16 +183,16 @@ impl Slot {
     /// [`crate::kernel::Kernel::quantize_groups`] does, but for how it tells of what isn't finite.
     ///
     /// # Panics
-    /// When the slot is smaller, or [`GroupKernel::new`] has no kernel.
+    /// When the slot is smaller.
     pub fn quantize_groups(
         &mut self,
+        kernel: GroupKernel,
         elements: usize,
         dtype: FloatDtype,
         columns: usize,
         group: usize,
         scheme: GroupCoder,
     ) -> Result<QuantizedGroups<'_>, Fault> {
-        let kernel = GroupKernel::new(scheme, columns, group);
         let len = GroupResults::new(elements, dtype, columns, group, scheme);
         let figures = self.device_results.address();
         let packed = figures + len.figures() as u64;

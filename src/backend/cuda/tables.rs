@@ -71,7 +71,7 @@ pub fn dynamic_map_table() -> Vec<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::{FP4, NF4};
+    use crate::format::{fp4, nf4};
 
     /// What kernels.cu does with the table.
     fn rank(table: &Table, t: f32) -> usize {
@@ -82,7 +82,7 @@ mod tests {
 
     #[test]
     fn the_table_ranks_every_element_as_the_thresholds_do() {
-        for book in [&NF4, &FP4] {
+        for book in [&nf4::CODEBOOK, &fp4::CODEBOOK] {
             let table = Table::new(book);
             let thresholds = book.thresholds();
             let plain = |t: f32| thresholds.iter().filter(|&&threshold| t > threshold).count();
@@ -99,20 +99,20 @@ mod tests {
 
     #[test]
     fn tables_fit_in_what_is_set_aside_for_them() {
-        let words = 2 * codebook_table(&NF4).len() + dynamic_map_table().len();
+        let words = 2 * codebook_table(&nf4::CODEBOOK).len() + dynamic_map_table().len();
         assert!((words * size_of::<u32>()) as u64 <= crate::backend::cuda::TABLE_BYTES);
     }
 
     #[test]
     fn nf4_has_no_extra_thresholds_and_codes_by_rank() {
-        let table = Table::new(&NF4);
+        let table = Table::new(&nf4::CODEBOOK);
         assert_eq!(table.extra.map(f32::from_bits), [f32::INFINITY; 2]);
         assert_eq!(table.code, std::array::from_fn(|rank| 4 * rank as u32));
     }
 
     #[test]
     fn ranks_stay_in_the_table_even_for_what_is_no_number() {
-        for book in [&NF4, &FP4] {
+        for book in [&nf4::CODEBOOK, &fp4::CODEBOOK] {
             let table = Table::new(book);
             let any = [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::MIN, 1e9, -1e9];
             assert!(any.into_iter().all(|t| rank(&table, t) < 16));

@@ -1,16 +1,15 @@
 //! bitsandbytes 0.50.2's `dequantize_4bit`, and what absmax is with double quantization.
 
-use crate::format::{BlockFormat, NESTED_BLOCK_SIZE, dynamic_map};
+use crate::format::{Codebook, NESTED_BLOCK_SIZE, dynamic_map};
 use crate::kernel::block::nested;
 
 /// The values of the sixteen codes in block `i`.
 #[inline(always)]
-pub fn values(format: BlockFormat, absmax: &[u8], i: usize) -> [f32; 16] {
+pub fn values(codebook: &Codebook, absmax: &[u8], i: usize) -> [f32; 16] {
     let absmax = f32_at(absmax, i);
-    let mut values = format.codebook().values();
-    if format == BlockFormat::Fp4 {
-        // Its kernels keep the sign, its table (`quant_map`) does not.
-        values[8] = -0.0;
+    let mut values = codebook.values();
+    if let Some(code) = codebook.negative_zero {
+        values[usize::from(code)] = -0.0;
     }
     values.map(|value| value * absmax)
 }

@@ -79,8 +79,8 @@ fn to_elements<const SIZE: usize>(row: Row<'_>, round: impl Fn(f32) -> [u8; SIZE
     let (into, _) = row.into.as_chunks_mut();
     let group = coding.group();
     match coding {
-        Coding::Blocks { format, .. } => {
-            let values = |i| blocks::values(format, scales, i);
+        Coding::Blocks { codebook, .. } => {
+            let values = |i| blocks::values(codebook, scales, i);
             nibbles::decode::<SIZE, true>(Run { first, group, codes, into }, values, round);
         }
         Coding::Int { .. } => {

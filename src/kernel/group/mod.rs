@@ -13,8 +13,7 @@ mod x86;
 
 use super::{BlockErrors, Isa, Kernel, NonFinite};
 use crate::dtype::FloatDtype;
-use crate::format;
-use crate::format::{GroupFormat, Layout};
+use crate::format::{Codec, ElementCode, Layout, ScaleCode};
 
 /// How a group's elements become codes and a scale.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -38,15 +37,15 @@ pub enum GroupCoder {
 }
 
 impl GroupCoder {
-    /// As `scheme` has it; `tensor_scale` is [`scalar::global_scale`] or [`scalar::scale_2`], for NVFP4.
-    pub fn new(scheme: &format::GroupScheme, tensor_scale: Option<f32>) -> GroupCoder {
+    /// As `codec` has it; `tensor_scale` is [`scalar::global_scale`] or [`scalar::scale_2`], for NVFP4.
+    pub fn new(codec: &Codec, tensor_scale: Option<f32>) -> GroupCoder {
         let scale = tensor_scale.unwrap_or(1.0);
-        match (scheme.format, scheme.layout) {
-            (GroupFormat::Int4, _) => GroupCoder::Int4,
-            (GroupFormat::Int4Asym, _) => GroupCoder::Int4Asym,
-            (GroupFormat::Mxfp4, _) => GroupCoder::Mxfp4,
-            (GroupFormat::Nvfp4, Layout::Modelopt) => GroupCoder::Nvfp4ModelOpt { scale_2: scale },
-            (GroupFormat::Nvfp4, _) => GroupCoder::Nvfp4 { global_scale: scale },
+        match (codec.format.element, codec.format.scale, codec.layout()) {
+            (ElementCode::Int { zero_point: true }, ..) => GroupCoder::Int4Asym,
+            (ElementCode::Int { .. }, ..) => GroupCoder::Int4,
+            (_, ScaleCode::E4m3, Some(Layout::Modelopt)) => GroupCoder::Nvfp4ModelOpt { scale_2: scale },
+            (_, ScaleCode::E4m3, _) => GroupCoder::Nvfp4 { global_scale: scale },
+            _ => GroupCoder::Mxfp4,
         }
     }
 
@@ -68,10 +67,10 @@ impl GroupCoder {
 
 /// NVFP4's scale of a tensor, or of all that share one, with this absmax: [`scalar::global_scale`], or [`scalar::scale_2`] in
 /// ModelOpt's layout.
-pub fn tensor_scale(layout: Layout, absmax: f32, dtype: FloatDtype) -> f32 {
-    match layout {
-        Layout::Modelopt => scalar::scale_2(absmax),
-        Layout::CompressedTensors | Layout::GptOss => scalar::global_scale(absmax, dtype),
+pub fn tensor_scale(codec: &Codec, absmax: f32, dtype: FloatDtype) -> f32 {
+    match codec.layout() {
+        Some(Layout::Modelopt) => scalar::scale_2(absmax),
+        _ => scalar::global_scale(absmax, dtype),
     }
 }
 

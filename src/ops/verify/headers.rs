@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use crate::checkpoint::{CONFIG_NAME, Config, Header, INDEX_NAME, Index, TensorInfo};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, IoContext, Result};
-use crate::format::Scheme;
+use crate::format::Scales;
 use crate::layout::ParsedQuantState;
 use crate::manifest::{DecisionRecord, Manifest, OutputRecord, SourceTensorRecord, TensorRecord};
 use crate::models::Role;
@@ -150,17 +150,15 @@ impl Entry<'_> {
             // It was coded, and decoded to the model's.
             _ => model_dtype(Config::read(&self.path.with_file_name(CONFIG_NAME)).ok().as_ref()),
         };
-        let Scheme::Blocks(scheme) = manifest.recipe.scheme() else {
-            self.differ(
-                report,
-                format!("is of bitsandbytes, and the recipe is of {}", manifest.recipe.format().name()),
-            );
+        let codec = manifest.recipe.codec();
+        let Scales::Blocks { size, double_quant, .. } = codec.scales else {
+            self.differ(report, format!("is bitsandbytes', and the recipe is of {}", codec.format.name));
             return Ok(());
         };
-        let block_size = u64::from(u32::from(scheme.block_size));
+        let block_size = u64::from(u32::from(size));
         let (found, expected) = (
             (state.quant_type.as_str(), state.blocksize, state.dtype.as_str()),
-            (scheme.format.name(), block_size, dtype.torch_name()),
+            (codec.format.library_name, block_size, dtype.torch_name()),
         );
         if found != expected {
             self.differ(report, format!("says {found:?}, expected {expected:?}"));
@@ -169,7 +167,7 @@ impl Entry<'_> {
             let shapes: Vec<&[u64]> = self.tensor.sources.iter().map(|source| &*source.shape).collect();
             self.differ(report, format!("says the shape is {:?}, and the source has {shapes:?}", state.shape));
         }
-        if state.nested_offset.is_some() != scheme.double_quant {
+        if state.nested_offset.is_some() != double_quant {
             self.differ(report, "and the recipe don't agree on double quantization".to_owned());
         }
         Ok(())

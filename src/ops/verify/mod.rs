@@ -16,7 +16,6 @@ pub use reconvert::against;
 use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, STAGING_NAME};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Result};
-use crate::format::Scheme;
 use crate::manifest::{DecisionRecord, Manifest};
 use crate::models::Rules;
 use crate::plan::kept_modules::{bitsandbytes, compressed_tensors};
@@ -158,7 +157,7 @@ fn check_config(checkpoint: &Checkpoint, report: &mut Report) {
     let Some(found) = config.values().get("quantization_config") else {
         return report.differ(NAME, None, "has no quantization_config");
     };
-    let expected = checkpoint.manifest.recipe.scheme().quantization_config(FloatDtype::Bfloat16, &[]);
+    let expected = checkpoint.manifest.recipe.codec().quantization_config(FloatDtype::Bfloat16, &[]);
     for (key, expected) in expected.as_object().into_iter().flatten() {
         let found = found.get(key).unwrap_or(&serde_json::Value::Null);
         let free = FREE_KEYS.contains(&key.as_str());
@@ -171,21 +170,21 @@ fn check_config(checkpoint: &Checkpoint, report: &mut Report) {
 
 /// No module that is quantized may be among those that clients are told to leave alone.
 fn check_kept_modules(checkpoint: &Checkpoint, config: &Config, found: &serde_json::Value, report: &mut Report) {
-    let scheme = checkpoint.manifest.recipe.scheme();
-    let key = scheme.kept_modules_key();
+    let codec = checkpoint.manifest.recipe.codec();
+    let key = codec.kept_modules_key();
     let listed = found.get(key).and_then(|list| list.as_array());
     let listed: Vec<&str> = listed.into_iter().flatten().filter_map(|entry| entry.as_str()).collect();
     let tensors = checkpoint.manifest.tensors.iter();
     let quantized = tensors.filter(|tensor| tensor.decision == DecisionRecord::Quantize);
     let rules = Rules::new(&config.model_types());
-    let clash = match scheme {
-        Scheme::Blocks(_) => {
+    let clash = match codec.layout() {
+        None => {
             let weights: Vec<&str> = quantized.flat_map(|tensor| &tensor.sources).map(|s| s.name.as_str()).collect();
             bitsandbytes::clash(&rules, &listed, &weights)
         }
-        Scheme::Groups(scheme) => {
-            let codes = quantized.filter_map(|tensor| tensor.outputs.first()?.name.strip_suffix(scheme.codes_suffix()));
-            compressed_tensors::clash(&rules, scheme.layout, &listed, &codes.collect::<Vec<_>>())
+        Some(layout) => {
+            let codes = quantized.filter_map(|tensor| tensor.outputs.first()?.name.strip_suffix(codec.codes_suffix()));
+            compressed_tensors::clash(&rules, layout, &listed, &codes.collect::<Vec<_>>())
         }
     };
     if let Some((entry, module)) = clash {

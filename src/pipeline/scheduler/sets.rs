@@ -7,7 +7,6 @@ use std::collections::VecDeque;
 
 use super::{OpenTensor, Scheduler, State, Task};
 use crate::dtype::FloatDtype;
-use crate::format::Scheme;
 use crate::kernel::group;
 use crate::plan::PlannedTensor;
 
@@ -48,9 +47,8 @@ impl Scheduler<'_> {
         for set in [Some(set), next].into_iter().flatten() {
             self.measure(state, set);
         }
-        let Scheme::Groups(scheme) = self.plan.recipe.scheme() else { return None };
         let measured = state.sets.get(&set).filter(|set| set.tasks_left == 0)?;
-        Some(group::tensor_scale(scheme.layout, measured.absmax, self.plan.scale_dtype(set)))
+        Some(group::tensor_scale(&self.plan.recipe.codec(), measured.absmax, self.plan.scale_dtype(set)))
     }
 
     /// Queues the reading of a set's tensors, once.

@@ -1,0 +1,184 @@
+//! What a format is: one descriptor, which the command line, the plan, the kernels and the layouts read.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::str::FromStr;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+use super::{Codebook, FORMATS, Layout};
+use crate::dtype::FloatDtype;
+
+/// A 4-bit format. Two are equal if their names are.
+pub struct FormatSpec {
+    /// Its name, as `--format` takes it and the manifest has it.
+    pub name: &'static str,
+    /// What it is, in a line of help.
+    pub about: &'static str,
+    /// The name that its library has for it: `quant_type` of bitsandbytes, the preset of compressed-tensors.
+    pub library_name: &'static str,
+    /// What codes stand for.
+    pub element: ElementCode,
+    /// What scales are stored as.
+    pub scale: ScaleCode,
+    /// Which elements share a scale.
+    pub sharing: Sharing,
+    /// What `--layout` chooses from, the default first. Empty for formats of blocks, whose layout is bitsandbytes'.
+    pub layouts: &'static [Layout],
+}
+
+/// What a code stands for, in units of its scale.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum ElementCode {
+    /// One of sixteen values from -1 to 1.
+    Codebook(&'static Codebook),
+    /// An integer from -8 to 7, stored with 8 added.
+    Int {
+        /// Whether a group has an integer that is taken off.
+        zero_point: bool,
+    },
+    /// A float with a sign, two bits of exponent and one of mantissa.
+    E2m1,
+}
+
+/// What a scale is stored as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScaleCode {
+    /// IEEE single precision.
+    F32,
+    /// The dtype of the weight.
+    SourceFloat,
+    /// An 8-bit float, with one scale more for the whole tensor.
+    E4m3,
+    /// A power of two.
+    E8m0,
+}
+
+/// Which elements share a scale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// Blocks of consecutive elements of the flattened tensor: as many as `--block-size` says.
+    Blocks,
+    /// Groups of a row's columns: as many as `--group-size` says.
+    Groups,
+    /// Groups of so many of a row's columns.
+    GroupsOf(u32),
+}
+
+impl ElementCode {
+    /// Bytes of a row's codes: integers are eight to an i32, of which a row fills whole ones; others two a byte.
+    pub fn packed_row(self, columns: u64) -> u64 {
+        match self {
+            ElementCode::Int { .. } => columns.div_ceil(8) * 4,
+            ElementCode::Codebook(_) | ElementCode::E2m1 => columns.div_ceil(2),
+        }
+    }
+}
+
+impl ScaleCode {
+    /// Bytes of a scale, of a weight in `dtype`.
+    pub fn size(self, dtype: FloatDtype) -> usize {
+        match self {
+            ScaleCode::F32 => 4,
+            ScaleCode::SourceFloat => dtype.size(),
+            ScaleCode::E4m3 | ScaleCode::E8m0 => 1,
+        }
+    }
+}
+
+impl FormatSpec {
+    /// Its sixteen values, if codes stand for such.
+    pub fn codebook(&self) -> Option<&'static Codebook> {
+        match self.element {
+            ElementCode::Codebook(codebook) => Some(codebook),
+            ElementCode::Int { .. } | ElementCode::E2m1 => None,
+        }
+    }
+
+    /// The names of all formats, for messages.
+    pub fn names() -> String {
+        FORMATS.iter().map(|format| format.name).collect::<Vec<_>>().join(", ")
+    }
+}
+
+impl FromStr for &'static FormatSpec {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<&'static FormatSpec, String> {
+        let found = FORMATS.iter().find(|format| format.name == name).copied();
+        found.ok_or_else(|| format!("unknown format {name:?}: expected one of {}", FormatSpec::names()))
+    }
+}
+
+impl PartialEq for FormatSpec {
+    fn eq(&self, other: &FormatSpec) -> bool {
+        self.name == other.name
+    }
+}
+
+impl Eq for FormatSpec {}
+
+impl fmt::Debug for FormatSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+/// Its name.
+impl Serialize for FormatSpec {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name)
+    }
+}
+
+impl<'de> Deserialize<'de> for &'static FormatSpec {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+    }
+}
+
+impl JsonSchema for FormatSpec {
+    fn schema_name() -> Cow<'static, str> {
+        "Format".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        let names = FORMATS.iter().map(|format| json_schema!({"description": format.about, "const": format.name}));
+        json_schema!({"description": "A 4-bit format.", "oneOf": names.collect::<Vec<_>>()})
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn formats_are_told_apart_by_name() {
+        let names: HashSet<&str> = FORMATS.iter().map(|format| format.name).collect();
+        assert_eq!(names.len(), FORMATS.len());
+        for format in FORMATS {
+            let json = serde_json::to_string(format).unwrap();
+            assert_eq!(json, format!("{:?}", format.name));
+            assert_eq!(serde_json::from_str::<&FormatSpec>(&json).unwrap(), *format);
+        }
+    }
+
+    #[test]
+    fn unknown_formats_are_told_what_there_is() {
+        let error = serde_json::from_str::<&FormatSpec>("\"nf5\"").unwrap_err().to_string();
+        assert!(error.contains("unknown format \"nf5\": expected one of nf4, fp4, int4"), "{error}");
+    }
+
+    #[test]
+    fn only_formats_of_blocks_have_codebooks_and_no_layouts() {
+        for format in FORMATS {
+            let blocks = format.sharing == Sharing::Blocks;
+            assert_eq!(blocks, matches!(format.element, ElementCode::Codebook(_)), "{format:?}");
+            assert_eq!(blocks, format.scale == ScaleCode::F32, "{format:?}");
+            assert_eq!(blocks, format.layouts.is_empty(), "{format:?}");
+        }
+    }
+}
