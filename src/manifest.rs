@@ -25,6 +25,9 @@ pub const SCHEMA_VERSION: u32 = 2;
 pub struct Manifest {
     /// The version of this schema.
     pub schema_version: u32,
+    /// The version of the schema that it was read from, if that is an older one.
+    #[serde(skip)]
+    pub(crate) older_schema: Option<u32>,
     /// What made it.
     pub tool: Tool,
     /// The choices it was made with.
@@ -172,6 +175,15 @@ pub struct OutputRecord {
 }
 
 impl Manifest {
+    /// What wrote it, if that isn't this version.
+    pub fn other_version(&self) -> Option<String> {
+        let Tool { name, version } = &self.tool;
+        match self.older_schema {
+            Some(schema) => Some(format!("{name} {version} (manifest schema {schema})")),
+            None => (self.tool != Tool::this()).then(|| format!("{name} {version}")),
+        }
+    }
+
     /// The JSON Schema of the manifest; `schemas/prequant.schema.json` holds it.
     pub fn schema() -> Schema {
         schemars::schema_for!(Manifest)

@@ -47,6 +47,7 @@ impl TryFrom<Manifest> for super::Manifest {
         let recipe = recipe.options().build().map_err(|error| format!("not a manifest: {error}"))?;
         Ok(super::Manifest {
             schema_version: SCHEMA_VERSION,
+            older_schema: Some(1),
             tool,
             recipe,
             source,

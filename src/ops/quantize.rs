@@ -165,8 +165,26 @@ impl Conversion {
 
     /// Whether the conversion can be written to `destination`: it is a place for it, and there is room.
     pub fn check_destination(&self, destination: &Path) -> Result<()> {
-        Staging::check(destination, &self.source.path, self.options.force)?;
+        self.check_place(destination)?;
         self.check_space(destination, &[])
+    }
+
+    /// Whether `destination` is a place for it.
+    fn check_place(&self, destination: &Path) -> Result<()> {
+        let checked = Staging::check(destination, &self.source.path, self.options.force);
+        let Err(Error::Destination { .. }) = checked else { return checked };
+        let there = Manifest::read(&destination.join(MANIFEST_NAME)).ok();
+        match there.as_ref().and_then(Manifest::other_version) {
+            Some(version) => {
+                let why = format!(
+                    "{version} wrote the checkpoint there, and this is {}; keep it (`prequant verify --against` compares it \
+                     with what this version makes), or replace it with --force",
+                    env!("CARGO_PKG_VERSION")
+                );
+                Err(Error::destination(destination, why))
+            }
+            None => checked,
+        }
     }
 
     /// Whether there is room for all but the files that are `sealed` already.
@@ -199,7 +217,7 @@ impl Conversion {
             && (self.relay.is_some() || hashed == self.options.hash_source);
         let config_of = |manifest: &Manifest| manifest.files.iter().find(|f| f.name == CONFIG_NAME).map(|f| f.sha256);
         let same_config = config_of(&manifest) == self.plan.config.as_ref().map(|text| Sha256Hash::of(text.as_bytes()));
-        let same_recipe = manifest.tool == Tool::this() && manifest.recipe == self.plan.recipe;
+        let same_recipe = manifest.other_version().is_none() && manifest.recipe == self.plan.recipe;
         let same = same_source && same_config && same_recipe;
         if same {
             Staging::tidy(destination);
@@ -258,7 +276,7 @@ impl Conversion {
         finish: impl FnOnce(&Staging, Vec<FileRecord>, Outcome) -> Result<(Vec<String>, T)>,
     ) -> Result<T> {
         let Options { ref device, hash_source, force, .. } = self.options;
-        Staging::check(destination, &self.source.path, force)?;
+        self.check_place(destination)?;
         if !destination.join(STAGING_NAME).exists() {
             self.check_space(destination, &[])?;
         }
@@ -386,6 +404,7 @@ impl Conversion {
         let written = plan.files.iter().flat_map(|file| file.tensors.clone().map(move |i| (i, &file.name)));
         Manifest {
             schema_version: SCHEMA_VERSION,
+            older_schema: None,
             tool: Tool::this(),
             recipe: plan.recipe.clone(),
             source: SourceRecord { files: hashed_files, ..self.source_record() },
