@@ -1,15 +1,13 @@
 //! Reading manifests, of this version's schema and of older ones.
 
-use std::fs::File;
-use std::io::{self, BufReader, Read, Seek};
-use std::path::Path;
+use std::io::{self, BufReader, Read};
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::{Manifest, SCHEMA_VERSION, Tool, v1};
 use crate::error::{Error, IoContext, Result};
-use crate::store::{HashingReader, Sha256Hash};
+use crate::store::{HashingReader, Location, Reader, Sha256Hash};
 
 /// Bytes that are read at once.
 const BUFFER: usize = 1 << 20;
@@ -26,14 +24,15 @@ impl Manifest {
     ///
     /// # Errors
     /// When it can't be read, is no manifest, or a newer version's.
-    pub fn read(path: &Path) -> Result<Manifest> {
-        Ok(Manifest::read_and_hash(path)?.0)
+    pub fn read(location: &Location) -> Result<Manifest> {
+        Ok(Manifest::read_and_hash(location)?.0)
     }
 
     /// The same with the file's SHA-256.
-    pub(crate) fn read_and_hash(path: &Path) -> Result<(Manifest, Sha256Hash)> {
-        let mut file = File::open(path).at(path, "open it")?;
-        read(&mut file).at(path, "read it")?.map_err(|why| Error::malformed(path, why))
+    pub(crate) fn read_and_hash(location: &Location) -> Result<(Manifest, Sha256Hash)> {
+        let path = location.path();
+        let file = location.open().at(path, "open it")?;
+        read(|| Reader::new(&*file)).at(path, "read it")?.map_err(|why| Error::malformed(path, why))
     }
 
     /// A manifest's text.
@@ -41,25 +40,23 @@ impl Manifest {
     /// # Errors
     /// Why it is none that this version reads.
     pub fn parse(json: &[u8]) -> Result<Manifest, String> {
-        let read = read(&mut io::Cursor::new(json)).map_err(|error| error.to_string())?;
+        let read = read(|| json).map_err(|error| error.to_string())?;
         read.map(|(manifest, _)| manifest)
     }
 }
 
 /// Reads it twice: for its version, and as what that has. Memory is that of the manifest, not of its text.
-fn read(input: &mut (impl Read + Seek)) -> io::Result<Result<(Manifest, Sha256Hash), String>> {
-    let version = parse::<Version>(input)?;
-    input.rewind()?;
-    let Version { schema_version, tool } = match version {
+fn read<R: Read>(from_start: impl Fn() -> R) -> io::Result<Result<(Manifest, Sha256Hash), String>> {
+    let Version { schema_version, tool } = match parse::<Version>(from_start())? {
         Ok((version, _)) => version,
         Err(why) => return Ok(Err(why)),
     };
     match schema_version {
         1 => {
-            let found = parse::<v1::Manifest>(input)?;
+            let found = parse::<v1::Manifest>(from_start())?;
             Ok(found.and_then(|(manifest, sha256)| Ok((manifest.try_into()?, sha256))))
         }
-        SCHEMA_VERSION => parse(input),
+        SCHEMA_VERSION => parse(from_start()),
         _ => Ok(Err(format!(
             "{} {} wrote it, with schema version {schema_version}; this is {} and reads versions 1 to {SCHEMA_VERSION}: use \
              the version that wrote it, or a newer one",
@@ -71,7 +68,7 @@ fn read(input: &mut (impl Read + Seek)) -> io::Result<Result<(Manifest, Sha256Ha
 }
 
 /// A value with the SHA-256 of its text, or why it isn't one.
-fn parse<T: DeserializeOwned>(input: &mut impl Read) -> io::Result<Result<(T, Sha256Hash), String>> {
+fn parse<T: DeserializeOwned>(input: impl Read) -> io::Result<Result<(T, Sha256Hash), String>> {
     let mut reader = BufReader::with_capacity(BUFFER, HashingReader::new(input));
     let mut deserializer = serde_json::Deserializer::from_reader(&mut reader);
     let value = T::deserialize(&mut deserializer).and_then(|value| deserializer.end().map(|()| value));

@@ -1,6 +1,6 @@
 //! Linears that clients merge into one when they load them (vLLM's packed_modules_mapping), by their modules' last names.
 //!
-//! These names mean the same in every family that has them, so they are looked up without one. `tests/plan/vllm.rs`
+//! These names mean the same in every family that has them, so they are looked up without one. `tests/vllm.rs`
 //! compares them with `data/vllm.json`.
 
 use crate::models::families::FAMILIES;

@@ -2,7 +2,7 @@
 //!
 //! Most tensors are told by name and shape ([`roles`], [`rules`]). What a family does otherwise is one row of
 //! [`families`]: its experts' names on the hub, renames, exceptions, merged Linears, tied heads. Tables that
-//! `scripts/make` takes from transformers and vLLM are in `data/`, and tests compare every row with them.
+//! `scripts/make` takes from transformers and vLLM are in `data/`, and `tests/` compares every row with them.
 
 pub mod experts;
 pub mod families;
@@ -13,7 +13,7 @@ pub mod roles;
 pub mod rules;
 
 #[cfg(test)]
-mod against_transformers;
+mod tests;
 
 pub use roles::Role;
 pub use rules::{Rules, Verdict};

@@ -1,7 +1,6 @@
-//! What is decided, against what transformers and vLLM do.
+//! What is decided, seen in what is converted.
 
 #[path = "../support/mod.rs"]
 mod support;
 
 mod experts;
-mod vllm;

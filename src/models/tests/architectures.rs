@@ -1,14 +1,13 @@
-//! Tests of rules and rows against every tensor of the models in `data/architectures.json`, as transformers sees it.
+//! Tests of rules and rows against every tensor of the models in `../data/architectures.json`, as transformers sees it.
 
 use serde_json::Value;
 
-use super::experts::ExpertParameter;
-use super::families::{compared, families};
-use super::names::{match_end, skip_entry_matches};
-use super::roles::Role;
-use super::rules::Rules;
+use crate::models::experts::ExpertParameter;
+use crate::models::families::{compared, families};
+use crate::models::names::{match_end, skip_entry_matches};
+use crate::models::{Role, Rules};
 
-const GOLDEN: &str = include_str!("data/architectures.json");
+const GOLDEN: &str = include_str!("../data/architectures.json");
 
 /// A tensor as transformers sees it.
 struct Row {
@@ -268,11 +267,9 @@ fn experts_are_named_as_one_of_their_familys_forms() {
             let mut names = sources.chain(one_by_one);
             assert!(names.any(|end| match_end(&row.name, end).is_some()), "{} {}", class.name, row.name);
             for made in &row.parameters {
-                let (prefix, target) = parameters()
-                    .filter_map(ExpertParameter::fusion)
-                    .find_map(|fusion| Some((fusion.source_of(&row.name)?.0, fusion.target)))
-                    .unwrap();
-                assert_eq!(*made, format!("{prefix}.{target}"), "{}", class.name);
+                let mut fusions = parameters().filter_map(ExpertParameter::fusion);
+                let fusion = fusions.find(|fusion| fusion.source_of(&row.name).is_some()).unwrap();
+                assert!(match_end(made, fusion.target).is_some(), "{} {made}: {fusion:?}", class.name);
             }
         }
     }

@@ -1,10 +1,11 @@
-//! What vLLM puts together when it loads a checkpoint, from `src/models/data/vllm.json`, must be known to share a scale.
+//! Tests of names that vLLM loads and merges, from `../data/vllm.json`.
 
 use std::collections::BTreeSet;
 
-use prequant::models::families::families;
-use prequant::models::merged_linears;
 use serde_json::Value;
+
+use crate::models::families::families;
+use crate::models::merged_linears;
 
 /// Sets that are left apart, and why.
 const EXCEPTIONS: &[(&[&str], &str)] = &[
@@ -28,12 +29,12 @@ const EXCEPTIONS: &[(&[&str], &str)] = &[
 ];
 
 fn vllm() -> Value {
-    serde_json::from_str(include_str!("../../src/models/data/vllm.json")).unwrap()
+    serde_json::from_str(include_str!("../data/vllm.json")).unwrap()
 }
 
 #[test]
 fn experts_taken_apart_are_named_as_vllm_loads_them() {
-    let classes: Value = serde_json::from_str(include_str!("../../src/models/data/architectures.json")).unwrap();
+    let classes: Value = serde_json::from_str(include_str!("../data/architectures.json")).unwrap();
     let mut compared = 0;
     for class in classes["architectures"].as_array().unwrap() {
         let Some(model) = vllm()["models"].get(class["class"].as_str().unwrap()).cloned() else { continue };
