@@ -71,7 +71,7 @@ fn scale_at(coded: &Coded, (row, column): (u64, u64)) -> u64 {
 }
 
 fn group_of(coded: &Coded, column: u64) -> u64 {
-    column / coded.coding.group() as u64
+    column / coded.coding.group as u64
 }
 
 fn at(place: Place, offset: u64) -> Place {

@@ -94,7 +94,7 @@ pub struct Place {
 impl Coded {
     /// Scales of a row.
     pub fn scales_of_row(&self) -> u64 {
-        self.columns.div_ceil(self.coding.group() as u64)
+        self.columns.div_ceil(self.coding.group as u64)
     }
 
     /// Bytes of a scale as it is stored.
