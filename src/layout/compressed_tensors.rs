@@ -40,7 +40,12 @@ pub fn output_tensors(codec: &Codec, shape: &[u64]) -> Vec<OutputTensor> {
         tensors.push(tensor(OutputKind::ZeroPoint, "_zero_point", OutputDtype::I32, shape));
     }
     if codec.has_tensor_scale() {
-        tensors.push(tensor(OutputKind::GlobalScale, "_global_scale", OutputDtype::Float(FloatDtype::Float32), vec![1]));
+        tensors.push(tensor(
+            OutputKind::GlobalScale,
+            "_global_scale",
+            OutputDtype::Float(FloatDtype::Float32),
+            vec![1],
+        ));
     }
     tensors
 }

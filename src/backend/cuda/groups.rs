@@ -53,7 +53,9 @@ impl GroupKernel {
         let in_rows = group == columns && (!in_teams || group >= LONG_ROW);
         match (element, scale) {
             (ElementCode::Int { zero_point: false }, ScaleCode::SourceFloat) if in_rows => Some(GroupKernel::Int4Rows),
-            (ElementCode::Int { zero_point: true }, ScaleCode::SourceFloat) if in_rows => Some(GroupKernel::Int4AsymRows),
+            (ElementCode::Int { zero_point: true }, ScaleCode::SourceFloat) if in_rows => {
+                Some(GroupKernel::Int4AsymRows)
+            }
             (ElementCode::Int { zero_point: false }, ScaleCode::SourceFloat) if in_teams => Some(GroupKernel::Int4),
             (ElementCode::Int { zero_point: true }, ScaleCode::SourceFloat) if in_teams => Some(GroupKernel::Int4Asym),
             (ElementCode::E2m1, ScaleCode::E4m3) if group == 16 => match tensor_scale? {

@@ -4,8 +4,8 @@
 //!
 //! Groups are whole arrays, or one half (NVFP4's 16 columns); others are left to scalar.rs.
 
-use super::scalar::{self, Chosen, Extent};
 use super::Groups;
+use super::scalar::{self, Chosen, Extent};
 use crate::dtype::FloatDtype;
 use crate::format::{Coding, ElementCode, Highest, ScaleCode};
 use crate::kernel::block::scalar::LANES;
