@@ -7,7 +7,7 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, IoContext, Result};
-use crate::store::Sha256Hash;
+use crate::store::{Location, Sha256Hash};
 
 /// The largest config that is read: real ones are a few KB.
 const MAX_CONFIG_LEN: u64 = 16 << 20;
@@ -20,13 +20,14 @@ pub struct Config {
 }
 
 impl Config {
-    /// Reads and checks the config at `path`.
-    pub fn read(path: &Path) -> Result<Config> {
-        let len = path.metadata().at(path, "read it")?.len();
+    /// Reads and checks the config that lies there.
+    pub fn read(location: &Location) -> Result<Config> {
+        let path = location.path();
+        let len = location.stat().at(path, "read it")?.len;
         if len > MAX_CONFIG_LEN {
             return Err(Error::malformed(path, format!("{len} bytes are too many for a model's config")));
         }
-        Self::parse(std::fs::read(path).at(path, "read it")?, path)
+        Self::parse(location.read().at(path, "read it")?, path)
     }
 
     /// As [`Config::read`], from memory; `path` is for errors.

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::TensorInfo;
 use crate::error::{Error, IoContext, Result};
+use crate::store::Location;
 
 /// The largest index that is read: a thousand times a common one.
 const MAX_INDEX_LEN: u64 = 200_000_000;
@@ -30,13 +31,14 @@ struct Metadata {
 }
 
 impl Index {
-    /// Reads the index at `path`; its file names are plain names without a folder.
-    pub fn read(path: &Path) -> Result<Index> {
-        let len = path.metadata().at(path, "read it")?.len();
+    /// Reads the index that lies there; its file names are plain names without a folder.
+    pub fn read(location: &Location) -> Result<Index> {
+        let path = location.path();
+        let len = location.stat().at(path, "read it")?.len;
         if len > MAX_INDEX_LEN {
             return Err(Error::malformed(path, format!("{len} bytes are too many for an index of tensors")));
         }
-        Self::parse(&std::fs::read(path).at(path, "read it")?, path)
+        Self::parse(&location.read().at(path, "read it")?, path)
     }
 
     /// As [`Index::read`], from memory; `path` is for errors.

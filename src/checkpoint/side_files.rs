@@ -1,9 +1,8 @@
 //! The files beside the weights: tokenizer, generation config, chat templates, license, code.
 
-use std::path::{Path, PathBuf};
-
 use super::{CONFIG_NAME, MANIFEST_NAME, QUANT_CONFIG_NAME, SUMS_NAME};
 use crate::error::{Error, IoContext, Result};
+use crate::store::{Kind, Location};
 
 /// Weights in any format, and what indexes them: the converted ones replace them.
 const WEIGHT_SUFFIXES: &[&str] = &[
@@ -38,7 +37,7 @@ pub struct SideFile {
     /// Its path below the source, with forward slashes.
     pub name: String,
     /// Where it is.
-    pub path: PathBuf,
+    pub location: Location,
     /// Its size in bytes.
     pub len: u64,
 }
@@ -50,7 +49,7 @@ pub fn is_weight_file(name: &str) -> bool {
 
 /// All side files below `root`, sorted by name. Hidden files and folders are left out, and so are links to folders and
 /// what this tool wrote.
-pub fn find(root: &Path) -> Result<Vec<SideFile>> {
+pub fn find(root: &Location) -> Result<Vec<SideFile>> {
     let mut walk = Walk { parts: parts_of_pipeline(root)?, files: Vec::new() };
     walk.folder(root, "", 0)?;
     walk.files.sort_by(|a, b| a.name.cmp(&b.name));
@@ -59,12 +58,12 @@ pub fn find(root: &Path) -> Result<Vec<SideFile>> {
 
 /// The folders that sentence-transformers' `modules.json` names: further modules, whose weights aren't the model's own
 /// in another format.
-fn parts_of_pipeline(root: &Path) -> Result<Vec<String>> {
-    let path = root.join("modules.json");
-    if !path.is_file() {
+fn parts_of_pipeline(root: &Location) -> Result<Vec<String>> {
+    let modules = root.join("modules.json");
+    if !modules.is_file() {
         return Ok(Vec::new());
     }
-    let text = std::fs::read(&path).at(&path, "read it")?;
+    let text = modules.read().at(modules.path(), "read it")?;
     // Not ours to judge: whatever else it is, it is copied as it is.
     let modules: Vec<serde_json::Value> = serde_json::from_slice(&text).unwrap_or_default();
     let folders = modules.iter().filter_map(|module| module.get("path")?.as_str());
@@ -78,27 +77,28 @@ struct Walk {
 }
 
 impl Walk {
-    fn folder(&mut self, folder: &Path, prefix: &str, depth: usize) -> Result<()> {
-        for entry in std::fs::read_dir(folder).at(folder, "list it")? {
-            let entry = entry.at(folder, "list it")?;
-            let path = entry.path();
-            let Ok(name) = entry.file_name().into_string() else {
-                return Err(Error::malformed(&path, "its name is not UTF-8: rename it"));
+    fn folder(&mut self, folder: &Location, prefix: &str, depth: usize) -> Result<()> {
+        for entry in folder.list().at(folder.path(), "list it")? {
+            let location = folder.join(&entry.name);
+            let Ok(name) = entry.name.into_string() else {
+                return Err(Error::malformed(location.path(), "its name is not UTF-8: rename it"));
             };
             if name.starts_with('.') || self.is_replaced(prefix, &name) {
                 continue;
             }
-            let is_link = entry.file_type().at(&path, "look at it")?.is_symlink();
-            let metadata = path.metadata().at(&path, "look at it")?;
             let name = format!("{prefix}{name}");
-            if metadata.is_dir() && !is_link && depth < MAX_DEPTH {
-                self.folder(&path, &format!("{name}/"), depth + 1)?;
-            } else if metadata.is_file() {
-                self.files.push(SideFile { name, path, len: metadata.len() });
+            match entry.stat.kind {
+                Kind::File => self.files.push(SideFile { name, location, len: entry.stat.len }),
+                Kind::Folder if !entry.is_link && depth < MAX_DEPTH => {
+                    self.folder(&location, &format!("{name}/"), depth + 1)?;
+                }
+                Kind::Folder => {}
+                // A link that leads nowhere is an error; a pipe is not copied.
+                Kind::Other => drop(location.stat().at(location.path(), "look at it")?),
             }
             if self.files.len() > MAX_FILES {
                 let why = format!("more than {MAX_FILES} files lie in it beside the weights: is it the right folder?");
-                return Err(Error::malformed(folder, why));
+                return Err(Error::malformed(folder.path(), why));
             }
         }
         Ok(())

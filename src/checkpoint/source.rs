@@ -1,18 +1,15 @@
 //! Opening a checkpoint: which files it has, and all their headers. No weight is read.
 
 use std::collections::HashMap;
-use std::fs::{File, Metadata};
 use std::io;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread;
 
 use super::index::Index;
 use super::side_files::{self, SideFile};
 use super::{CONFIG_NAME, Config, Header, INDEX_NAME, MANIFEST_NAME, TensorInfo};
 use crate::error::{Error, IoContext, Result};
-use crate::layout::{self, SourceQuantization};
-use crate::store::Sha256Hash;
+use crate::store::{Identity, Kind, Location, ReadAt, Reader, Sha256Hash};
 
 /// Headers that are read at the same time.
 const OPEN_AT_ONCE: usize = 8;
@@ -20,8 +17,8 @@ const OPEN_AT_ONCE: usize = 8;
 /// A checkpoint whose headers are read and checked.
 #[derive(Debug)]
 pub struct Source {
-    /// The path as given.
-    pub path: PathBuf,
+    /// The folder or the file, as given.
+    pub location: Location,
     /// The files of weights, by name.
     pub files: Vec<SourceFile>,
     /// config.json, if the source is a folder or has one beside it.
@@ -36,11 +33,9 @@ pub struct SourceFile {
     /// Its name, without the folder.
     pub name: String,
     /// Where it is.
-    pub path: PathBuf,
-    /// Its size in bytes.
-    pub len: u64,
-    /// When it was last written to: nanoseconds since 1970.
-    pub modified: i128,
+    pub location: Location,
+    /// What it was known by when its header was read.
+    pub identity: Identity,
     /// SHA-256 of its header, length field included.
     pub header_sha256: Sha256Hash,
     /// Its tensors, in the order of their bytes.
@@ -52,14 +47,16 @@ impl Source {
     ///
     /// # Errors
     /// When it isn't there, isn't a checkpoint, or is damaged as far as headers tell.
-    pub fn open(path: &Path) -> Result<Source> {
-        let metadata = match path.metadata() {
+    pub fn open(place: impl Into<Location>) -> Result<Source> {
+        let place = place.into();
+        let path = place.path();
+        let kind = match place.stat() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(Error::SourceMissing { path: path.to_owned() });
             }
-            other => other.at(path, "open it")?,
+            other => other.at(path, "open it")?.kind,
         };
-        let source = if metadata.is_dir() { open_folder(path)? } else { open_file(path, &metadata)? };
+        let source = if kind == Kind::Folder { open_folder(&place)? } else { open_file(&place, kind)? };
         source.check_names_differ()?;
         Ok(source)
     }
@@ -67,15 +64,6 @@ impl Source {
     /// All tensors with the file they are in: files by name, tensors in the order of their bytes.
     pub fn tensors(&self) -> impl Iterator<Item = (usize, &TensorInfo)> {
         self.files.iter().enumerate().flat_map(|(i, file)| file.tensors.iter().map(move |tensor| (i, tensor)))
-    }
-
-    /// How it is quantized, and the file that says so, if a config or a tensor says that it is.
-    pub fn quantization(&self) -> Option<(PathBuf, SourceQuantization)> {
-        let in_config = self.config.as_ref().and_then(SourceQuantization::in_config);
-        in_config.map(|found| (self.path.join(CONFIG_NAME), found)).or_else(|| {
-            let in_file = |file: &SourceFile| Some((file.path.clone(), layout::recognize::in_tensors(&file.tensors)?));
-            self.files.iter().find_map(in_file)
-        })
     }
 
     /// # Errors
@@ -86,18 +74,18 @@ impl Source {
             if let Some(other) = seen.insert(&tensor.name, file) {
                 let (name, other) = (&tensor.name, &self.files[other].name);
                 let why = format!("tensor {name:?} is also in {other:?}: are these files of one checkpoint?");
-                return Err(Error::malformed(&self.files[file].path, why));
+                return Err(Error::malformed(self.files[file].location.path(), why));
             }
         }
         Ok(())
     }
 }
 
-fn open_folder(folder: &Path) -> Result<Source> {
+fn open_folder(folder: &Location) -> Result<Source> {
     let config_path = folder.join(CONFIG_NAME);
     if !config_path.exists() && !folder.join(MANIFEST_NAME).exists() {
         let why = "it has no config.json; give the .safetensors file itself to convert weights without a model";
-        return Err(Error::NotACheckpoint { path: folder.to_owned(), why: why.to_owned() });
+        return Err(Error::NotACheckpoint { path: folder.path().to_owned(), why: why.to_owned() });
     }
     let config = match config_path.exists() {
         true => {
@@ -112,33 +100,34 @@ fn open_folder(folder: &Path) -> Result<Source> {
         let index = Index::read(&index_path)?;
         let missing = |name: &str| format!("names {name:?}, which isn't beside it: download that file too");
         if let Some(name) = index.files().into_iter().find(|name| !folder.join(name).exists()) {
-            return Err(Error::malformed(&index_path, missing(name)));
+            return Err(Error::malformed(index_path.path(), missing(name)));
         }
         let files = open_all(folder, &index.files().into_iter().map(str::to_owned).collect::<Vec<_>>())?;
-        index.check(&index_path, files.iter().map(|file| (file.name.as_str(), file.tensors.as_slice())))?;
+        index.check(index_path.path(), files.iter().map(|file| (file.name.as_str(), file.tensors.as_slice())))?;
         files
     } else {
         open_all(folder, &files_without_index(folder)?)?
     };
     let side_files = side_files::find(folder)?;
-    side_files.iter().try_for_each(|file| check_is_inside(folder, &file.path))?;
-    Ok(Source { path: folder.to_owned(), files, config, side_files })
+    side_files.iter().try_for_each(|file| check_is_inside(folder, &file.location))?;
+    Ok(Source { location: folder.clone(), files, config, side_files })
 }
 
-fn open_file(path: &Path, metadata: &Metadata) -> Result<Source> {
+fn open_file(place: &Location, kind: Kind) -> Result<Source> {
+    let path = place.path();
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    if !metadata.is_file() || !name.ends_with(".safetensors") {
+    if kind != Kind::File || !name.ends_with(".safetensors") {
         let why = "expected a folder, or a file whose name ends in .safetensors".to_owned();
         return Err(Error::NotACheckpoint { path: path.to_owned(), why });
     }
-    let config_path = path.with_file_name(CONFIG_NAME);
+    let config_path = place.with_file_name(CONFIG_NAME);
     let config = if config_path.is_file() { Some(Config::read(&config_path)?) } else { None };
-    let file = SourceFile::open(name.to_owned(), path.to_owned())?;
-    Ok(Source { path: path.to_owned(), files: vec![file], config, side_files: Vec::new() })
+    let file = SourceFile::open(name.to_owned(), place.clone())?;
+    Ok(Source { location: place.clone(), files: vec![file], config, side_files: Vec::new() })
 }
 
 /// Opens files by name, several at once: on a network disk it is waiting that takes the time.
-fn open_all(folder: &Path, names: &[String]) -> Result<Vec<SourceFile>> {
+fn open_all(folder: &Location, names: &[String]) -> Result<Vec<SourceFile>> {
     let each = names.len().div_ceil(OPEN_AT_ONCE).max(1);
     thread::scope(|scope| {
         let open = |names: &[String]| names.iter().map(|name| open_inside(folder, name)).collect::<Result<Vec<_>>>();
@@ -149,33 +138,49 @@ fn open_all(folder: &Path, names: &[String]) -> Result<Vec<SourceFile>> {
 }
 
 /// Opens a file of the folder; a link must lead to where this checkpoint's files are.
-fn open_inside(folder: &Path, name: &str) -> Result<SourceFile> {
-    let path = folder.join(name);
-    check_is_inside(folder, &path)?;
-    SourceFile::open(name.to_owned(), path)
+fn open_inside(folder: &Location, name: &str) -> Result<SourceFile> {
+    let location = folder.join(name);
+    check_is_inside(folder, &location)?;
+    SourceFile::open(name.to_owned(), location)
 }
 
 impl SourceFile {
-    fn open(name: String, path: PathBuf) -> Result<SourceFile> {
-        let mut file = File::open(&path).at(&path, "open it")?;
-        let metadata = file.metadata().at(&path, "look at it")?;
-        if !metadata.is_file() {
-            return Err(Error::malformed(&path, "not a regular file"));
-        }
-        let header = Header::read(&mut file, metadata.len(), &path)?;
-        let modified = i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec());
+    fn open(name: String, location: Location) -> Result<SourceFile> {
+        let path = location.path();
+        let file = location.open().at(path, "open it")?;
+        let identity = file.identity().at(path, "look at it")?;
+        let header = Header::read(&mut Reader::new(&*file), identity.len, path)?;
         let Header { sha256: header_sha256, tensors, .. } = header;
-        Ok(SourceFile { name, path, len: metadata.len(), modified, header_sha256, tensors })
+        Ok(SourceFile { name, location, identity, header_sha256, tensors })
+    }
+
+    /// Opens the file anew, for its weights.
+    ///
+    /// # Errors
+    /// When it isn't what it was when its header was read.
+    pub fn reopen(&self) -> Result<Box<dyn ReadAt>> {
+        let path = self.location.path();
+        let file = self.location.open().at(path, "open it")?;
+        let identity = file.identity().at(path, "look at it")?;
+        if identity == self.identity {
+            return Ok(file);
+        }
+        let why = match (identity.len, self.identity.len) {
+            (now, then) if now != then => format!("it has {now} bytes, and had {then}"),
+            _ => "it was written to since its header was read".to_owned(),
+        };
+        Err(Error::SourceChanged { path: path.to_owned(), why })
     }
 }
 
 /// A file must be a regular one; a link may lead elsewhere in the folder, or, in the hub's cache, from
 /// `snapshots/REVISION` to `blobs`.
-fn check_is_inside(folder: &Path, path: &Path) -> Result<()> {
-    let target = path.canonicalize().at(path, "open it")?;
-    let root = folder.canonicalize().at(folder, "open it")?;
+fn check_is_inside(folder: &Location, file: &Location) -> Result<()> {
+    let path = file.path();
+    let target = file.resolve().at(path, "open it")?;
+    let root = folder.resolve().at(folder.path(), "open it")?;
     // Opening a pipe or a device could wait for ever.
-    if !target.is_file() {
+    if !file.is_file() {
         return Err(Error::malformed(path, "not a regular file"));
     }
     let cache = root.parent().filter(|parent| parent.ends_with("snapshots")).and_then(Path::parent);
@@ -187,14 +192,11 @@ fn check_is_inside(folder: &Path, path: &Path) -> Result<()> {
 }
 
 /// The files that make up a checkpoint without an index: `model.safetensors`, or shards, or what there is.
-fn files_without_index(folder: &Path) -> Result<Vec<String>> {
-    let mut names = Vec::new();
-    for entry in std::fs::read_dir(folder).at(folder, "list it")? {
-        let name = entry.at(folder, "list it")?.file_name();
-        if let Some(name) = name.to_str().filter(|name| name.ends_with(".safetensors") && !name.starts_with('.')) {
-            names.push(name.to_owned());
-        }
-    }
+fn files_without_index(folder: &Location) -> Result<Vec<String>> {
+    let is_weights = |name: &String| name.ends_with(".safetensors") && !name.starts_with('.');
+    let entries = folder.list().at(folder.path(), "list it")?.into_iter();
+    let names = entries.filter_map(|entry| entry.name.into_string().ok());
+    let mut names: Vec<String> = names.filter(is_weights).collect();
     names.sort();
     if names.iter().any(|name| name == "model.safetensors") {
         return Ok(vec!["model.safetensors".to_owned()]);
@@ -210,9 +212,9 @@ fn files_without_index(folder: &Path) -> Result<Vec<String>> {
     if names.is_empty() {
         let why = "it has no .safetensors file; convert .bin or .pt weights to safetensors first (transformers' \
                    save_pretrained does)";
-        return Err(Error::NotACheckpoint { path: folder.to_owned(), why: why.to_owned() });
+        return Err(Error::NotACheckpoint { path: folder.path().to_owned(), why: why.to_owned() });
     }
-    check_all_shards(folder, &names)?;
+    check_all_shards(folder.path(), &names)?;
     Ok(names)
 }
 

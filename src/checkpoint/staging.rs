@@ -20,7 +20,7 @@ use std::path::{Component, Path, PathBuf};
 
 use super::{CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, QUANT_CONFIG_NAME, SUMS_NAME};
 use crate::error::{Error, IoContext, Result};
-use crate::store::{HashingWriter, Sha256Hash};
+use crate::store::{HashingWriter, Location, Sha256Hash};
 
 /// The folder inside the destination that holds what isn't finished.
 pub const STAGING_NAME: &str = ".prequant-staging";
@@ -45,6 +45,8 @@ const MARKS: [&str; 4] = [MANIFEST_NAME, CONFIG_NAME, INDEX_NAME, SUMS_NAME];
 /// A destination being filled.
 #[derive(Debug)]
 pub struct Staging {
+    /// Where files of weights are written through.
+    place: Location,
     destination: PathBuf,
     folder: PathBuf,
     /// Folders that weren't there before, the innermost first.
@@ -59,15 +61,19 @@ impl Staging {
     ///
     /// # Errors
     /// When it is a file, is `source`, lies in it or holds it, or has something in it already and `force` isn't set.
-    pub fn check(destination: &Path, source: &Path, force: bool) -> Result<()> {
-        let place = &resolve(destination)?;
-        let source = source.canonicalize().at(source, "open it")?;
-        let overlap = match (place.starts_with(&source), source.starts_with(place)) {
+    pub fn check(destination: &Location, source: &Location, force: bool) -> Result<()> {
+        let place = &resolve(local(destination)?)?;
+        let source = match source.local() {
+            Some(path) => Some(path.canonicalize().at(path, "open it")?),
+            None => None, // in another store, nothing lies in the other
+        };
+        let overlap = source.and_then(|source| match (place.starts_with(&source), source.starts_with(place)) {
             (true, true) => Some("it is the source itself"),
             (true, false) => Some("it lies in the source"),
             (false, true) => Some("the source lies in it"),
             (false, false) => None,
-        };
+        });
+        let destination = destination.path();
         if let Some(what) = overlap {
             return Err(Error::destination(destination, format!("{what}; choose a folder elsewhere")));
         }
@@ -98,9 +104,10 @@ impl Staging {
     ///
     /// # Errors
     /// When another process is at it.
-    pub fn take(destination: &Path, source: &Path, force: bool) -> Result<Staging> {
+    pub fn take(destination: &Location, source: &Location, force: bool) -> Result<Staging> {
         Self::check(destination, source, force)?;
-        let destination = &resolve(destination)?;
+        let path = resolve(local(destination)?)?;
+        let (place, destination) = (destination.at(path.clone()), &path);
         let made = destination.ancestors().take_while(|folder| !folder.exists()).map(Path::to_owned).collect();
         let (folder, done) = (destination.join(STAGING_NAME), destination.join(DONE_NAME));
         if done.exists() {
@@ -111,17 +118,17 @@ impl Staging {
             Error::destination(destination, why)
         })?;
         let lock = take_lock(destination, &folder.join(LOCK_NAME))?;
-        Ok(Staging { destination: destination.to_owned(), folder, made, force, _lock: lock })
+        Ok(Staging { place, destination: destination.to_owned(), folder, made, force, _lock: lock })
     }
 
     /// Removes what a run left that was killed in its very last step. Best effort: nothing looks at it.
-    pub fn tidy(destination: &Path) {
-        let _ = fs::remove_dir_all(destination.join(DONE_NAME));
+    pub fn tidy(destination: &Location) {
+        let _ = destination.local().map(|folder| fs::remove_dir_all(folder.join(DONE_NAME)));
     }
 
     /// The folder that is being filled.
-    pub fn destination(&self) -> &Path {
-        &self.destination
+    pub fn destination(&self) -> &Location {
+        &self.place
     }
 
     /// The staging folder itself.
@@ -130,12 +137,20 @@ impl Staging {
     }
 
     /// Where the finished file called `name` waits to be moved.
-    pub fn path(&self, name: &str) -> PathBuf {
-        self.folder.join(READY_FOLDER).join(name)
+    pub fn ready(&self, name: &str) -> Location {
+        self.place.at(self.path(name))
     }
 
     /// Where the file called `name` is written.
-    pub fn partial_path(&self, name: &str) -> PathBuf {
+    pub fn partial(&self, name: &str) -> Location {
+        self.place.at(self.partial_path(name))
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(READY_FOLDER).join(name)
+    }
+
+    fn partial_path(&self, name: &str) -> PathBuf {
         self.folder.join(PARTIAL_FOLDER).join(name)
     }
 
@@ -362,6 +377,12 @@ pub fn sync_folder(folder: &Path) -> Result<()> {
     File::open(folder).and_then(|folder| folder.sync_all()).at(folder, "sync it")
 }
 
+/// Staging and publishing are renames, locks and syncs of folders: they need the file system.
+fn local(destination: &Location) -> Result<&Path> {
+    let why = "a checkpoint can be written to a folder of the file system only";
+    destination.local().ok_or_else(|| Error::destination(destination.path(), why))
+}
+
 /// `path` with its links and dots resolved. What doesn't exist yet has no links, and `..` leads back out of it.
 fn resolve(path: &Path) -> Result<PathBuf> {
     let mut resolved = PathBuf::new();
@@ -382,10 +403,10 @@ fn resolve(path: &Path) -> Result<PathBuf> {
     Ok(resolved)
 }
 
-/// Bytes that may still be written at `path`, or at its nearest ancestor that exists; `None` where the file system keeps
+/// Bytes that may still be written there, or at its nearest ancestor that exists; `None` where the file system keeps
 /// no count.
-pub fn free_space(path: &Path) -> Result<Option<u64>> {
-    let place = resolve(path)?;
+pub fn free_space(place: &Location) -> Result<Option<u64>> {
+    let place = resolve(local(place)?)?;
     let there = place.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("/"));
     let status = rustix::fs::statvfs(there).at(there, "ask for its free space")?;
     Ok((status.f_blocks > 0).then(|| status.f_bavail.saturating_mul(status.f_frsize)))

@@ -12,7 +12,6 @@ use prequant::format::{BlockSize, FORMATS, FormatSpec, GroupSize, Layout};
 use prequant::ops::quantize::{Options, plan};
 use prequant::ops::recipe_of;
 use prequant::recipe::{ExpertLayout, NonFinitePolicy, Recipe};
-use prequant::store::RealDisk;
 use prequant::units::Bytes;
 
 use super::output::{self, Outcome};
@@ -243,7 +242,7 @@ fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
         return Ok(done.already(arguments.audience()));
     }
     let reporter = Reporter::new(arguments.style(), &conversion);
-    let manifest = conversion.execute_on(&RealDisk, interrupt::flag(), &arguments.destination, &reporter)?;
+    let manifest = conversion.execute_until(interrupt::flag(), &arguments.destination, &reporter)?;
     reporter.finish();
     let done = summary::Done { conversion: &conversion, destination: &arguments.destination, manifest: &manifest };
     Ok(done.report(start.elapsed(), arguments.audience()))

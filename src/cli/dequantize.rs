@@ -9,7 +9,6 @@ use clap::Args;
 use prequant::Error;
 use prequant::ops::dequantize::plan;
 use prequant::ops::quantize::Options;
-use prequant::store::RealDisk;
 use prequant::units::Bytes;
 use serde_json::json;
 
@@ -83,7 +82,7 @@ fn dequantize(arguments: &Arguments) -> Result<Outcome, Error> {
         conversion.plan.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
     }
     let reporter = Reporter::new(style, &conversion);
-    let files = conversion.dequantize_on(&RealDisk, interrupt::flag(), &arguments.destination, &reporter)?;
+    let files = conversion.dequantize_until(interrupt::flag(), &arguments.destination, &reporter)?;
     reporter.finish();
     let (destination, tensors) = (arguments.destination.display().to_string(), &conversion.plan.tensors);
     let decoded = tensors.iter().filter(|tensor| tensor.is_decoded()).count();

@@ -17,7 +17,7 @@ use super::words::count;
 
 /// The plan, and the obstacle to it if there is one.
 pub fn report(conversion: &Conversion, destination: &Path, device: &str, audience: Audience) -> Outcome {
-    let (free, obstacle) = match (free_space(destination), conversion.check_destination(destination)) {
+    let (free, obstacle) = match (free_space(&destination.into()), conversion.check_destination(destination)) {
         (Ok(free), checked) => (free, checked.err()),
         (Err(error), _) => (None, Some(error)),
     };

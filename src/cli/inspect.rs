@@ -183,9 +183,9 @@ fn json(source: &Source, weights: &[Weight<'_>]) -> Value {
         .collect::<serde_json::Map<_, _>>()
         .into();
     json!({
-        "path": source.path.display().to_string(),
+        "path": source.location.path().display().to_string(),
         "model_type": source.config.as_ref().and_then(|config| config.model_types().first().map(|&name| name.to_owned())),
-        "files": source.files.iter().map(|file| json!({"name": file.name, "size": file.len})).collect::<Vec<_>>(),
+        "files": source.files.iter().map(|file| json!({"name": file.name, "size": file.identity.len})).collect::<Vec<_>>(),
         "formats": formats,
         "tensors": weights.iter().map(weight).collect::<Vec<_>>(),
     })

@@ -1,6 +1,8 @@
 //! Telling that a checkpoint is quantized already, and with what.
 
-use crate::checkpoint::{Config, TensorInfo};
+use std::path::PathBuf;
+
+use crate::checkpoint::{CONFIG_NAME, Config, Source, SourceFile, TensorInfo};
 use crate::dtype::Dtype;
 
 /// DeepSeek-V3's, as names give it away.
@@ -48,6 +50,14 @@ impl SourceQuantization {
     }
 }
 
+/// How a checkpoint is quantized, and the file that says so, if a config or a tensor says that it is.
+pub fn of(source: &Source) -> Option<(PathBuf, SourceQuantization)> {
+    let path = || source.location.join(CONFIG_NAME).path().to_owned();
+    let config = source.config.as_ref().and_then(in_config).map(|found| (path(), found));
+    let in_file = |file: &SourceFile| Some((file.location.path().to_owned(), in_tensors(&file.tensors)?));
+    config.or_else(|| source.files.iter().find_map(in_file))
+}
+
 fn in_config(config: &Config) -> Option<SourceQuantization> {
     let found = ["quantization_config", "compression_config"].into_iter().find_map(|key| {
         let value = config.values().get(key)?;
@@ -62,7 +72,7 @@ fn in_config(config: &Config) -> Option<SourceQuantization> {
 }
 
 /// The method that a tensor gives away, and how.
-pub fn in_tensors(tensors: &[TensorInfo]) -> Option<SourceQuantization> {
+fn in_tensors(tensors: &[TensorInfo]) -> Option<SourceQuantization> {
     tensors.iter().find_map(|tensor| {
         let by_name = SourceQuantization::by_name(&tensor.name);
         let by_dtype = matches!(

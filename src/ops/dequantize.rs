@@ -4,8 +4,6 @@
 //! like any other, in which all tensors are kept and some are read decoded.
 
 use std::collections::{HashMap, HashSet};
-use std::fs::File;
-use std::path::Path;
 
 use crate::backend::Device;
 use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, Source, TensorInfo};
@@ -19,7 +17,7 @@ use crate::ops::relayout;
 use crate::plan::input::{Input, as_stored, decoded, model_dtype};
 use crate::plan::{Coded, MAX_EXPERTS, Nested, Place, Plan, float_dtype, split};
 use crate::recipe::Recipe;
-use crate::store::{RealDisk, read_exact_at};
+use crate::store::{Location, ReadAt, read_exact_at};
 
 /// What config.json says because of the 4-bit weights.
 const CONFIG_KEYS: [&str; 2] = ["quantization_config", "experts_implementation"];
@@ -31,17 +29,18 @@ const MAX_QUANT_STATE: u64 = 1 << 16;
 ///
 /// # Errors
 /// When it is no checkpoint that prequant converted, or isn't what its manifest says.
-pub fn plan(converted: &Path, max_shard_size: u64, mut options: Options) -> Result<Conversion> {
+pub fn plan(converted: impl Into<Location>, max_shard_size: u64, mut options: Options) -> Result<Conversion> {
     let source = Source::open(converted)?;
-    let Some(manifest) = relayout::manifest_of(converted) else {
+    let Some(manifest) = relayout::manifest_of(&source.location) else {
         let why = format!(
             "it has no {MANIFEST_NAME} that this version reads: give the folder of a checkpoint that prequant converted"
         );
-        return Err(Error::NotACheckpoint { path: converted.to_owned(), why });
+        return Err(Error::NotACheckpoint { path: source.location.path().to_owned(), why });
     };
     let (inputs, left_apart) = Converted::new(&source, &manifest).inputs()?;
     let config = source.config.as_ref().map(|config| config.without(&CONFIG_KEYS)).transpose();
-    let config = config.map_err(|error| Error::malformed(&source.path.join(CONFIG_NAME), error.to_string()))?;
+    let config =
+        config.map_err(|error| Error::malformed(source.location.join(CONFIG_NAME).path(), error.to_string()))?;
     let recipe = Recipe { max_shard_size, ..manifest.recipe.clone() };
     let mut plan = Plan::decoded(&source, recipe, inputs, config)?;
     if left_apart {
@@ -63,7 +62,7 @@ struct Converted<'a> {
     /// Tensors by name.
     places: HashMap<&'a str, (Place, &'a TensorInfo)>,
     /// Files of the source, opened as they are needed.
-    files: Vec<Option<File>>,
+    files: Vec<Option<Box<dyn ReadAt>>>,
 }
 
 impl<'a> Converted<'a> {
@@ -222,18 +221,18 @@ impl<'a> Converted<'a> {
         if info.len > most {
             return Err(self.malformed(format!("{name:?} has {} bytes, expected {most} at most", info.len)));
         }
-        let path = &self.source.files[place.file].path;
+        let path = self.source.files[place.file].location.path();
         let file = match &mut self.files[place.file] {
             Some(file) => file,
-            none => none.insert(File::open(path).at(path, "open it")?),
+            none => none.insert(self.source.files[place.file].reopen()?),
         };
         let mut bytes = vec![0; info.len as usize];
-        read_exact_at(&RealDisk, file, path, &mut bytes, place.offset).at(path, "read it")?;
+        read_exact_at(&**file, &mut bytes, place.offset).at(path, "read it")?;
         Ok(bytes)
     }
 
     fn malformed(&self, why: String) -> Error {
         let why = format!("{why}: the files aren't what the manifest says; `prequant verify` tells more");
-        Error::malformed(&self.source.path.join(MANIFEST_NAME), why)
+        Error::malformed(self.source.location.join(MANIFEST_NAME).path(), why)
     }
 }

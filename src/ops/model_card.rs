@@ -42,7 +42,7 @@ pub fn changed(source: &Source, plan: &Plan, is_decoded: bool) -> Result<Option<
         return Ok(None);
     }
     let own = source.side_files.iter().find(|file| file.name == NAME);
-    let own = own.map(|file| std::fs::read(&file.path).at(&file.path, "read it")).transpose()?;
+    let own = own.map(|file| file.location.read().at(file.location.path(), "read it")).transpose()?;
     Ok(match (adds, own) {
         (true, Some(own)) => Some([&own, EXPERTS.as_bytes()].concat()),
         (true, None) => Some(EXPERTS.trim_start().as_bytes().to_vec()),

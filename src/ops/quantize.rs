@@ -1,16 +1,16 @@
 //! Converting a checkpoint: open, plan, execute, seal.
 
-use std::fs::File;
-use std::io;
-use std::path::Path;
+use std::io::{self, Read};
 use std::sync::atomic::AtomicBool;
 use std::thread;
 
 use crate::backend::{Device, cuda};
 use crate::checkpoint::{
-    CONFIG_NAME, Config, INDEX_NAME, MANIFEST_NAME, STAGING_NAME, SUMS_NAME, Source, Staging, free_space, write_index,
+    CONFIG_NAME, Config, INDEX_NAME, MANIFEST_NAME, OutputFile, STAGING_NAME, SUMS_NAME, SideFile, Source, Staging,
+    free_space, write_index,
 };
 use crate::error::{Error, IoContext, Result};
+use crate::layout::recognize;
 use crate::manifest::{
     DecisionRecord, FileRecord, Manifest, OutputRecord, SCHEMA_VERSION, SourceFileRecord, SourceRecord,
     SourceTensorRecord, Summary, TensorRecord, Tool, sha256_sums,
@@ -26,7 +26,7 @@ use crate::pipeline;
 use crate::pipeline::{Budget, ExecutionContext, FileOutcome, Limits, Outcome, Progress, TensorOutcome};
 use crate::plan::{Part, Plan, PlannedTensor, input};
 use crate::recipe::{ExpertLayout, Recipe};
-use crate::store::{Disk, RealDisk, Sha256Hash, hash_range};
+use crate::store::{HashingReader, Location, Reader, Sha256Hash};
 use crate::units::Bytes;
 
 /// How to convert: what decides nothing about the output's bytes.
@@ -88,9 +88,9 @@ pub struct Conversion {
 ///
 /// # Errors
 /// When the source is no checkpoint or damaged, or the recipe doesn't fit it; or a GPU has too little memory free.
-pub fn plan(source: &Path, recipe: Recipe, mut options: Options) -> Result<Conversion> {
+pub fn plan(source: impl Into<Location>, recipe: Recipe, mut options: Options) -> Result<Conversion> {
     let source = Source::open(source)?;
-    let manifest = source.quantization().and_then(|_| relayout::manifest_of(&source.path));
+    let manifest = recognize::of(&source).and_then(|_| relayout::manifest_of(&source.location));
     let (plan, relay) = match manifest.filter(|manifest| manifest.recipe.codec().is_blocks()) {
         None => {
             input::check_quantization(&source, &recipe)?;
@@ -162,19 +162,20 @@ impl Conversion {
     }
 
     /// Whether the conversion can be written to `destination`: it is a place for it, and there is room.
-    pub fn check_destination(&self, destination: &Path) -> Result<()> {
-        Staging::check(destination, &self.source.path, self.options.force)?;
+    pub fn check_destination(&self, destination: impl Into<Location>) -> Result<()> {
+        let destination = &destination.into();
+        Staging::check(destination, &self.source.location, self.options.force)?;
         self.check_space(destination, &[])
     }
 
     /// Whether there is room for all but the files that are `sealed` already.
-    fn check_space(&self, destination: &Path, sealed: &[Option<FileOutcome>]) -> Result<()> {
+    fn check_space(&self, destination: &Location, sealed: &[Option<FileOutcome>]) -> Result<()> {
         let there = self.plan.files.iter().zip(sealed).filter(|(_, sealed)| sealed.is_some());
         let needed = self.disk_needed() - there.map(|(file, _)| file.len).sum::<u64>();
         match free_space(destination)? {
             Some(available) if available < needed => {
                 let (needed, available) = (Bytes(needed).to_string(), Bytes(available).to_string());
-                Err(Error::NoSpace { path: destination.to_owned(), needed, available })
+                Err(Error::NoSpace { path: destination.path().to_owned(), needed, available })
             }
             _ => Ok(()),
         }
@@ -182,7 +183,8 @@ impl Conversion {
 
     /// The manifest in `destination`, if it is of this very conversion, finished: same tool, recipe, config.json and
     /// source, by the sizes and headers of its files. Nothing more is looked at; `verify` does that.
-    pub fn finished(&self, destination: &Path) -> Option<Manifest> {
+    pub fn finished(&self, destination: impl Into<Location>) -> Option<Manifest> {
+        let destination = &destination.into();
         if destination.join(STAGING_NAME).exists() {
             return None;
         }
@@ -208,39 +210,37 @@ impl Conversion {
 
     /// Writes the checkpoint to `destination` and returns its manifest; goes on where an earlier run was stopped. Until all
     /// of it is written, synced and hashed, nothing there can be taken for a checkpoint.
-    pub fn execute(&self, destination: &Path, progress: &dyn Progress) -> Result<Manifest> {
-        self.execute_on(&RealDisk, &AtomicBool::new(false), destination, progress)
+    pub fn execute(&self, destination: impl Into<Location>, progress: &dyn Progress) -> Result<Manifest> {
+        self.execute_until(&AtomicBool::new(false), destination, progress)
     }
 
-    /// As [`Conversion::execute`], through `disk`; stops soon after `interrupt` is set.
+    /// As [`Conversion::execute`]; stops soon after `interrupt` is set.
     ///
     /// # Errors
     /// Those of reading and writing; [`Error::Interrupted`]. Files that are finished by then are kept for the next run.
-    pub fn execute_on(
+    pub fn execute_until(
         &self,
-        disk: &dyn Disk,
         interrupt: &AtomicBool,
-        destination: &Path,
+        destination: impl Into<Location>,
         progress: &dyn Progress,
     ) -> Result<Manifest> {
-        self.carry_out(disk, interrupt, destination, progress, |staging, files, outcome| {
+        self.carry_out(interrupt, &destination.into(), progress, |staging, files, outcome| {
             let manifest = self.finish(staging, files, outcome)?;
             Ok((published_names(&manifest), manifest))
         })
     }
 
-    /// Writes the files that a decoding gives, and SHA256SUMS; returns what was written. As [`Conversion::execute_on`] otherwise.
+    /// Writes the files that a decoding gives, and SHA256SUMS; returns what was written. As [`Conversion::execute_until`] otherwise.
     ///
     /// # Errors
     /// Those of reading and writing; [`Error::Interrupted`]; when the source isn't what its manifest says.
-    pub fn dequantize_on(
+    pub fn dequantize_until(
         &self,
-        disk: &dyn Disk,
         interrupt: &AtomicBool,
-        destination: &Path,
+        destination: impl Into<Location>,
         progress: &dyn Progress,
     ) -> Result<Vec<FileRecord>> {
-        self.carry_out(disk, interrupt, destination, progress, |staging, files, _| {
+        self.carry_out(interrupt, &destination.into(), progress, |staging, files, _| {
             write_sums(staging, files.iter())?;
             let names = files.iter().map(|file| file.name.clone()).chain([SUMS_NAME.to_owned()]).collect();
             Ok((names, files))
@@ -250,19 +250,18 @@ impl Conversion {
     /// Writes all files to a staging folder, has `finish` add what it will and say what is published, and publishes it.
     fn carry_out<T>(
         &self,
-        disk: &dyn Disk,
         interrupt: &AtomicBool,
-        destination: &Path,
+        destination: &Location,
         progress: &dyn Progress,
         finish: impl FnOnce(&Staging, Vec<FileRecord>, Outcome) -> Result<(Vec<String>, T)>,
     ) -> Result<T> {
         let Options { ref device, hash_source, force, .. } = self.options;
-        Staging::check(destination, &self.source.path, force)?;
+        Staging::check(destination, &self.source.location, force)?;
         if !destination.join(STAGING_NAME).exists() {
             self.check_space(destination, &[])?;
         }
-        let staging = Staging::take(destination, &self.source.path, force)?;
-        let means = ExecutionContext { device, budget: self.budget, hash_source, disk, interrupt, progress };
+        let staging = Staging::take(destination, &self.source.location, force)?;
+        let means = ExecutionContext { device, budget: self.budget, hash_source, interrupt, progress };
         let files = self.write_files(&staging, means);
         match files.and_then(|(files, outcome)| finish(&staging, files, outcome)) {
             Ok((names, result)) => {
@@ -302,7 +301,7 @@ impl Conversion {
         self.check_space(staging.destination(), &sealed)?;
         let (outcome, side_files) = thread::scope(|scope| {
             let side_files = scope.spawn(|| copy_side_files(self, staging));
-            let outputs = Staged { staging, disk: means.disk };
+            let outputs = Staged { staging };
             let outcome = pipeline::run(source, plan, &outputs, sealed, means);
             (outcome, side_files.join().unwrap_or(Err(Error::Stopped)))
         });
@@ -352,7 +351,7 @@ impl Conversion {
         let config = self.source.config.as_ref();
         let files = self.source.files.iter().map(|file| SourceFileRecord {
             name: file.name.clone(),
-            size: file.len,
+            size: file.identity.len,
             header_sha256: file.header_sha256,
             sha256: None,
         });
@@ -475,17 +474,8 @@ fn copy_side_files(conversion: &Conversion, staging: &Staging) -> Result<Vec<Fil
     let files = files.filter(|side| card.is_none() || side.name != model_card::NAME);
     let mut records: Vec<FileRecord> = files
         .map(|side| {
-            let to = staging.path(&side.name);
-            if let Some(parent) = to.parent() {
-                std::fs::create_dir_all(parent).at(parent, "make it")?;
-            }
-            let mut from = File::open(&side.path).at(&side.path, "open it")?;
-            let mut copy =
-                File::options().read(true).write(true).create(true).truncate(true).open(&to).at(&to, "create it")?;
-            let size = io::copy(&mut from, &mut copy).at(&to, "copy it")?;
-            let sha256 = hash_range(&RealDisk, &copy, &to, 0, size, &mut buffer, || true).at(&to, "read it back")?;
-            copy.sync_all().at(&to, "sync it")?;
-            Ok(FileRecord { name: side.name.clone(), size, sha256: sha256.ok_or(Error::Stopped)? })
+            let sha256 = copy(side, staging.ready(&side.name), &mut buffer)?;
+            Ok(FileRecord { name: side.name.clone(), size: side.len, sha256 })
         })
         .collect::<Result<_>>()?;
     if let Some(card) = card.filter(|card| !card.is_empty()) {
@@ -495,4 +485,25 @@ fn copy_side_files(conversion: &Conversion, staging: &Staging) -> Result<Vec<Fil
     let made = made.map(|(name, text)| write(staging, name, |file| file.write_all(text.as_bytes())));
     records.extend(made.collect::<Result<Vec<_>>>()?);
     Ok(records)
+}
+
+/// Copies a file as it is; returns its hash.
+fn copy(side: &SideFile, to: Location, buffer: &mut [u8]) -> Result<Sha256Hash> {
+    let path = side.location.path();
+    let file = side.location.open().at(path, "open it")?;
+    let len = file.identity().at(path, "look at it")?.len;
+    if len != side.len {
+        let why = format!("it has {len} bytes, and had {}", side.len);
+        return Err(Error::SourceChanged { path: path.to_owned(), why });
+    }
+    let (mut from, to) = (HashingReader::new(Reader::new(&*file)), OutputFile::create(to, len)?);
+    let mut done = 0;
+    while done < len {
+        let piece = (len - done).min(buffer.len() as u64) as usize;
+        from.read_exact(&mut buffer[..piece]).at(path, "read it")?;
+        to.write_at(&buffer[..piece], done)?;
+        done += piece as u64;
+    }
+    to.sync()?;
+    Ok(from.finish().1)
 }

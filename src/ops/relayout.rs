@@ -7,7 +7,7 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, Source, SourceFile, TensorInfo, sort_canonically};
 use crate::dtype::FloatDtype;
@@ -19,6 +19,7 @@ use crate::ops::verify;
 use crate::pipeline::{Outcome, TensorOutcome};
 use crate::plan::{Decision, Part, Plan, PlannedFile, PlannedOutput, PlannedTensor};
 use crate::recipe::{ExpertLayout, Recipe};
+use crate::store::{Identity, Location};
 
 /// A converted checkpoint and what it becomes.
 #[derive(Debug)]
@@ -34,15 +35,16 @@ pub struct Relayout {
 }
 
 /// The recipe of the converted checkpoint at `path`, if that is what it is, and its experts can be laid out anew.
-pub fn recipe_of(path: &Path) -> Option<Recipe> {
-    let config = Config::read(&path.join(CONFIG_NAME)).ok()?;
+pub fn recipe_of(place: impl Into<Location>) -> Option<Recipe> {
+    let place = place.into();
+    let config = Config::read(&place.join(CONFIG_NAME)).ok()?;
     config.values().get("quantization_config")?;
-    Some(manifest_of(path)?.recipe).filter(|recipe| recipe.codec().is_blocks())
+    Some(manifest_of(&place)?.recipe).filter(|recipe| recipe.codec().is_blocks())
 }
 
 /// The manifest of the converted checkpoint at `path`.
-pub fn manifest_of(path: &Path) -> Option<Manifest> {
-    let (manifest, _) = verify::read_manifest(&path.join(MANIFEST_NAME)).ok()?;
+pub fn manifest_of(place: &Location) -> Option<Manifest> {
+    let (manifest, _) = verify::read_manifest(&place.join(MANIFEST_NAME)).ok()?;
     manifest.ok().filter(|manifest| manifest.schema_version == SCHEMA_VERSION)
 }
 
@@ -53,7 +55,7 @@ impl Relayout {
     /// When `recipe` asks for more than another layout or other shards, blocks straddle experts, or the files aren't what
     /// the manifest says.
     pub fn new(converted: &Source, manifest: Manifest, recipe: Recipe) -> Result<(Plan, Relayout)> {
-        let path = &converted.path;
+        let path = converted.location.path();
         check_recipe(path, &manifest.recipe, &recipe)?;
         let origin = origin(converted, &manifest)?;
         let old = Plan::new(&origin, manifest.recipe.clone())?;
@@ -104,7 +106,7 @@ pub fn check_source(converted: &Source, manifest: &Manifest, outcome: &Outcome) 
             let why = format!(
                 "isn't what {MANIFEST_NAME} says it is (SHA-256 {sha256}); download it again, or convert the source again; then begin anew with --restart"
             );
-            return Err(Error::malformed(&file.path, why));
+            return Err(Error::malformed(file.location.path(), why));
         }
     }
     Ok(())
@@ -133,14 +135,16 @@ fn check_recipe(path: &Path, then: &Recipe, now: &Recipe) -> Result<()> {
 
 /// The checkpoint that the converted one was made from, as far as the manifest tells.
 fn origin(converted: &Source, manifest: &Manifest) -> Result<Source> {
-    let path = converted.path.join(MANIFEST_NAME);
+    let location = converted.location.join(MANIFEST_NAME);
+    let path = location.path();
     let mut files: Vec<SourceFile> = Vec::new();
     for file in &manifest.source.files {
-        let (name, len, header_sha256) = (file.name.clone(), file.size, file.header_sha256);
-        files.push(SourceFile { name, path: path.clone(), len, modified: 0, header_sha256, tensors: Vec::new() });
+        let (name, location, header_sha256) = (file.name.clone(), location.clone(), file.header_sha256);
+        let identity = Identity { len: file.size, version: String::new(), sha256: file.sha256 };
+        files.push(SourceFile { name, location, identity, header_sha256, tensors: Vec::new() });
     }
     for tensor in manifest.tensors.iter().flat_map(|record| &record.sources) {
-        let error = |what: &str| Error::malformed(&path, format!("tensor {:?} of the source: {what}", tensor.name));
+        let error = |what: &str| Error::malformed(path, format!("tensor {:?} of the source: {what}", tensor.name));
         let file = files.iter_mut().find(|file| file.name == tensor.file);
         let file = file.ok_or_else(|| error("its file isn't among the source's"))?;
         let dtype = dtype::named(&tensor.dtype).ok_or_else(|| error("a dtype that safetensors doesn't have"))?;
@@ -161,7 +165,7 @@ fn origin(converted: &Source, manifest: &Manifest) -> Result<Source> {
             }
         }
     }
-    let origin = Source { path, files, config: converted.config.clone(), side_files: Vec::new() };
+    let origin = Source { location, files, config: converted.config.clone(), side_files: Vec::new() };
     origin.check_names_differ()?;
     Ok(origin)
 }
@@ -219,14 +223,14 @@ fn places(converted: &Source, plan: &Plan) -> Result<HashMap<String, Part>> {
             let found = places.get(&name).map(info);
             if found.is_none_or(|info| info.dtype != output.dtype || info.shape != output.shape) {
                 let why = format!("tensor {name:?} isn't there as {MANIFEST_NAME} says; prequant verify tells more");
-                return Err(Error::malformed(&converted.path, why));
+                return Err(Error::malformed(converted.location.path(), why));
             }
         }
     }
     let planned: usize = plan.tensors.iter().map(|tensor| tensor.outputs.len()).sum();
     if planned != places.len() {
         let why = format!("it has more tensors than {MANIFEST_NAME} says; prequant verify tells which");
-        return Err(Error::malformed(&converted.path, why));
+        return Err(Error::malformed(converted.location.path(), why));
     }
     Ok(places)
 }
@@ -274,7 +278,7 @@ impl Runs {
 
 /// Where the bytes of a new tensor's outputs come from.
 struct Copies<'a> {
-    path: &'a PathBuf,
+    path: &'a Path,
     old: &'a Plan,
     places: &'a HashMap<String, Part>,
     runs: Runs,
@@ -348,7 +352,7 @@ impl Copies<'_> {
 
     fn error<T>(&self, tensor: &PlannedTensor, why: String) -> Result<T> {
         let why = format!("tensor {:?}: {why}; start from the bf16 checkpoint it was made from", tensor.name);
-        Err(Error::Relayout { path: self.path.clone(), why })
+        Err(Error::Relayout { path: self.path.to_owned(), why })
     }
 }
 

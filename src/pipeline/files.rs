@@ -1,16 +1,14 @@
 //! The files that a thread has in hand: one of the source, and one of the output.
 
-use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
 use super::coded::{self, Scratch};
 use super::{Job, Output, matrix};
-use crate::checkpoint::SourceFile;
 use crate::dtype::Dtype;
 use crate::error::{Error, IoContext, Result};
 use crate::plan::{Part, Place, PlannedTensor};
-use crate::store::read_exact_at;
+use crate::store::{ReadAt, read_exact_at};
 
 /// How far ahead of a read the system is told of it.
 const READ_AHEAD: u64 = 16 << 20;
@@ -18,7 +16,7 @@ const READ_AHEAD: u64 = 16 << 20;
 /// Open files, kept open from task to task.
 pub struct Files<'j, 'a> {
     job: &'j Job<'a>,
-    source: Option<(usize, File)>,
+    source: Option<(usize, Box<dyn ReadAt>)>,
     output: Option<(usize, Arc<dyn Output + 'a>)>,
     scratch: Scratch,
 }
@@ -93,50 +91,29 @@ impl<'j, 'a> Files<'j, 'a> {
     }
 
     /// A file of the source.
-    pub fn open_source(&mut self, file: usize) -> Result<&File> {
+    pub fn open_source(&mut self, file: usize) -> Result<&dyn ReadAt> {
         if self.source.as_ref().is_none_or(|(opened, _)| *opened != file) {
             self.source = None;
         }
         match &mut self.source {
-            Some((_, file)) => Ok(file),
-            none => Ok(&none.insert((file, open_source(&self.job.source.files[file])?)).1),
+            Some((_, file)) => Ok(&**file),
+            none => Ok(&*none.insert((file, self.job.source.files[file].reopen()?)).1),
         }
     }
 
     /// Fills `into` with the bytes at `position` of a file of the source.
     pub fn read_at(&mut self, file: usize, position: u64, into: &mut [u8]) -> Result<()> {
-        let (disk, source) = (self.job.means.disk, &self.job.source.files[file]);
-        let len = into.len() as u64;
+        let source = &self.job.source.files[file];
+        let (path, source_len, len) = (source.location.path(), source.identity.len, into.len() as u64);
         let file = self.open_source(file)?;
-        advise(file, position + READ_AHEAD, len, source.len);
-        match read_exact_at(disk, file, &source.path, into, position) {
+        let ahead = position + READ_AHEAD;
+        file.will_read(ahead, len.min(source_len.saturating_sub(ahead)));
+        match read_exact_at(file, into, position) {
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                let why = format!("it ends before byte {}, and had {} bytes", position + len, source.len);
-                Err(Error::SourceChanged { path: source.path.clone(), why })
+                let why = format!("it ends before byte {}, and had {source_len} bytes", position + len);
+                Err(Error::SourceChanged { path: path.to_owned(), why })
             }
-            other => other.at(&source.path, "read it"),
+            other => other.at(path, "read it"),
         }
     }
-}
-
-/// Opens a source file anew, and holds its size against what it was when its header was read.
-pub fn open_source(source: &SourceFile) -> Result<File> {
-    let file = File::open(&source.path).at(&source.path, "open it")?;
-    let len = file.metadata().at(&source.path, "look at it")?.len();
-    if len == source.len {
-        return Ok(file);
-    }
-    let why = format!("it has {len} bytes, and had {}", source.len);
-    Err(Error::SourceChanged { path: source.path.clone(), why })
-}
-
-/// Tells the system that a run of a file will be read soon, as far as the file goes. A hint: failure changes nothing.
-fn advise(file: &File, position: u64, len: u64, file_len: u64) {
-    #[cfg(target_os = "linux")]
-    if position < file_len {
-        let len = std::num::NonZeroU64::new(len.min(file_len - position));
-        let _ = rustix::fs::fadvise(file, position, len, rustix::fs::Advice::WillNeed);
-    }
-    #[cfg(not(target_os = "linux"))]
-    let _ = (file, position, len, file_len);
 }

@@ -16,7 +16,6 @@ mod scheduler;
 mod slot_pool;
 mod worker;
 
-use std::fs::File;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -31,7 +30,7 @@ use crate::checkpoint::{Source, SourceFile};
 use crate::error::Result;
 use crate::plan::{Plan, PlannedFile};
 use crate::stats::{AbsmaxAccumulator, Statistics, StatsAccumulator};
-use crate::store::{Disk, Sha256Hash};
+use crate::store::{ReadAt, Sha256Hash};
 use scheduler::Scheduler;
 use slot_pool::SlotPool;
 use worker::Worker;
@@ -59,8 +58,6 @@ pub struct ExecutionContext<'a> {
     pub budget: Budget,
     /// Whether to hash the source's files.
     pub hash_source: bool,
-    /// What reads and writes.
-    pub disk: &'a dyn Disk,
     /// Set from outside to have it stop.
     pub interrupt: &'a AtomicBool,
     /// Who is told.
@@ -119,7 +116,7 @@ pub trait Output: Send + Sync {
     /// Waits until the file is on the disk.
     fn sync(&self) -> Result<()>;
     /// The file, for reading back.
-    fn file(&self) -> &File;
+    fn file(&self) -> &dyn ReadAt;
     /// Where it is.
     fn path(&self) -> &Path;
 }

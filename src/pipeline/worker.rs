@@ -1,11 +1,10 @@
 //! One thread's work, task by task.
 
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::budget::Capacity;
-use super::files::{Files, open_source};
+use super::files::Files;
 use super::results::{GroupRun, Results};
 use super::scheduler::{Done, Scheduler, Task};
 use super::slot_pool::{Failed, SlotPool};
@@ -21,7 +20,7 @@ use crate::kernel::group::Groups;
 use crate::kernel::{BlockErrors, Blocks, Kernel, quantize_any};
 use crate::plan::{Decision, PlannedTensor};
 use crate::recipe::NonFinitePolicy;
-use crate::store::{Sha256Hash, hash_range};
+use crate::store::{ReadAt, Sha256Hash, hash_range};
 
 /// A thread with its buffers and the files it has in hand.
 pub struct Worker<'j, 'a> {
@@ -81,8 +80,8 @@ impl<'j, 'a> Worker<'j, 'a> {
             }
             Task::HashSource { file } => {
                 let source = &self.job.source.files[*file];
-                let file = open_source(source)?;
-                let hash = self.hash(&file, &source.path, 0, source.len, scheduler)?;
+                let file = source.reopen()?;
+                let hash = self.hash(&*file, source.location.path(), 0, source.identity.len, scheduler)?;
                 self.job.outputs.source_hashed(source, hash)?;
                 Ok(Done::Hashed(vec![hash]))
             }
@@ -260,22 +259,20 @@ impl<'j, 'a> Worker<'j, 'a> {
 
     fn hash(
         &mut self,
-        file: &File,
+        file: &dyn ReadAt,
         path: &Path,
         offset: u64,
         len: u64,
         scheduler: &Scheduler<'_>,
     ) -> Result<Sha256Hash> {
         let buffer = &mut self.buffers.bytes;
-        hash_range(self.job.means.disk, file, path, offset, len, buffer, || !scheduler.stopped())
-            .at(path, "read it back")?
-            .ok_or(Error::Stopped)
+        hash_range(file, offset, len, buffer, || !scheduler.stopped()).at(path, "read it back")?.ok_or(Error::Stopped)
     }
 
     fn describe_nonfinite(&mut self, tensor: &PlannedTensor, dtype: FloatDtype) -> Error {
         let buffer = &mut self.buffers.bytes;
         if tensor.is_decoded() {
-            let path = self.job.source.files[tensor.parts[0].file].path.clone();
+            let path = self.job.source.files[tensor.parts[0].file].location.path().to_owned();
             let read = |offset, bytes: &mut [u8]| self.files.read(tensor, offset, bytes);
             return nonfinite::describe(&path, &tensor.name, tensor.source_len(), dtype, buffer, read)
                 .unwrap_or_else(Some)
@@ -284,14 +281,14 @@ impl<'j, 'a> Worker<'j, 'a> {
         // Where they are in the source, of which the tensor may have another order.
         let source = self.job.source;
         for part in &tensor.parts {
-            let (path, info) = (&source.files[part.file].path, &source.files[part.file].tensors[part.tensor]);
+            let (path, info) = (source.files[part.file].location.path(), &source.files[part.file].tensors[part.tensor]);
             let read = |offset, bytes: &mut [u8]| self.files.read_at(part.file, info.offset + offset, bytes);
             match nonfinite::describe(path, &info.name, info.len, dtype, buffer, read) {
                 Ok(None) => {}
                 Ok(Some(error)) | Err(error) => return error,
             }
         }
-        no_longer(source.files[tensor.parts[0].file].path.clone(), tensor)
+        no_longer(source.files[tensor.parts[0].file].location.path().to_owned(), tensor)
     }
 }
 

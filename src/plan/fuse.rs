@@ -88,7 +88,7 @@ fn unknown(source: &Source, model_types: &[&str], tensor: &PlannedTensor) -> Err
         (Some(model_type), true) => format!("{model_type:?} is known, but not experts with this name"),
         (None, _) => "no config.json says what model it is".to_owned(),
     };
-    let (path, tensor) = (source.files[tensor.parts[0].file].path.clone(), tensor.name.clone());
+    let (path, tensor) = (source.files[tensor.parts[0].file].location.path().to_owned(), tensor.name.clone());
     Error::Experts { path, tensor, why: format!("{why}; --experts keep leaves experts as they are") }
 }
 
@@ -148,7 +148,7 @@ impl Group<'_> {
             self.members.keys().filter_map(|(expert, _)| *expert).max().map_or(1, |last| last.saturating_add(1));
         let first = &tensors[*self.members.values().next().expect("a group has members")];
         let error = |tensor: &PlannedTensor, why: String| {
-            let path = source.files[tensor.parts[0].file].path.clone();
+            let path = source.files[tensor.parts[0].file].location.path().to_owned();
             let why = format!("{why}; --experts keep leaves experts as they are");
             Err(Error::Experts { path, tensor: tensor.name.clone(), why })
         };
@@ -194,7 +194,7 @@ impl Group<'_> {
     fn is_transposed(&self, source: &Source, tensor: &PlannedTensor) -> Result<bool> {
         let Some(shape) = self.fusion.transposed_unless else { return Ok(false) };
         shape.is_transposed(source.config.as_ref(), &tensor.shape).map_err(|why| {
-            let path = source.files[tensor.parts[0].file].path.clone();
+            let path = source.files[tensor.parts[0].file].location.path().to_owned();
             let why = format!("{why}; --experts keep leaves it as it is");
             Error::Experts { path, tensor: tensor.name.clone(), why }
         })
@@ -214,7 +214,7 @@ fn check_names_differ(source: &Source, tensors: &[PlannedTensor]) -> Result<()> 
     let mut names = HashSet::new();
     match tensors.iter().find(|tensor| !names.insert(tensor.name.as_str())) {
         Some(tensor) => {
-            let path = source.files[tensor.parts[0].file].path.clone();
+            let path = source.files[tensor.parts[0].file].location.path().to_owned();
             let why =
                 "the source has a tensor of this name, and experts that become it: which one is meant?".to_owned();
             Err(Error::Experts { path, tensor: tensor.name.clone(), why })

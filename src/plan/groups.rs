@@ -95,7 +95,7 @@ pub fn check(source: &Source, model_types: &[&str], input: &Input, codec: &Codec
 /// Its loader takes all experts for MXFP4.
 fn check_gpt_oss(source: &Source, input: &Input, codec: &Codec, verdict: &Verdict) -> Result<()> {
     let error = |why: String| {
-        let path = source.files[input.parts[0].file].path.clone();
+        let path = source.files[input.parts[0].file].location.path().to_owned();
         Err(Error::Experts { path, tensor: input.name.clone(), why })
     };
     if !verdict.quantize {

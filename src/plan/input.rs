@@ -14,7 +14,7 @@ use crate::dtype::FloatDtype;
 use crate::dtype::{Dtype, byte_len};
 use crate::error::{Error, Result};
 use crate::format::{Coding, ElementCode, Highest, ScaleCode};
-use crate::layout::{FP8_METHOD, MXFP4_METHOD, SourceQuantization};
+use crate::layout::{FP8_METHOD, MXFP4_METHOD, SourceQuantization, recognize};
 use crate::recipe::Recipe;
 
 /// A tensor to be planned.
@@ -64,7 +64,7 @@ const INPUT_SCALES: [&str; 2] = [".activation_scale", ".input_scale"];
 /// # Errors
 /// When the source is quantized, and not as FP8 blocks; or as gpt-oss's experts, and the recipe doesn't have it decoded.
 pub fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
-    let Some((path, SourceQuantization { method, evidence })) = source.quantization() else {
+    let Some((path, SourceQuantization { method, evidence })) = recognize::of(source) else {
         let why = "the source isn't quantized: leave it out";
         return if recipe.dequantize_source {
             Err(Error::Options { what: "--dequantize-source", why })
@@ -108,7 +108,7 @@ pub fn inputs(source: &Source, recipe: &Recipe) -> Result<Vec<Input>> {
             let place = Place { file, tensor, offset: info.offset };
             let error = |why: String| {
                 let why = format!("tensor {:?}: {why}", info.name);
-                Err(Error::malformed(&source_file.path, why))
+                Err(Error::malformed(source_file.location.path(), why))
             };
             let decoded = match (info.dtype, info.name.strip_suffix("_blocks")) {
                 (Dtype::F8_E4M3, _) => match places.get(&format!("{}{SCALE}", info.name)) {

@@ -236,7 +236,7 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
     if codec.layout() == Some(Layout::GptOss) && !families(model_types).any(|family| family.gpt_oss_layout) {
         let why = "gpt-oss's layout is of gpt_oss models' experts only; leave --layout out for compressed-tensors'"
             .to_owned();
-        return Err(Error::NothingToQuantize { path: source.path.clone(), why });
+        return Err(Error::NothingToQuantize { path: source.location.path().to_owned(), why });
     }
     let mut selection = Selection::new(recipe, rules.clone())?;
     let mut decided = Vec::new();
@@ -249,7 +249,7 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
             (false, _) => Decision::Keep,
             (true, Some(dtype)) => Decision::Quantize(dtype),
             (true, None) => {
-                let path = source.files[input.parts[0].file].path.clone();
+                let path = source.files[input.parts[0].file].location.path().to_owned();
                 return Err(Error::UnsupportedDtype { path, tensor: input.name, dtype: input.dtype });
             }
         };
@@ -300,7 +300,7 @@ fn check_names_are_free(source: &Source, tensors: &[PlannedTensor]) -> Result<()
                 "tensor {name:?} has a name that quantizing {weight:?} takes for a part of it: was the checkpoint \
                  quantized before? Keep the weight with --exclude"
             );
-            return Err(Error::malformed(&source.files[tensor.parts[0].file].path, why));
+            return Err(Error::malformed(source.files[tensor.parts[0].file].location.path(), why));
         }
     }
     Ok(())
@@ -315,7 +315,7 @@ fn check_names_differ(source: &Source, tensors: &[PlannedTensor]) -> Result<()> 
             let why = format!(
                 "two tensors would be written as {name:?}: which one is meant? Keep one as it is with --exclude"
             );
-            return Err(Error::malformed(&source.files[tensor.parts[0].file].path, why));
+            return Err(Error::malformed(source.files[tensor.parts[0].file].location.path(), why));
         }
     }
     Ok(())
@@ -333,7 +333,7 @@ fn check_anything_quantized(source: &Source, tensors: &[PlannedTensor], recipe: 
         let first = matrix.map_or(String::new(), |tensor| format!(", such as {:?}: {}", tensor.name, tensor.reason));
         format!("every tensor is kept{first}; --include REGEX chooses tensors")
     };
-    Err(Error::NothingToQuantize { path: source.path.clone(), why })
+    Err(Error::NothingToQuantize { path: source.location.path().to_owned(), why })
 }
 
 /// What config.json names as the experts' implementation when they are 4-bit. transformers knows no such one, and stops;
@@ -355,7 +355,10 @@ fn quantized_config(
     if has_4_bit_experts(recipe, tensors) {
         entries.push(("experts_implementation", Value::from(EXPERTS_GUARD)));
     }
-    config.with(&entries).map(Some).map_err(|error| Error::malformed(&source.path.join(CONFIG_NAME), error.to_string()))
+    config
+        .with(&entries)
+        .map(Some)
+        .map_err(|error| Error::malformed(source.location.join(CONFIG_NAME).path(), error.to_string()))
 }
 
 /// Whether experts are quantized in a layout that transformers doesn't load by itself.

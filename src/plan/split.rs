@@ -89,7 +89,11 @@ fn unknown(source: &Source, model_types: &[&str], input: &Input) -> Error {
         "how the fused experts {model} lie isn't known, and this format has them one by one; --exclude keeps them in \
          their dtype"
     );
-    Error::Experts { path: source.files[input.parts[0].file].path.clone(), tensor: input.name.clone(), why }
+    Error::Experts {
+        path: source.files[input.parts[0].file].location.path().to_owned(),
+        tensor: input.name.clone(),
+        why,
+    }
 }
 
 /// What can be taken apart in one checkpoint.
@@ -122,7 +126,7 @@ impl Split {
     /// How a tensor's matrices lie.
     fn layout(&self, source: &Source, input: &Input) -> Result<Matrices> {
         let error = |why: String| {
-            let path = source.files[input.parts[0].file].path.clone();
+            let path = source.files[input.parts[0].file].location.path().to_owned();
             let why = format!("its shape is {:?}: {why}; --exclude keeps it in its dtype", input.shape);
             Err(Error::Experts { path, tensor: input.name.clone(), why })
         };

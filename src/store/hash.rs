@@ -2,15 +2,13 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::fs::File;
 use std::io;
-use std::path::Path;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::{Digest, Sha256};
 
-use super::disk::{Disk, read_exact_at};
+use super::{ReadAt, read_exact_at};
 
 /// A SHA-256, written as 64 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -30,9 +28,7 @@ impl Sha256Hash {
 /// # Errors
 /// The system's; `UnexpectedEof` if the file ends before.
 pub fn hash_range(
-    disk: &dyn Disk,
-    file: &File,
-    path: &Path,
+    file: &dyn ReadAt,
     offset: u64,
     len: u64,
     buffer: &mut [u8],
@@ -45,7 +41,7 @@ pub fn hash_range(
             return Ok(None);
         }
         let piece = buffer.len().min(usize::try_from(len - done).unwrap_or(usize::MAX));
-        read_exact_at(disk, file, path, &mut buffer[..piece], offset + done)?;
+        read_exact_at(file, &mut buffer[..piece], offset + done)?;
         hasher.update(&buffer[..piece]);
         done += piece as u64;
     }

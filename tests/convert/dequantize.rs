@@ -1,10 +1,9 @@
 //! `prequant dequantize`: what a converted checkpoint's codes stand for, as the formats' own libraries have it.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
@@ -12,7 +11,7 @@ use half::bf16;
 use prequant::ops::dequantize::plan;
 use prequant::ops::quantize::Options;
 use prequant::pipeline::Progress;
-use prequant::store::{Disk, RealDisk};
+use prequant::store::{Fault, FaultyStore, LocalStore, Location};
 use safetensors::tensor::Dtype;
 use serde_json::json;
 
@@ -323,31 +322,21 @@ fn a_destination_with_something_in_it_is_refused_without_force() {
 }
 
 /// A disk that is full for the last file, once another one is finished.
-struct Failing {
-    ready: PathBuf,
-}
-
-impl Disk for Failing {
-    fn read_at(&self, file: &File, path: &Path, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        RealDisk.read_at(file, path, buffer, offset)
-    }
-
-    fn write_at(&self, file: &File, path: &Path, bytes: &[u8], offset: u64) -> io::Result<usize> {
-        if !path.ends_with("model-00008-of-00008.safetensors") {
-            return RealDisk.write_at(file, path, bytes, offset);
-        }
-        while std::fs::read_dir(&self.ready)
-            .unwrap()
-            .all(|entry| entry.unwrap().path().extension() != Some("safetensors".as_ref()))
-        {
+fn full_for_the_last_file(ready: PathBuf) -> Arc<FaultyStore> {
+    let is_finished = move || {
+        let mut ready = std::fs::read_dir(&ready).unwrap();
+        ready.any(|entry| entry.unwrap().path().extension() == Some("safetensors".as_ref()))
+    };
+    let at = move |path: &Path| {
+        let is_last = path.ends_with("model-00008-of-00008.safetensors");
+        while is_last && !is_finished() {
             std::thread::sleep(Duration::from_millis(1));
         }
-        Err(io::ErrorKind::StorageFull.into())
-    }
-
-    fn sync(&self, file: &File, path: &Path) -> io::Result<()> {
-        RealDisk.sync(file, path)
-    }
+        is_last
+    };
+    let disk = Arc::new(FaultyStore::only_at(Arc::new(LocalStore), Fault::StorageFull, at));
+    disk.arm(1);
+    disk
 }
 
 struct Silent;
@@ -371,10 +360,11 @@ fn files_that_a_stopped_run_finished_are_kept() {
     let destination = folder.beside("stopped");
     let options = Options { threads: 2, ..Options::default() };
     let conversion = plan(&folder.destination(), 9000, options).unwrap();
-    let disk = Failing { ready: destination.join(".prequant-staging/ready") };
-    let stopped = conversion.dequantize_on(&disk, &AtomicBool::new(false), &destination, &Silent);
+    let ready = destination.join(".prequant-staging/ready");
+    let full = Location::new(full_for_the_last_file(ready.clone()), &*destination);
+    let stopped = conversion.dequantize_until(&AtomicBool::new(false), full, &Silent);
     assert!(stopped.unwrap_err().to_string().contains("make room"));
-    let sealed = file_names(&disk.ready);
+    let sealed = file_names(&ready);
     let sealed: Vec<_> = sealed.iter().filter(|name| name.ends_with(".safetensors")).collect();
     assert!(!sealed.is_empty() && sealed.len() < 8, "{sealed:?}");
     assert!(!destination.join("config.json").exists() && !destination.join("SHA256SUMS").exists());

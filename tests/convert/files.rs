@@ -6,16 +6,19 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use prequant::backend::Device;
-use prequant::format::{BlockSize, FP4, NF4};
+use prequant::checkpoint::Source;
+use prequant::format::{BlockSize, FP4, MXFP4, NF4};
 use prequant::kernel::Kernel;
 use prequant::manifest::{DecisionRecord, Manifest};
 use prequant::ops::quantize::{Options, plan};
+use prequant::ops::{dequantize, verify};
 use prequant::pipeline::Progress;
 use prequant::recipe::Recipe;
-use prequant::store::RealDisk;
+use prequant::store::{Location, MemoryStore};
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
 
@@ -302,10 +305,67 @@ fn a_conversion_stopped_after_its_first_shard_goes_on_to_the_same_bytes_with_sid
     conversion().execute(&whole, &Unseen).unwrap();
 
     let stop = AtomicBool::new(false);
-    let stopped = conversion().execute_on(&RealDisk, &stop, &folder.destination(), &StopAtSeal(&stop));
+    let stopped = conversion().execute_until(&stop, &folder.destination(), &StopAtSeal(&stop));
     assert_eq!(stopped.unwrap_err().kind(), "interrupted");
     conversion().execute(&folder.destination(), &Unseen).unwrap();
     assert!(contents(&folder.destination()) == contents(&whole));
+}
+
+/// All files of a folder, in memory.
+fn in_memory(folder: &Path) -> Location {
+    let store = MemoryStore::default();
+    contents(folder).into_iter().for_each(|(name, content)| store.put(Path::new("model").join(name), content));
+    Location::new(Arc::new(store), "model")
+}
+
+#[test]
+fn a_checkpoint_in_memory_gives_the_bytes_that_one_in_a_folder_gives() {
+    let folder = Folder::new("llama");
+    let shards = [0, 1].map(|i| vec![up_proj(i, Dtype::BF16, &[64, 64]), up_proj(i + 2, Dtype::F16, &[3, 50])]);
+    folder.write_shards(&shards);
+    folder.write("tokenizer.json", "{}");
+    folder.write("nested/LICENSE", "free");
+    let source = in_memory(&folder.source());
+    for (i, format) in [&NF4, &MXFP4].into_iter().enumerate() {
+        let recipe = Recipe { format, max_shard_size: 6000, ..Recipe::default() };
+        let options = Options { hash_source: true, ..Options::default() };
+        let (there, here) = (folder.beside(&format!("from-folder-{i}")), folder.beside(&format!("from-memory-{i}")));
+        plan(folder.source(), recipe.clone(), options.clone()).unwrap().execute(&there, &Unseen).unwrap();
+        plan(&source, recipe.clone(), options.clone()).unwrap().execute(&here, &Unseen).unwrap();
+        assert!(contents(&here) == contents(&there), "{format:?}");
+
+        let (interrupt, hashed) = (AtomicBool::new(false), |_| ());
+        let options = verify::Options { threads: 2, quick: false, interrupt: &interrupt, hashed: &hashed };
+        let converted = in_memory(&here);
+        let report = verify::against(&converted, &source, Options::default(), options).unwrap();
+        assert!(report.differences.is_empty(), "{:?}", report.differences);
+        let (there, here) = (folder.beside(&format!("restored-{i}")), folder.beside(&format!("restored-memory-{i}")));
+        for (from, to) in [(Location::from(folder.beside(&format!("from-folder-{i}"))), &there), (converted, &here)] {
+            let decoding = dequantize::plan(from, 6000, Options::default()).unwrap();
+            decoding.dequantize_until(&interrupt, to, &Unseen).unwrap();
+        }
+        assert!(contents(&here) == contents(&there), "{format:?}");
+    }
+    let nowhere = plan(&source, Recipe::default(), Options::default()).unwrap().execute(&source, &Unseen);
+    assert!(
+        nowhere.unwrap_err().to_string().contains("model: a checkpoint can be written to a folder of the file system")
+    );
+}
+
+#[test]
+fn sources_elsewhere_are_refused_in_the_words_of_sources_here() {
+    let source = |files: &[(&str, &str)]| {
+        let store = MemoryStore::default();
+        files.iter().for_each(|(name, content)| store.put(Path::new("model").join(name), content.as_bytes().to_vec()));
+        Source::open(Location::new(Arc::new(store), "model")).unwrap_err().to_string()
+    };
+    assert!(source(&[]).starts_with("model: not found"));
+    assert!(source(&[("config.json", "{}")]).starts_with("model: not a checkpoint: it has no .safetensors file"));
+    let short = source(&[("config.json", "{}"), ("model.safetensors", "abc")]);
+    assert!(short.starts_with("model/model.safetensors: 3 bytes are too few"), "{short}");
+    assert!(
+        source(&[("config.json", "[]"), ("model.safetensors", "")]).starts_with("model/config.json: not a JSON object")
+    );
 }
 
 /// Nobody watches.

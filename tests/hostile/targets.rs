@@ -10,6 +10,7 @@ use prequant::manifest::Manifest;
 use prequant::pipeline::{Budget, Limits};
 use prequant::plan::Plan;
 use prequant::recipe::{ExpertLayout, Recipe};
+use prequant::store::Identity;
 
 /// What a fuzzer calls with whatever it makes up.
 pub type Target = fn(&[u8]);
@@ -74,9 +75,10 @@ pub fn plan(data: &[u8]) {
     let Some(len) = wanted.unwrap_or(0).checked_add(file.len() as u64) else { return };
     let Ok(header) = Header::read(&mut &file[..], len, Path::new("fuzzed")) else { return };
     let name = "model.safetensors".to_owned();
-    let (path, header_sha256, tensors) = (name.clone().into(), header.sha256, header.tensors);
-    let files = vec![SourceFile { name, path, len, modified: 0, header_sha256, tensors }];
-    let source = Source { path: "fuzzed".into(), files, config: Some(config), side_files: Vec::new() };
+    let (location, header_sha256, tensors) = (name.clone().into(), header.sha256, header.tensors);
+    let identity = Identity { len, version: String::new(), sha256: None };
+    let files = vec![SourceFile { name, location, identity, header_sha256, tensors }];
+    let source = Source { location: "fuzzed".into(), files, config: Some(config), side_files: Vec::new() };
     let base = Recipe { max_shard_size: 1000, dequantize_source: true, ..Recipe::default() };
     let channel = GroupSize::Channel;
     for recipe in [

@@ -3,18 +3,19 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use prequant::Error;
+use prequant::manifest::Manifest;
 use prequant::ops::quantize::{Conversion, Options, plan};
 use prequant::pipeline::Progress;
 use prequant::recipe::Recipe;
-use prequant::store::Disk;
+use prequant::store::{Fault, FaultyStore, LocalStore, Location};
 use safetensors::tensor::Dtype;
 
 use crate::support::{Folder, Tensor, contents, file_names, serialize};
@@ -74,52 +75,23 @@ impl Progress for Watch {
     }
 }
 
-/// What goes wrong at the `countdown`th call of its kind.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Fault {
-    Read,
-    Write,
-    DiskFull,
-    Sync,
-    EndOfFile,
+/// A conversion whose disk fails at the `countdown`th call from now on, and where it would go.
+fn failing(folder: &Folder, double_quant: bool, options: Options, fault: Fault, countdown: usize) -> Failing {
+    let disk = Arc::new(FaultyStore::new(Arc::new(LocalStore), fault));
+    let source = Location::new(disk.clone(), folder.source());
+    let conversion = plan(source, recipe(double_quant), options).unwrap();
+    disk.arm(countdown);
+    Failing { conversion, destination: Location::new(disk, folder.destination()) }
 }
 
-/// A disk that answers in small pieces, and fails once.
-struct FaultyDisk {
-    fault: Fault,
-    countdown: AtomicUsize,
+struct Failing {
+    conversion: Conversion,
+    destination: Location,
 }
 
-impl FaultyDisk {
-    fn is_time(&self, faults: &[Fault]) -> bool {
-        faults.contains(&self.fault) && self.countdown.fetch_sub(1, Ordering::Relaxed) == 1
-    }
-}
-
-impl Disk for FaultyDisk {
-    fn read_at(&self, file: &File, _: &Path, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        if self.is_time(&[Fault::Read]) {
-            return Err(io::Error::from_raw_os_error(5)); // EIO
-        }
-        if self.is_time(&[Fault::EndOfFile]) {
-            return Ok(0);
-        }
-        let short = buffer.len().min(1000);
-        file.read_at(&mut buffer[..short], offset)
-    }
-
-    fn write_at(&self, file: &File, _: &Path, bytes: &[u8], offset: u64) -> io::Result<usize> {
-        if self.is_time(&[Fault::Write]) {
-            return Err(io::Error::from_raw_os_error(5));
-        }
-        if self.is_time(&[Fault::DiskFull]) {
-            return Err(io::ErrorKind::StorageFull.into());
-        }
-        file.write_at(&bytes[..bytes.len().min(777)], offset)
-    }
-
-    fn sync(&self, file: &File, _: &Path) -> io::Result<()> {
-        if self.is_time(&[Fault::Sync]) { Err(io::Error::from_raw_os_error(5)) } else { file.sync_all() }
+impl Failing {
+    fn execute(&self, watch: &Watch) -> prequant::Result<Manifest> {
+        self.conversion.execute(&self.destination, watch)
     }
 }
 
@@ -127,20 +99,19 @@ impl Disk for FaultyDisk {
 fn a_disk_that_fails_anywhere_gives_an_error_and_the_next_run_the_same_bytes() {
     for double_quant in [false, true] {
         let expected = expected(double_quant);
-        for fault in [Fault::Read, Fault::Write, Fault::DiskFull, Fault::Sync, Fault::EndOfFile] {
+        for fault in [Fault::Read, Fault::Write, Fault::StorageFull, Fault::Sync, Fault::EndOfFile] {
             for countdown in [1, 2, 5, 9, 17, 60, 150, 250, 400] {
                 let folder = checkpoint();
-                let disk = FaultyDisk { fault, countdown: AtomicUsize::new(countdown) };
-                let (watch, go_on) = (Watch::default(), AtomicBool::new(false));
-                let to = folder.destination();
-                let result = conversion(&folder, double_quant).execute_on(&disk, &go_on, &to, &watch);
+                let (watch, to) = (Watch::default(), folder.destination());
+                let options = Options { threads: 2, ..Options::default() };
+                let result = failing(&folder, double_quant, options, fault, countdown).execute(&watch);
                 if let Err(error) = &result {
                     let right = match fault {
                         Fault::EndOfFile => matches!(error, Error::SourceChanged { .. } | Error::Io { .. }),
                         _ => matches!(error, Error::Io { .. }),
                     };
                     assert!(right, "{fault:?} {countdown}: {error}");
-                    assert!(fault != Fault::DiskFull || error.to_string().contains("make room"), "{error}");
+                    assert!(fault != Fault::StorageFull || error.to_string().contains("make room"), "{error}");
                     only_staging(&to);
                     conversion(&folder, double_quant).execute(&to, &watch).unwrap();
                     assert_eq!(watch.resumed.into_inner(), watch.kept.into_inner(), "{fault:?} {countdown}");
@@ -167,7 +138,7 @@ fn only_staging(destination: &Path) {
 fn an_interrupt_stops_the_run_and_keeps_what_is_finished() {
     let folder = checkpoint();
     let error = conversion(&folder, false)
-        .execute_on(&prequant::store::RealDisk, &AtomicBool::new(true), &folder.destination(), &Watch::default())
+        .execute_until(&AtomicBool::new(true), &folder.destination(), &Watch::default())
         .unwrap_err();
     assert!(matches!(error, Error::Interrupted), "{error}");
     assert!(!folder.destination().exists());
@@ -178,10 +149,8 @@ fn stopped_with(options: Options) -> Folder {
     // Whether the disk fails before the first file has its name is for the threads to decide.
     loop {
         let folder = checkpoint();
-        let disk = FaultyDisk { fault: Fault::Sync, countdown: AtomicUsize::new(6) };
-        let (watch, go_on) = (Watch::default(), AtomicBool::new(false));
-        let conversion = plan(&folder.source(), recipe(false), options.clone()).unwrap();
-        assert!(conversion.execute_on(&disk, &go_on, &folder.destination(), &watch).is_err());
+        let watch = Watch::default();
+        assert!(failing(&folder, false, options.clone(), Fault::Sync, 6).execute(&watch).is_err());
         if watch.kept.into_inner() > 0 {
             return folder;
         }
@@ -257,6 +226,21 @@ fn a_source_whose_content_changed_is_found_by_its_hash() {
 }
 
 #[test]
+fn a_source_that_is_written_to_between_plan_and_reading_is_an_error() {
+    let folder = checkpoint();
+    let conversion = conversion(&folder, false);
+    let path = folder.source().join("model-00002-of-00002.safetensors");
+    let later = fs::metadata(&path).unwrap().modified().unwrap() + Duration::from_secs(1);
+    File::options().write(true).open(&path).unwrap().set_modified(later).unwrap();
+    let error = conversion.execute(&folder.destination(), &Watch::default()).unwrap_err().to_string();
+    assert!(
+        error.contains("model-00002-of-00002.safetensors: changed while it was read: it was written to"),
+        "{error}"
+    );
+    only_staging(&folder.destination());
+}
+
+#[test]
 fn a_source_that_vanishes_or_shrinks_between_plan_and_reading_is_an_error() {
     for vanishes in [true, false] {
         let folder = checkpoint();
@@ -328,7 +312,7 @@ fn signals_stop_a_run_with_their_exit_code_and_the_way_to_go_on() {
         let (folder, output) = stopped_by(name);
         let words = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(code), "{words}");
-        assert!(words.contains("run the same command again to go on"), "{words}");
+        assert!(words.contains("run the same command again to resume"), "{words}");
         only_staging(&folder.destination());
         let run = folder.convert(&["--max-shard-size", "1MB"]).ok();
         assert!(run.stderr.contains("resuming: "), "{}", run.stderr);
@@ -341,7 +325,7 @@ fn a_killed_run_is_gone_on_with() {
     let killed = file_names(&folder.destination());
     assert!(killed.iter().all(|name| name.starts_with(STAGING)), "{killed:?}");
     let run = folder.convert(&["--max-shard-size", "1MB"]).ok();
-    assert!(run.stderr.contains("are as they were: skipping"), "{}", run.stderr);
+    assert!(run.stderr.contains("verified, skipping"), "{}", run.stderr);
     let again = folder.beside("again");
     prequant::ops::quantize::plan(
         &folder.source(),
@@ -383,7 +367,7 @@ fn a_run_that_was_stopped_while_publishing_is_gone_on_with() {
             }
         }
         let run = folder.convert(&FLAGS).ok();
-        assert!(run.stderr.contains(&format!("{} of them are as they were", sealed.len())), "{}", run.stderr);
+        assert!(run.stderr.contains(&format!("{} verified", sealed.len())), "{}", run.stderr);
         assert!(contents(&to) == expected, "after {moved} moves");
     }
 }

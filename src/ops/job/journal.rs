@@ -28,8 +28,7 @@ pub struct Job {
 struct SourceMark {
     name: String,
     size: u64,
-    /// Nanoseconds since 1970.
-    modified: i128,
+    version: String,
     header_sha256: Sha256Hash,
 }
 
@@ -38,8 +37,8 @@ impl Job {
     pub fn new(source: &Source, recipe: &Recipe, dequantize: bool) -> Job {
         let mark = |file: &SourceFile| SourceMark {
             name: file.name.clone(),
-            size: file.len,
-            modified: file.modified,
+            size: file.identity.len,
+            version: file.identity.version.clone(),
             header_sha256: file.header_sha256,
         };
         Job {
@@ -96,7 +95,7 @@ impl Job {
                 Some(format!("the source's {name} had {} bytes, and has {}", then.size, now.size))
             } else if then.header_sha256 != now.header_sha256 {
                 Some(format!("the header of the source's {name} has changed"))
-            } else if then.modified != now.modified {
+            } else if then.version != now.version {
                 Some(format!("the source's {name} was written to since"))
             } else {
                 None
@@ -122,7 +121,7 @@ pub fn check_source_hash(staging: &Staging, file: &SourceFile, sha256: Sha256Has
             let why = format!(
                 "its content isn't what it was when the conversion began (SHA-256 {sha256} now; --restart begins anew)"
             );
-            Err(Error::SourceChanged { path: file.path.clone(), why })
+            Err(Error::SourceChanged { path: file.location.path().to_owned(), why })
         }
         Some(_) => Ok(()),
         None => staging.write_sealed(&name, |note| note.write_all(&sha256.0)),

@@ -1,6 +1,5 @@
 //! Going on with a conversion that was stopped: which of its finished files can be kept.
 
-use std::fs::File;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -55,13 +54,14 @@ fn is_unchanged(
     means: ExecutionContext<'_>,
     buffer: &mut [u8],
 ) -> Result<bool> {
-    let path = staging.path(&planned.name);
-    let Ok(file) = File::open(&path) else { return Ok(false) };
-    let len = file.metadata().at(&path, "look at it")?.len();
+    let location = staging.ready(&planned.name);
+    let path = location.path();
+    let Ok(file) = location.open() else { return Ok(false) };
+    let len = file.identity().at(path, "look at it")?.len;
     if len != planned.len || outcome.tensors.len() != planned.tensors.len() {
         return Ok(false);
     }
     let keep_going = || !means.interrupt.load(Ordering::Relaxed);
-    let hash = hash_range(means.disk, &file, &path, 0, len, buffer, keep_going).at(&path, "read it back")?;
+    let hash = hash_range(&*file, 0, len, buffer, keep_going).at(path, "read it back")?;
     hash.map(|hash| hash == outcome.sha256).ok_or(Error::Interrupted)
 }

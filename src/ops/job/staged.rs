@@ -1,6 +1,5 @@
 //! Writing a plan's files into a staging folder.
 
-use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -9,20 +8,17 @@ use crate::error::Result;
 use crate::ops::job::journal;
 use crate::pipeline::{FileOutcome, Output, Outputs};
 use crate::plan::PlannedFile;
-use crate::store::{Disk, Sha256Hash};
+use crate::store::{ReadAt, Sha256Hash};
 
 /// The files of a staging folder: under temporary names until they are sealed.
 pub struct Staged<'a> {
     /// The folder.
     pub staging: &'a Staging,
-    /// What writes.
-    pub disk: &'a dyn Disk,
 }
 
 impl Outputs for Staged<'_> {
     fn open(&self, file: &PlannedFile) -> Result<Arc<dyn Output + '_>> {
-        let path = self.staging.partial_path(&file.name);
-        Ok(Arc::new(OutputFile::create(self.disk, path, file.len)?))
+        Ok(Arc::new(OutputFile::create(self.staging.partial(&file.name), file.len)?))
     }
 
     fn seal(&self, file: &PlannedFile, outcome: &FileOutcome) -> Result<()> {
@@ -35,7 +31,7 @@ impl Outputs for Staged<'_> {
     }
 }
 
-impl Output for OutputFile<'_> {
+impl Output for OutputFile {
     fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
         OutputFile::write_at(self, bytes, offset)
     }
@@ -44,7 +40,7 @@ impl Output for OutputFile<'_> {
         OutputFile::sync(self)
     }
 
-    fn file(&self) -> &File {
+    fn file(&self) -> &dyn ReadAt {
         OutputFile::file(self)
     }
 

@@ -1,7 +1,6 @@
 //! Files: which there are, their sizes, their hashes.
 
 use std::collections::HashSet;
-use std::fs::{self, File};
 use std::io::{self, BufReader};
 use std::path::{Component, Path};
 use std::sync::atomic::Ordering;
@@ -10,12 +9,13 @@ use crate::checkpoint::{INDEX_NAME, MANIFEST_NAME, QUANT_CONFIG_NAME, SUMS_NAME}
 use crate::error::{Error, IoContext, Result};
 use crate::manifest::{FileRecord, Manifest, sha256_sums};
 use crate::ops::verify::{BUFFER, Checkpoint, Options, Report, on_threads};
-use crate::store::{HashingReader, RealDisk, Sha256Hash, hash_range};
+use crate::store::{HashingReader, Kind, Location, Reader, Sha256Hash, hash_range};
 
 /// Reads a manifest, and hashes it on the way.
-pub fn read_manifest(path: &Path) -> Result<(serde_json::Result<Manifest>, Sha256Hash)> {
-    let file = File::open(path).at(path, "open it")?;
-    let mut reader = BufReader::with_capacity(BUFFER, HashingReader::new(file));
+pub fn read_manifest(location: &Location) -> Result<(serde_json::Result<Manifest>, Sha256Hash)> {
+    let path = location.path();
+    let file = location.open().at(path, "open it")?;
+    let mut reader = BufReader::with_capacity(BUFFER, HashingReader::new(Reader::new(&*file)));
     let mut deserializer = serde_json::Deserializer::from_reader(&mut reader);
     let manifest = serde::Deserialize::deserialize(&mut deserializer);
     let manifest = manifest.and_then(|manifest| deserializer.end().map(|()| manifest));
@@ -28,14 +28,14 @@ pub fn read_manifest(path: &Path) -> Result<(serde_json::Result<Manifest>, Sha25
 pub fn check_sums(checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
     let files = checkpoint.manifest.files.iter().map(|file| (file.name.as_str(), file.sha256));
     let expected = sha256_sums(files.chain([(MANIFEST_NAME, checkpoint.manifest_sha256)]));
-    let path = checkpoint.folder.join(SUMS_NAME);
-    let found = match fs::read(&path) {
+    let location = checkpoint.folder.join(SUMS_NAME);
+    let found = match location.read() {
         Ok(found) => found,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             report.differ(SUMS_NAME, None, "it is missing");
             return Ok(());
         }
-        Err(error) => return Err(error).at(&path, "read it"),
+        Err(error) => return Err(error).at(location.path(), "read it"),
     };
     report.files += 2; // itself and the manifest
     if found == expected.as_bytes() {
@@ -65,8 +65,8 @@ pub fn check_names(checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
     for name in known.iter().filter(|name| !is_inside(name)) {
         report.differ(MANIFEST_NAME, None, format!("names a file outside of its folder: {name:?}"));
     }
-    for entry in fs::read_dir(&checkpoint.folder).at(&checkpoint.folder, "list it")? {
-        let name = entry.at(&checkpoint.folder, "list it")?.file_name().to_string_lossy().into_owned();
+    for entry in checkpoint.folder.list().at(checkpoint.folder.path(), "list it")? {
+        let name = entry.name.to_string_lossy().into_owned();
         let is_weights = name.ends_with(".safetensors") || name == INDEX_NAME || name.ends_with(".bin");
         if is_weights && !known.contains(name.as_str()) {
             report.differ(&name, None, "is not in the manifest: weights too many");
@@ -108,18 +108,18 @@ fn file_difference(
     if !is_inside(&record.name) {
         return Ok(Some("not looked at: its name leads out of the folder".to_owned()));
     }
-    let path = checkpoint.folder.join(&record.name);
-    let file = match File::open(&path) {
-        Ok(file) => file,
+    let location = checkpoint.folder.join(&record.name);
+    let path = location.path();
+    let stat = match location.stat() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Some("it is missing".to_owned())),
-        Err(error) => return Err(error).at(&path, "open it"),
+        other => other.at(path, "look at it")?,
     };
-    let metadata = file.metadata().at(&path, "look at it")?;
-    if !metadata.is_file() {
+    if stat.kind != Kind::File {
         return Ok(Some("it is not a regular file".to_owned()));
     }
-    if metadata.len() != record.size {
-        return Ok(Some(format!("it has {} bytes, expected {}", metadata.len(), record.size)));
+    let file = location.open().at(path, "open it")?;
+    if stat.len != record.size {
+        return Ok(Some(format!("it has {} bytes, expected {}", stat.len, record.size)));
     }
     if options.quick {
         return Ok(None);
@@ -128,7 +128,7 @@ fn file_difference(
         (options.hashed)(record.size.min(BUFFER as u64));
         !options.interrupt.load(Ordering::Relaxed)
     };
-    let hash = hash_range(&RealDisk, &file, &path, 0, record.size, buffer, keep_going).at(&path, "read it")?;
+    let hash = hash_range(&*file, 0, record.size, buffer, keep_going).at(path, "read it")?;
     let hash = hash.ok_or(Error::Interrupted)?;
     let differs = hash != record.sha256;
     Ok(differs.then(|| format!("its SHA-256 is {hash}, expected {}", record.sha256)))

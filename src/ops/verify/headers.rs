@@ -1,8 +1,6 @@
 //! Tensors: what headers, index and quant_states say of them, and their hashes.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fs::File;
-use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use crate::checkpoint::{CONFIG_NAME, Config, Header, INDEX_NAME, Index, TensorInfo};
@@ -14,7 +12,7 @@ use crate::models::Role;
 use crate::ops::verify::{Checkpoint, Options, Report, on_threads};
 use crate::plan::input::model_dtype;
 use crate::recipe::ExpertLayout;
-use crate::store::{RealDisk, hash_range, read_exact_at};
+use crate::store::{Location, ReadAt, Reader, hash_range, read_exact_at};
 
 /// The longest quant_state that is read: real ones have a hundred or two hundred bytes.
 const MAX_QUANT_STATE: u64 = 1 << 16;
@@ -48,14 +46,14 @@ fn check_file(
     options: Options<'_>,
     report: &mut Report,
 ) -> Result<()> {
-    let path = checkpoint.folder.join(file);
-    let Some((opened, header)) = open(&path, file, report) else { return Ok(()) };
+    let location = checkpoint.folder.join(file);
+    let Some((opened, header)) = open(&location, file, report) else { return Ok(()) };
     report.tensors += header.tensors.len();
     let mut entries = Vec::new();
     for info in &header.tensors {
         match expected.get(info.name.as_str()) {
             Some((record, tensor)) => {
-                entries.push(Entry { file, path: &path, opened: &opened, info, record, tensor });
+                entries.push(Entry { file, location: &location, opened: &*opened, info, record, tensor });
             }
             None => report.differ(file, Some(&info.name), "is not in the manifest"),
         }
@@ -80,11 +78,11 @@ fn check_file(
     Ok(())
 }
 
-fn open(path: &Path, file: &str, report: &mut Report) -> Option<(File, Header)> {
+fn open(location: &Location, file: &str, report: &mut Report) -> Option<(Box<dyn ReadAt>, Header)> {
     // A file that is missing has been reported.
-    let mut opened = File::open(path).ok()?;
-    let len = opened.metadata().ok()?.len();
-    match Header::read(&mut opened, len, path) {
+    let opened = location.open().ok()?;
+    let len = opened.identity().ok()?.len;
+    match Header::read(&mut Reader::new(&*opened), len, location.path()) {
         Ok(header) => Some((opened, header)),
         Err(Error::Malformed { why, .. }) => {
             report.differ(file, None, why);
@@ -100,8 +98,8 @@ fn open(path: &Path, file: &str, report: &mut Report) -> Option<(File, Header)> 
 /// A tensor as its file has it and as the manifest has it.
 struct Entry<'a> {
     file: &'a str,
-    path: &'a Path,
-    opened: &'a File,
+    location: &'a Location,
+    opened: &'a dyn ReadAt,
     info: &'a TensorInfo,
     record: &'a OutputRecord,
     tensor: &'a TensorRecord,
@@ -123,15 +121,15 @@ impl Entry<'_> {
     fn hash_difference(&self, options: Options<'_>, buffer: &mut [u8]) -> Result<Option<String>> {
         let keep_going = || !options.interrupt.load(Ordering::Relaxed);
         let TensorInfo { offset, len, .. } = *self.info;
-        let hash = hash_range(&RealDisk, self.opened, self.path, offset, len, buffer, keep_going);
-        let hash = hash.at(self.path, "read it")?.ok_or(Error::Interrupted)?;
+        let hash = hash_range(self.opened, offset, len, buffer, keep_going);
+        let hash = hash.at(self.location.path(), "read it")?.ok_or(Error::Interrupted)?;
         Ok((hash != self.record.sha256).then(|| format!("its SHA-256 is {hash}, expected {}", self.record.sha256)))
     }
 
     /// The JSON that clients decode by must say what the recipe and the source say.
     fn check_quant_state(&self, manifest: &Manifest, report: &mut Report) -> Result<()> {
         let mut json = vec![0; self.info.len.min(MAX_QUANT_STATE) as usize];
-        read_exact_at(&RealDisk, self.opened, self.path, &mut json, self.info.offset).at(self.path, "read it")?;
+        read_exact_at(self.opened, &mut json, self.info.offset).at(self.location.path(), "read it")?;
         let state = match ParsedQuantState::parse(&json) {
             Ok(state) => state,
             Err(error) => {
@@ -148,7 +146,7 @@ impl Entry<'_> {
             "F16" => FloatDtype::Float16,
             "F32" => FloatDtype::Float32,
             // It was coded, and decoded to the model's.
-            _ => model_dtype(Config::read(&self.path.with_file_name(CONFIG_NAME)).ok().as_ref()),
+            _ => model_dtype(Config::read(&self.location.with_file_name(CONFIG_NAME)).ok().as_ref()),
         };
         let block_size = u64::from(u32::from(manifest.recipe.block_size));
         let (found, expected) = (

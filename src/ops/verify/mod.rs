@@ -4,7 +4,6 @@ mod files;
 mod headers;
 mod reconvert;
 
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -20,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::manifest::{DecisionRecord, Manifest, SCHEMA_VERSION};
 use crate::models::Rules;
 use crate::plan::kept_modules::{bitsandbytes, compressed_tensors};
-use crate::store::Sha256Hash;
+use crate::store::{Location, Sha256Hash};
 
 /// Bytes that are read at once.
 const BUFFER: usize = 1 << 20;
@@ -97,7 +96,7 @@ impl Report {
 
 /// A checkpoint's folder and its manifest, as it was found.
 struct Checkpoint {
-    folder: PathBuf,
+    folder: Location,
     manifest: Manifest,
     manifest_sha256: Sha256Hash,
 }
@@ -106,9 +105,9 @@ struct Checkpoint {
 ///
 /// # Errors
 /// When there is no manifest, or the system refuses to read. What is damaged is in the report.
-pub fn verify(folder: &Path, options: Options<'_>) -> Result<Report> {
+pub fn verify(folder: impl Into<Location>, options: Options<'_>) -> Result<Report> {
     let mut report = Report::default();
-    let Some(checkpoint) = open(folder, &mut report)? else { return Ok(report) };
+    let Some(checkpoint) = open(&folder.into(), &mut report)? else { return Ok(report) };
     files::check_sums(&checkpoint, &mut report)?;
     files::check_names(&checkpoint, &mut report)?;
     files::check_contents(&checkpoint, options, &mut report)?;
@@ -120,19 +119,19 @@ pub fn verify(folder: &Path, options: Options<'_>) -> Result<Report> {
 }
 
 /// Opens a converted checkpoint; a manifest that can't be read is a difference.
-fn open(folder: &Path, report: &mut Report) -> Result<Option<Checkpoint>> {
+fn open(folder: &Location, report: &mut Report) -> Result<Option<Checkpoint>> {
     let path = folder.join(MANIFEST_NAME);
     if !path.is_file() {
-        let why = match folder.join(STAGING_NAME).is_dir() {
+        let why = match folder.join(STAGING_NAME).is_folder() {
             true => "its conversion was never finished; run the command it was begun with again",
             false => "it has no prequant.json: give the folder of a checkpoint that prequant made",
         };
-        return Err(Error::NotACheckpoint { path: folder.to_owned(), why: why.to_owned() });
+        return Err(Error::NotACheckpoint { path: folder.path().to_owned(), why: why.to_owned() });
     }
     let (manifest, manifest_sha256) = files::read_manifest(&path)?;
     match manifest {
         Ok(manifest) if manifest.schema_version == SCHEMA_VERSION => {
-            Ok(Some(Checkpoint { folder: folder.to_owned(), manifest, manifest_sha256 }))
+            Ok(Some(Checkpoint { folder: folder.clone(), manifest, manifest_sha256 }))
         }
         Ok(manifest) => {
             let what = format!("schema version {}, expected {SCHEMA_VERSION}", manifest.schema_version);

@@ -1,8 +1,7 @@
 //! Doing a conversion again, without writing, and comparing every byte with what is there: proof that a checkpoint came
 //! from a source by its recipe.
 
-use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -16,16 +15,22 @@ use crate::ops::verify::{Checkpoint, Difference, Options, Report, open, verify};
 use crate::pipeline;
 use crate::pipeline::{ExecutionContext, FileOutcome, Output, Outputs, Progress};
 use crate::plan::PlannedFile;
-use crate::store::{RealDisk, Sha256Hash, hash_range, read_exact_at};
+use crate::store::{Location, ReadAt, Sha256Hash, hash_range, read_exact_at};
 
 /// Holds the checkpoint in `folder` against its manifest, and against what converting `source` by the manifest's recipe
 /// gives. Memory is bounded as a conversion's is.
 ///
 /// # Errors
 /// As [`verify`], and those of opening the source and planning.
-pub fn against(folder: &Path, source: &Path, convert: quantize::Options, options: Options<'_>) -> Result<Report> {
-    let mut report = verify(folder, Options { quick: true, ..options })?;
-    let Some(checkpoint) = open(folder, &mut Report::default())? else { return Ok(report) };
+pub fn against(
+    folder: impl Into<Location>,
+    source: impl Into<Location>,
+    convert: quantize::Options,
+    options: Options<'_>,
+) -> Result<Report> {
+    let folder = folder.into();
+    let mut report = verify(&folder, Options { quick: true, ..options })?;
+    let Some(checkpoint) = open(&folder, &mut Report::default())? else { return Ok(report) };
     let manifest = &checkpoint.manifest;
     let hash_source = manifest.source.files.iter().any(|file| file.sha256.is_some());
     let convert = quantize::Options { hash_source, ..convert };
@@ -38,12 +43,11 @@ pub fn against(folder: &Path, source: &Path, convert: quantize::Options, options
         return Ok(report);
     }
 
-    let compared = Compared { folder: folder.to_owned(), differences: Mutex::default() };
+    let compared = Compared { folder, differences: Mutex::default() };
     let means = ExecutionContext {
         device: &conversion.options.device,
         budget: conversion.budget,
         hash_source,
-        disk: &RealDisk,
         interrupt: options.interrupt,
         progress: &Told { hashed: options.hashed },
     };
@@ -81,12 +85,13 @@ fn compare_others(
     let card = model_card::changed(&conversion.source, &conversion.plan, false)?;
     let sides = conversion.source.side_files.iter();
     for side in sides.filter(|side| card.is_none() || side.name != model_card::NAME) {
-        let file = File::open(&side.path).at(&side.path, "open it")?;
-        let hash = hash_range(&RealDisk, &file, &side.path, 0, side.len, &mut buffer, || true);
-        expected.push((side.name.clone(), hash.at(&side.path, "read it")?.ok_or(Error::Stopped)?));
+        let path = side.location.path();
+        let file = side.location.open().at(path, "open it")?;
+        let hash = hash_range(&*file, 0, side.len, &mut buffer, || true);
+        expected.push((side.name.clone(), hash.at(path, "read it")?.ok_or(Error::Stopped)?));
     }
     if let Some(card) = card {
-        let found = std::fs::read(checkpoint.folder.join(model_card::NAME)).unwrap_or_default();
+        let found = checkpoint.folder.join(model_card::NAME).read().unwrap_or_default();
         let card = if model_card::says_the_same(&found, &card) { found } else { card };
         expected.push((model_card::NAME.to_owned(), Sha256Hash::of(&card)));
     }
@@ -94,9 +99,9 @@ fn compare_others(
     expected.extend(made.map(|(name, text)| (name.clone(), Sha256Hash::of(text.as_bytes()))));
     for (name, sha256) in expected {
         let record = checkpoint.manifest.files.iter().find(|file| file.name == name);
-        let path = checkpoint.folder.join(&name);
         let is_weights = name.ends_with(".safetensors");
-        let on_disk = if is_weights { Some(sha256) } else { std::fs::read(&path).ok().map(|b| Sha256Hash::of(&b)) };
+        let there = || checkpoint.folder.join(&name).read().ok().map(|bytes| Sha256Hash::of(&bytes));
+        let on_disk = if is_weights { Some(sha256) } else { there() };
         if record.map(|record| record.sha256) != Some(sha256) || on_disk != Some(sha256) {
             report.differ(&name, None, "isn't what converting the source gives");
         }
@@ -139,7 +144,7 @@ fn compare_manifests(conversion: &Conversion, outcome: pipeline::Outcome, found:
 
 /// The files that are there, read where a conversion would write.
 struct Compared {
-    folder: PathBuf,
+    folder: Location,
     differences: Mutex<Vec<Difference>>,
 }
 
@@ -150,8 +155,8 @@ impl Compared {
 }
 
 struct ComparedFile<'a> {
-    file: File,
-    path: PathBuf,
+    file: Box<dyn ReadAt>,
+    location: Location,
     name: String,
     /// The lowest offset at which bytes differ, if any do.
     first: AtomicU64,
@@ -161,11 +166,11 @@ struct ComparedFile<'a> {
 
 impl Outputs for Compared {
     fn open(&self, file: &PlannedFile) -> Result<Arc<dyn Output + '_>> {
-        let path = self.folder.join(&file.name);
-        let opened = File::open(&path).at(&path, "open it")?;
+        let location = self.folder.join(&file.name);
+        let opened = location.open().at(location.path(), "open it")?;
         Ok(Arc::new(ComparedFile {
             file: opened,
-            path,
+            location,
             name: file.name.clone(),
             first: AtomicU64::new(u64::MAX),
             differs: AtomicBool::new(false),
@@ -185,7 +190,7 @@ impl Outputs for Compared {
 impl Output for ComparedFile<'_> {
     fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
         let mut found = vec![0; bytes.len()];
-        read_exact_at(&RealDisk, &self.file, &self.path, &mut found, offset).at(&self.path, "read it")?;
+        read_exact_at(&*self.file, &mut found, offset).at(self.path(), "read it")?;
         if let Some(at) = found.iter().zip(bytes).position(|(found, expected)| found != expected) {
             self.first.fetch_min(offset + at as u64, Ordering::Relaxed);
             self.differs.store(true, Ordering::Relaxed);
@@ -197,12 +202,12 @@ impl Output for ComparedFile<'_> {
         Ok(())
     }
 
-    fn file(&self) -> &File {
-        &self.file
+    fn file(&self) -> &dyn ReadAt {
+        &*self.file
     }
 
     fn path(&self) -> &Path {
-        &self.path
+        self.location.path()
     }
 }
 

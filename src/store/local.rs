@@ -1,0 +1,110 @@
+//! The file system.
+
+use std::fs::{self, File, Metadata};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use super::{Identity, Kind, Listing, ReadAt, Stat, Store, WriteAt};
+
+/// Files and folders of the file system.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LocalStore;
+
+impl Store for LocalStore {
+    fn open(&self, path: &Path) -> io::Result<Box<dyn ReadAt>> {
+        let file = File::open(path)?;
+        match file.metadata()?.is_dir() {
+            true => Err(io::ErrorKind::IsADirectory.into()),
+            false => Ok(Box::new(LocalFile(file))),
+        }
+    }
+
+    fn create(&self, path: &Path, len: u64) -> io::Result<Box<dyn WriteAt>> {
+        path.parent().map_or(Ok(()), fs::create_dir_all)?;
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(path)?;
+        reserve(&file, len)?;
+        Ok(Box::new(LocalFile(file)))
+    }
+
+    fn stat(&self, path: &Path) -> io::Result<Stat> {
+        Ok(stat_of(&path.metadata()?))
+    }
+
+    fn list(&self, folder: &Path) -> io::Result<Vec<Listing>> {
+        let listing = |entry: io::Result<fs::DirEntry>| {
+            let entry = entry?;
+            let is_link = entry.file_type()?.is_symlink();
+            let stat = match entry.path().metadata() {
+                Ok(metadata) => stat_of(&metadata),
+                Err(_) => Stat { kind: Kind::Other, len: 0 },
+            };
+            Ok(Listing { name: entry.file_name(), stat, is_link })
+        };
+        fs::read_dir(folder)?.map(listing).collect()
+    }
+
+    fn resolve(&self, path: &Path) -> io::Result<PathBuf> {
+        path.canonicalize()
+    }
+
+    fn local<'p>(&self, path: &'p Path) -> Option<&'p Path> {
+        Some(path)
+    }
+}
+
+fn stat_of(metadata: &Metadata) -> Stat {
+    let kind = match metadata {
+        file if file.is_file() => Kind::File,
+        folder if folder.is_dir() => Kind::Folder,
+        _ => Kind::Other,
+    };
+    Stat { kind, len: if kind == Kind::File { metadata.len() } else { 0 } }
+}
+
+struct LocalFile(File);
+
+impl ReadAt for LocalFile {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.0.read_at(buffer, offset)
+    }
+
+    fn identity(&self) -> io::Result<Identity> {
+        let metadata = self.0.metadata()?;
+        let nanoseconds = i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec());
+        Ok(Identity { len: metadata.len(), version: nanoseconds.to_string(), sha256: None })
+    }
+
+    fn will_read(&self, offset: u64, len: u64) {
+        #[cfg(target_os = "linux")]
+        if let Some(len) = std::num::NonZeroU64::new(len) {
+            let _ = rustix::fs::fadvise(&self.0, offset, Some(len), rustix::fs::Advice::WillNeed);
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = (offset, len);
+    }
+}
+
+impl WriteAt for LocalFile {
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        self.0.write_at(bytes, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync_all()
+    }
+}
+
+/// Sets the length, and has the blocks allocated at once where the file system can: a full disk then shows early, and
+/// the file is in one piece.
+fn reserve(file: &File, len: u64) -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    if len > 0 {
+        match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, len) {
+            Ok(()) => return Ok(()),
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS | rustix::io::Errno::INVAL) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    file.set_len(len)
+}

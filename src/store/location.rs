@@ -1,0 +1,133 @@
+//! A place: a store and a path in it.
+
+use std::fmt;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::{Kind, Listing, LocalStore, ReadAt, Reader, Stat, Store, WriteAt};
+
+/// A file or a folder in some store, there or not.
+#[derive(Clone)]
+pub struct Location {
+    store: Arc<dyn Store>,
+    path: PathBuf,
+}
+
+impl Location {
+    /// What `store` has at `path`.
+    pub fn new(store: Arc<dyn Store>, path: impl Into<PathBuf>) -> Location {
+        Location { store, path: path.into() }
+    }
+
+    /// Its name, as messages print it.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its path in the file system, if it is there.
+    pub fn local(&self) -> Option<&Path> {
+        self.store.local(&self.path)
+    }
+
+    /// What is called `name` in it.
+    pub fn join(&self, name: impl AsRef<Path>) -> Location {
+        Location { store: self.store.clone(), path: self.path.join(name) }
+    }
+
+    /// What is called `name` beside it.
+    pub fn with_file_name(&self, name: &str) -> Location {
+        Location { store: self.store.clone(), path: self.path.with_file_name(name) }
+    }
+
+    /// Another path in the same store.
+    pub fn at(&self, path: impl Into<PathBuf>) -> Location {
+        Location { store: self.store.clone(), path: path.into() }
+    }
+
+    /// Opens the file for reading.
+    pub fn open(&self) -> io::Result<Box<dyn ReadAt>> {
+        self.store.open(&self.path)
+    }
+
+    /// Creates a file of `len` bytes, whatever was there before.
+    pub fn create(&self, len: u64) -> io::Result<Box<dyn WriteAt>> {
+        self.store.create(&self.path, len)
+    }
+
+    /// The whole file.
+    pub fn read(&self) -> io::Result<Vec<u8>> {
+        let file = self.open()?;
+        let mut bytes = Vec::with_capacity(usize::try_from(file.identity()?.len).unwrap_or(0));
+        Reader::new(&*file).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// What is there, links followed.
+    pub fn stat(&self) -> io::Result<Stat> {
+        self.store.stat(&self.path)
+    }
+
+    /// Whether anything is there.
+    pub fn exists(&self) -> bool {
+        self.stat().is_ok()
+    }
+
+    /// Whether a file is there.
+    pub fn is_file(&self) -> bool {
+        self.stat().is_ok_and(|stat| stat.kind == Kind::File)
+    }
+
+    /// Whether a folder is there.
+    pub fn is_folder(&self) -> bool {
+        self.stat().is_ok_and(|stat| stat.kind == Kind::Folder)
+    }
+
+    /// What lies in the folder.
+    pub fn list(&self) -> io::Result<Vec<Listing>> {
+        self.store.list(&self.path)
+    }
+
+    /// Where links on the way to it lead in the end.
+    pub fn resolve(&self) -> io::Result<PathBuf> {
+        self.store.resolve(&self.path)
+    }
+}
+
+impl fmt::Debug for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.path.fmt(f)
+    }
+}
+
+impl fmt::Display for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.path.display().fmt(f)
+    }
+}
+
+impl From<PathBuf> for Location {
+    /// In the file system.
+    fn from(path: PathBuf) -> Location {
+        Location::new(Arc::new(LocalStore), path)
+    }
+}
+
+macro_rules! from_paths {
+    ($($path:ty),*) => {$(
+        impl From<$path> for Location {
+            /// In the file system.
+            fn from(path: $path) -> Location {
+                PathBuf::from(path).into()
+            }
+        }
+    )*};
+}
+
+from_paths!(&Path, &PathBuf, &str, String);
+
+impl From<&Location> for Location {
+    fn from(location: &Location) -> Location {
+        location.clone()
+    }
+}
