@@ -14,6 +14,8 @@ mod int4;
 mod int4_asym;
 mod layout;
 mod mxfp4;
+#[cfg(feature = "test-format")]
+mod mxint4;
 pub mod nf4;
 mod nvfp4;
 mod spec;
@@ -34,7 +36,16 @@ pub use nvfp4::NVFP4;
 pub use spec::{FormatSpec, Sharing};
 
 /// Every format, in the order of help and documentation.
-pub static FORMATS: &[&FormatSpec] = &[&NF4, &FP4, &INT4, &INT4_ASYM, &MXFP4, &NVFP4];
+pub static FORMATS: &[&FormatSpec] = &[
+    &NF4,
+    &FP4,
+    &INT4,
+    &INT4_ASYM,
+    &MXFP4,
+    &NVFP4,
+    #[cfg(feature = "test-format")]
+    &mxint4::MXINT4,
+];
 
 /// Entries of absmax that share one nested absmax in double quantization.
 pub const NESTED_BLOCK_SIZE: usize = 256;
