@@ -11,6 +11,7 @@ pub mod models;
 pub mod ops;
 pub mod pipeline;
 pub mod plan;
+pub mod read;
 pub mod recipe;
 pub mod stats;
 pub mod store;

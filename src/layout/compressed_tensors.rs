@@ -60,6 +60,28 @@ pub fn shape_bytes(shape: &[u64]) -> Vec<u8> {
     shape.iter().flat_map(|dimension| dimension.to_le_bytes()).collect()
 }
 
+/// Zero points of rows of `per_row` groups, as they are stored: integers that hold those of eight rows, the first one's in the
+/// lowest bits.
+pub fn pack_zero_points(points: &[u8], per_row: usize, into: &mut Vec<u8>) {
+    into.clear();
+    for rows in points.chunks(per_row * ZERO_POINT_ROWS as usize) {
+        into.extend((0..per_row).flat_map(|group| {
+            let of_rows = rows.iter().skip(group).step_by(per_row).enumerate();
+            of_rows.fold(0u32, |word, (row, &point)| word | u32::from(point) << (4 * row)).to_le_bytes()
+        }));
+    }
+}
+
+/// The inverse of [`pack_zero_points`]: appends those of the `rows` rows from `first` on.
+pub fn unpack_zero_points(packed: &[u8], per_row: usize, first: u64, rows: u64, into: &mut Vec<u8>) {
+    for row in first..first + rows {
+        let words = packed[(row / ZERO_POINT_ROWS) as usize * per_row * 4..].chunks_exact(4).take(per_row);
+        // Four rows' nibbles lie in two bytes.
+        let nibble = (row % ZERO_POINT_ROWS) as usize;
+        into.extend(words.map(|word| word[nibble / 2] >> (nibble % 2 * 4) & 15));
+    }
+}
+
 /// config.json's `quantization_config`; `ignore` are the Linear modules left unquantized, by whole names or `re:` patterns.
 pub fn quantization_config(codec: &Codec, ignore: &[String]) -> Value {
     let format = match (codec.format.element, codec.format.scale) {

@@ -9,13 +9,14 @@ use crate::backend::Device;
 use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, Source, TensorInfo};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, IoContext, Result};
-use crate::format::{Codec, Layout, NESTED_BLOCK_SIZE};
-use crate::layout::{ParsedQuantState, ZERO_POINT_ROWS, compressed_tensors, quant_state_suffix};
+use crate::format::{Codec, Layout};
+use crate::layout::{ParsedQuantState, compressed_tensors, quant_state_suffix};
 use crate::manifest::{DecisionRecord, Manifest, TensorRecord};
 use crate::ops::quantize::{Conversion, Options};
 use crate::ops::relayout;
 use crate::plan::input::{Input, as_stored, decoded, model_dtype};
-use crate::plan::{Coded, MAX_EXPERTS, Nested, Place, Plan, float_dtype, split};
+use crate::plan::{MAX_EXPERTS, Plan, float_dtype, split};
+use crate::read::{Decode, Nested, Read, Span};
 use crate::recipe::Recipe;
 use crate::store::{Location, ReadAt, read_exact_at};
 
@@ -60,7 +61,7 @@ struct Converted<'a> {
     source: &'a Source,
     manifest: &'a Manifest,
     /// Tensors by name.
-    places: HashMap<&'a str, (Place, &'a TensorInfo)>,
+    places: HashMap<&'a str, (Span, &'a TensorInfo)>,
     /// Files of the source, opened as they are needed.
     files: Vec<Option<Box<dyn ReadAt>>>,
 }
@@ -70,7 +71,7 @@ impl<'a> Converted<'a> {
         let mut places = HashMap::new();
         for (file, of_file) in source.files.iter().enumerate() {
             for (tensor, info) in of_file.tensors.iter().enumerate() {
-                places.insert(&*info.name, (Place { file, tensor, offset: info.offset }, info));
+                places.insert(&*info.name, (Span { file, tensor, offset: info.offset, len: info.len }, info));
             }
         }
         Converted { source, manifest, places, files: source.files.iter().map(|_| None).collect() }
@@ -117,20 +118,20 @@ impl<'a> Converted<'a> {
         let suffix = codec.codes_suffix();
         let name = first.name.strip_suffix(suffix);
         let name = name.ok_or_else(|| self.malformed(format!("{:?} doesn't end in {suffix:?}", first.name)))?;
-        let (coded, shape) = match codec.is_blocks() {
+        let (decode, shape) = match codec.is_blocks() {
             true => self.blocks(&codec, name)?,
             false => self.groups(&codec, name, &first.name)?,
         };
-        let (place, info) = self.tensor(&first.name)?;
-        self.check(&coded, info, &shape)?;
-        let input = decoded(name.to_owned(), shape, coded, place).map_err(|why| self.malformed(why))?;
+        let read = Read::decode(decode);
+        let read = read.map_err(|why| self.malformed(format!("{:?} of shape {shape:?}: {why}", first.name)))?;
+        let input = decoded(name.to_owned(), shape, decode.dtype, read);
         // gpt-oss's model has rows and columns the other way round.
         let transposed = codec.layout() == Some(Layout::GptOss);
         Ok(if transposed { input.transposed() } else { input })
     }
 
     /// bitsandbytes' weights: their quant_state tells all.
-    fn blocks(&mut self, codec: &Codec, name: &str) -> Result<(Coded, Vec<u64>)> {
+    fn blocks(&mut self, codec: &Codec, name: &str) -> Result<(Decode, Vec<u64>)> {
         let state_name = format!("{name}{}", quant_state_suffix(codec));
         let json = self.bytes(&state_name, MAX_QUANT_STATE)?;
         let state =
@@ -141,6 +142,7 @@ impl<'a> Converted<'a> {
         let elements = elements.filter(|&elements| elements > 0);
         let columns =
             elements.ok_or_else(|| self.malformed(format!("{state_name:?}: a shape of {:?}", state.shape)))?;
+        let (codes, _) = self.tensor(name)?;
         let (scales, _) = self.tensor(&format!("{name}.absmax"))?;
         let nested = match codec.double_quant() {
             true => {
@@ -151,12 +153,14 @@ impl<'a> Converted<'a> {
         };
         let coding = codec.coding(columns, None);
         let row_len = columns.div_ceil(2);
-        Ok((Coded { coding, dtype, columns, row_len, group_rows: 1, scales, zero_points: None, nested }, state.shape))
+        let (rows, group_rows, zero_points) = (1, 1, None);
+        let decode = Decode { coding, dtype, rows, columns, row_len, group_rows, codes, scales, zero_points, nested };
+        Ok((decode, state.shape))
     }
 
-    fn groups(&mut self, codec: &Codec, name: &str, codes: &str) -> Result<(Coded, Vec<u64>)> {
+    fn groups(&mut self, codec: &Codec, name: &str, codes: &str) -> Result<(Decode, Vec<u64>)> {
         let (scales, scale) = self.tensor(&format!("{name}{}", codec.scales_suffix()))?;
-        let (_, packed) = self.tensor(codes)?;
+        let (codes, packed) = self.tensor(codes)?;
         let shape = match (&packed.shape[..], codec.layout()) {
             (&[experts, rows, groups, 16], Some(Layout::GptOss)) if experts <= MAX_EXPERTS => {
                 vec![experts, rows, groups.saturating_mul(32)]
@@ -166,7 +170,7 @@ impl<'a> Converted<'a> {
                 let bytes = self.bytes(&format!("{name}_shape"), 16)?;
                 bytes.as_chunks().0.iter().map(|dimension| u64::from_le_bytes(*dimension)).collect()
             }
-            (shape, _) => return Err(self.malformed(format!("{codes:?} has the shape {shape:?}"))),
+            (shape, _) => return Err(self.malformed(format!("{:?} has the shape {shape:?}", packed.name))),
         };
         let columns = shape.last().copied().filter(|_| !shape.contains(&0));
         let columns = columns.ok_or_else(|| self.malformed(format!("{name:?}: a shape of {shape:?}")))?;
@@ -181,30 +185,14 @@ impl<'a> Converted<'a> {
             false => None,
         };
         let row_len = codec.packed_row(columns);
-        Ok((Coded { coding, dtype, columns, row_len, group_rows: 1, scales, zero_points, nested: None }, shape))
-    }
-
-    /// Whether codes, scales and zero points are as long as the shape wants them.
-    fn check(&self, coded: &Coded, codes: &TensorInfo, shape: &[u64]) -> Result<()> {
         let elements = shape.iter().try_fold(1u64, |product, &dimension| product.checked_mul(dimension));
-        let rows = elements.map(|elements| elements / coded.columns);
-        let len_of = |place: Place| self.source.files[place.file].tensors[place.tensor].len;
-        let (per_row, scale_len) = (coded.scales_of_row(), coded.scale_len());
-        let is = |rows: Option<u64>, each: u64, found: u64| rows.and_then(|rows| rows.checked_mul(each)) == Some(found);
-        let nested = coded
-            .nested
-            .is_none_or(|nested| is(Some(per_row.div_ceil(NESTED_BLOCK_SIZE as u64)), 4, len_of(nested.absmax)));
-        let zero_points = coded.zero_points.is_none_or(|place| {
-            is(rows.map(|rows| rows.div_ceil(ZERO_POINT_ROWS)), per_row.saturating_mul(4), len_of(place))
-        });
-        let scales = is(rows, per_row.saturating_mul(scale_len), len_of(coded.scales));
-        if is(rows, coded.row_len, codes.len) && scales && nested && zero_points {
-            return Ok(());
-        }
-        Err(self.malformed(format!("{:?} or its scales aren't as long as the shape {shape:?} wants them", codes.name)))
+        let rows = elements.ok_or_else(|| self.malformed(format!("{name:?}: a shape of {shape:?}")))? / columns;
+        let (group_rows, nested) = (1, None);
+        let decode = Decode { coding, dtype, rows, columns, row_len, group_rows, codes, scales, zero_points, nested };
+        Ok((decode, shape))
     }
 
-    fn tensor(&self, name: &str) -> Result<(Place, &'a TensorInfo)> {
+    fn tensor(&self, name: &str) -> Result<(Span, &'a TensorInfo)> {
         self.places.get(name).copied().ok_or_else(|| self.malformed(format!("{name:?} is missing from the files")))
     }
 

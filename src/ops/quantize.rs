@@ -24,7 +24,7 @@ use crate::ops::relayout::Relayout;
 use crate::ops::verify;
 use crate::pipeline;
 use crate::pipeline::{Budget, ExecutionContext, FileOutcome, Limits, Outcome, Progress, TensorOutcome};
-use crate::plan::{Part, Plan, PlannedTensor, input};
+use crate::plan::{Plan, PlannedTensor, input};
 use crate::recipe::{ExpertLayout, Recipe};
 use crate::store::{HashingReader, Location, Reader, Sha256Hash};
 use crate::units::Bytes;
@@ -429,7 +429,7 @@ fn tensor_record(source: &Source, tensor: &PlannedTensor, file: &str, outcome: T
 /// The tensors that it is made of, each once.
 fn source_tensors(source: &Source, tensor: &PlannedTensor) -> Vec<SourceTensorRecord> {
     let mut places: Vec<(usize, usize)> = Vec::new();
-    for place in tensor.parts.iter().flat_map(Part::tensors) {
+    for place in tensor.read.spans().map(|span| (span.file, span.tensor)) {
         if !places.contains(&place) {
             places.push(place);
         }

@@ -17,7 +17,8 @@ use crate::layout::{OutputKind, QuantState, quant_state_bytes};
 use crate::manifest::{DecisionRecord, Manifest, SCHEMA_VERSION, TensorRecord};
 use crate::ops::verify;
 use crate::pipeline::{Outcome, TensorOutcome};
-use crate::plan::{Decision, Part, Plan, PlannedFile, PlannedOutput, PlannedTensor};
+use crate::plan::{Decision, Plan, PlannedFile, PlannedOutput, PlannedTensor};
+use crate::read::{Read, Span};
 use crate::recipe::{ExpertLayout, Recipe};
 use crate::store::{Identity, Location};
 
@@ -208,15 +209,14 @@ fn check_manifest(path: &Path, plan: &Plan, manifest: &Manifest) -> Result<()> {
 }
 
 /// Where each output of the plan is in the converted files.
-fn places(converted: &Source, plan: &Plan) -> Result<HashMap<String, Part>> {
+fn places(converted: &Source, plan: &Plan) -> Result<HashMap<String, Span>> {
     let mut places = HashMap::new();
     for (file, tensors) in converted.files.iter().enumerate() {
         for (tensor, info) in tensors.tensors.iter().enumerate() {
-            let part = Part { file, tensor, offset: info.offset, len: info.len, matrix: None, coded: None };
-            places.insert(info.name.clone(), part);
+            places.insert(info.name.clone(), Span { file, tensor, offset: info.offset, len: info.len });
         }
     }
-    let info = |part: &Part| &converted.files[part.file].tensors[part.tensor];
+    let info = |span: &Span| &converted.files[span.file].tensors[span.tensor];
     for tensor in &plan.tensors {
         for output in &tensor.outputs {
             let name = format!("{}{}", tensor.name, output.suffix);
@@ -236,7 +236,7 @@ fn places(converted: &Source, plan: &Plan) -> Result<HashMap<String, Part>> {
 }
 
 fn is_same(old: &PlannedTensor, new: &PlannedTensor) -> bool {
-    (&old.parts, &old.shape, old.decision) == (&new.parts, &new.shape, new.decision)
+    (&old.read, &old.shape, old.decision) == (&new.read, &new.shape, new.decision)
 }
 
 /// The quantized runs of each tensor of the origin, by file and tensor, then by their first byte.
@@ -248,7 +248,10 @@ struct Run {
     tensor: usize,
     /// Bytes of that tensor before it.
     at: u64,
-    part: Part,
+    /// From its first byte in the source on.
+    span: Span,
+    /// Whether these are the bytes as they are stored.
+    stored: bool,
 }
 
 impl Runs {
@@ -256,22 +259,28 @@ impl Runs {
         let mut runs: HashMap<(usize, usize), BTreeMap<u64, Run>> = HashMap::new();
         for (tensor, planned) in plan.tensors.iter().enumerate() {
             let mut at = 0;
-            for &part in &planned.parts {
-                runs.entry((part.file, part.tensor)).or_default().insert(part.offset, Run { tensor, at, part });
-                at += part.len;
+            for part in planned.read.parts() {
+                let (len, stored) = (part.len(), matches!(part, Read::Bytes(_)));
+                if let Some(first) = part.spans().next() {
+                    let span = Span { len, ..first };
+                    runs.entry((span.file, span.tensor))
+                        .or_default()
+                        .insert(span.offset, Run { tensor, at, span, stored });
+                }
+                at += len;
             }
         }
         Runs(runs)
     }
 
     /// Those that a part is made of, in order: the run, the part's first byte in it, and how many bytes of it.
-    fn of(&self, part: Part) -> impl Iterator<Item = (&Run, u64, u64)> {
+    fn of(&self, part: Span) -> impl Iterator<Item = (&Run, u64, u64)> {
         let runs = self.0.get(&(part.file, part.tensor)).into_iter();
         let runs = runs.flat_map(move |runs| runs.range(..part.offset + part.len).map(|(_, run)| run));
         runs.filter_map(move |run| {
-            let start = part.offset.max(run.part.offset);
-            let end = (part.offset + part.len).min(run.part.offset + run.part.len);
-            (start < end).then(|| (run, start - run.part.offset, end - start))
+            let start = part.offset.max(run.span.offset);
+            let end = (part.offset + part.len).min(run.span.offset + run.span.len);
+            (start < end).then(|| (run, start - run.span.offset, end - start))
         })
     }
 }
@@ -280,7 +289,7 @@ impl Runs {
 struct Copies<'a> {
     path: &'a Path,
     old: &'a Plan,
-    places: &'a HashMap<String, Part>,
+    places: &'a HashMap<String, Span>,
     runs: Runs,
 }
 
@@ -301,34 +310,35 @@ impl Copies<'_> {
             return self.error(tensor, "groups are of experts one by one only".to_owned());
         }
         let (packed, absmax) = self.parts(tensor, dtype, recipe)?;
-        let first = &self.old.tensors[self.runs.of(tensor.parts[0]).next().map_or(0, |(run, ..)| run.tensor)];
+        let first = tensor.read.spans().next().and_then(|span| self.runs.of(span).next());
+        let first = &self.old.tensors[first.map_or(0, |(run, ..)| run.tensor)];
         let state = QuantState { codec, dtype, shape: &tensor.shape, nested_offset: 0.0 };
         let outputs = tensor.outputs.iter().map(|output| match output.kind {
             Some(OutputKind::Packed) => copy(tensor, output, packed.clone()),
             Some(OutputKind::Absmax) => copy(tensor, output, absmax.clone()),
-            Some(OutputKind::QuantState) => {
-                PlannedTensor { constant: Some(quant_state_bytes(&state).into()), ..copy(tensor, output, Vec::new()) }
-            }
-            _ => copy(tensor, output, vec![self.places[&format!("{}{}", first.name, output.suffix)]]),
+            Some(OutputKind::QuantState) => copy(tensor, output, Read::Literal(quant_state_bytes(&state).into())),
+            _ => copy(tensor, output, Read::Bytes(self.places[&format!("{}{}", first.name, output.suffix)])),
         });
         Ok(outputs.collect())
     }
 
     fn as_it_is(&self, tensor: &PlannedTensor, output: &PlannedOutput) -> PlannedTensor {
-        copy(tensor, output, vec![self.places[&format!("{}{}", tensor.name, output.suffix)]])
+        copy(tensor, output, Read::Bytes(self.places[&format!("{}{}", tensor.name, output.suffix)]))
     }
 
     /// Where the codes and absmax of its runs are.
-    fn parts(&self, tensor: &PlannedTensor, dtype: FloatDtype, recipe: &Recipe) -> Result<(Vec<Part>, Vec<Part>)> {
+    fn parts(&self, tensor: &PlannedTensor, dtype: FloatDtype, recipe: &Recipe) -> Result<(Read, Read)> {
         let (mut packed, mut absmax) = (Vec::new(), Vec::new());
-        for &part in &tensor.parts {
+        for part in tensor.read.parts() {
+            let &Read::Bytes(span) = part else {
+                let coded = matches!(part, Read::Decode(_));
+                let why = if coded { "its source was quantized itself" } else { "one layout has it transposed" };
+                return self.error(tensor, why.to_owned());
+            };
             let mut covered = 0;
-            for (run, skipped, len) in self.runs.of(part) {
-                if part.matrix.is_some() || run.part.matrix.is_some() {
+            for (run, skipped, len) in self.runs.of(span) {
+                if !run.stored {
                     return self.error(tensor, "one layout has it transposed".to_owned());
-                }
-                if part.coded.is_some() {
-                    return self.error(tensor, "its source was quantized itself".to_owned());
                 }
                 let block = recipe.block_size.get() as u64;
                 let (first, elements) = ((run.at + skipped) / dtype.size() as u64, len / dtype.size() as u64);
@@ -338,16 +348,15 @@ impl Copies<'_> {
                 }
                 let old = &self.old.tensors[run.tensor];
                 let place = |kind| self.places[&format!("{}{}", old.name, old.output(kind).suffix)];
-                let of = |part: Part, offset, len| Part { offset: part.offset + offset, len, ..part };
-                packed.push(of(place(OutputKind::Packed), first / 2, elements / 2));
-                absmax.push(of(place(OutputKind::Absmax), first / block * 4, elements / block * 4));
+                packed.push(Read::Bytes(place(OutputKind::Packed).part(first / 2, elements / 2)));
+                absmax.push(Read::Bytes(place(OutputKind::Absmax).part(first / block * 4, elements / block * 4)));
                 covered += len;
             }
-            if covered != part.len {
+            if covered != span.len {
                 return self.error(tensor, format!("{MANIFEST_NAME} doesn't tell where all of it is"));
             }
         }
-        Ok((packed, absmax))
+        Ok((Read::concat(packed), Read::concat(absmax)))
     }
 
     fn error<T>(&self, tensor: &PlannedTensor, why: String) -> Result<T> {
@@ -357,13 +366,12 @@ impl Copies<'_> {
 }
 
 /// An output of a tensor as a tensor of its own, which is copied.
-fn copy(tensor: &PlannedTensor, output: &PlannedOutput, parts: Vec<Part>) -> PlannedTensor {
+fn copy(tensor: &PlannedTensor, output: &PlannedOutput, read: Read) -> PlannedTensor {
     PlannedTensor {
         name: format!("{}{}", tensor.name, output.suffix),
         dtype: output.dtype,
         shape: output.shape.clone(),
-        parts,
-        constant: None,
+        read,
         role: tensor.role,
         decision: Decision::Keep,
         reason: tensor.reason.clone(),

@@ -244,7 +244,8 @@ fn largest_absmax(plan: &Plan) -> u64 {
 fn plan_len(plan: &Plan) -> u64 {
     let headers: u64 = plan.files.iter().map(|file| file.header.len() as u64).sum();
     let of_tensor = |tensor: &PlannedTensor| {
-        let (name, outputs, parts) = (tensor.name.len(), tensor.outputs.len(), tensor.parts.len());
+        let (name, outputs) = (tensor.name.len(), tensor.outputs.len());
+        let parts = tensor.read.parts().iter().filter(|part| part.spans().next().is_some()).count();
         // The header, the plan and the manifest know every part by its name.
         (outputs * (name + 332) + parts * (3 * name + 300) + 300) as u64
     };

@@ -3,11 +3,10 @@
 use std::io;
 use std::sync::Arc;
 
-use super::coded::{self, Scratch};
-use super::{Job, Output, matrix};
-use crate::dtype::Dtype;
+use super::{Job, Output};
 use crate::error::{Error, IoContext, Result};
-use crate::plan::{Part, Place, PlannedTensor};
+use crate::plan::PlannedTensor;
+use crate::read::Evaluator;
 use crate::store::{ReadAt, read_exact_at};
 
 /// How far ahead of a read the system is told of it.
@@ -16,14 +15,20 @@ const READ_AHEAD: u64 = 16 << 20;
 /// Open files, kept open from task to task.
 pub struct Files<'j, 'a> {
     job: &'j Job<'a>,
-    source: Option<(usize, Box<dyn ReadAt>)>,
+    source: SourceFiles<'j, 'a>,
     output: Option<(usize, Arc<dyn Output + 'a>)>,
-    scratch: Scratch,
+    evaluator: Evaluator,
+}
+
+/// The source's file that was read last, open.
+struct SourceFiles<'j, 'a> {
+    job: &'j Job<'a>,
+    open: Option<(usize, Box<dyn ReadAt>)>,
 }
 
 impl<'j, 'a> Files<'j, 'a> {
     pub fn new(job: &'j Job<'a>) -> Files<'j, 'a> {
-        Files { job, source: None, output: None, scratch: Scratch::default() }
+        Files { job, source: SourceFiles { job, open: None }, output: None, evaluator: Evaluator::default() }
     }
 
     /// Turns to an output file, the plan's `file`th; what is written goes there.
@@ -50,62 +55,34 @@ impl<'j, 'a> Files<'j, 'a> {
     }
 
     /// Fills `into` with `tensor`'s bytes from `offset` on.
-    pub fn read(&mut self, tensor: &PlannedTensor, mut offset: u64, mut into: &mut [u8]) -> Result<()> {
-        if let Some(bytes) = &tensor.constant {
-            into.copy_from_slice(&bytes[offset as usize..][..into.len()]);
-            return Ok(());
-        }
-        for part in &tensor.parts {
-            if offset >= part.len {
-                offset -= part.len;
-                continue;
-            }
-            let len = (part.len - offset).min(into.len() as u64) as usize;
-            let (here, rest) = into.split_at_mut(len);
-            self.read_part(part, tensor.dtype, offset, here)?;
-            (offset, into) = (0, rest);
-            if into.is_empty() {
-                break;
-            }
-        }
-        Ok(())
+    pub fn read(&mut self, tensor: &PlannedTensor, offset: u64, into: &mut [u8]) -> Result<()> {
+        let Files { source, evaluator, .. } = self;
+        evaluator.read(&tensor.read, offset, into, &mut |span, bytes| source.read_at(span.file, span.offset, bytes))
     }
 
-    /// Fills `into` with what a part gives from byte `offset` on.
-    fn read_part(&mut self, part: &Part, dtype: Dtype, offset: u64, into: &mut [u8]) -> Result<()> {
-        let Some(matrix) = &part.matrix else { return self.read_stored(part, offset, into) };
-        let size = dtype.bitsize() / 8;
-        matrix::read(matrix, size, offset / size as u64, into, |at, run| self.read_stored(part, at, run))
+    /// Fills `into` with the bytes at `position` of a file of the source.
+    pub fn read_at(&mut self, file: usize, position: u64, into: &mut [u8]) -> Result<()> {
+        self.source.read_at(file, position, into)
     }
+}
 
-    /// Fills `into` with the bytes from `offset` on of what a part is stored in, decoded if it is coded.
-    fn read_stored(&mut self, part: &Part, offset: u64, into: &mut [u8]) -> Result<()> {
-        let Some(coded) = &part.coded else { return self.read_at(part.file, part.offset + offset, into) };
-        let codes = Place { file: part.file, tensor: part.tensor, offset: part.offset };
-        let first = offset / coded.dtype.size() as u64;
-        let mut scratch = std::mem::take(&mut self.scratch);
-        let read = |place: Place, bytes: &mut [u8]| self.read_at(place.file, place.offset, bytes);
-        let result = coded::read(coded, codes, first, into, &mut scratch, read);
-        self.scratch = scratch;
-        result
-    }
-
+impl SourceFiles<'_, '_> {
     /// A file of the source.
-    pub fn open_source(&mut self, file: usize) -> Result<&dyn ReadAt> {
-        if self.source.as_ref().is_none_or(|(opened, _)| *opened != file) {
-            self.source = None;
+    fn open(&mut self, file: usize) -> Result<&dyn ReadAt> {
+        if self.open.as_ref().is_none_or(|(opened, _)| *opened != file) {
+            self.open = None;
         }
-        match &mut self.source {
+        match &mut self.open {
             Some((_, file)) => Ok(&**file),
             none => Ok(&*none.insert((file, self.job.source.files[file].reopen()?)).1),
         }
     }
 
     /// Fills `into` with the bytes at `position` of a file of the source.
-    pub fn read_at(&mut self, file: usize, position: u64, into: &mut [u8]) -> Result<()> {
+    fn read_at(&mut self, file: usize, position: u64, into: &mut [u8]) -> Result<()> {
         let source = &self.job.source.files[file];
         let (path, source_len, len) = (source.location.path(), source.identity.len, into.len() as u64);
-        let file = self.open_source(file)?;
+        let file = self.open(file)?;
         let ahead = position + READ_AHEAD;
         file.will_read(ahead, len.min(source_len.saturating_sub(ahead)));
         match read_exact_at(file, into, position) {

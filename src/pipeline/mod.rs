@@ -7,9 +7,7 @@
 //! (whole, and tensor by tensor) out of the page cache, ahead of quantizing what comes next.
 
 mod budget;
-mod coded;
 mod files;
-mod matrix;
 mod nonfinite;
 mod results;
 mod scheduler;

@@ -7,6 +7,7 @@ use crate::error::Result;
 use crate::format::{Codec, NESTED_BLOCK_SIZE, dynamic_map};
 use crate::kernel::BlockErrors;
 use crate::kernel::block::nested;
+use crate::layout::compressed_tensors::pack_zero_points;
 use crate::layout::{OutputKind, QuantState, ZERO_POINT_ROWS, quant_state_bytes, shape_bytes};
 use crate::plan::PlannedTensor;
 use crate::stats::{AbsmaxAccumulator, StatsAccumulator};
@@ -144,17 +145,5 @@ impl Results<'_, '_, '_> {
 
     fn offset(&self, kind: OutputKind) -> u64 {
         self.tensor.output(kind).offset
-    }
-}
-
-/// Zero points of rows of `per_row` groups, as they are stored: integers that hold those of eight rows, the first one's in the
-/// lowest bits.
-fn pack_zero_points(points: &[u8], per_row: usize, into: &mut Vec<u8>) {
-    into.clear();
-    for rows in points.chunks(per_row * ZERO_POINT_ROWS as usize) {
-        into.extend((0..per_row).flat_map(|group| {
-            let of_rows = rows.iter().skip(group).step_by(per_row).enumerate();
-            of_rows.fold(0u32, |word, (row, &point)| word | u32::from(point) << (4 * row)).to_le_bytes()
-        }));
     }
 }

@@ -295,7 +295,7 @@ impl<'a> Scheduler<'a> {
             .plan
             .tensors
             .get(state.next.0)
-            .map_or(self.source_files, |tensor| tensor.parts.first().map_or(0, |part| part.file + 1));
+            .map_or(self.source_files, |tensor| tensor.read.spans().next().map_or(0, |span| span.file + 1));
         if self.means.hash_source && state.next_source_hash < reading.min(self.source_files) {
             state.next_source_hash += 1;
             return Some(Task::HashSource { file: state.next_source_hash - 1 });

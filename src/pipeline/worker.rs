@@ -272,7 +272,7 @@ impl<'j, 'a> Worker<'j, 'a> {
     fn describe_nonfinite(&mut self, tensor: &PlannedTensor, dtype: FloatDtype) -> Error {
         let buffer = &mut self.buffers.bytes;
         if tensor.is_decoded() {
-            let path = self.job.source.files[tensor.parts[0].file].location.path().to_owned();
+            let path = self.job.source.files[tensor.read.first_file()].location.path().to_owned();
             let read = |offset, bytes: &mut [u8]| self.files.read(tensor, offset, bytes);
             return nonfinite::describe(&path, &tensor.name, tensor.source_len(), dtype, buffer, read)
                 .unwrap_or_else(Some)
@@ -280,15 +280,15 @@ impl<'j, 'a> Worker<'j, 'a> {
         }
         // Where they are in the source, of which the tensor may have another order.
         let source = self.job.source;
-        for part in &tensor.parts {
-            let (path, info) = (source.files[part.file].location.path(), &source.files[part.file].tensors[part.tensor]);
-            let read = |offset, bytes: &mut [u8]| self.files.read_at(part.file, info.offset + offset, bytes);
+        for span in tensor.read.spans() {
+            let (path, info) = (source.files[span.file].location.path(), &source.files[span.file].tensors[span.tensor]);
+            let read = |offset, bytes: &mut [u8]| self.files.read_at(span.file, info.offset + offset, bytes);
             match nonfinite::describe(path, &info.name, info.len, dtype, buffer, read) {
                 Ok(None) => {}
                 Ok(Some(error)) | Err(error) => return error,
             }
         }
-        no_longer(source.files[tensor.parts[0].file].location.path().to_owned(), tensor)
+        no_longer(source.files[tensor.read.first_file()].location.path().to_owned(), tensor)
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use super::input::expert_part;
 use super::layout;
 use super::{Decision, PlannedTensor};
 use crate::checkpoint::Source;
@@ -11,6 +10,7 @@ use crate::format::Codec;
 use crate::models::Role;
 use crate::models::experts::{ExpertParameter, Fusion};
 use crate::models::families::families;
+use crate::read::Read;
 
 /// Puts experts together that are to be quantized; all other tensors stay as they are. What is fused stands where its
 /// first part was.
@@ -88,7 +88,7 @@ fn unknown(source: &Source, model_types: &[&str], tensor: &PlannedTensor) -> Err
         (Some(model_type), true) => format!("{model_type:?} is known, but not experts with this name"),
         (None, _) => "no config.json says what model it is".to_owned(),
     };
-    let (path, tensor) = (source.files[tensor.parts[0].file].location.path().to_owned(), tensor.name.clone());
+    let (path, tensor) = (source.files[tensor.read.first_file()].location.path().to_owned(), tensor.name.clone());
     Error::Experts { path, tensor, why: format!("{why}; --experts keep leaves experts as they are") }
 }
 
@@ -104,25 +104,27 @@ impl Group<'_> {
         let transposed = self.is_transposed(source, first)?;
         let rows: u64 = matrices.iter().map(|[rows, _]| rows).sum();
         let columns = matrices[0][1];
-        let mut parts = Vec::with_capacity(experts as usize * matrices.len());
-        if stacked && matrices.len() == 1 && !transposed {
-            parts.extend(&first.parts);
+        let size = first.dtype.bitsize() / 8;
+        let matrix = |expert: u64, i: usize| {
+            let read = self.member(tensors, i).read.slice(expert, experts);
+            if transposed { read.transposed(matrices[i], size) } else { read }
+        };
+        let read = if stacked && matrices.len() == 1 && !transposed {
+            first.read.clone()
         } else if stacked {
-            for expert in 0..experts {
-                parts.extend((0..matrices.len()).map(|i| {
-                    let part = expert_part(&self.member(tensors, i).parts, expert, experts);
-                    if transposed { part.transposed(matrices[i]) } else { part }
-                }));
-            }
+            Read::concat(
+                (0..experts)
+                    .flat_map(|expert| (0..matrices.len()).map(move |i| (expert, i)))
+                    .map(|(e, i)| matrix(e, i)),
+            )
         } else {
-            parts.extend(self.members.values().flat_map(|&i| &tensors[i].parts));
-        }
+            Read::concat(self.members.values().map(|&i| tensors[i].read.clone()))
+        };
         Ok(PlannedTensor {
             name: self.name(self.fusion.target),
             dtype: first.dtype,
             shape: if transposed { vec![experts, columns, rows] } else { vec![experts, rows, columns] },
-            parts,
-            constant: None,
+            read,
             role: Role::FusedExperts,
             decision: first.decision,
             reason: "matrices of all experts of the layer, 3-D".into(),
@@ -148,7 +150,7 @@ impl Group<'_> {
             self.members.keys().filter_map(|(expert, _)| *expert).max().map_or(1, |last| last.saturating_add(1));
         let first = &tensors[*self.members.values().next().expect("a group has members")];
         let error = |tensor: &PlannedTensor, why: String| {
-            let path = source.files[tensor.parts[0].file].location.path().to_owned();
+            let path = source.files[tensor.read.first_file()].location.path().to_owned();
             let why = format!("{why}; --experts keep leaves experts as they are");
             Err(Error::Experts { path, tensor: tensor.name.clone(), why })
         };
@@ -194,7 +196,7 @@ impl Group<'_> {
     fn is_transposed(&self, source: &Source, tensor: &PlannedTensor) -> Result<bool> {
         let Some(shape) = self.fusion.transposed_unless else { return Ok(false) };
         shape.is_transposed(source.config.as_ref(), &tensor.shape).map_err(|why| {
-            let path = source.files[tensor.parts[0].file].location.path().to_owned();
+            let path = source.files[tensor.read.first_file()].location.path().to_owned();
             let why = format!("{why}; --experts keep leaves it as it is");
             Error::Experts { path, tensor: tensor.name.clone(), why }
         })
@@ -214,7 +216,7 @@ fn check_names_differ(source: &Source, tensors: &[PlannedTensor]) -> Result<()> 
     let mut names = HashSet::new();
     match tensors.iter().find(|tensor| !names.insert(tensor.name.as_str())) {
         Some(tensor) => {
-            let path = source.files[tensor.parts[0].file].location.path().to_owned();
+            let path = source.files[tensor.read.first_file()].location.path().to_owned();
             let why =
                 "the source has a tensor of this name, and experts that become it: which one is meant?".to_owned();
             Err(Error::Experts { path, tensor: tensor.name.clone(), why })

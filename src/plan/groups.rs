@@ -2,8 +2,7 @@
 
 use std::borrow::Cow;
 
-use super::input::Input;
-use super::part::MAX_EXPERTS;
+use super::input::{Input, MAX_EXPERTS};
 use super::split;
 use crate::checkpoint::Source;
 use crate::error::{Error, Result};
@@ -95,7 +94,7 @@ pub fn check(source: &Source, model_types: &[&str], input: &Input, codec: &Codec
 /// Its loader takes all experts for MXFP4.
 fn check_gpt_oss(source: &Source, input: &Input, codec: &Codec, verdict: &Verdict) -> Result<()> {
     let error = |why: String| {
-        let path = source.files[input.parts[0].file].location.path().to_owned();
+        let path = source.files[input.read.first_file()].location.path().to_owned();
         Err(Error::Experts { path, tensor: input.name.clone(), why })
     };
     if !verdict.quantize {

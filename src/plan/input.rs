@@ -7,15 +7,17 @@ use std::collections::{HashMap, HashSet};
 
 use serde_json::Value;
 
-use super::part::MAX_EXPERTS;
-use super::{Coded, Part, Place};
 use crate::checkpoint::{Config, Source, TensorInfo};
 use crate::dtype::FloatDtype;
 use crate::dtype::{Dtype, byte_len};
 use crate::error::{Error, Result};
 use crate::format::{Coding, ElementCode, Highest, ScaleCode};
 use crate::layout::{FP8_METHOD, MXFP4_METHOD, SourceQuantization, recognize};
+use crate::read::{Decode, Read, Span};
 use crate::recipe::Recipe;
+
+/// More experts than any model has: each becomes a part of its own, or several.
+pub const MAX_EXPERTS: u64 = 1 << 16;
 
 /// A tensor to be planned.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,28 +29,21 @@ pub struct Input {
     /// Its shape, decoded.
     pub shape: Vec<u64>,
     /// Where its bytes come from.
-    pub parts: Vec<Part>,
+    pub read: Read,
 }
 
 impl Input {
     /// With all experts' matrices transposed.
     pub fn transposed(self) -> Input {
         let &[experts, rows, columns] = &self.shape[..] else { return self };
-        let parts = (0..experts).map(|expert| self.expert(expert, experts).transposed([rows, columns])).collect();
-        Input { shape: vec![experts, columns, rows], parts, ..self }
+        let size = self.element_size();
+        let matrices = (0..experts).map(|expert| self.read.slice(expert, experts).transposed([rows, columns], size));
+        Input { shape: vec![experts, columns, rows], read: Read::concat(matrices), ..self }
     }
 
-    /// Of a tensor of all experts, the part of one.
-    pub fn expert(&self, expert: u64, experts: u64) -> Part {
-        expert_part(&self.parts, expert, experts)
-    }
-}
-
-/// The part of one expert, of one for all or one for each.
-pub fn expert_part(parts: &[Part], expert: u64, experts: u64) -> Part {
-    match parts {
-        [all] => all.slice(expert, experts),
-        each => each[expert as usize],
+    /// Bytes of an element.
+    pub fn element_size(&self) -> usize {
+        self.dtype.bitsize() / 8
     }
 }
 
@@ -105,7 +100,7 @@ pub fn inputs(source: &Source, recipe: &Recipe) -> Result<Vec<Input>> {
     let mut inputs = Vec::new();
     for (file, source_file) in source.files.iter().enumerate() {
         for (tensor, info) in source_file.tensors.iter().enumerate() {
-            let place = Place { file, tensor, offset: info.offset };
+            let place = Span { file, tensor, offset: info.offset, len: info.len };
             let error = |why: String| {
                 let why = format!("tensor {:?}: {why}", info.name);
                 Err(Error::malformed(source_file.location.path(), why))
@@ -125,7 +120,8 @@ pub fn inputs(source: &Source, recipe: &Recipe) -> Result<Vec<Input>> {
             };
             match decoded {
                 Some(Ok(input)) => {
-                    beside.extend(input.parts.iter().flat_map(Part::tensors).filter(|found| *found != (file, tensor)));
+                    let spans = input.read.spans().map(|span| (span.file, span.tensor));
+                    beside.extend(spans.filter(|found| *found != (file, tensor)));
                     let module = info.name.strip_suffix(".weight").unwrap_or(&info.name);
                     let scales = INPUT_SCALES.iter().filter_map(|end| places.get(&format!("{module}{end}")));
                     beside.extend(scales.map(|(place, _)| (place.file, place.tensor)));
@@ -137,32 +133,31 @@ pub fn inputs(source: &Source, recipe: &Recipe) -> Result<Vec<Input>> {
         }
     }
     inputs.retain(|input| {
-        let Part { file, tensor, coded, .. } = input.parts[0];
-        coded.is_some() || !beside.contains(&(file, tensor))
+        input.read.is_decoded() || !input.read.spans().any(|span| beside.contains(&(span.file, span.tensor)))
     });
     Ok(inputs)
 }
 
 /// A tensor as it is stored.
-pub fn as_stored(info: &TensorInfo, place: Place) -> Input {
-    let Place { file, tensor, offset } = place;
-    let part = Part { file, tensor, offset, len: info.len, matrix: None, coded: None };
-    Input { name: info.name.clone(), dtype: info.dtype, shape: info.shape.clone(), parts: vec![part] }
+pub fn as_stored(info: &TensorInfo, place: Span) -> Input {
+    Input { name: info.name.clone(), dtype: info.dtype, shape: info.shape.clone(), read: Read::Bytes(place) }
 }
 
 /// Tensors by name.
-struct Places<'a>(HashMap<&'a str, (Place, &'a TensorInfo)>);
+struct Places<'a>(HashMap<&'a str, (Span, &'a TensorInfo)>);
 
 impl<'a> Places<'a> {
     fn new(source: &'a Source) -> Places<'a> {
         let in_file = |(file, tensors): (usize, &'a [TensorInfo])| {
             let each = tensors.iter().enumerate();
-            each.map(move |(tensor, info)| (&*info.name, (Place { file, tensor, offset: info.offset }, info)))
+            each.map(move |(tensor, info)| {
+                (&*info.name, (Span { file, tensor, offset: info.offset, len: info.len }, info))
+            })
         };
         Places(source.files.iter().map(|file| &*file.tensors).enumerate().flat_map(in_file).collect())
     }
 
-    fn get(&self, name: &str) -> Option<(Place, &'a TensorInfo)> {
+    fn get(&self, name: &str) -> Option<(Span, &'a TensorInfo)> {
         self.0.get(name).copied()
     }
 }
@@ -192,8 +187,8 @@ fn block_of_config(source: &Source) -> [u64; 2] {
 fn fp8(
     source: &Source,
     info: &TensorInfo,
-    place: Place,
-    (scales, scale): (Place, &TensorInfo),
+    codes: Span,
+    (scales, scale): (Span, &TensorInfo),
     dtype: FloatDtype,
 ) -> Result<Input, String> {
     let scale_code = match scale.dtype {
@@ -238,11 +233,24 @@ fn fp8(
         return Err(format!("blocks of {group} columns: expected {LEAST_FP8_BLOCK} or more"));
     }
     let coding = Coding::new(ElementCode::E4m3, scale_code, group as usize);
-    let coded = Coded { coding, dtype, columns, row_len: columns, group_rows, scales, zero_points: None, nested: None };
-    let whole = decoded(info.name.clone(), info.shape.clone(), coded, place)?;
     // Each matrix begins with a scale of its own, whole blocks or not.
-    let parts = (0..matrices).map(|matrix| whole.parts[0].slice(matrix, matrices)).collect();
-    Ok(Input { parts, ..whole })
+    let matrix = |which: u64| {
+        let (codes_len, scales_len) = (codes.len / matrices, scales.len / matrices);
+        Read::decode(Decode {
+            coding,
+            dtype,
+            rows,
+            columns,
+            row_len: columns,
+            group_rows,
+            codes: codes.part(which * codes_len, codes_len),
+            scales: scales.part(which * scales_len, scales_len),
+            zero_points: None,
+            nested: None,
+        })
+    };
+    let all = (0..matrices).map(matrix).collect::<Result<Vec<_>, _>>()?;
+    Ok(decoded(info.name.clone(), info.shape.clone(), dtype, Read::concat(all)))
 }
 
 /// gpt-oss's experts: blocks `[experts, rows, groups, 16]` and scales `[experts, rows, groups]` decode to what transformers'
@@ -250,8 +258,8 @@ fn fp8(
 fn mxfp4(
     name: &str,
     blocks: &TensorInfo,
-    place: Place,
-    (scales, scale): (Place, &TensorInfo),
+    codes: Span,
+    (scales, scale): (Span, &TensorInfo),
     dtype: FloatDtype,
 ) -> Result<Input, String> {
     let [experts, rows, groups] = match (&blocks.shape[..], &scale.shape[..]) {
@@ -273,21 +281,28 @@ fn mxfp4(
         ));
     }
     let columns = groups * 32;
-    let coding = Coding::new(ElementCode::E2m1, ScaleCode::E8m0(Highest::Finite), 32);
-    let row_len = columns / 2;
-    let coded = Coded { coding, dtype, columns, row_len, group_rows: 1, scales, zero_points: None, nested: None };
-    Ok(decoded(name.to_owned(), vec![experts, rows, columns], coded, place)?.transposed())
+    let decode = Decode {
+        coding: Coding::new(ElementCode::E2m1, ScaleCode::E8m0(Highest::Finite), 32),
+        dtype,
+        rows: experts * rows,
+        columns,
+        row_len: columns / 2,
+        group_rows: 1,
+        codes,
+        scales,
+        zero_points: None,
+        nested: None,
+    };
+    Ok(decoded(name.to_owned(), vec![experts, rows, columns], dtype, Read::decode(decode)?).transposed())
 }
 
-/// A tensor that is decoded in the order it is stored in.
-pub fn decoded(name: String, shape: Vec<u64>, coded: Coded, place: Place) -> Result<Input, String> {
-    let dtype = match coded.dtype {
+/// A tensor that is decoded to `dtype`.
+pub fn decoded(name: String, shape: Vec<u64>, dtype: FloatDtype, read: Read) -> Input {
+    let dtype = match dtype {
         FloatDtype::Bfloat16 => Dtype::BF16,
         FloatDtype::Float16 => Dtype::F16,
         FloatDtype::Float32 => Dtype::F32,
     };
-    let len = byte_len(dtype, &shape).ok_or_else(|| format!("decoded, its shape {shape:?} is past all bounds"))?;
-    let Place { file, tensor, offset } = place;
-    let part = Part { file, tensor, offset, len, matrix: None, coded: Some(coded) };
-    Ok(Input { name, dtype, shape, parts: vec![part] })
+    debug_assert_eq!(byte_len(dtype, &shape), Some(read.len()), "{name}: decodes to its shape");
+    Input { name, dtype, shape, read }
 }

@@ -8,18 +8,16 @@ mod groups;
 pub mod input;
 pub mod kept_modules;
 mod layout;
-mod part;
 mod scale_sets;
 pub mod split;
 
 use std::borrow::Cow;
 use std::collections::HashSet;
-use std::sync::Arc;
 
 use serde_json::Value;
 
+pub use input::MAX_EXPERTS;
 pub use layout::{PlannedFile, PlannedOutput};
-pub use part::{Coded, MAX_EXPERTS, Matrix, Nested, Part, Place};
 
 use crate::checkpoint::{CONFIG_NAME, Source};
 use crate::dtype::Dtype;
@@ -29,6 +27,7 @@ use crate::format::{Codec, Layout};
 use crate::layout::OutputKind;
 use crate::models::families::families;
 use crate::models::{Role, Rules, Verdict};
+use crate::read::Read;
 use crate::recipe::{ExpertLayout, Recipe};
 use decide::Selection;
 use input::Input;
@@ -64,10 +63,8 @@ pub struct PlannedTensor {
     pub dtype: Dtype,
     /// Its shape in the output, before quantizing.
     pub shape: Vec<u64>,
-    /// Where its bytes are in the source, in their order.
-    pub parts: Vec<Part>,
-    /// Its bytes, if the source doesn't have them; there are no parts then.
-    pub constant: Option<Arc<[u8]>>,
+    /// Where its bytes come from.
+    pub read: Read,
     /// What the tensor is.
     pub role: Role,
     /// Keep or quantize.
@@ -89,10 +86,9 @@ pub enum Decision {
 
 impl PlannedTensor {
     fn new((input, verdict, decision): Decided, codec: &Codec) -> PlannedTensor {
-        let Input { name, dtype, shape, parts } = input;
+        let Input { name, dtype, shape, read } = input;
         let Verdict { role, reason, .. } = verdict;
-        let (constant, outputs) = (None, Vec::new());
-        let mut tensor = PlannedTensor { name, dtype, shape, parts, constant, role, decision, reason, outputs };
+        let mut tensor = PlannedTensor { name, dtype, shape, read, role, decision, reason, outputs: Vec::new() };
         tensor.outputs = layout::outputs(&tensor, codec);
         tensor
     }
@@ -109,13 +105,12 @@ impl PlannedTensor {
 
     /// Whether it is quantized in the source, and decoded as it is read.
     pub fn is_decoded(&self) -> bool {
-        self.parts.iter().any(|part| part.coded.is_some())
+        self.read.is_decoded()
     }
 
     /// Bytes that it is made of, decoded.
     pub fn source_len(&self) -> u64 {
-        let constant = self.constant.as_ref().map_or(0, |bytes| bytes.len() as u64);
-        self.parts.iter().map(|part| part.len).sum::<u64>() + constant
+        self.read.len()
     }
 
     /// The dtype that it is quantized from, if it is.
@@ -180,8 +175,7 @@ impl Plan {
     /// When two have one name.
     pub fn decoded(source: &Source, recipe: Recipe, inputs: Vec<Input>, config: Option<String>) -> Result<Plan> {
         let keep = |input: Input| {
-            let is_coded = input.parts.iter().any(|part| part.coded.is_some());
-            let reason = if is_coded { "decoded" } else { "copied" };
+            let reason = if input.read.is_decoded() { "decoded" } else { "copied" };
             let verdict = Verdict { role: Role::Unknown, quantize: false, linear: false, reason: reason.into() };
             PlannedTensor::new((input, verdict, Decision::Keep), &recipe.codec())
         };
@@ -249,7 +243,7 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
             (false, _) => Decision::Keep,
             (true, Some(dtype)) => Decision::Quantize(dtype),
             (true, None) => {
-                let path = source.files[input.parts[0].file].location.path().to_owned();
+                let path = source.files[input.read.first_file()].location.path().to_owned();
                 return Err(Error::UnsupportedDtype { path, tensor: input.name, dtype: input.dtype });
             }
         };
@@ -300,7 +294,7 @@ fn check_names_are_free(source: &Source, tensors: &[PlannedTensor]) -> Result<()
                 "tensor {name:?} has a name that quantizing {weight:?} takes for a part of it: was the checkpoint \
                  quantized before? Keep the weight with --exclude"
             );
-            return Err(Error::malformed(source.files[tensor.parts[0].file].location.path(), why));
+            return Err(Error::malformed(source.files[tensor.read.first_file()].location.path(), why));
         }
     }
     Ok(())
@@ -315,7 +309,7 @@ fn check_names_differ(source: &Source, tensors: &[PlannedTensor]) -> Result<()> 
             let why = format!(
                 "two tensors would be written as {name:?}: which one is meant? Keep one as it is with --exclude"
             );
-            return Err(Error::malformed(source.files[tensor.parts[0].file].location.path(), why));
+            return Err(Error::malformed(source.files[tensor.read.first_file()].location.path(), why));
         }
     }
     Ok(())

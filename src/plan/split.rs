@@ -2,17 +2,17 @@
 
 use std::collections::HashSet;
 
-use super::input::Input;
-use super::part::MAX_EXPERTS;
-use super::{Decision, Part};
+use super::Decision;
+use super::input::{Input, MAX_EXPERTS};
 use crate::checkpoint::{MAX_HEADER_LEN, Source};
-use crate::dtype::{Dtype, byte_len};
+use crate::dtype::byte_len;
 use crate::error::{Error, Result};
 use crate::models::Role;
 use crate::models::Verdict;
 use crate::models::experts::{ExpertParameter, Orientation, Split};
 use crate::models::families::families;
 use crate::models::names::match_end;
+use crate::read::Read;
 
 /// A tensor with what was decided of it.
 pub type Decided = (Input, Verdict, Decision);
@@ -59,8 +59,8 @@ pub fn join(source: &Source, model_types: &[&str], name: &str, shape: &[u64], ma
     let splits = Splits::new(model_types);
     let (prefix, split) = splits.of(name)?;
     let dtype = matrices.first()?.dtype;
-    let parts = matrices.iter().flat_map(|matrix| &matrix.parts).copied().collect();
-    let joined = Input { name: name.to_owned(), dtype, shape: shape.to_vec(), parts };
+    let read = Read::concat(matrices.iter().map(|matrix| matrix.read.clone()));
+    let joined = Input { name: name.to_owned(), dtype, shape: shape.to_vec(), read };
     let Matrices { experts, transposed, .. } = split.layout(source, &joined).ok()?;
     let expected = (0..experts).flat_map(|expert| split.targets.iter().map(move |target| (expert, target)));
     let names = expected.map(|(expert, target)| {
@@ -69,7 +69,7 @@ pub fn join(source: &Source, model_types: &[&str], name: &str, shape: &[u64], ma
     });
     let is_whole = names.eq(matrices.iter().map(|matrix| matrix.name.clone()))
         && matrices.iter().all(|matrix| matrix.dtype == dtype)
-        && byte_len(dtype, shape) == Some(joined.parts.iter().map(|part| part.len).sum());
+        && byte_len(dtype, shape) == Some(joined.read.len());
     (is_whole && !transposed && !split.interleaved).then_some(joined)
 }
 
@@ -90,7 +90,7 @@ fn unknown(source: &Source, model_types: &[&str], input: &Input) -> Error {
          their dtype"
     );
     Error::Experts {
-        path: source.files[input.parts[0].file].location.path().to_owned(),
+        path: source.files[input.read.first_file()].location.path().to_owned(),
         tensor: input.name.clone(),
         why,
     }
@@ -126,7 +126,7 @@ impl Split {
     /// How a tensor's matrices lie.
     fn layout(&self, source: &Source, input: &Input) -> Result<Matrices> {
         let error = |why: String| {
-            let path = source.files[input.parts[0].file].location.path().to_owned();
+            let path = source.files[input.read.first_file()].location.path().to_owned();
             let why = format!("its shape is {:?}: {why}; --exclude keeps it in its dtype", input.shape);
             Err(Error::Experts { path, tensor: input.name.clone(), why })
         };
@@ -136,6 +136,9 @@ impl Split {
             [experts, rows, columns] if !input.name.ends_with("bias") => (experts, [rows, columns]),
             _ => return error("of other dimensions than experts have".to_owned()),
         };
+        if !input.dtype.bitsize().is_multiple_of(8) {
+            return error(format!("elements of {} bits, which can't be taken apart", input.dtype.bitsize()));
+        }
         if experts > MAX_EXPERTS || stored.contains(&0) {
             return error(format!("more than {MAX_EXPERTS} experts, or none with an element"));
         }
@@ -165,25 +168,22 @@ impl Split {
         let shape = if input.shape.len() == 2 { vec![rows_of_one] } else { vec![rows_of_one, columns] };
         let mut inputs = Vec::new();
         for expert in 0..experts {
-            let part = input.expert(expert, experts);
-            let part = if transposed { part.transposed(stored) } else { part };
+            let read = input.read.slice(expert, experts);
+            let read = if transposed { read.transposed(stored, input.element_size()) } else { read };
             for (which, target) in (0..).zip(self.targets) {
                 let end = target.replace('*', &expert.to_string());
                 let name = if prefix.is_empty() { end } else { format!("{prefix}.{end}") };
-                let parts = vec![self.matrix(&part, [rows, columns], input.dtype, which)];
-                inputs.push(Input { name, dtype: input.dtype, shape: shape.clone(), parts });
+                let read = self.matrix(&read, [rows, columns], input.element_size(), which);
+                inputs.push(Input { name, dtype: input.dtype, shape: shape.clone(), read });
             }
         }
         Ok(inputs)
     }
 
     /// Of an expert's rows those of one matrix.
-    fn matrix(&self, part: &Part, [rows, columns]: [u64; 2], dtype: Dtype, which: u64) -> Part {
+    fn matrix(&self, all: &Read, [rows, columns]: [u64; 2], size: usize, which: u64) -> Read {
         let count = self.targets.len() as u64;
-        if count == 1 {
-            return *part;
-        }
         let (first, step) = if self.interleaved { (which, count) } else { (which * (rows / count), 1) };
-        part.rows([rows, columns], dtype.bitsize() as u64 / 8, first, step, rows / count)
+        all.rows(columns * size as u64, first, step, rows / count)
     }
 }

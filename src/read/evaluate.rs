@@ -1,0 +1,162 @@
+//! Filling a buffer with a range of what an expression gives.
+
+use super::decode::Codes;
+use super::{Columns, Read, Rows, Span};
+use crate::error::Result;
+
+/// Bytes of a matrix that are held at once while columns of it are read.
+const TILE: usize = 128 << 10;
+
+/// Fills a slice with the source's bytes, all of a span.
+pub type Fetch<'f> = dyn FnMut(Span, &mut [u8]) -> Result<()> + 'f;
+
+/// What evaluates expressions; keeps its buffers from one to the next.
+///
+/// It holds a tile of [`TILE`] bytes for each transpose within another, and codes and scales of at most the run that is
+/// asked for.
+#[derive(Default)]
+pub struct Evaluator {
+    tiles: Vec<Vec<u8>>,
+    codes: Codes,
+}
+
+impl Evaluator {
+    /// Fills `into` with what `read` gives from byte `offset` on.
+    ///
+    /// # Errors
+    /// Those of `fetch`.
+    ///
+    /// # Panics
+    /// When it gives fewer bytes; that is a defect.
+    pub fn read(&mut self, read: &Read, offset: u64, into: &mut [u8], fetch: &mut Fetch<'_>) -> Result<()> {
+        if into.is_empty() {
+            return Ok(());
+        }
+        match read {
+            Read::Bytes(span) => fetch(span.part(offset, into.len() as u64), into),
+            Read::Decode(decode) => self.codes.read(decode, offset, into, fetch),
+            Read::Rows(rows) => self.rows(rows, offset, into, fetch),
+            Read::Columns(columns) => match columns.size {
+                1 => self.columns::<1>(columns, offset, into, fetch),
+                2 => self.columns::<2>(columns, offset, into, fetch),
+                4 => self.columns::<4>(columns, offset, into, fetch),
+                8 => self.columns::<8>(columns, offset, into, fetch),
+                size => unreachable!("no dtype has elements of {size} bytes"),
+            },
+            Read::Concat(parts) => self.concat(parts, offset, into, fetch),
+            Read::Literal(bytes) => {
+                into.copy_from_slice(&bytes[offset as usize..][..into.len()]);
+                Ok(())
+            }
+        }
+    }
+
+    fn concat(&mut self, parts: &[Read], mut offset: u64, mut into: &mut [u8], fetch: &mut Fetch<'_>) -> Result<()> {
+        for part in parts {
+            let len = part.len();
+            if offset >= len {
+                offset -= len;
+                continue;
+            }
+            let (here, rest) = into.split_at_mut((len - offset).min(into.len() as u64) as usize);
+            self.read(part, offset, here, fetch)?;
+            (offset, into) = (0, rest);
+            if into.is_empty() {
+                break;
+            }
+        }
+        assert!(into.is_empty(), "{} bytes more than there are", into.len());
+        Ok(())
+    }
+
+    /// Each row in one piece; all in one where they follow each other.
+    fn rows(&mut self, rows: &Rows, offset: u64, mut into: &mut [u8], fetch: &mut Fetch<'_>) -> Result<()> {
+        let (mut row, mut skipped) = (offset / rows.len, offset % rows.len);
+        while !into.is_empty() {
+            let rest = if rows.step == rows.len { u64::MAX } else { rows.len - skipped };
+            let (here, next) = into.split_at_mut(rest.min(into.len() as u64) as usize);
+            self.read(&rows.of, rows.first + row * rows.step + skipped, here, fetch)?;
+            (into, row, skipped) = (next, row + 1, 0);
+        }
+        Ok(())
+    }
+
+    /// A few stored rows at a time, of which only what `into` has use for is read.
+    fn columns<const SIZE: usize>(
+        &mut self,
+        columns: &Columns,
+        offset: u64,
+        mut into: &mut [u8],
+        fetch: &mut Fetch<'_>,
+    ) -> Result<()> {
+        let column_len = columns.column_len();
+        let mut at = offset;
+        // As many columns as a tile's row holds.
+        let width = (TILE as u64 / (columns.step * SIZE as u64)).max(1);
+        let mut tile = self.tiles.pop().unwrap_or_default();
+        while !into.is_empty() {
+            let end = (at / column_len + width) * column_len;
+            let (here, rest) = into.split_at_mut((end - at).min(into.len() as u64) as usize);
+            self.strip::<SIZE>(columns, at, here, &mut tile, fetch)?;
+            (at, into) = (at + here.len() as u64, rest);
+        }
+        self.tiles.push(tile);
+        Ok(())
+    }
+
+    /// Some columns whose stored rows are read tile by tile.
+    fn strip<const SIZE: usize>(
+        &mut self,
+        columns: &Columns,
+        offset: u64,
+        into: &mut [u8],
+        tile: &mut Vec<u8>,
+        fetch: &mut Fetch<'_>,
+    ) -> Result<()> {
+        let (size, [rows, row_len]) = (SIZE as u64, columns.shape);
+        let column_len = columns.column_len();
+        let (end, step) = (offset + into.len() as u64, columns.step as usize * SIZE);
+        // The columns that the bytes are in, and the run of a stored row that has them all.
+        let taken = offset / column_len..end.div_ceil(column_len);
+        let begin = columns.first + taken.start * columns.step;
+        let run = (taken.end - taken.start - 1) as usize * step + SIZE;
+        let height = (TILE / run).clamp(1, 64).min(rows as usize);
+        tile.resize(height * run, 0);
+        for top in (0..rows).step_by(height) {
+            let tile = &mut tile[..height.min((rows - top) as usize) * run];
+            for (row, run) in (top..).zip(tile.chunks_exact_mut(run)) {
+                self.read(&columns.of, (row * row_len + begin) * size, run, fetch)?;
+            }
+            for (i, which) in taken.clone().enumerate() {
+                let place = which * column_len + top * size;
+                let elements = tile.chunks_exact(run).map(|run| &run[i * step..][..SIZE]);
+                gather::<SIZE>(elements, place, into, offset);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Puts elements where they are from byte `place` on, as far as that is in `into`, which starts at byte `offset`.
+fn gather<'t, const SIZE: usize>(
+    elements: impl ExactSizeIterator<Item = &'t [u8]>,
+    place: u64,
+    into: &mut [u8],
+    offset: u64,
+) {
+    let end = offset + into.len() as u64;
+    if place >= offset && place + (elements.len() * SIZE) as u64 <= end {
+        let into = &mut into[(place - offset) as usize..];
+        into.chunks_exact_mut(SIZE).zip(elements).for_each(|(into, element)| into.copy_from_slice(element));
+        return;
+    }
+    for (i, element) in elements.enumerate() {
+        let place = place + (i * SIZE) as u64;
+        // Of an element at either end of `into`, what is in it.
+        let (from, to) = (place.max(offset), (place + SIZE as u64).min(end));
+        if from < to {
+            let bytes = &element[(from - place) as usize..(to - place) as usize];
+            into[(from - offset) as usize..(to - offset) as usize].copy_from_slice(bytes);
+        }
+    }
+}
