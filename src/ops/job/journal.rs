@@ -3,13 +3,14 @@
 //! Everything here lies in the staging folder and goes with it; nothing of it is part of a checkpoint.
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use crate::checkpoint::{Source, SourceFile, Staging};
 use crate::error::{Error, Result};
 use crate::manifest::Tool;
 use crate::pipeline::FileOutcome;
 use crate::recipe::Recipe;
-use crate::store::Sha256Hash;
+use crate::store::{Identity, Sha256Hash};
 
 /// What is being made, and of what.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -23,12 +24,17 @@ pub struct Job {
     source_files: Vec<SourceMark>,
 }
 
+/// What every version has noted.
+#[derive(Deserialize)]
+struct Begun {
+    tool: Tool,
+}
+
 /// What a source file is known by, without reading its weights.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct SourceMark {
     name: String,
-    size: u64,
-    version: String,
+    identity: Identity,
     header_sha256: Sha256Hash,
 }
 
@@ -37,8 +43,7 @@ impl Job {
     pub fn new(source: &Source, recipe: &Recipe, dequantize: bool) -> Job {
         let mark = |file: &SourceFile| SourceMark {
             name: file.name.clone(),
-            size: file.identity.len,
-            version: file.identity.version.clone(),
+            identity: file.identity.clone(),
             header_sha256: file.header_sha256,
         };
         Job {
@@ -57,12 +62,17 @@ impl Job {
     /// When another job was begun there and `restart` isn't set.
     pub fn take_up(&self, staging: &Staging, restart: bool) -> Result<bool> {
         if let Some(begun) = staging.job()?.filter(|_| !restart) {
-            // What can't be read was cut off while it was written: nothing came after it.
-            if let Ok(begun) = serde_json::from_slice::<Job>(&begun) {
-                return match begun.difference(self) {
-                    None => Ok(true),
-                    Some(what) => Err(Error::JobChanged { path: staging.folder().to_owned(), what }),
-                };
+            let changed = |what| Err(Error::JobChanged { path: staging.folder().to_owned(), what });
+            match (serde_json::from_slice::<Job>(&begun), serde_json::from_slice::<Begun>(&begun)) {
+                (Ok(begun), _) => return begun.difference(self).map_or(Ok(true), changed),
+                (Err(_), Ok(Begun { tool })) => {
+                    return changed(format!(
+                        "it was begun by version {}, which noted its options otherwise",
+                        tool.version
+                    ));
+                }
+                // It was cut off while it was written: nothing came after it.
+                (Err(_), Err(_)) => {}
             }
         }
         let json =
@@ -91,11 +101,12 @@ impl Job {
         }
         self.source_files.iter().zip(&now.source_files).find_map(|(then, now)| {
             let name = &now.name;
-            if then.size != now.size {
-                Some(format!("the source's {name} had {} bytes, and has {}", then.size, now.size))
+            let (before, after) = (&then.identity, &now.identity);
+            if before.len != after.len {
+                Some(format!("the source's {name} had {} bytes, and has {}", before.len, after.len))
             } else if then.header_sha256 != now.header_sha256 {
                 Some(format!("the header of the source's {name} has changed"))
-            } else if then.version != now.version {
+            } else if before != after {
                 Some(format!("the source's {name} was written to since"))
             } else {
                 None
@@ -106,11 +117,17 @@ impl Job {
 
 /// The first choice that differs.
 fn recipe_difference(then: &Recipe, now: &Recipe) -> Option<String> {
-    let values = |recipe: &Recipe| serde_json::to_value(recipe).unwrap_or_default();
-    let (then, now) = (values(then), values(now));
-    let keys = then.as_object()?.keys();
-    let changed = keys.into_iter().find(|key| then.get(*key) != now.get(*key))?;
-    Some(format!("{changed} was {}, and is {}", then[changed], now[changed]))
+    if then == now {
+        return None;
+    }
+    let (then, now) = (json!(then), json!(now));
+    let keys = [&then, &now].into_iter().filter_map(Value::as_object).flat_map(|recipe| recipe.keys());
+    let value = |recipe: &Value, key: &str| recipe.get(key).map_or("not given".to_owned(), Value::to_string);
+    let changed = keys.into_iter().find(|key| then.get(*key) != now.get(*key));
+    Some(match changed {
+        Some(key) => format!("{key} was {}, and is {}", value(&then, key), value(&now, key)),
+        None => format!("its recipe was {then}, and is {now}"),
+    })
 }
 
 /// Notes down the hash of a file of the source; if an earlier run had noted another one, the source has changed.
