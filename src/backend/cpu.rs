@@ -1,6 +1,6 @@
 //! The processor, by its fastest kernels.
 
-use super::{Backend, Devices, Encoded, Fault, Lane, LaneSize, Run, columns_and_group};
+use super::{Backend, Devices, Encoded, Fault, Lane, LaneSize, Run, row_len};
 use crate::dtype::FloatDtype;
 use crate::error::Result;
 use crate::format::{BlockSize, Codebook, Codec, NESTED_BLOCK_SIZE, Scales, dynamic_map};
@@ -181,13 +181,11 @@ impl Outputs<'_> {
 
     fn groups<'s>(&'s mut self, source: &'s [u8], run: &Run<'_>) -> Groups<'s> {
         let BlockErrors { absmax, signal, noise, worst } = &mut self.figures;
-        let (columns, group) = columns_and_group(run.codec, run.columns);
         Groups {
             source,
             dtype: run.dtype,
-            columns,
-            group,
-            scheme: run.coder(),
+            columns: row_len(run.codec, run.columns),
+            coding: run.coding(),
             packed: self.packed,
             scales: self.scales,
             zero_points: self.zero_points,

@@ -21,9 +21,8 @@ pub use cpu::{Cpu, CpuLane};
 
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Result};
-use crate::format::Codec;
+use crate::format::{Codec, Coding};
 use crate::kernel::BlockErrors;
-use crate::kernel::group::GroupCoder;
 
 /// Devices that can be chosen beside the processor, in the order that `auto` tries them.
 const KINDS: &[Kind] = &[
@@ -159,17 +158,16 @@ impl Run<'_> {
         self.codec.packed_len(self.elements() as u64, self.columns) as usize
     }
 
-    /// How kernels code groups.
-    fn coder(&self) -> GroupCoder {
-        GroupCoder::new(self.codec, self.tensor_scale)
+    /// How kernels code it.
+    fn coding(&self) -> Coding {
+        self.codec.coding(self.columns, self.tensor_scale)
     }
 }
 
-/// The columns and the groups that kernels take a tensor's rows for. Where a run needn't be whole rows, rows have no
-/// padding: groups lie one after the other, as rows do.
-fn columns_and_group(codec: &Codec, columns: u64) -> (usize, usize) {
-    let group = codec.block_len(columns) as usize;
-    (if codec.has_whole_rows() { columns as usize } else { group }, group)
+/// The length of the rows that kernels take a tensor for. Where a run needn't be whole rows, rows have no padding: groups lie
+/// one after the other, as rows do.
+fn row_len(codec: &Codec, columns: u64) -> usize {
+    (if codec.has_whole_rows() { columns } else { codec.block_len(columns) }) as usize
 }
 
 /// What a run was quantized to.

@@ -3,7 +3,7 @@
 use super::scheduler::NESTED_CHUNK;
 use crate::backend::{Backend, Devices, LaneSize};
 use crate::error::{Error, Result};
-use crate::format::BlockSize;
+use crate::format::{BlockSize, Scales};
 use crate::plan::{Plan, PlannedTensor};
 use crate::stats::GROUP;
 use crate::units::Bytes;
@@ -180,7 +180,7 @@ pub fn lane_size(plan: &Plan, chunk: usize) -> LaneSize {
     let codec = plan.recipe.codec();
     let element = element_size(plan);
     let group_len = if codec.is_blocks() { 0 } else { element + 1 };
-    let absmax = if plan.recipe.double_quant { NESTED_CHUNK } else { 0 };
+    let absmax = if codec.double_quant() { NESTED_CHUNK } else { 0 };
     // Tensors that are kept go through the same room.
     let mut size = LaneSize { source: chunk.saturating_mul(element), packed: 0, groups: 0, group_len, absmax };
     for tensor in plan.quantized() {
@@ -218,10 +218,12 @@ fn largest_set(plan: &Plan) -> usize {
 
 /// The most bytes of absmax that must be held at once.
 fn largest_absmax(plan: &Plan) -> u64 {
-    let blocks = |tensor: &PlannedTensor| plan.recipe.block_size.blocks(tensor.elements());
-    match plan.recipe.double_quant {
-        true => plan.quantized().map(blocks).max().unwrap_or(0) * size_of::<f32>() as u64,
-        false => 0,
+    match plan.recipe.codec().scales {
+        Scales::Blocks { size, double_quant: true, .. } => {
+            let blocks = plan.quantized().map(|tensor| size.blocks(tensor.elements()));
+            blocks.max().unwrap_or(0) * size_of::<f32>() as u64
+        }
+        Scales::Blocks { .. } | Scales::Groups { .. } => 0,
     }
 }
 

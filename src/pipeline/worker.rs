@@ -15,7 +15,6 @@ use crate::error::{Error, IoContext, Result};
 use crate::format::Codec;
 use crate::kernel::group;
 use crate::plan::{Decision, PlannedTensor};
-use crate::recipe::NonFinitePolicy;
 use crate::store::{ReadAt, Sha256Hash, hash_range};
 
 /// A thread with its lane on the processor and the files it has in hand.
@@ -138,7 +137,7 @@ impl<'j, 'a> Worker<'j, 'a> {
 
     /// Does what the recipe says with a run that holds a NaN or an infinity, and is in the thread's own lane.
     fn quantize_nonfinite(&mut self, piece: &Piece<'_>) -> Result<Done> {
-        if self.job.plan.recipe.nonfinite == NonFinitePolicy::Keep {
+        if self.job.plan.recipe.keeps_nonfinite() {
             let (lane, mut results) = self.parts(piece);
             if let Some(encoded) = lane.quantize_any(&piece.run(results.codec)) {
                 return results.quantized(piece.first, piece.tensor_scale, &encoded);

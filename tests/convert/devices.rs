@@ -9,12 +9,12 @@ use std::thread;
 
 use prequant::backend::{Backend, Cpu, Devices, Encoded, Fault, Lane, LaneSize, Run};
 use prequant::error::{Error, Result};
-use prequant::format::{Codec, FP4, FormatSpec, GroupSize, INT4, INT4_ASYM, Layout, MXFP4, NF4, NVFP4};
+use prequant::format::{Codec, FP4, GroupSize, INT4, INT4_ASYM, Layout, MXFP4, NF4, NVFP4};
 use prequant::kernel::{BlockErrors, Kernel};
 use prequant::manifest::Manifest;
 use prequant::ops::quantize::{Options, plan};
 use prequant::pipeline::Progress;
-use prequant::recipe::{NonFinitePolicy, Recipe};
+use prequant::recipe::{NonFinitePolicy, Recipe, RecipeOptions};
 use safetensors::tensor::Dtype;
 
 use crate::support::{Folder, LINEAR, Tensor, contents, serialize};
@@ -187,18 +187,19 @@ fn convert(source: &Path, to: &Path, recipe: &Recipe, device: Arc<dyn Backend>) 
 
 /// Every way to quantize.
 fn recipes() -> Vec<Recipe> {
-    let of = |format: &'static FormatSpec| Recipe { format, ..Recipe::default() };
-    vec![
+    let of = |format| RecipeOptions { format: Some(format), ..RecipeOptions::default() };
+    let all = [
         of(&NF4),
-        Recipe { double_quant: true, ..of(&NF4) },
+        RecipeOptions { double_quant: Some(true), ..of(&NF4) },
         of(&FP4),
         of(&INT4),
-        Recipe { group_size: GroupSize::Channel, ..of(&INT4) },
+        RecipeOptions { group_size: Some(GroupSize::Channel), ..of(&INT4) },
         of(&INT4_ASYM),
         of(&MXFP4),
         of(&NVFP4),
-        Recipe { layout: Layout::Modelopt, ..of(&NVFP4) },
-    ]
+        RecipeOptions { layout: Some(Layout::Modelopt), ..of(&NVFP4) },
+    ];
+    all.map(|options| options.build().unwrap()).into()
 }
 
 /// Converts by every recipe on the processor and on the device; the latter's work is checked by `check`.
@@ -237,7 +238,7 @@ fn what_a_device_has_no_kernel_for_the_processor_quantizes() {
 fn a_device_that_fails_is_named_and_another_run_finishes() {
     let folder = source();
     let (to, expected) = (folder.destination(), folder.beside("expected"));
-    let recipe = Recipe { double_quant: true, ..Recipe::default() };
+    let recipe = RecipeOptions { double_quant: Some(true), ..RecipeOptions::default() }.build().unwrap();
     convert(&folder.source(), &expected, &recipe, Arc::new(Cpu::detect())).unwrap();
     let failed = Arc::new(Queued(Queue::new(|_| true, Some((5, false)))));
     let error = convert(&folder.source(), &to, &recipe, failed).unwrap_err();
@@ -276,7 +277,8 @@ fn what_is_not_finite_is_the_same_error_and_the_same_bytes_on_a_device() {
         assert!(on_cpu.to_string().contains("3 values that are not finite, the first (NaN) at element 77"), "{on_cpu}");
         assert_eq!(on_cpu.to_string(), on_device.to_string(), "{recipe:?}");
     }
-    let recipe = Recipe { nonfinite: NonFinitePolicy::Keep, ..Recipe::default() };
+    let keep = RecipeOptions { nonfinite: Some(NonFinitePolicy::Keep), ..RecipeOptions::default() };
+    let recipe = keep.build().unwrap();
     let [cpu, device] = ["cpu", "device"].map(|name| folder.beside(name));
     convert(&folder.source(), &cpu, &recipe, Arc::new(Cpu::detect())).unwrap();
     convert(&folder.source(), &device, &recipe, Arc::new(Queued(Queue::with_all_kernels()))).unwrap();

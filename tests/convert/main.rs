@@ -10,6 +10,8 @@ mod devices;
 mod files;
 mod group_configs;
 mod groups;
+#[cfg(feature = "test-format")]
+mod mxint4;
 mod relayout;
 mod sources;
 mod split;
