@@ -57,7 +57,7 @@ fn hostile_files_make_no_allocation_above_256_mib() {
         folder.write("model.safetensors", &file);
         drop(file);
         LARGEST.store(0, Ordering::Relaxed);
-        let opened = Source::open(&folder.source());
+        let opened = Source::open(folder.source());
         let largest = LARGEST.load(Ordering::Relaxed);
         assert!(largest <= 256 << 20, "{largest} bytes at once");
         drop(opened);
@@ -65,7 +65,7 @@ fn hostile_files_make_no_allocation_above_256_mib() {
     let folder = Folder::new("llama");
     folder.write("model.safetensors.index.json", &index);
     LARGEST.store(0, Ordering::Relaxed);
-    assert!(Source::open(&folder.source()).is_err());
+    assert!(Source::open(folder.source()).is_err());
     let largest = LARGEST.load(Ordering::Relaxed);
     assert!(largest <= 256 << 20, "{largest} bytes at once for the index");
 
