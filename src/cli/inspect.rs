@@ -1,14 +1,14 @@
 //! `prequant inspect`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
 use prequant::Error;
-use prequant::checkpoint::{Source, TensorInfo};
-use prequant::dtype::Dtype;
+use prequant::checkpoint::Source;
+use prequant::converted::{self, FoundWeight};
 use prequant::units::Bytes;
 use serde_json::{Value, json};
 
@@ -50,70 +50,18 @@ pub fn run(arguments: &Arguments) -> ExitCode {
     output::finish(result, arguments.json)
 }
 
-/// What formats put beside a weight's codes: the end of their own name, and those of the other parts.
-const LAYOUTS: [(&str, &[&str]); 3] = [
-    ("", &[".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", "_scale", "_scale_2"]),
-    ("_packed", &["_scale", "_zero_point", "_global_scale", "_shape"]),
-    ("_blocks", &["_scales"]),
-];
-
-/// Tensors by name.
-type Tensors<'a> = BTreeMap<&'a str, &'a TensorInfo>;
-
 /// Puts the parts of 4-bit weights together.
 fn weights(source: &Source) -> Vec<Weight<'_>> {
-    let tensors: Tensors<'_> = source.tensors().map(|(_, info)| (&*info.name, info)).collect();
-    let mut parts: BTreeSet<&str> = BTreeSet::new();
-    let mut weights: Vec<Weight<'_>> = Vec::new();
-    for (file, info) in source.tensors() {
-        let coded = coded(info, &tensors);
-        let elements: u64 = info.shape.iter().product();
-        let mut weight = Weight {
-            name: coded.as_ref().map_or(&info.name, |coded| coded.name),
-            file: &source.files[file].name,
-            format: coded.as_ref().map_or_else(|| info.dtype.to_string(), |coded| coded.format.to_owned()),
-            shape: info.shape.clone(),
-            // Two codes a byte; whether the last ones are a pad, only what stands beside them knows.
-            elements: if coded.is_some() { 2 * info.len } else { elements },
-            bytes: info.len,
-        };
-        for part in coded.into_iter().flat_map(|coded| coded.parts) {
-            weight.bytes += part.len;
-            parts.insert(&part.name);
-        }
-        weights.push(weight);
-    }
-    weights.retain(|weight| !parts.contains(weight.name));
-    weights
-}
-
-/// A weight's codes with what belongs to them.
-struct CodedWeight<'a> {
-    name: &'a str,
-    format: &'static str,
-    parts: Vec<&'a TensorInfo>,
-}
-
-/// What `info` is the codes of, if it is.
-fn coded<'a>(info: &'a TensorInfo, tensors: &Tensors<'a>) -> Option<CodedWeight<'a>> {
-    LAYOUTS.iter().find_map(|(own, others)| {
-        let name = info.name.strip_suffix(own)?;
-        let part = |end: &str| tensors.get(&*format!("{name}{end}")).copied();
-        let states = [".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4"];
-        let format = match (*own, info.dtype, part("_scale").map(|scale| scale.dtype)) {
-            ("_packed", Dtype::I32, _) if part("_zero_point").is_some() => "int4-asym",
-            ("_packed", Dtype::I32, _) => "int4",
-            ("_packed", Dtype::U8, Some(Dtype::U8)) => "mxfp4",
-            ("_packed", Dtype::U8, Some(_)) => "nvfp4",
-            ("_blocks", Dtype::U8, _) if part("_scales").is_some() => "mxfp4",
-            ("", ..) if part(states[0]).is_some() => "nf4",
-            ("", ..) if part(states[1]).is_some() => "fp4",
-            ("", Dtype::U8, Some(_)) if part("_scale_2").is_some() => "nvfp4",
-            _ => return None,
-        };
-        let parts = others.iter().chain(&states).filter_map(|end| part(end)).collect();
-        Some(CodedWeight { name, format, parts })
-    })
+    let weight = |FoundWeight { name, file, format, codes, beside }: FoundWeight<'_>| Weight {
+        name,
+        file: &source.files[file].name,
+        format: format.map_or_else(|| codes.dtype.to_string(), |format| format.name.to_owned()),
+        shape: codes.shape.clone(),
+        // Two codes a byte; whether the last ones are a pad, only what stands beside them knows.
+        elements: if format.is_some() { 2 * codes.len } else { codes.shape.iter().product() },
+        bytes: codes.len + beside.iter().map(|info| info.len).sum::<u64>(),
+    };
+    converted::weights(source).into_iter().map(weight).collect()
 }
 
 fn bits(bytes: u64, elements: u64) -> f64 {

@@ -2,6 +2,8 @@
 
 use std::borrow::Cow;
 
+use crate::dtype::Dtype;
+
 /// Which part of a quantized weight an output tensor is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OutputKind {
@@ -42,6 +44,20 @@ pub enum OutputDtype {
     F32,
     /// The weight's own.
     Source,
+}
+
+impl OutputDtype {
+    /// The dtype in headers, for a weight of dtype `source`.
+    pub fn dtype(self, source: Dtype) -> Dtype {
+        match self {
+            OutputDtype::U8 => Dtype::U8,
+            OutputDtype::I32 => Dtype::I32,
+            OutputDtype::I64 => Dtype::I64,
+            OutputDtype::F8E4M3 => Dtype::F8_E4M3,
+            OutputDtype::F32 => Dtype::F32,
+            OutputDtype::Source => source,
+        }
+    }
 }
 
 /// A tensor that quantizing a weight yields.
