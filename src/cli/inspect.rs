@@ -52,7 +52,8 @@ pub fn run(arguments: &Arguments) -> ExitCode {
 
 /// Puts the parts of 4-bit weights together.
 fn weights(source: &Source) -> Vec<Weight<'_>> {
-    let weight = |FoundWeight { name, file, format, codes, beside }: FoundWeight<'_>| Weight {
+    let found = converted::weights(source).into_iter();
+    let weights = found.map(|FoundWeight { name, file, format, codes, beside }| Weight {
         name,
         file: &source.files[file].name,
         format: format.map_or_else(|| codes.dtype.to_string(), |format| format.name.to_owned()),
@@ -60,8 +61,8 @@ fn weights(source: &Source) -> Vec<Weight<'_>> {
         // Two codes a byte; whether the last ones are a pad, only what stands beside them knows.
         elements: if format.is_some() { 2 * codes.len } else { codes.shape.iter().product() },
         bytes: codes.len + beside.iter().map(|info| info.len).sum::<u64>(),
-    };
-    converted::weights(source).into_iter().map(weight).collect()
+    });
+    weights.collect()
 }
 
 fn bits(bytes: u64, elements: u64) -> f64 {
