@@ -41,8 +41,8 @@ impl<'a> Converted<'a> {
             recorded.insert(output.name.as_str());
         }
         match converted.tensors.names().filter(|name| !recorded.contains(name)).min() {
-            Some(name) => Err(converted.malformed(format!("it doesn't tell of {name:?}"))),
-            None if recorded.is_empty() => Err(converted.malformed("it tells of no tensor".to_owned())),
+            Some(name) => Err(converted.malformed(format!("there are more tensors than it lists, first {name:?}"))),
+            None if recorded.is_empty() => Err(converted.malformed("it lists no tensor".to_owned())),
             None => Ok(converted),
         }
     }

@@ -19,7 +19,6 @@ use crate::kernel::group;
 use crate::kernel::group::Groups;
 use crate::kernel::{BlockErrors, Blocks, Kernel, quantize_any};
 use crate::plan::{Decision, PlannedTensor};
-use crate::recipe::NonFinitePolicy;
 use crate::store::{ReadAt, Sha256Hash, hash_range};
 
 /// A thread with its buffers and the files it has in hand.
@@ -123,10 +122,10 @@ impl<'j, 'a> Worker<'j, 'a> {
             Scales::Blocks { codebook, size, .. } => {
                 let (bytes, mut outputs) = self.buffers.split(tensor, piece.place, dtype, &self.codec);
                 if kernel.quantize(outputs.blocks(bytes, dtype, codebook, size)).is_err() {
-                    match self.job.plan.recipe.nonfinite {
-                        NonFinitePolicy::Error => return Err(self.describe_nonfinite(tensor, dtype)),
-                        NonFinitePolicy::Keep => quantize_any(outputs.blocks(bytes, dtype, codebook, size)),
+                    if !self.job.plan.recipe.keeps_nonfinite() {
+                        return Err(self.describe_nonfinite(tensor, dtype));
                     }
+                    quantize_any(outputs.blocks(bytes, dtype, codebook, size));
                 }
                 let mut results = Results { files: &self.files, tensor, dtype, encoded: &mut self.encoded };
                 results.quantized(&self.codec, first_element, outputs.packed, &outputs.figures)
@@ -200,7 +199,7 @@ impl<'j, 'a> Worker<'j, 'a> {
                 let mut results = Results { files: &self.files, tensor, dtype, encoded: &mut self.encoded };
                 return Ok(results.quantized(&self.codec, first_element, quantized.packed, &quantized.figures)?);
             }
-            if self.job.plan.recipe.nonfinite == NonFinitePolicy::Error {
+            if !self.job.plan.recipe.keeps_nonfinite() {
                 return Err(Failed::Other(self.describe_nonfinite(tensor, dtype)));
             }
             let (_, mut outputs) = self.buffers.split(tensor, piece.place.clone(), dtype, &self.codec);

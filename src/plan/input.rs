@@ -56,9 +56,9 @@ const LEAST_FP8_BLOCK: u64 = 16;
 /// When the source is quantized, and not as FP8 blocks; or as gpt-oss's experts, and the recipe doesn't have it decoded.
 pub fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
     let Some((path, SourceQuantization { method, evidence })) = recognize::of(source) else {
-        let why = "the source isn't quantized: leave it out";
         return if recipe.dequantize_source {
-            Err(Error::Options { what: "--dequantize-source", why })
+            let why = "has no use: the source isn't quantized; leave it out".to_owned();
+            Err(Error::Options { option: "dequantize_source", why })
         } else {
             Ok(())
         };
@@ -75,15 +75,20 @@ pub fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
     let fp8: HashSet<&str> = fp8.map(|(_, info)| info.name.as_str()).collect();
     let has_fp8 = ends(FP8_SCALE).next().is_some() && ends(FP8_SCALE).all(|weight| fp8.contains(weight));
     let is_fp8 = has_fp8 && method_is("fp8") && only(FP8_METHOD);
-    let has_projection = |end| ends(end).any(|name| name.ends_with("_proj"));
-    let has_mxfp4 = has_projection(BLOCKS) && has_projection(SCALES);
-    let is_mxfp4 = has_mxfp4 && method_is("mxfp4") && only(MXFP4_METHOD);
+    let is_mxfp4 = has_mxfp4_experts(source) && method_is("mxfp4") && only(MXFP4_METHOD);
     let hint = match (is_fp8, is_mxfp4, recipe.dequantize_source) {
         (true, false, _) | (false, true, true) => return Ok(()),
         (false, true, false) => ", or decode it with --dequantize-source",
         _ => "",
     };
     Err(Error::AlreadyQuantized { path, method, evidence, hint })
+}
+
+/// Whether experts are in MXFP4, as gpt-oss's.
+pub fn has_mxfp4_experts(source: &Source) -> bool {
+    let is = |name: &str, end| name.strip_suffix(end).is_some_and(|name| name.ends_with("_proj"));
+    let has = |end| source.tensors().any(|(_, info)| is(&info.name, end));
+    has(BLOCKS) && has(SCALES)
 }
 
 /// The source's tensors in their order, decoded where they are coded; scales are part of what they scale.
