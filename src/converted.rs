@@ -5,10 +5,9 @@
 use std::collections::HashSet;
 
 use crate::checkpoint::{MANIFEST_NAME, Source, TensorInfo};
-use crate::dtype::FloatDtype;
 use crate::error::{Error, IoContext, Result};
-use crate::format::{Codec, CodecOptions, FORMATS, FormatSpec};
-use crate::layout::{OutputKind, OutputTensor, Stored, StoredWeight};
+use crate::format::{Codec, FormatSpec};
+use crate::layout::{OutputKind, OutputTensor, Stored, StoredFormat, StoredWeight};
 use crate::manifest::{DecisionRecord, Manifest, OutputRecord, TensorRecord};
 use crate::plan::MAX_EXPERTS;
 use crate::plan::input::{Input, as_stored, decoded, model_dtype};
@@ -179,49 +178,19 @@ pub struct FoundWeight<'a> {
 
 /// All weights of a checkpoint, with their tensors put together; from headers only.
 pub fn weights(source: &Source) -> Vec<FoundWeight<'_>> {
-    let (tensors, codecs) = (Tensors::new(source), codecs());
+    let (tensors, formats) = (Tensors::new(source), StoredFormat::all());
+    let find = |name: &str| tensors.get(name).map(|(_, info)| info);
     let found = source.tensors().map(|(file, codes)| {
-        let quantized = codecs.iter().find_map(|(format, parts)| {
-            let (name, beside) = beside(codes, parts, &tensors)?;
-            Some(FoundWeight { name, file, format: Some(*format), codes, beside })
+        let weights = formats.iter().filter_map(|stored| {
+            let (name, beside) = stored.parts(codes, find)?;
+            Some(FoundWeight { name, file, format: Some(stored.format), codes, beside })
         });
-        quantized.unwrap_or(FoundWeight { name: &codes.name, file, format: None, codes, beside: Vec::new() })
+        // One format's tensors can be some of another's.
+        let largest = weights.max_by_key(|weight| weight.beside.len());
+        largest.unwrap_or(FoundWeight { name: &codes.name, file, format: None, codes, beside: Vec::new() })
     });
     let mut weights: Vec<FoundWeight<'_>> = found.collect();
-    let parts = weights.iter().flat_map(|weight| &weight.beside).map(|info| &*info.name);
-    let parts: HashSet<&str> = parts.collect();
+    let parts: HashSet<&str> = weights.iter().flat_map(|weight| &weight.beside).map(|info| &*info.name).collect();
     weights.retain(|weight| !parts.contains(&*weight.codes.name));
     weights
-}
-
-/// Every way to store a weight: its format, and the tensors. What another's tensors are a part of comes before that.
-fn codecs() -> Vec<(&'static FormatSpec, Vec<OutputTensor>)> {
-    let mut all = Vec::new();
-    for &format in FORMATS {
-        let blocks = [false, true].map(|double_quant| CodecOptions { double_quant, ..CodecOptions::default() });
-        let groups = format.layouts.iter().map(|&layout| CodecOptions { layout, ..CodecOptions::default() });
-        let options: Vec<CodecOptions> = if format.layouts.is_empty() { blocks.into() } else { groups.collect() };
-        all.extend(options.into_iter().map(|options| (format, format.codec(options).tensors())));
-    }
-    all.sort_by_key(|(_, tensors)| std::cmp::Reverse(tensors.len()));
-    all
-}
-
-/// The name of the weight that `codes` are of, and its other tensors, if it is stored like this.
-fn beside<'a>(
-    codes: &'a TensorInfo,
-    parts: &[OutputTensor],
-    tensors: &Tensors<'a>,
-) -> Option<(&'a str, Vec<&'a TensorInfo>)> {
-    let fits = |info: &TensorInfo, part: &OutputTensor| {
-        let mut sources = [FloatDtype::Bfloat16, FloatDtype::Float16, FloatDtype::Float32].into_iter();
-        sources.any(|source| part.dtype.dtype(source.dtype()) == info.dtype)
-    };
-    let (own, others) = parts.split_first()?;
-    let name = codes.name.strip_suffix(&*own.suffix).filter(|_| fits(codes, own))?;
-    let find = |part: &OutputTensor| {
-        let (_, info) = tensors.get(&format!("{name}{}", part.suffix))?;
-        fits(info, part).then_some(info)
-    };
-    Some((name, others.iter().map(find).collect::<Option<Vec<_>>>()?))
 }

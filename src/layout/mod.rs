@@ -5,6 +5,7 @@ pub mod compressed_tensors;
 pub mod gpt_oss;
 pub mod modelopt;
 mod output;
+mod reader;
 pub mod recognize;
 mod stored;
 
@@ -19,8 +20,9 @@ use crate::format::{Codec, Layout};
 pub use bitsandbytes::{ParsedQuantState, QuantState, quant_state_bytes, quant_state_len};
 pub use compressed_tensors::{ZERO_POINT_ROWS, shape_bytes};
 pub use output::{OutputDtype, OutputKind, OutputTensor};
+pub use reader::{Stored, StoredWeight};
 pub use recognize::{FP8_METHOD, MXFP4_METHOD, SourceQuantization};
-pub use stored::{Stored, StoredWeight};
+pub use stored::StoredFormat;
 
 impl Codec {
     /// The tensors that a weight of `shape` becomes; of whole groups, for formats of groups.

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::dtype::FloatDtype;
 use crate::error::Result;
 use crate::format::Codec;
-use crate::layout::stored::number;
+use crate::layout::reader::number;
 use crate::layout::{OutputDtype, OutputKind, OutputTensor, Stored, StoredWeight};
 
 /// The file beside config.json that says how weights are quantized.
@@ -26,7 +26,7 @@ pub fn output_tensors(codec: &Codec, shape: &[u64]) -> Vec<OutputTensor> {
     vec![
         tensor(OutputKind::Packed, "", OutputDtype::U8, vec![rows, columns / 2]),
         tensor(OutputKind::Scale, SCALE, OutputDtype::F8E4M3, vec![rows, groups]),
-        tensor(OutputKind::GlobalScale, TENSOR_SCALE, OutputDtype::F32, vec![]),
+        tensor(OutputKind::GlobalScale, TENSOR_SCALE, OutputDtype::Float(FloatDtype::Float32), vec![]),
     ]
 }
 

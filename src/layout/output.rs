@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use crate::dtype::Dtype;
+use crate::dtype::{Dtype, FloatDtype};
 
 /// Which part of a quantized weight an output tensor is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,8 +40,8 @@ pub enum OutputDtype {
     I64,
     /// 8-bit floats.
     F8E4M3,
-    /// IEEE single precision.
-    F32,
+    /// Floats of this dtype.
+    Float(FloatDtype),
     /// The weight's own.
     Source,
 }
@@ -54,8 +54,16 @@ impl OutputDtype {
             OutputDtype::I32 => Dtype::I32,
             OutputDtype::I64 => Dtype::I64,
             OutputDtype::F8E4M3 => Dtype::F8_E4M3,
-            OutputDtype::F32 => Dtype::F32,
+            OutputDtype::Float(dtype) => dtype.dtype(),
             OutputDtype::Source => source,
+        }
+    }
+
+    /// Whether it is this dtype for some weight.
+    pub fn fits(self, found: Dtype) -> bool {
+        match self {
+            OutputDtype::Source => FloatDtype::of(found).is_some(),
+            other => other.dtype(found) == found,
         }
     }
 }

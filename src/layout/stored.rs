@@ -1,60 +1,49 @@
-//! Reading a quantized weight back: what its tensors say, whatever the layout.
+//! Telling from its tensors what format a weight is in.
 
+use super::{OutputKind, OutputTensor};
 use crate::checkpoint::TensorInfo;
-use crate::dtype::FloatDtype;
-use crate::error::{Error, Result};
-use crate::format::Coding;
-use crate::layout::OutputKind;
+use crate::format::{CodecOptions, FORMATS, FormatSpec, Layout};
 
-/// A quantized weight in a checkpoint: headers, and the content of small tensors.
-pub trait StoredWeight {
-    /// The header of its tensor of this kind.
-    fn info(&self, kind: OutputKind) -> Result<&TensorInfo>;
-    /// All bytes of its tensor of this kind, if these are `most` at most.
-    fn bytes(&mut self, kind: OutputKind, most: u64) -> Result<Vec<u8>>;
-    /// The error that it isn't what it should be.
-    fn malformed(&self, why: String) -> Error;
+/// A format in one of its layouts, as files have it.
+pub struct StoredFormat {
+    /// The format.
+    pub format: &'static FormatSpec,
+    tensors: Vec<OutputTensor>,
 }
 
-/// What a quantized weight's tensors say of it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Stored {
-    /// Its shape.
-    pub shape: Vec<u64>,
-    /// What the layout's own library decodes it to.
-    pub dtype: FloatDtype,
-    /// What codes and scales mean.
-    pub coding: Coding,
-    /// Rows of codes with scales of their own.
-    pub rows: u64,
-    /// Elements of such a row.
-    pub columns: u64,
-    /// The mean that was taken off absmax, with double quantization.
-    pub nested_offset: Option<f32>,
-    /// Whether the model has each matrix with rows and columns exchanged.
-    pub transposed: bool,
-}
-
-impl Stored {
-    /// Of a weight of groups with this shape: a row is its last dimension.
-    pub(super) fn of_rows(
-        weight: &dyn StoredWeight,
-        shape: Vec<u64>,
-        dtype: FloatDtype,
-        coding: impl FnOnce(u64) -> Coding,
-    ) -> Result<Stored> {
-        let elements = shape.iter().try_fold(1u64, |product, &dimension| product.checked_mul(dimension));
-        let (Some(elements @ 1..), Some(&columns)) = (elements, shape.last()) else {
-            return Err(weight.malformed(format!("a shape of {shape:?}")));
-        };
-        let (coding, rows) = (coding(columns), elements / columns);
-        Ok(Stored { shape, dtype, coding, rows, columns, nested_offset: None, transposed: false })
+impl StoredFormat {
+    /// Every format in every layout, with double quantization and without.
+    pub fn all() -> Vec<StoredFormat> {
+        let layouts =
+            |format: &FormatSpec| if format.layouts.is_empty() { &[Layout::CompressedTensors] } else { format.layouts };
+        let all = FORMATS.iter().flat_map(|&format| layouts(format).iter().map(move |&layout| (format, layout)));
+        let all = all.flat_map(|of| [false, true].map(|double_quant| (of, double_quant)));
+        all.map(|((format, layout), double_quant)| {
+            let codec = format.codec(CodecOptions { layout, double_quant, ..CodecOptions::default() });
+            StoredFormat { format, tensors: codec.tensors() }
+        })
+        .collect()
     }
-}
 
-/// The one f32 that the weight's tensor of this kind holds.
-pub(super) fn number(weight: &mut dyn StoredWeight, kind: OutputKind) -> Result<f32> {
-    let bytes = weight.bytes(kind, 4)?;
-    let number = <[u8; 4]>::try_from(&bytes[..]).map(f32::from_le_bytes);
-    number.map_err(|_| weight.malformed(format!("its {kind:?} has {} bytes, expected one f32", bytes.len())))
+    /// The weight whose codes this tensor is, and all that is beside them; `None` if its name or dtype is another, or its scales are
+    /// missing. `find` gives a checkpoint's tensors by name.
+    pub fn parts<'a>(
+        &self,
+        codes: &'a TensorInfo,
+        find: impl Fn(&str) -> Option<&'a TensorInfo>,
+    ) -> Option<(&'a str, Vec<&'a TensorInfo>)> {
+        let (own, others) = self.tensors.split_first()?;
+        let name = codes.name.strip_suffix(&*own.suffix).filter(|_| own.dtype.fits(codes.dtype))?;
+        let mut parts = Vec::new();
+        for other in others {
+            match find(&format!("{name}{}", other.suffix)) {
+                Some(part) if other.dtype.fits(part.dtype) => parts.push(part),
+                // Constants may be left out.
+                None if matches!(other.kind, OutputKind::Shape | OutputKind::QuantMap | OutputKind::NestedQuantMap) => {
+                }
+                _ => return None,
+            }
+        }
+        Some((name, parts))
+    }
 }
