@@ -81,6 +81,8 @@ fn what_0_1_0_wrote_is_verified_inspected_and_dequantized() {
         let converted = converted_by_0_1_0(&name);
         let run = |arguments: &[&OsStr]| Run::of(Command::new(env!("CARGO_BIN_EXE_prequant")).args(arguments)).ok();
         run(&["verify".as_ref(), converted.as_ref()]);
+        let source = converted_by_0_1_0(if name == "mxfp4-gpt-oss" { "source-gpt-oss" } else { "source" });
+        run(&["verify".as_ref(), converted.as_ref(), "--against".as_ref(), source.as_ref()]);
         let inspected = run(&["inspect".as_ref(), converted.as_ref()]).stdout;
         let format = if name.starts_with("int4-asym") { &name } else { name.split('-').next().unwrap() };
         assert!(inspected.contains(&format!("{format} ")), "{name}: {inspected}");
