@@ -11,7 +11,7 @@ use crate::checkpoint::{Config, Source, TensorInfo};
 use crate::dtype::FloatDtype;
 use crate::dtype::{Dtype, byte_len};
 use crate::error::{Error, Result};
-use crate::format::{Coding, ScaleDtype};
+use crate::format::{Coding, ElementCode, Highest, ScaleCode};
 use crate::layout::{FP8_METHOD, MXFP4_METHOD, SourceQuantization, recognize};
 use crate::read::{Decode, Read, Span};
 use crate::recipe::Recipe;
@@ -196,11 +196,11 @@ fn fp8(
     (scales, scale): (Span, &TensorInfo),
     dtype: FloatDtype,
 ) -> Result<Input, String> {
-    let scale_dtype = match scale.dtype {
-        Dtype::F32 => ScaleDtype::F32,
-        Dtype::BF16 => ScaleDtype::Bf16,
-        Dtype::F8_E8M0 => ScaleDtype::E8m0,
-        Dtype::U8 => ScaleDtype::U8,
+    let scale_code = match scale.dtype {
+        Dtype::F32 => ScaleCode::Float(FloatDtype::Float32),
+        Dtype::BF16 => ScaleCode::Float(FloatDtype::Bfloat16),
+        Dtype::F8_E8M0 => ScaleCode::E8m0(Highest::Nan),
+        Dtype::U8 => ScaleCode::E8m0(Highest::Infinite),
         other => return Err(format!("its scale {:?} is {other}: expected F32, BF16, F8_E8M0 or U8", scale.name)),
     };
     let &[ref outer @ .., rows, columns] = &info.shape[..] else {
@@ -237,7 +237,7 @@ fn fp8(
     if group < LEAST_FP8_BLOCK.min(columns) {
         return Err(format!("blocks of {group} columns: expected {LEAST_FP8_BLOCK} or more"));
     }
-    let coding = Coding::Fp8 { block: group as usize, scale: scale_dtype };
+    let coding = Coding::new(ElementCode::E4m3, scale_code, group as usize);
     // Each matrix begins with a scale of its own, whole blocks or not.
     let matrix = |which: u64| {
         let (codes_len, scales_len) = (codes.len / matrices, scales.len / matrices);
@@ -287,7 +287,7 @@ fn mxfp4(
     }
     let columns = groups * 32;
     let decode = Decode {
-        coding: Coding::Mxfp4GptOss,
+        coding: Coding::new(ElementCode::E2m1, ScaleCode::E8m0(Highest::Finite), 32),
         dtype,
         rows: experts * rows,
         columns,
