@@ -1,5 +1,6 @@
 //! Holding a finished checkpoint against its manifest, and against its source.
 
+mod by_tensor;
 mod files;
 mod headers;
 mod reconvert;
@@ -57,6 +58,10 @@ pub struct Report {
     pub tensors: usize,
     /// Bytes hashed.
     pub bytes: u64,
+    /// What wrote the checkpoint, if it was compared with its source and another version had written it: then tensors
+    /// were compared, wherever they are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub written_by: Option<String>,
     /// Everything that is not as it should be, by file; empty if all is well.
     pub differences: Vec<Difference>,
 }
