@@ -1,4 +1,4 @@
-//! Linears that clients put together when they load them: these must be quantized alike, and share NVFP4's global scale.
+//! Linears that clients merge when they load them must be quantized alike, and share NVFP4's global scale.
 
 use std::collections::HashMap;
 
@@ -58,7 +58,7 @@ pub fn warnings(recipe: &Recipe, model_types: &[&str], tensors: &[PlannedTensor]
 /// In place of last names: the experts of a layer, which are loaded as one.
 const ALL_EXPERTS: &[&str] = &["experts"];
 
-/// The first weight that is kept among others, put together with it, that are quantized: of a layer's experts all are.
+/// The first weight that is kept while others that are merged with it, or other experts of its layer, are quantized.
 fn mixed(tensors: &[PlannedTensor]) -> Option<&PlannedTensor> {
     let mut found: HashMap<Merged, (bool, Option<&PlannedTensor>)> = HashMap::new();
     for tensor in tensors.iter().filter(|tensor| matches!(tensor.role, Role::Linear | Role::ExpertLinear)) {
