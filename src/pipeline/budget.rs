@@ -2,11 +2,10 @@
 
 use super::scheduler::NESTED_CHUNK;
 use crate::backend::{Backend, Devices, LaneSize};
-use crate::error::{Error, Result};
+use crate::error::{Error, Hint, Result};
 use crate::format::{BlockSize, Scales};
 use crate::plan::{Plan, PlannedTensor};
 use crate::stats::GROUP;
-use crate::units::Bytes;
 
 /// Every run of this many elements is whole blocks, and whole groups of blocks for the statistics; of formats with groups
 /// too, unless a chunk is whole rows.
@@ -134,16 +133,12 @@ impl Needs<'_> {
     fn check_least(&self, step: usize, least: u64, absmax: u64) -> Result<()> {
         let Limits { memory, device_memory, .. } = self.limits;
         if least > memory {
-            let hint = match absmax > 0 && least - absmax <= memory {
-                true => "; double quantization holds one f32 for every block of a tensor: give more, or larger blocks",
-                false => "",
-            };
-            let (available, needed) = (Bytes(memory).to_string(), Bytes(least).to_string());
-            return Err(Error::Memory { available, needed, hint });
+            let hint = (absmax > 0 && least - absmax <= memory).then_some(Hint::LargerBlocks);
+            return Err(Error::Memory { limit: memory, needed: least, hint });
         }
         if let Some(devices) = self.devices.filter(|_| self.lanes_on_devices(step) == 0) {
-            let needed = Bytes(self.lane_len(step) + devices.reserved).to_string();
-            return Err(Error::DeviceMemory { available: Bytes(device_memory).to_string(), needed });
+            let needed = self.lane_len(step) + devices.reserved;
+            return Err(Error::DeviceMemory { limit: device_memory, needed });
         }
         Ok(())
     }

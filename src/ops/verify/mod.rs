@@ -16,6 +16,7 @@ pub use reconvert::against;
 use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, STAGING_NAME};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Result};
+use crate::layout::OutputKind;
 use crate::manifest::{DecisionRecord, Manifest};
 use crate::models::Rules;
 use crate::plan::kept_modules::{bitsandbytes, compressed_tensors};
@@ -185,7 +186,8 @@ fn check_kept_modules(checkpoint: &Checkpoint, config: &Config, found: &serde_js
             bitsandbytes::clash(&rules, &listed, &weights)
         }
         Some(layout) => {
-            let codes = quantized.filter_map(|tensor| tensor.outputs.first()?.name.strip_suffix(codec.codes_suffix()));
+            let suffix = codec.suffix(OutputKind::Packed).unwrap_or_default();
+            let codes = quantized.filter_map(|tensor| tensor.outputs.first()?.name.strip_suffix(&*suffix));
             compressed_tensors::clash(&rules, layout, &listed, &codes.collect::<Vec<_>>())
         }
     };
