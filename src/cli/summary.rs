@@ -12,8 +12,7 @@ use prequant::stats::Statistics;
 use prequant::units::Bytes;
 use serde_json::{Value, json};
 
-use super::convert::Audience;
-use super::output::Outcome;
+use super::output::{Audience, Outcome};
 use super::words::{count, rate};
 
 /// A conversion that has come to its end.
