@@ -3,8 +3,9 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use safetensors::Dtype;
+
 use crate::backend::cuda::{Fault, Unusable};
-use crate::dtype::Dtype;
 
 /// Any failure of this crate.
 #[derive(Debug, thiserror::Error)]

@@ -75,7 +75,7 @@ fn identities_tell_whether_a_file_was_written_to() {
 #[test]
 fn folders_list_what_is_in_them_with_sizes() {
     for (place, _kept) in stores() {
-        for (name, len) in [("b", 2), ("a", 1), ("folder/c", 3), ("folder/deeper/d", 4)] {
+        for (name, len) in [("b \"ü\" %2F", 2), ("a", 1), ("folder/c", 3), ("folder/deeper/d", 4)] {
             place.join(name).create(len).unwrap();
         }
         let listed = |folder: &Location| {
@@ -92,10 +92,10 @@ fn folders_list_what_is_in_them_with_sizes() {
         };
         let file = |name: &str, len| (name.to_owned(), Kind::File, len);
         let folder = |name: &str| (name.to_owned(), Kind::Folder, 0);
-        assert_eq!(listed(&place), [file("a", 1), file("b", 2), folder("folder")], "{place}");
+        assert_eq!(listed(&place), [file("a", 1), file("b \"ü\" %2F", 2), folder("folder")], "{place}");
         assert_eq!(listed(&place.join("folder")), [file("c", 3), folder("deeper")], "{place}");
         assert!(place.join("folder").is_folder() && place.join("a").is_file());
-        assert!(place.join("a").resolve().is_ok() && place.join("a").with_file_name("b").is_file());
+        assert!(place.join("a").resolve().is_ok() && place.join("a").with_file_name("b \"ü\" %2F").is_file());
     }
 }
 

@@ -15,6 +15,8 @@ use std::fmt::Debug;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 pub use faulty::{Fault, FaultyStore};
 pub use hash::{HashingReader, HashingWriter, Sha256Hash, hash_range};
 pub use local::LocalStore;
@@ -70,7 +72,7 @@ pub trait WriteAt: ReadAt {
 }
 
 /// What a file is known by without reading it. Two that are equal are taken for the same content.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     /// Its size in bytes.
     pub len: u64,

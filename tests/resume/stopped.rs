@@ -271,15 +271,16 @@ fn two_conversions_into_one_folder_are_refused() {
     folder.convert(&FLAGS).ok();
 }
 
-/// Begins a conversion that takes a while, and sends it a signal once a file is sealed; how it ended.
+/// Begins a conversion that takes a while, and sends it a signal once a file is finished; how it ended.
 fn signalled(folder: &Folder, signal: &str) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_prequant"));
     command.arg("convert").arg(folder.source()).arg(folder.destination());
     command.args(["--max-shard-size", "1MB", "--threads", "1"]).stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
-    let sealed = folder.destination().join(STAGING).join("sealed");
-    let any_sealed = || fs::read_dir(&sealed).is_ok_and(|mut entries| entries.next().is_some());
-    while child.try_wait().unwrap().is_none() && !any_sealed() {
+    let ready = folder.destination().join(STAGING).join("ready");
+    let is_weights = |entry: fs::DirEntry| entry.file_name().to_string_lossy().ends_with(".safetensors");
+    let any_ready = || fs::read_dir(&ready).is_ok_and(|mut entries| entries.any(|entry| entry.is_ok_and(is_weights)));
+    while child.try_wait().unwrap().is_none() && !any_ready() {
         std::thread::sleep(Duration::from_millis(1));
     }
     assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().is_ok());

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::manifest::Tool;
 use crate::pipeline::FileOutcome;
 use crate::recipe::Recipe;
-use crate::store::Sha256Hash;
+use crate::store::{Identity, Sha256Hash};
 
 /// What is being made, and of what.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -27,8 +27,7 @@ pub struct Job {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct SourceMark {
     name: String,
-    size: u64,
-    version: String,
+    identity: Identity,
     header_sha256: Sha256Hash,
 }
 
@@ -37,8 +36,7 @@ impl Job {
     pub fn new(source: &Source, recipe: &Recipe, dequantize: bool) -> Job {
         let mark = |file: &SourceFile| SourceMark {
             name: file.name.clone(),
-            size: file.identity.len,
-            version: file.identity.version.clone(),
+            identity: file.identity.clone(),
             header_sha256: file.header_sha256,
         };
         Job {
@@ -91,11 +89,12 @@ impl Job {
         }
         self.source_files.iter().zip(&now.source_files).find_map(|(then, now)| {
             let name = &now.name;
-            if then.size != now.size {
-                Some(format!("the source's {name} had {} bytes, and has {}", then.size, now.size))
+            let (before, after) = (&then.identity, &now.identity);
+            if before.len != after.len {
+                Some(format!("the source's {name} had {} bytes, and has {}", before.len, after.len))
             } else if then.header_sha256 != now.header_sha256 {
                 Some(format!("the header of the source's {name} has changed"))
-            } else if then.version != now.version {
+            } else if before != after {
                 Some(format!("the source's {name} was written to since"))
             } else {
                 None
