@@ -9,10 +9,13 @@ use std::time::Duration;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
 use half::{bf16, f16};
 use prequant::dtype::FloatDtype;
-use prequant::format::{BlockSize, Codebook, fp4, nf4};
-use prequant::kernel::decode::{Coding, Row, ScaleDtype, decode};
-use prequant::kernel::group::{GroupCoder, Groups};
+use prequant::format::{BlockSize, Codebook, Coding, ElementCode, fp4, nf4};
+use prequant::kernel::decode::{Row, decode};
+use prequant::kernel::group::Groups;
 use prequant::kernel::{BlockErrors, Blocks, Kernel};
+
+#[path = "../tests/support/codings.rs"]
+mod codings;
 
 const SOURCE_BYTES: usize = 1 << 20;
 
@@ -20,24 +23,24 @@ const SOURCE_BYTES: usize = 1 << 20;
 const COLUMNS: usize = 2048;
 
 /// Formats with a scale for each group of a row's columns.
-const GROUPS: [(&str, GroupCoder, usize); 5] = [
-    ("int4", GroupCoder::Int4, 128),
-    ("int4-asym", GroupCoder::Int4Asym, 128),
-    ("nvfp4", GroupCoder::Nvfp4 { global_scale: 16384.0 }, 16),
-    ("nvfp4 modelopt", GroupCoder::Nvfp4ModelOpt { scale_2: 6.1e-5 }, 16),
-    ("mxfp4", GroupCoder::Mxfp4, 32),
+const GROUPS: [(&str, Coding, usize); 5] = [
+    ("int4", codings::INT4, 128),
+    ("int4-asym", codings::INT4_ASYM, 128),
+    ("nvfp4", codings::nvfp4(16384.0), 16),
+    ("nvfp4 modelopt", codings::nvfp4_modelopt(6.1e-5), 16),
+    ("mxfp4", codings::MXFP4, 32),
 ];
 
 /// What is decoded.
 const CODINGS: [(&str, Coding); 8] = [
-    ("nf4/64", Coding::Blocks { codebook: &nf4::CODEBOOK, block_size: 64 }),
-    ("fp4/64", Coding::Blocks { codebook: &fp4::CODEBOOK, block_size: 64 }),
-    ("int4 128", Coding::Int { group: 128 }),
-    ("nvfp4 16", Coding::Nvfp4 { global_scale: 16384.0 }),
-    ("nvfp4 modelopt 16", Coding::Nvfp4ModelOpt { scale_2: 6.1e-5 }),
-    ("mxfp4 32", Coding::Mxfp4),
-    ("fp8 128", Coding::Fp8 { block: 128, scale: ScaleDtype::F32 }),
-    ("fp8 e8m0 128", Coding::Fp8 { block: 128, scale: ScaleDtype::E8m0 }),
+    ("nf4/64", codings::blocks(&nf4::CODEBOOK, 64)),
+    ("fp4/64", codings::blocks(&fp4::CODEBOOK, 64)),
+    ("int4 128", Coding { group: 128, ..codings::INT4 }),
+    ("nvfp4 16", codings::nvfp4(16384.0)),
+    ("nvfp4 modelopt 16", codings::nvfp4_modelopt(6.1e-5)),
+    ("mxfp4 32", codings::MXFP4),
+    ("fp8 128", codings::fp8(128, codings::FP8_SCALES[0])),
+    ("fp8 e8m0 128", codings::fp8(128, codings::FP8_SCALES[2])),
 ];
 
 fn kernels(criterion: &mut Criterion) {
@@ -112,27 +115,26 @@ fn quantize_groups(
     source: &[u8],
     dtype: FloatDtype,
     name: &str,
-    scheme: GroupCoder,
+    scheme: Coding,
     size: usize,
 ) {
     let elements = source.len() / dtype.size();
     let groups = elements / size;
     let mut packed = vec![0; elements / 2];
     let mut scales = vec![0; groups * scheme.scale_size(dtype)];
-    let mut points = vec![0; if scheme == GroupCoder::Int4Asym { groups } else { 0 }];
+    let mut points = vec![0; if scheme.has_zero_points() { groups } else { 0 }];
     let [mut absmax, mut signal, mut noise, mut worst] = std::array::from_fn(|_| vec![0.0; groups]);
     group.bench_function(format!("{} {name} {size}", kernel.name()), |bencher| {
         bencher.iter(|| {
             let figures =
                 BlockErrors { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
             let (packed, scales, zero_points) = (&mut packed[..], &mut scales[..], &mut points[..]);
-            let (source, columns, group) = (black_box(source), COLUMNS, size);
+            let (source, columns) = (black_box(source), COLUMNS);
             kernel.quantize_groups(Groups {
                 source,
                 dtype,
                 columns,
-                group,
-                scheme,
+                coding: Coding { group: size, ..scheme },
                 packed,
                 scales,
                 zero_points,
@@ -152,7 +154,7 @@ fn decoding(criterion: &mut Criterion) {
         let mut into = vec![0; SOURCE_BYTES];
         for (name, coding) in CODINGS {
             // 0x3c in every byte: a number near 0.01 or 1 in every dtype that scales have.
-            let scales = vec![0x3c; elements / coding.group() * coding.scale_size(dtype)];
+            let scales = vec![0x3c; elements / coding.group * coding.scale_size(dtype)];
             group.bench_function(name, |bencher| {
                 bencher.iter(|| decode_rows(coding, dtype, black_box(&codes), &scales, &mut into));
             });
@@ -163,8 +165,8 @@ fn decoding(criterion: &mut Criterion) {
 /// Row by row where there are rows, all at once where there are none.
 fn decode_rows(coding: Coding, dtype: FloatDtype, codes: &[u8], scales: &[u8], into: &mut [u8]) {
     let elements = into.len() / dtype.size();
-    let columns = if matches!(coding, Coding::Blocks { .. }) { elements } else { COLUMNS };
-    let scales_of_row = columns / coding.group() * coding.scale_size(dtype);
+    let columns = if matches!(coding.element, ElementCode::Codebook(_)) { elements } else { COLUMNS };
+    let scales_of_row = columns / coding.group * coding.scale_size(dtype);
     for (row, into) in into.chunks_exact_mut(columns * dtype.size()).enumerate() {
         let codes = &codes[row * coding.code_byte(columns)..][..coding.code_byte(columns)];
         let scales = &scales[row * scales_of_row..][..scales_of_row];

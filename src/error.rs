@@ -107,13 +107,13 @@ pub enum Error {
         /// What was found, what was expected, and what to do.
         why: String,
     },
-    /// Options that exclude each other.
-    #[error("{what}: {why}")]
+    /// An option that the format doesn't have, or that another one excludes.
+    #[error("{option} {why}")]
     Options {
-        /// The options.
-        what: &'static str,
+        /// The option by its name in a recipe, with its value if that is at fault.
+        option: &'static str,
         /// Why, and what to do.
-        why: &'static str,
+        why: String,
     },
     /// No tensor is left to quantize.
     #[error("{}: nothing to quantize: {why}", path.display())]

@@ -2,6 +2,9 @@
 //!
 //! No time, host or path is in it: the same source and recipe give the same bytes on every machine.
 
+mod read;
+mod v1;
+
 use std::collections::BTreeMap;
 use std::io;
 
@@ -14,7 +17,7 @@ use crate::stats::Statistics;
 use crate::store::Sha256Hash;
 
 /// The version of this schema; raised when a reader of the last one would misunderstand.
-pub const SCHEMA_VERSION: u32 = 1;
+pub const SCHEMA_VERSION: u32 = 2;
 
 /// A converted checkpoint's manifest.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -22,6 +25,9 @@ pub const SCHEMA_VERSION: u32 = 1;
 pub struct Manifest {
     /// The version of this schema.
     pub schema_version: u32,
+    /// The version of the schema that it was read from, if that is an older one.
+    #[serde(skip)]
+    pub(crate) older_schema: Option<u32>,
     /// What made it.
     pub tool: Tool,
     /// The choices it was made with.
@@ -169,6 +175,15 @@ pub struct OutputRecord {
 }
 
 impl Manifest {
+    /// What wrote it, if that isn't this version.
+    pub fn other_version(&self) -> Option<String> {
+        let Tool { name, version } = &self.tool;
+        match self.older_schema {
+            Some(schema) => Some(format!("{name} {version} (manifest schema {schema})")),
+            None => (self.tool != Tool::this()).then(|| format!("{name} {version}")),
+        }
+    }
+
     /// The JSON Schema of the manifest; `schemas/prequant.schema.json` holds it.
     pub fn schema() -> Schema {
         schemars::schema_for!(Manifest)

@@ -1,54 +1,73 @@
 //! What the user asks for: all that decides the output's bytes, besides the source.
 
+mod options;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use options::RecipeOptions;
+
 use crate::format::{BlockSize, Codec, CodecOptions, FormatSpec, GroupSize, Layout, NF4};
 
-/// The choices of a conversion.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+/// The choices of a conversion; [`RecipeOptions::build`] makes one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "RecipeOptions", into = "RecipeOptions")]
 pub struct Recipe {
-    /// The 4-bit format.
-    pub format: &'static FormatSpec,
-    /// Consecutive elements that share one absmax, in NF4 and FP4.
-    pub block_size: BlockSize,
-    /// Columns that share one scale, in INT4.
-    #[serde(default)]
-    pub group_size: GroupSize,
-    /// The tensors that formats with groups are put in.
-    #[serde(default)]
-    pub layout: Layout,
-    /// Whether absmax is quantized too, to 8 bits.
-    pub double_quant: bool,
-    /// How the experts of a Mixture-of-Experts model are laid out.
-    pub experts: ExpertLayout,
+    /// How weights are quantized.
+    pub weights: Weights,
     /// Whether everything but experts is kept.
     pub only_experts: bool,
-    /// Regular expressions: tensors to be quantized against the rules.
+    /// Regular expressions: tensors to quantize although the rules would keep them.
     pub include: Vec<String>,
-    /// Regular expressions: tensors to be kept, whatever else says otherwise.
+    /// Regular expressions: tensors to keep, whatever else says otherwise.
     pub exclude: Vec<String>,
-    /// Whether gpt-oss's MXFP4 experts are decoded on the way in.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    /// Whether gpt-oss's MXFP4 experts are decoded first.
     pub dequantize_source: bool,
-    /// What becomes of weights with a NaN or an infinity.
-    pub nonfinite: NonFinitePolicy,
-    /// The most bytes of tensors in one file; a weight and its statistics stay together even if they are more.
+    /// The most bytes of tensors in one file; a weight and its scales stay together even if they exceed it.
     pub max_shard_size: u64,
+}
+
+/// The format with its own choices: only those that it has. Values that don't go together can't be built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Weights {
+    /// Blocks of consecutive elements with a codebook: bitsandbytes'.
+    #[non_exhaustive]
+    Blocks {
+        /// The format.
+        format: &'static FormatSpec,
+        /// Consecutive elements that share one absmax.
+        block_size: BlockSize,
+        /// Whether absmax is quantized too, to 8 bits.
+        double_quant: bool,
+        /// How weights with a NaN or an infinity are treated.
+        nonfinite: NonFinitePolicy,
+        /// How the experts of a Mixture-of-Experts model are laid out.
+        experts: ExpertLayout,
+    },
+    /// Groups of a row's columns; experts are one by one, whatever the source has.
+    #[non_exhaustive]
+    Groups {
+        /// The format.
+        format: &'static FormatSpec,
+        /// Columns that share one scale.
+        group_size: GroupSize,
+        /// The tensors they are put in.
+        layout: Layout,
+    },
 }
 
 /// How experts are laid out in the output.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum ExpertLayout {
-    /// As the source has them, under the same names.
+    /// As in the source, under the same names.
     #[default]
     Keep,
     /// As transformers' models have them: all of a layer's in one 3-D tensor for each projection.
     Fuse,
 }
 
-/// What becomes of weights with a NaN or an infinity.
+/// How weights with a NaN or an infinity are treated.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum NonFinitePolicy {
@@ -60,10 +79,33 @@ pub enum NonFinitePolicy {
 }
 
 impl Recipe {
+    /// The format.
+    pub fn format(&self) -> &'static FormatSpec {
+        match self.weights {
+            Weights::Blocks { format, .. } | Weights::Groups { format, .. } => format,
+        }
+    }
+
     /// The part that decides a quantized tensor's bytes.
     pub fn codec(&self) -> Codec {
-        let Recipe { block_size, double_quant, group_size, layout, .. } = *self;
-        self.format.codec(CodecOptions { block_size, double_quant, group_size, layout })
+        match self.weights {
+            Weights::Blocks { format, block_size, double_quant, .. } => {
+                format.codec(CodecOptions { block_size, double_quant, ..CodecOptions::default() })
+            }
+            Weights::Groups { format, group_size, layout } => {
+                format.codec(CodecOptions { group_size, layout, ..CodecOptions::default() })
+            }
+        }
+    }
+
+    /// Whether a layer's experts are in one tensor for each projection.
+    pub fn fuses_experts(&self) -> bool {
+        matches!(self.weights, Weights::Blocks { experts: ExpertLayout::Fuse, .. })
+    }
+
+    /// Whether blocks with a NaN or an infinity are written as bitsandbytes does; groups can't hold any.
+    pub fn keeps_nonfinite(&self) -> bool {
+        matches!(self.weights, Weights::Blocks { nonfinite: NonFinitePolicy::Keep, .. })
     }
 }
 
@@ -71,17 +113,17 @@ impl Default for Recipe {
     /// bitsandbytes' own defaults (but NF4), in shards of 5 GB.
     fn default() -> Self {
         Recipe {
-            format: &NF4,
-            block_size: BlockSize::default(),
-            group_size: GroupSize::default(),
-            layout: Layout::default(),
-            double_quant: false,
-            experts: ExpertLayout::Keep,
+            weights: Weights::Blocks {
+                format: &NF4,
+                block_size: BlockSize::default(),
+                double_quant: false,
+                nonfinite: NonFinitePolicy::Error,
+                experts: ExpertLayout::Keep,
+            },
             only_experts: false,
             include: Vec::new(),
             exclude: Vec::new(),
             dequantize_source: false,
-            nonfinite: NonFinitePolicy::Error,
             max_shard_size: 5_000_000_000,
         }
     }

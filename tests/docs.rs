@@ -1,9 +1,12 @@
 //! The documentation is true: every relative link leads to a file that exists, and to a heading that it has; README stays
-//! short; imports point down the table of rooms in docs/architecture.md.
+//! short; formats are those that there are; imports point down the table of rooms in docs/architecture.md.
 
 use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+
+#[cfg(not(feature = "test-format"))]
+use prequant::format::{FORMATS, Sharing};
 
 /// README says what, why, and where the rest is.
 const README_LINES: usize = 200;
@@ -12,6 +15,23 @@ const README_LINES: usize = 200;
 fn readme_is_short() {
     let lines = fs::read_to_string(root().join("README.md")).unwrap().lines().count();
     assert!(lines <= README_LINES, "README.md has {lines} lines, more than {README_LINES}: move details to docs/");
+}
+
+/// The table of formats.md against the list that the command line, the schema and the library read.
+#[cfg(not(feature = "test-format"))]
+#[test]
+fn the_page_on_formats_has_each_of_them_in_a_row() {
+    let text = fs::read_to_string(root().join("docs/formats.md")).unwrap();
+    let (_, table) = text.split_once("| `--format` |").unwrap();
+    let rows: Vec<&str> = table.lines().skip(2).take_while(|line| line.starts_with('|')).collect();
+    let named = |row: &&str| row.starts_with("| `");
+    assert_eq!(rows.iter().filter(|row| named(row)).count(), FORMATS.len(), "{rows:#?}");
+    for format in FORMATS {
+        let row = rows.iter().find(|row| row.starts_with(&format!("| `{}` |", format.name)));
+        let row = row.unwrap_or_else(|| panic!("no row for {format:?}"));
+        let is_bitsandbytes = format.sharing == Sharing::Blocks && row.ends_with("| bitsandbytes |");
+        assert!(is_bitsandbytes || row.contains(format.library_name), "{row}");
+    }
 }
 
 #[test]

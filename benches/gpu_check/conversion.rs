@@ -12,7 +12,7 @@ use prequant::backend::Device;
 use prequant::backend::cuda::Gpu;
 use prequant::ops::quantize::{Options, plan};
 use prequant::pipeline::Progress;
-use prequant::recipe::Recipe;
+use prequant::recipe::RecipeOptions;
 use prequant::units::Bytes;
 
 use super::{Arguments, Report};
@@ -58,7 +58,7 @@ fn convert(
 ) -> Result<(), Box<dyn std::error::Error>> {
     let (source, to) = (folder.join("source"), folder.join("converted"));
     for double_quant in [false, true] {
-        let recipe = Recipe { double_quant, ..Recipe::default() };
+        let recipe = RecipeOptions { double_quant: Some(double_quant), ..RecipeOptions::default() }.build()?;
         let mut best = f64::INFINITY;
         let (mut len, mut taken, mut bound) = (0, 0, 0);
         for _ in 0..3 {

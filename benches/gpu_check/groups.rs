@@ -2,8 +2,11 @@
 
 use prequant::backend::cuda::{GroupKernel, Slot};
 use prequant::dtype::FloatDtype;
-use prequant::kernel::group::{GroupCoder, Groups, scalar};
+use prequant::format::Coding;
+use prequant::kernel::group::{Groups, scalar};
 use prequant::kernel::{BlockErrors, Kernel};
+
+use super::codings;
 
 /// The schemes' names, for people.
 pub const SCHEMES: [&str; 5] = ["int4", "int4-asym", "nvfp4", "nvfp4 (ModelOpt)", "mxfp4"];
@@ -12,14 +15,14 @@ pub const SCHEMES: [&str; 5] = ["int4", "int4-asym", "nvfp4", "nvfp4 (ModelOpt)"
 const ROWS: [usize; 6] = [33, 512, 1000, 4096, 14336, 151_937];
 
 /// A scheme by its name, with what a plan would give it for these weights.
-fn scheme(name: &str, source: &[u8], dtype: FloatDtype) -> GroupCoder {
+fn scheme(name: &str, source: &[u8], dtype: FloatDtype) -> Coding {
     let absmax = scalar::absmax(source, dtype).unwrap_or(1.0);
     match name {
-        "int4" => GroupCoder::Int4,
-        "int4-asym" => GroupCoder::Int4Asym,
-        "nvfp4" => GroupCoder::Nvfp4 { global_scale: scalar::global_scale(absmax, dtype) },
-        "mxfp4" => GroupCoder::Mxfp4,
-        _ => GroupCoder::Nvfp4ModelOpt { scale_2: scalar::scale_2(absmax) },
+        "int4" => codings::INT4,
+        "int4-asym" => codings::INT4_ASYM,
+        "nvfp4" => codings::nvfp4(scalar::global_scale(absmax, dtype)),
+        "mxfp4" => codings::MXFP4,
+        _ => codings::nvfp4_modelopt(scalar::scale_2(absmax)),
     }
 }
 
@@ -55,13 +58,14 @@ fn compare(
     dtype: FloatDtype,
     columns: usize,
     group: usize,
-    scheme: GroupCoder,
+    scheme: Coding,
 ) -> Result<(), String> {
+    let coding = Coding { group, ..scheme };
     let elements = source.len() / dtype.size();
     let groups = elements / group;
     let mut packed = vec![0; elements / columns * scheme.packed_row(columns)];
     let mut scales = vec![0; groups * scheme.scale_size(dtype)];
-    let mut zero_points = vec![0; if scheme == GroupCoder::Int4Asym { groups } else { 0 }];
+    let mut zero_points = vec![0; if scheme.has_zero_points() { groups } else { 0 }];
     let [mut absmax, mut signal, mut noise, mut worst] = std::array::from_fn(|_| vec![0f32; groups]);
     let figures = BlockErrors { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
     let (packed_out, scales_out, points_out) = (&mut packed, &mut scales, &mut zero_points);
@@ -70,17 +74,15 @@ fn compare(
             source,
             dtype,
             columns,
-            group,
-            scheme,
+            coding,
             packed: packed_out,
             scales: scales_out,
             zero_points: points_out,
             figures,
         })
         .map_err(|_| "not finite".to_owned())?;
-    let kernel = GroupKernel::new(scheme, columns, group).ok_or("no kernel")?;
-    let found =
-        slot.quantize_groups(kernel, elements, dtype, columns, group, scheme).map_err(|fault| fault.to_string())?;
+    let kernel = GroupKernel::new(coding, columns).ok_or("no kernel")?;
+    let found = slot.quantize_groups(kernel, elements, dtype, columns, coding).map_err(|fault| fault.to_string())?;
     let bytes = [
         ("packed", &packed, found.packed),
         ("scales", &scales, found.scales),

@@ -5,6 +5,8 @@
 //! (but for --report-only) if a speed is below its bar.
 
 mod bytes;
+#[path = "../../tests/support/codings.rs"]
+mod codings;
 mod conversion;
 mod groups;
 mod speed;

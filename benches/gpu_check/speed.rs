@@ -8,10 +8,9 @@ use cudarc::driver::result::{self, DriverError, event, module, stream};
 use cudarc::driver::sys;
 use prequant::backend::cuda::{GROUPS_PTX, GroupKernel, PTX, THREADS, codebook_table, tensor_factor, thread_blocks};
 use prequant::dtype::FloatDtype;
-use prequant::format::{fp4, nf4};
-use prequant::kernel::group::GroupCoder;
+use prequant::format::{Coding, fp4, nf4};
 
-use super::Report;
+use super::{Report, codings};
 
 /// Of what the device's copy moves in a second, NF4's and FP4's kernels must move this much.
 const KERNEL_BAR: f64 = 0.7;
@@ -224,23 +223,23 @@ fn group_cases(len: usize) -> Result<Vec<Case>, DriverError> {
     let module = load(GROUPS_PTX)?;
     let mut cases = Vec::new();
     for (scheme, group) in [
-        (GroupCoder::Int4, 32),
-        (GroupCoder::Int4, 128),
-        (GroupCoder::Int4, COLUMNS),
-        (GroupCoder::Int4Asym, 128),
-        (GroupCoder::Int4Asym, COLUMNS),
-        (GroupCoder::Nvfp4 { global_scale: 448.0 }, 16),
-        (GroupCoder::Nvfp4ModelOpt { scale_2: 1.0 / 448.0 }, 16),
-        (GroupCoder::Mxfp4, 32),
+        (codings::INT4, 32),
+        (codings::INT4, 128),
+        (codings::INT4, COLUMNS),
+        (codings::INT4_ASYM, 128),
+        (codings::INT4_ASYM, COLUMNS),
+        (codings::nvfp4(448.0), 16),
+        (codings::nvfp4_modelopt(1.0 / 448.0), 16),
+        (codings::MXFP4, 32),
     ] {
-        let kernel = GroupKernel::new(scheme, COLUMNS, group).expect("a kernel of this size");
+        let kernel = GroupKernel::new(Coding { group, ..scheme }, COLUMNS).expect("a kernel of this size");
         for (_, dtype) in DTYPES {
             let elements = len / dtype.size() / COLUMNS * COLUMNS;
             let groups = elements / group;
             let packed = 16 * groups;
             let scales = packed + elements / 2;
             let zero_points = scales + groups * scheme.scale_size(dtype);
-            let points = if scheme == GroupCoder::Int4Asym { groups } else { 0 };
+            let points = if scheme.has_zero_points() { groups } else { 0 };
             let (count, size) = (U32(groups as u32), U32(group as u32));
             let results = [packed, scales, zero_points, 0].map(Results);
             cases.push(Case {

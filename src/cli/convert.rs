@@ -11,7 +11,7 @@ use prequant::Error;
 use prequant::format::{BlockSize, FORMATS, FormatSpec, GroupSize, Layout};
 use prequant::ops::quantize::{Options, plan};
 use prequant::ops::recipe_of;
-use prequant::recipe::{ExpertLayout, NonFinitePolicy, Recipe};
+use prequant::recipe::{ExpertLayout, NonFinitePolicy, Recipe, RecipeOptions};
 use prequant::units::Bytes;
 
 use super::output::{self, Audience, Outcome};
@@ -151,31 +151,32 @@ enum ExpertsArg {
 }
 
 impl Arguments {
-    /// What was given on top of the defaults, or of the recipe that a converted SRC has.
-    fn recipe(&self) -> Recipe {
-        let base = recipe_of(&self.source).unwrap_or_default();
-        let patterns = |given: &Vec<String>, base| if given.is_empty() { base } else { given.clone() };
-        Recipe {
-            format: self.format.unwrap_or(base.format),
-            block_size: self.block_size.unwrap_or(base.block_size),
-            group_size: self.group_size.unwrap_or(base.group_size),
-            layout: self.layout.unwrap_or(base.layout),
-            double_quant: self.double_quant || base.double_quant,
-            experts: match self.experts {
-                Some(ExpertsArg::Keep) => ExpertLayout::Keep,
-                Some(ExpertsArg::Fuse) => ExpertLayout::Fuse,
-                None => base.experts,
-            },
-            only_experts: self.only_experts || base.only_experts,
-            include: patterns(&self.include, base.include),
-            exclude: patterns(&self.exclude, base.exclude),
-            dequantize_source: self.dequantize_source || base.dequantize_source,
-            nonfinite: match self.nonfinite {
-                Some(NonFiniteArg::Error) => NonFinitePolicy::Error,
-                Some(NonFiniteArg::Keep) => NonFinitePolicy::Keep,
-                None => base.nonfinite,
-            },
-            max_shard_size: self.max_shard_size.map_or(base.max_shard_size, |size| size.0),
+    /// What was given; where nothing was, the recipe that a converted SRC has, or the default.
+    fn recipe(&self) -> Result<Recipe, Error> {
+        let patterns = |given: &Vec<String>| Some(given).filter(|given| !given.is_empty()).cloned();
+        let given = RecipeOptions {
+            format: self.format,
+            block_size: self.block_size,
+            group_size: self.group_size,
+            layout: self.layout,
+            double_quant: self.double_quant.then_some(true),
+            experts: self.experts.map(|experts| match experts {
+                ExpertsArg::Keep => ExpertLayout::Keep,
+                ExpertsArg::Fuse => ExpertLayout::Fuse,
+            }),
+            only_experts: self.only_experts.then_some(true),
+            include: patterns(&self.include),
+            exclude: patterns(&self.exclude),
+            dequantize_source: self.dequantize_source.then_some(true),
+            nonfinite: self.nonfinite.map(|policy| match policy {
+                NonFiniteArg::Error => NonFinitePolicy::Error,
+                NonFiniteArg::Keep => NonFinitePolicy::Keep,
+            }),
+            max_shard_size: self.max_shard_size.map(|size| size.0),
+        };
+        match recipe_of(&self.source)? {
+            Some(base) => given.or(&base).build(),
+            None => given.build(),
         }
     }
 
@@ -212,7 +213,7 @@ pub fn run(arguments: &Arguments) -> ExitCode {
 
 fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
     let start = Instant::now();
-    let recipe = arguments.recipe();
+    let recipe = arguments.recipe()?;
     let device = arguments.device.open()?;
     let conversion = plan(&arguments.source, recipe, arguments.options(&device))?;
     if arguments.dry_run {

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::Args;
 use prequant::Error;
 use prequant::checkpoint::{Source, TensorInfo};
-use prequant::dtype::Dtype;
+use prequant::layout::StoredFormat;
 use prequant::units::Bytes;
 use serde_json::{Value, json};
 
@@ -50,23 +50,17 @@ pub fn run(arguments: &Arguments) -> ExitCode {
     output::finish(result, arguments.json)
 }
 
-/// What formats put beside a weight's codes: the end of their own name, and those of the other parts.
-const LAYOUTS: [(&str, &[&str]); 3] = [
-    ("", &[".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", "_scale", "_scale_2"]),
-    ("_packed", &["_scale", "_zero_point", "_global_scale", "_shape"]),
-    ("_blocks", &["_scales"]),
-];
-
 /// Tensors by name.
 type Tensors<'a> = BTreeMap<&'a str, &'a TensorInfo>;
 
 /// Puts the parts of 4-bit weights together.
 fn weights(source: &Source) -> Vec<Weight<'_>> {
     let tensors: Tensors<'_> = source.tensors().map(|(_, info)| (&*info.name, info)).collect();
+    let stored = StoredFormat::all();
     let mut parts: BTreeSet<&str> = BTreeSet::new();
     let mut weights: Vec<Weight<'_>> = Vec::new();
     for (file, info) in source.tensors() {
-        let coded = coded(info, &tensors);
+        let coded = coded(info, &tensors, &stored);
         let elements: u64 = info.shape.iter().product();
         let mut weight = Weight {
             name: coded.as_ref().map_or(&info.name, |coded| coded.name),
@@ -94,26 +88,14 @@ struct CodedWeight<'a> {
     parts: Vec<&'a TensorInfo>,
 }
 
-/// What `info` is the codes of, if it is.
-fn coded<'a>(info: &'a TensorInfo, tensors: &Tensors<'a>) -> Option<CodedWeight<'a>> {
-    LAYOUTS.iter().find_map(|(own, others)| {
-        let name = info.name.strip_suffix(own)?;
-        let part = |end: &str| tensors.get(&*format!("{name}{end}")).copied();
-        let states = [".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4"];
-        let format = match (*own, info.dtype, part("_scale").map(|scale| scale.dtype)) {
-            ("_packed", Dtype::I32, _) if part("_zero_point").is_some() => "int4-asym",
-            ("_packed", Dtype::I32, _) => "int4",
-            ("_packed", Dtype::U8, Some(Dtype::U8)) => "mxfp4",
-            ("_packed", Dtype::U8, Some(_)) => "nvfp4",
-            ("_blocks", Dtype::U8, _) if part("_scales").is_some() => "mxfp4",
-            ("", ..) if part(states[0]).is_some() => "nf4",
-            ("", ..) if part(states[1]).is_some() => "fp4",
-            ("", Dtype::U8, Some(_)) if part("_scale_2").is_some() => "nvfp4",
-            _ => return None,
-        };
-        let parts = others.iter().chain(&states).filter_map(|end| part(end)).collect();
-        Some(CodedWeight { name, format, parts })
-    })
+/// What `info` is the codes of, if it is: of all that fit, what has most parts beside it.
+fn coded<'a>(info: &'a TensorInfo, tensors: &Tensors<'a>, stored: &[StoredFormat]) -> Option<CodedWeight<'a>> {
+    let find = |name: &str| tensors.get(name).copied();
+    let found = stored.iter().filter_map(|stored| {
+        let (name, parts) = stored.parts(info, find)?;
+        Some(CodedWeight { name, format: stored.format.name, parts })
+    });
+    found.max_by_key(|coded| coded.parts.len())
 }
 
 fn bits(bytes: u64, elements: u64) -> f64 {

@@ -41,14 +41,24 @@ pub fn finish(result: Result<Outcome, Error>, json: bool) -> ExitCode {
     }
     match error {
         Some(error) => {
-            eprintln!("error: {error}");
+            eprintln!("error: {}", message(&error));
             interrupt::exit_code().unwrap_or(ExitCode::from(error.exit_code()))
         }
         None => ExitCode::from(code),
     }
 }
 
+/// An error in words, with options named as they are typed.
+fn message(error: &Error) -> String {
+    match error {
+        Error::Options { option, .. } => {
+            format!("--{}", error.to_string().replacen(option, &option.replace('_', "-"), 1))
+        }
+        _ => error.to_string(),
+    }
+}
+
 /// An error as machines read it.
 pub fn error_json(error: &Error) -> Value {
-    json!({"error": {"kind": error.kind(), "message": error.to_string(), "exit_code": error.exit_code()}})
+    json!({"error": {"kind": error.kind(), "message": message(error), "exit_code": error.exit_code()}})
 }

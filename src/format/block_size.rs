@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 /// A power of two from 32 to 4096; 64 by default, as in bitsandbytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "u32", into = "u32")]
+#[schemars(extend("enum" = [32, 64, 128, 256, 512, 1024, 2048, 4096]))]
 pub struct BlockSize(u32);
 
 impl BlockSize {

@@ -30,6 +30,13 @@ impl Codebook {
         self.value_bits.map(f32::from_bits)
     }
 
+    /// The code of an element scaled to [-1, 1], and the value that it decodes to.
+    pub fn nearest(&self, t: f32) -> (u8, f32) {
+        let rank = self.thresholds().iter().filter(|&&threshold| t > threshold).count();
+        let code = self.code_of_rank[rank];
+        (code, self.values()[usize::from(code)])
+    }
+
     /// The code of 0.0: what zero blocks and the pad of an odd tail hold.
     pub fn zero_code(&self) -> u8 {
         let rank = self.thresholds().iter().filter(|&&t| 0.0 > t).count();

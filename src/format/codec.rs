@@ -1,6 +1,8 @@
 //! A format with its options, and all sizes that follow.
 
-use super::{BlockSize, Codebook, Coding, ElementCode, FormatSpec, GroupSize, Layout, ScaleCode, Sharing};
+use super::{
+    BlockSize, Codebook, Coding, ElementCode, FormatSpec, GroupSize, Highest, Layout, ScaleCode, Sharing, TensorScale,
+};
 use crate::dtype::FloatDtype;
 
 /// How weights are quantized: everything that decides a quantized tensor's bytes.
@@ -115,17 +117,20 @@ impl Codec {
         }
     }
 
-    /// What codes of rows of `columns` decode by; `tensor_scale` is the scale of scales, for formats that have it.
+    /// How rows of `columns` are coded; `tensor_scale` is the scale of scales, for formats that have it.
     pub fn coding(&self, columns: u64, tensor_scale: Option<f32>) -> Coding {
-        let (scale, group) = (tensor_scale.unwrap_or(1.0), self.block_len(columns) as usize);
-        match (self.format.element, self.format.scale, self.layout()) {
-            (ElementCode::Codebook(codebook), ..) => Coding::Blocks { codebook, block_size: group },
-            (ElementCode::Int { .. }, ..) => Coding::Int { group },
-            (_, ScaleCode::E4m3, Some(Layout::Modelopt)) => Coding::Nvfp4ModelOpt { scale_2: scale },
-            (_, ScaleCode::E4m3, _) => Coding::Nvfp4 { global_scale: scale },
-            (_, _, Some(Layout::GptOss)) => Coding::Mxfp4GptOss,
-            _ => Coding::Mxfp4,
-        }
+        let FormatSpec { element, scale, .. } = *self.format;
+        let group = self.block_len(columns) as usize;
+        let tensor_scale = tensor_scale.unwrap_or(1.0);
+        let tensor_scale = match self.layout() {
+            Some(Layout::Modelopt) => TensorScale::Factor(tensor_scale),
+            _ => TensorScale::Divisor(tensor_scale),
+        };
+        let scale = match (scale, self.layout()) {
+            (ScaleCode::E8m0(_), Some(Layout::GptOss)) => ScaleCode::E8m0(Highest::Finite),
+            _ => scale,
+        };
+        Coding { element, scale, group, tensor_scale: self.has_tensor_scale().then_some(tensor_scale) }
     }
 
     /// Whether absmax is quantized too.

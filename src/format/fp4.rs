@@ -1,6 +1,7 @@
 //! FP4: a sign and one of eight magnitudes.
 
 use super::{Codebook, ElementCode, FormatSpec, ScaleCode, Sharing};
+use crate::dtype::FloatDtype;
 
 /// bitsandbytes' 4-bit float.
 pub static FP4: FormatSpec = FormatSpec {
@@ -8,7 +9,7 @@ pub static FP4: FormatSpec = FormatSpec {
     about: "bitsandbytes' 4-bit float",
     library_name: "fp4",
     element: ElementCode::Codebook(&CODEBOOK),
-    scale: ScaleCode::F32,
+    scale: ScaleCode::Float(FloatDtype::Float32),
     sharing: Sharing::Blocks,
     layouts: &[],
 };

@@ -6,7 +6,7 @@
 mod block_size;
 mod codebook;
 mod codec;
-mod coding;
+mod codes;
 mod dynamic_map;
 pub mod fp4;
 mod group_size;
@@ -14,6 +14,8 @@ mod int4;
 mod int4_asym;
 mod layout;
 mod mxfp4;
+#[cfg(feature = "test-format")]
+mod mxint4;
 pub mod nf4;
 mod nvfp4;
 mod spec;
@@ -21,7 +23,7 @@ mod spec;
 pub use block_size::BlockSize;
 pub use codebook::Codebook;
 pub use codec::{Codec, CodecOptions, Scales};
-pub use coding::{Coding, ScaleDtype};
+pub use codes::{Coding, ElementCode, Highest, ScaleCode, TensorScale};
 pub use dynamic_map::{DynamicMap, dynamic_map};
 pub use fp4::FP4;
 pub use group_size::GroupSize;
@@ -31,10 +33,19 @@ pub use layout::Layout;
 pub use mxfp4::MXFP4;
 pub use nf4::NF4;
 pub use nvfp4::NVFP4;
-pub use spec::{ElementCode, FormatSpec, ScaleCode, Sharing};
+pub use spec::{FormatSpec, Sharing};
 
 /// Every format, in the order of help and documentation.
-pub static FORMATS: &[&FormatSpec] = &[&NF4, &FP4, &INT4, &INT4_ASYM, &MXFP4, &NVFP4];
+pub static FORMATS: &[&FormatSpec] = &[
+    &NF4,
+    &FP4,
+    &INT4,
+    &INT4_ASYM,
+    &MXFP4,
+    &NVFP4,
+    #[cfg(feature = "test-format")]
+    &mxint4::MXINT4,
+];
 
 /// Entries of absmax that share one nested absmax in double quantization.
 pub const NESTED_BLOCK_SIZE: usize = 256;

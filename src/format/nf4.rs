@@ -1,6 +1,7 @@
 //! NF4: the quantiles of a normal distribution.
 
 use super::{Codebook, ElementCode, FormatSpec, ScaleCode, Sharing};
+use crate::dtype::FloatDtype;
 
 /// bitsandbytes' 4-bit NormalFloat.
 pub static NF4: FormatSpec = FormatSpec {
@@ -8,7 +9,7 @@ pub static NF4: FormatSpec = FormatSpec {
     about: "4-bit NormalFloat, as QLoRA uses it",
     library_name: "nf4",
     element: ElementCode::Codebook(&CODEBOOK),
-    scale: ScaleCode::F32,
+    scale: ScaleCode::Float(FloatDtype::Float32),
     sharing: Sharing::Blocks,
     layouts: &[],
 };

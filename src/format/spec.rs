@@ -7,8 +7,7 @@ use std::str::FromStr;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-use super::{Codebook, FORMATS, Layout};
-use crate::dtype::FloatDtype;
+use super::{Codebook, ElementCode, FORMATS, Layout, ScaleCode};
 
 /// A 4-bit format. Two are equal if their names are.
 pub struct FormatSpec {
@@ -28,33 +27,6 @@ pub struct FormatSpec {
     pub layouts: &'static [Layout],
 }
 
-/// What a code stands for, in units of its scale.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum ElementCode {
-    /// One of sixteen values from -1 to 1.
-    Codebook(&'static Codebook),
-    /// An integer from -8 to 7, stored with 8 added.
-    Int {
-        /// Whether a group has an integer that is taken off.
-        zero_point: bool,
-    },
-    /// A float with a sign, two bits of exponent and one of mantissa.
-    E2m1,
-}
-
-/// What a scale is stored as.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ScaleCode {
-    /// IEEE single precision.
-    F32,
-    /// The dtype of the weight.
-    SourceFloat,
-    /// An 8-bit float, with one scale more for the whole tensor.
-    E4m3,
-    /// A power of two.
-    E8m0,
-}
-
 /// Which elements share a scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sharing {
@@ -66,33 +38,12 @@ pub enum Sharing {
     GroupsOf(u32),
 }
 
-impl ElementCode {
-    /// Bytes of a row's codes: integers are eight to an i32, of which a row fills whole ones; others two a byte.
-    pub fn packed_row(self, columns: u64) -> u64 {
-        match self {
-            ElementCode::Int { .. } => columns.div_ceil(8) * 4,
-            ElementCode::Codebook(_) | ElementCode::E2m1 => columns.div_ceil(2),
-        }
-    }
-}
-
-impl ScaleCode {
-    /// Bytes of a scale, of a weight in `dtype`.
-    pub fn size(self, dtype: FloatDtype) -> usize {
-        match self {
-            ScaleCode::F32 => 4,
-            ScaleCode::SourceFloat => dtype.size(),
-            ScaleCode::E4m3 | ScaleCode::E8m0 => 1,
-        }
-    }
-}
-
 impl FormatSpec {
     /// Its sixteen values, if codes stand for such.
     pub fn codebook(&self) -> Option<&'static Codebook> {
         match self.element {
             ElementCode::Codebook(codebook) => Some(codebook),
-            ElementCode::Int { .. } | ElementCode::E2m1 => None,
+            _ => None,
         }
     }
 
@@ -154,6 +105,7 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
+    use crate::dtype::FloatDtype;
 
     #[test]
     fn formats_are_told_apart_by_name() {
@@ -173,12 +125,13 @@ mod tests {
     }
 
     #[test]
-    fn only_formats_of_blocks_have_codebooks_and_no_layouts() {
+    fn formats_of_blocks_are_as_bitsandbytes_stores_them() {
         for format in FORMATS {
             let blocks = format.sharing == Sharing::Blocks;
-            assert_eq!(blocks, matches!(format.element, ElementCode::Codebook(_)), "{format:?}");
-            assert_eq!(blocks, format.scale == ScaleCode::F32, "{format:?}");
+            let (codebook, f32) = (format.codebook().is_some(), ScaleCode::Float(FloatDtype::Float32));
+            assert!(!blocks || codebook && format.scale == f32, "{format:?}");
             assert_eq!(blocks, format.layouts.is_empty(), "{format:?}");
+            assert!(format.element != ElementCode::E4m3, "{format:?}: codes of four bits");
         }
     }
 }

@@ -19,7 +19,7 @@ pub fn output_tensors(codec: &Codec, dtype: FloatDtype, shape: &[u64]) -> Vec<Ou
     let elements: u64 = shape.iter().product();
     let blocks = elements.div_ceil(codec.block_len(elements));
     let tensor = |kind, suffix, is_f32, shape| {
-        let dtype = if is_f32 { OutputDtype::F32 } else { OutputDtype::U8 };
+        let dtype = if is_f32 { OutputDtype::Float(FloatDtype::Float32) } else { OutputDtype::U8 };
         OutputTensor { kind, suffix: Cow::Borrowed(suffix), dtype, shape }
     };
     let mut tensors = vec![

@@ -5,6 +5,7 @@ use std::borrow::Cow;
 
 use serde_json::{Value, json};
 
+use crate::dtype::FloatDtype;
 use crate::format::{Codec, ElementCode, GroupSize, ScaleCode, Scales};
 use crate::layout::{OutputDtype, OutputKind, OutputTensor};
 
@@ -19,12 +20,13 @@ pub fn output_tensors(codec: &Codec, shape: &[u64]) -> Vec<OutputTensor> {
     let (codes, per_element) = match codec.format.element {
         ElementCode::Int { .. } => (OutputDtype::I32, 8),
         ElementCode::E2m1 | ElementCode::Codebook(_) => (OutputDtype::U8, 2),
+        ElementCode::E4m3 => (OutputDtype::F8E4M3, 1),
     };
     let scale = match codec.format.scale {
-        ScaleCode::F32 => OutputDtype::F32,
+        ScaleCode::Float(dtype) => OutputDtype::Float(dtype),
         ScaleCode::SourceFloat => OutputDtype::Source,
         ScaleCode::E4m3 => OutputDtype::F8E4M3,
-        ScaleCode::E8m0 => OutputDtype::U8,
+        ScaleCode::E8m0(_) => OutputDtype::U8,
     };
     let mut tensors = vec![
         tensor(OutputKind::Packed, "_packed", codes, vec![rows, columns.div_ceil(per_element)]),
@@ -38,7 +40,12 @@ pub fn output_tensors(codec: &Codec, shape: &[u64]) -> Vec<OutputTensor> {
         tensors.push(tensor(OutputKind::ZeroPoint, "_zero_point", OutputDtype::I32, shape));
     }
     if codec.has_tensor_scale() {
-        tensors.push(tensor(OutputKind::GlobalScale, "_global_scale", OutputDtype::F32, vec![1]));
+        tensors.push(tensor(
+            OutputKind::GlobalScale,
+            "_global_scale",
+            OutputDtype::Float(FloatDtype::Float32),
+            vec![1],
+        ));
     }
     tensors
 }
@@ -84,8 +91,8 @@ pub fn quantization_config(codec: &Codec, ignore: &[String]) -> Value {
     };
     let scale_dtype = match codec.format.scale {
         ScaleCode::E4m3 => Value::from("torch.float8_e4m3fn"),
-        ScaleCode::E8m0 => Value::from("torch.uint8"),
-        ScaleCode::F32 | ScaleCode::SourceFloat => Value::Null,
+        ScaleCode::E8m0(_) => Value::from("torch.uint8"),
+        ScaleCode::Float(_) | ScaleCode::SourceFloat => Value::Null,
     };
     let (strategy, group_size) = match codec.scales {
         Scales::Groups { size: GroupSize::Channel, .. } => ("channel", Value::Null),

@@ -6,6 +6,7 @@ pub mod gpt_oss;
 pub mod modelopt;
 mod output;
 pub mod recognize;
+mod stored;
 
 use serde_json::Value;
 
@@ -16,6 +17,7 @@ pub use bitsandbytes::{ParsedQuantState, QuantState, quant_state_bytes, quant_st
 pub use compressed_tensors::{ZERO_POINT_ROWS, shape_bytes};
 pub use output::{OutputDtype, OutputKind, OutputTensor};
 pub use recognize::{FP8_METHOD, MXFP4_METHOD, SourceQuantization};
+pub use stored::StoredFormat;
 
 impl Codec {
     /// The tensors that a weight of `shape` becomes; of whole groups, for formats of groups.

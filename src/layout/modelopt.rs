@@ -4,6 +4,7 @@ use std::borrow::Cow;
 
 use serde_json::{Value, json};
 
+use crate::dtype::FloatDtype;
 use crate::format::Codec;
 use crate::layout::{OutputDtype, OutputKind, OutputTensor};
 
@@ -18,7 +19,7 @@ pub fn output_tensors(codec: &Codec, shape: &[u64]) -> Vec<OutputTensor> {
     vec![
         tensor(OutputKind::Packed, "", OutputDtype::U8, vec![rows, columns / 2]),
         tensor(OutputKind::Scale, "_scale", OutputDtype::F8E4M3, vec![rows, groups]),
-        tensor(OutputKind::GlobalScale, "_scale_2", OutputDtype::F32, vec![]),
+        tensor(OutputKind::GlobalScale, "_scale_2", OutputDtype::Float(FloatDtype::Float32), vec![]),
     ]
 }
 

@@ -2,6 +2,8 @@
 
 use std::borrow::Cow;
 
+use crate::dtype::FloatDtype;
+
 /// Which part of a quantized weight an output tensor is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OutputKind {
@@ -38,8 +40,8 @@ pub enum OutputDtype {
     I64,
     /// 8-bit floats.
     F8E4M3,
-    /// IEEE single precision.
-    F32,
+    /// Floats of this dtype.
+    Float(FloatDtype),
     /// The weight's own.
     Source,
 }

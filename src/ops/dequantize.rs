@@ -32,10 +32,8 @@ const MAX_QUANT_STATE: u64 = 1 << 16;
 /// When it is no checkpoint that prequant converted, or isn't what its manifest says.
 pub fn plan(converted: impl Into<Location>, max_shard_size: u64, mut options: Options) -> Result<Conversion> {
     let source = Source::open(converted)?;
-    let Some(manifest) = relayout::manifest_of(&source.location) else {
-        let why = format!(
-            "it has no {MANIFEST_NAME} that this version reads: give the folder of a checkpoint that prequant converted"
-        );
+    let Some(manifest) = relayout::manifest_of(&source.location)? else {
+        let why = format!("it has no {MANIFEST_NAME}: give the folder of a checkpoint that prequant converted");
         return Err(Error::NotACheckpoint { path: source.location.path().to_owned(), why });
     };
     let (inputs, left_apart) = Converted::new(&source, &manifest).inputs()?;

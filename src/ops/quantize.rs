@@ -21,7 +21,6 @@ use crate::ops::job::resume;
 use crate::ops::model_card;
 use crate::ops::relayout;
 use crate::ops::relayout::Relayout;
-use crate::ops::verify;
 use crate::pipeline;
 use crate::pipeline::{Budget, ExecutionContext, FileOutcome, Limits, Outcome, Progress, TensorOutcome};
 use crate::plan::{Plan, PlannedTensor, input};
@@ -90,7 +89,10 @@ pub struct Conversion {
 /// When the source is no checkpoint or damaged, or the recipe doesn't fit it; or a GPU has too little memory free.
 pub fn plan(source: impl Into<Location>, recipe: Recipe, mut options: Options) -> Result<Conversion> {
     let source = Source::open(source)?;
-    let manifest = recognize::of(&source).and_then(|_| relayout::manifest_of(&source.location));
+    let manifest = match recognize::of(&source) {
+        Some(_) => relayout::manifest_of(&source.location)?,
+        None => None,
+    };
     let (plan, relay) = match manifest.filter(|manifest| manifest.recipe.codec().is_blocks()) {
         None => {
             input::check_quantization(&source, &recipe)?;
@@ -150,7 +152,7 @@ impl Conversion {
 
     /// The layout that a converted checkpoint's experts have, if they are laid out anew.
     pub fn relaid_from(&self) -> Option<ExpertLayout> {
-        self.relay.as_ref().map(|relay| relay.manifest.recipe.experts)
+        self.relay.as_ref().map(|relay| relay.from)
     }
 
     /// Bytes that the destination must have room for: weights, side files, and the manifest by estimate.
@@ -164,8 +166,26 @@ impl Conversion {
     /// Whether the conversion can be written to `destination`: it is a place for it, and there is room.
     pub fn check_destination(&self, destination: impl Into<Location>) -> Result<()> {
         let destination = &destination.into();
-        Staging::check(destination, &self.source.location, self.options.force)?;
+        self.check_place(destination)?;
         self.check_space(destination, &[])
+    }
+
+    /// Whether `destination` is a place for it.
+    fn check_place(&self, destination: &Location) -> Result<()> {
+        let checked = Staging::check(destination, &self.source.location, self.options.force);
+        let Err(Error::Destination { .. }) = checked else { return checked };
+        let there = Manifest::read(&destination.join(MANIFEST_NAME)).ok();
+        match there.as_ref().and_then(Manifest::other_version) {
+            Some(version) => {
+                let why = format!(
+                    "{version} wrote the checkpoint there, and this is {}; keep it (`prequant verify --against` compares it \
+                     with what this version makes), or replace it with --force",
+                    env!("CARGO_PKG_VERSION")
+                );
+                Err(Error::destination(destination.path(), why))
+            }
+            None => checked,
+        }
     }
 
     /// Whether there is room for all but the files that are `sealed` already.
@@ -188,8 +208,7 @@ impl Conversion {
         if destination.join(STAGING_NAME).exists() {
             return None;
         }
-        let (manifest, _) = verify::read_manifest(&destination.join(MANIFEST_NAME)).ok()?;
-        let manifest = manifest.ok()?;
+        let manifest = Manifest::read(&destination.join(MANIFEST_NAME)).ok()?;
         let hashed = manifest.source.files.iter().any(|file| file.sha256.is_some());
         let mut source = manifest.source.clone();
         if self.relay.is_none() {
@@ -200,7 +219,7 @@ impl Conversion {
             && (self.relay.is_some() || hashed == self.options.hash_source);
         let config_of = |manifest: &Manifest| manifest.files.iter().find(|f| f.name == CONFIG_NAME).map(|f| f.sha256);
         let same_config = config_of(&manifest) == self.plan.config.as_ref().map(|text| Sha256Hash::of(text.as_bytes()));
-        let same_recipe = manifest.tool == Tool::this() && manifest.recipe == self.plan.recipe;
+        let same_recipe = manifest.other_version().is_none() && manifest.recipe == self.plan.recipe;
         let same = same_source && same_config && same_recipe;
         if same {
             Staging::tidy(destination);
@@ -256,7 +275,7 @@ impl Conversion {
         finish: impl FnOnce(&Staging, Vec<FileRecord>, Outcome) -> Result<(Vec<String>, T)>,
     ) -> Result<T> {
         let Options { ref device, hash_source, force, .. } = self.options;
-        Staging::check(destination, &self.source.location, force)?;
+        self.check_place(destination)?;
         if !destination.join(STAGING_NAME).exists() {
             self.check_space(destination, &[])?;
         }
@@ -384,6 +403,7 @@ impl Conversion {
         let written = plan.files.iter().flat_map(|file| file.tensors.clone().map(move |i| (i, &file.name)));
         Manifest {
             schema_version: SCHEMA_VERSION,
+            older_schema: None,
             tool: Tool::this(),
             recipe: plan.recipe.clone(),
             source: SourceRecord { files: hashed_files, ..self.source_record() },

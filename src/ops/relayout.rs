@@ -13,13 +13,13 @@ use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, Source, SourceFile, 
 use crate::dtype::FloatDtype;
 use crate::dtype::{self, byte_len};
 use crate::error::{Error, Result};
+use crate::format::{BlockSize, Scales};
 use crate::layout::{OutputKind, QuantState, quant_state_bytes};
-use crate::manifest::{DecisionRecord, Manifest, SCHEMA_VERSION, TensorRecord};
-use crate::ops::verify;
+use crate::manifest::{DecisionRecord, Manifest, TensorRecord};
 use crate::pipeline::{Outcome, TensorOutcome};
 use crate::plan::{Decision, Plan, PlannedFile, PlannedOutput, PlannedTensor};
 use crate::read::{Read, Span};
-use crate::recipe::{ExpertLayout, Recipe};
+use crate::recipe::{ExpertLayout, Recipe, RecipeOptions};
 use crate::store::{Identity, Location};
 
 /// A converted checkpoint and what it becomes.
@@ -27,6 +27,8 @@ use crate::store::{Identity, Location};
 pub struct Relayout {
     /// Its manifest.
     pub manifest: Manifest,
+    /// How its experts are laid out.
+    pub from: ExpertLayout,
     /// What it was made from, by its manifest: names, dtypes and shapes; offsets are made up.
     pub origin: Source,
     /// How that would be converted to the new layout.
@@ -36,17 +38,24 @@ pub struct Relayout {
 }
 
 /// The recipe of the converted checkpoint at `path`, if that is what it is, and its experts can be laid out anew.
-pub fn recipe_of(place: impl Into<Location>) -> Option<Recipe> {
+///
+/// # Errors
+/// When its manifest can't be read, or is of a newer version.
+pub fn recipe_of(place: impl Into<Location>) -> Result<Option<Recipe>> {
     let place = place.into();
-    let config = Config::read(&place.join(CONFIG_NAME)).ok()?;
-    config.values().get("quantization_config")?;
-    Some(manifest_of(&place)?.recipe).filter(|recipe| recipe.codec().is_blocks())
+    // A config that can't be read is an error of opening the source.
+    let config = Config::read(&place.join(CONFIG_NAME)).ok();
+    if config.is_none_or(|config| !config.values().contains_key("quantization_config")) {
+        return Ok(None);
+    }
+    let recipe = manifest_of(&place)?.map(|manifest| manifest.recipe);
+    Ok(recipe.filter(|recipe| recipe.codec().is_blocks()))
 }
 
-/// The manifest of the converted checkpoint at `path`.
-pub fn manifest_of(place: &Location) -> Option<Manifest> {
-    let (manifest, _) = verify::read_manifest(&place.join(MANIFEST_NAME)).ok()?;
-    manifest.ok().filter(|manifest| manifest.schema_version == SCHEMA_VERSION)
+/// The manifest of the converted checkpoint at `place`; none if there is no such file.
+pub fn manifest_of(place: &Location) -> Result<Option<Manifest>> {
+    let location = place.join(MANIFEST_NAME);
+    if location.is_file() { Manifest::read(&location).map(Some) } else { Ok(None) }
 }
 
 impl Relayout {
@@ -57,6 +66,7 @@ impl Relayout {
     /// the manifest says.
     pub fn new(converted: &Source, manifest: Manifest, recipe: Recipe) -> Result<(Plan, Relayout)> {
         let path = converted.location.path();
+        let from = if manifest.recipe.fuses_experts() { ExpertLayout::Fuse } else { ExpertLayout::Keep };
         check_recipe(path, &manifest.recipe, &recipe)?;
         let origin = origin(converted, &manifest)?;
         let old = Plan::new(&origin, manifest.recipe.clone())?;
@@ -81,7 +91,7 @@ impl Relayout {
         let (config, warnings) = (plan.config.clone(), plan.warnings.clone());
         let (scale_sets, side_files) = Default::default();
         let copying = Plan { recipe: plan.recipe.clone(), tensors, files, scale_sets, config, side_files, warnings };
-        Ok((copying, Relayout { manifest, origin, plan, unchanged }))
+        Ok((copying, Relayout { manifest, from, origin, plan, unchanged }))
     }
 
     /// What came of executing the copying plan, as the outcome of the other. Statistics are known of tensors that didn't
@@ -116,18 +126,19 @@ pub fn check_source(converted: &Source, manifest: &Manifest, outcome: &Outcome) 
 /// Only the layout and the shards can be others.
 fn check_recipe(path: &Path, then: &Recipe, now: &Recipe) -> Result<()> {
     let error = |why: String| Err(Error::Relayout { path: path.to_owned(), why });
-    let Recipe { experts, max_shard_size, .. } = *now;
-    if (Recipe { experts, max_shard_size, ..then.clone() }) != *now {
+    let (was, is) = (RecipeOptions::from(then.clone()), RecipeOptions::from(now.clone()));
+    let (experts, max_shard_size) = (is.experts, is.max_shard_size);
+    if (RecipeOptions { experts, max_shard_size, ..was.clone() }) != is {
         return error(
             "it was converted with other options, and can't be quantized again: leave them out to lay it out anew, or \
              start from the bf16 checkpoint it was made from"
                 .to_owned(),
         );
     }
-    if experts == then.experts {
-        let (is, other) = match experts {
-            ExpertLayout::Keep => ("one by one", "--experts fuse"),
-            ExpertLayout::Fuse => ("fused", "--experts keep"),
+    if experts == was.experts {
+        let (is, other) = match now.fuses_experts() {
+            false => ("one by one", "--experts fuse"),
+            true => ("fused", "--experts keep"),
         };
         return error(format!("converted already, with experts {is}; {other} lays them out anew"));
     }
@@ -156,7 +167,7 @@ fn origin(converted: &Source, manifest: &Manifest) -> Result<Source> {
         file.tensors.push(TensorInfo { name, dtype, shape, offset, len });
     }
     // What was fused has lost its place: it is taken to have been where safetensors puts it.
-    if manifest.recipe.experts == ExpertLayout::Fuse {
+    if manifest.recipe.fuses_experts() {
         for file in &mut files {
             sort_canonically(&mut file.tensors);
             let mut next = 0;
@@ -302,16 +313,18 @@ impl Copies<'_> {
         if unchanged {
             return Ok(tensor.outputs.iter().map(|output| self.as_it_is(tensor, output)).collect());
         }
-        if recipe.double_quant {
+        let codec = &recipe.codec();
+        let Scales::Blocks { size, double_quant, .. } = codec.scales else {
+            return self.error(tensor, "groups are of experts one by one only".to_owned());
+        };
+        if double_quant {
             return self.error(tensor, "with double quantization its scales depend on the layout".to_owned());
         }
-        let codec = &recipe.codec();
-        if !codec.is_blocks() {
-            return self.error(tensor, "groups are of experts one by one only".to_owned());
-        }
-        let (packed, absmax) = self.parts(tensor, dtype, recipe)?;
-        let first = tensor.read.spans().next().and_then(|span| self.runs.of(span).next());
-        let first = &self.old.tensors[first.map_or(0, |(run, ..)| run.tensor)];
+        let (packed, absmax) = self.parts(tensor, dtype, size)?;
+        let Some((first, ..)) = tensor.read.spans().next().and_then(|span| self.runs.of(span).next()) else {
+            return self.error(tensor, format!("{MANIFEST_NAME} doesn't tell where it is"));
+        };
+        let first = &self.old.tensors[first.tensor];
         let state = QuantState { codec, dtype, shape: &tensor.shape, nested_offset: 0.0 };
         let outputs = tensor.outputs.iter().map(|output| match output.kind {
             Some(OutputKind::Packed) => copy(tensor, output, packed.clone()),
@@ -327,7 +340,7 @@ impl Copies<'_> {
     }
 
     /// Where the codes and absmax of its runs are.
-    fn parts(&self, tensor: &PlannedTensor, dtype: FloatDtype, recipe: &Recipe) -> Result<(Read, Read)> {
+    fn parts(&self, tensor: &PlannedTensor, dtype: FloatDtype, size: BlockSize) -> Result<(Read, Read)> {
         let (mut packed, mut absmax) = (Vec::new(), Vec::new());
         for part in tensor.read.parts() {
             let &Read::Bytes(span) = part else {
@@ -340,7 +353,7 @@ impl Copies<'_> {
                 if !run.stored {
                     return self.error(tensor, "one layout has it transposed".to_owned());
                 }
-                let block = recipe.block_size.get() as u64;
+                let block = size.get() as u64;
                 let (first, elements) = ((run.at + skipped) / dtype.size() as u64, len / dtype.size() as u64);
                 if !first.is_multiple_of(block) || !elements.is_multiple_of(block) {
                     let why = format!("its matrices of {elements} weights aren't whole blocks of {block}");

@@ -2,7 +2,7 @@
 
 use crate::backend::cuda::{SlotSize, TABLE_BYTES};
 use crate::error::{Error, Result};
-use crate::format::{BlockSize, NESTED_BLOCK_SIZE};
+use crate::format::{BlockSize, NESTED_BLOCK_SIZE, Scales};
 use crate::plan::{Plan, PlannedTensor};
 use crate::stats::GROUP;
 use crate::units::Bytes;
@@ -156,12 +156,16 @@ fn slot_len(plan: &Plan, chunk: usize, gpus: usize) -> u64 {
 
 /// A slot that takes chunks, and runs of absmax if there will be any.
 fn slot_size(plan: &Plan, chunk: usize) -> SlotSize {
-    if !plan.recipe.codec().is_blocks() {
-        let Capacity { source, packed, groups } = Capacity::new(plan, chunk);
-        return SlotSize::for_groups(source, packed, groups);
+    match plan.recipe.codec().scales {
+        Scales::Blocks { size, double_quant, .. } => {
+            let nested = if double_quant { NESTED_CHUNK } else { 0 };
+            SlotSize::new(chunk, element_size(plan), size, nested)
+        }
+        Scales::Groups { .. } => {
+            let Capacity { source, packed, groups } = Capacity::new(plan, chunk);
+            SlotSize::for_groups(source, packed, groups)
+        }
     }
-    let nested = if plan.recipe.double_quant { NESTED_CHUNK } else { 0 };
-    SlotSize::new(chunk, element_size(plan), plan.recipe.block_size, nested)
 }
 
 /// Bytes of the largest element that is quantized.
@@ -235,10 +239,12 @@ fn largest_set(plan: &Plan) -> usize {
 
 /// The most bytes of absmax that must be held at once.
 fn largest_absmax(plan: &Plan) -> u64 {
-    let blocks = |tensor: &PlannedTensor| plan.recipe.block_size.blocks(tensor.elements());
-    match plan.recipe.double_quant {
-        true => plan.quantized().map(blocks).max().unwrap_or(0) * size_of::<f32>() as u64,
-        false => 0,
+    match plan.recipe.codec().scales {
+        Scales::Blocks { size, double_quant: true, .. } => {
+            let blocks = plan.quantized().map(|tensor| size.blocks(tensor.elements()));
+            blocks.max().unwrap_or(0) * size_of::<f32>() as u64
+        }
+        Scales::Blocks { .. } | Scales::Groups { .. } => 0,
     }
 }
 

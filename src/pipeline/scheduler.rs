@@ -10,6 +10,7 @@ use std::time::Duration;
 use super::budget::{NESTED_CHUNK, chunk_elements};
 use super::{ExecutionContext, FileOutcome, Outcome, TensorOutcome};
 use crate::error::{Error, Result};
+use crate::format::Scales;
 use crate::plan::{Plan, PlannedTensor};
 use crate::stats::{AbsmaxAccumulator, StatsAccumulator};
 use crate::store::Sha256Hash;
@@ -255,7 +256,7 @@ impl<'a> Scheduler<'a> {
             total_absmax.merge(&file.total_absmax);
         }
         let mut total = total.finish();
-        if self.plan.recipe.double_quant {
+        if self.plan.recipe.codec().double_quant() {
             total.double_quantization = Some(total_absmax.finish());
         }
         Ok(Outcome {
@@ -341,8 +342,12 @@ impl<'a> Scheduler<'a> {
 
     /// Bytes of absmax to be held while `tensor` is open.
     fn absmax_len(&self, tensor: &PlannedTensor) -> u64 {
-        let held = self.plan.recipe.double_quant && tensor.quantized_from().is_some();
-        if held { self.plan.recipe.block_size.blocks(tensor.elements()) * size_of::<f32>() as u64 } else { 0 }
+        match self.plan.recipe.codec().scales {
+            Scales::Blocks { size, double_quant: true, .. } if tensor.quantized_from().is_some() => {
+                size.blocks(tensor.elements()) * size_of::<f32>() as u64
+            }
+            Scales::Blocks { .. } | Scales::Groups { .. } => 0,
+        }
     }
 
     fn finish_chunk(&self, state: &mut State, tensor: usize, done: Done) {
@@ -394,7 +399,7 @@ impl<'a> Scheduler<'a> {
             && self.plan.tensors[tensor].quantized_from().is_some()
         {
             let mut statistics = open.gathering.finish();
-            if self.plan.recipe.double_quant {
+            if self.plan.recipe.codec().double_quant() {
                 statistics.double_quantization = Some(open.absmax_error.finish());
             }
             state.tensors[tensor].statistics = Some(statistics);

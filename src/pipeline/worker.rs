@@ -19,7 +19,6 @@ use crate::kernel::group;
 use crate::kernel::group::Groups;
 use crate::kernel::{BlockErrors, Blocks, Kernel, quantize_any};
 use crate::plan::{Decision, PlannedTensor};
-use crate::recipe::NonFinitePolicy;
 use crate::store::{ReadAt, Sha256Hash, hash_range};
 
 /// A thread with its buffers and the files it has in hand.
@@ -123,10 +122,10 @@ impl<'j, 'a> Worker<'j, 'a> {
             Scales::Blocks { codebook, size, .. } => {
                 let (bytes, mut outputs) = self.buffers.split(tensor, piece.place, dtype, &self.codec);
                 if kernel.quantize(outputs.blocks(bytes, dtype, codebook, size)).is_err() {
-                    match self.job.plan.recipe.nonfinite {
-                        NonFinitePolicy::Error => return Err(self.describe_nonfinite(tensor, dtype)),
-                        NonFinitePolicy::Keep => quantize_any(outputs.blocks(bytes, dtype, codebook, size)),
+                    if !self.job.plan.recipe.keeps_nonfinite() {
+                        return Err(self.describe_nonfinite(tensor, dtype));
                     }
+                    quantize_any(outputs.blocks(bytes, dtype, codebook, size));
                 }
                 let mut results = Results { files: &self.files, tensor, dtype, encoded: &mut self.encoded };
                 results.quantized(&self.codec, first_element, outputs.packed, &outputs.figures)
@@ -200,7 +199,7 @@ impl<'j, 'a> Worker<'j, 'a> {
                 let mut results = Results { files: &self.files, tensor, dtype, encoded: &mut self.encoded };
                 return Ok(results.quantized(&self.codec, first_element, quantized.packed, &quantized.figures)?);
             }
-            if self.job.plan.recipe.nonfinite == NonFinitePolicy::Error {
+            if !self.job.plan.recipe.keeps_nonfinite() {
                 return Err(Failed::Other(self.describe_nonfinite(tensor, dtype)));
             }
             let (_, mut outputs) = self.buffers.split(tensor, piece.place.clone(), dtype, &self.codec);
@@ -213,12 +212,11 @@ impl<'j, 'a> Worker<'j, 'a> {
     fn quantize_groups_on_gpu(&mut self, ring: &SlotPool<'_>, piece: Piece<'_>) -> Result<Done> {
         let Piece { tensor, dtype, first_element, tensor_scale, .. } = piece;
         let elements = piece.place.len() / dtype.size();
-        let (columns, group) = columns_and_group(&self.codec, tensor);
-        let coder = group::GroupCoder::new(&self.codec, tensor_scale);
-        let Some(kernel) = GroupKernel::new(coder, columns, group) else { return self.quantize(self.kernel(), piece) };
+        let (columns, coding) = (row_len(&self.codec, tensor), self.codec.coding(tensor.columns(), tensor_scale));
+        let Some(kernel) = GroupKernel::new(coding, columns) else { return self.quantize(self.kernel(), piece) };
         ring.with(|slot| {
             self.files.read(tensor, piece.offset(), slot.source(piece.place.len()))?;
-            let quantized = slot.quantize_groups(kernel, elements, dtype, columns, group, coder)?;
+            let quantized = slot.quantize_groups(kernel, elements, dtype, columns, coding)?;
             let QuantizedGroups { packed, scales, zero_points, figures } = quantized;
             if figures.absmax.iter().any(|absmax| absmax.is_nan()) {
                 return Err(Failed::Other(self.describe_nonfinite(tensor, dtype)));
@@ -298,11 +296,11 @@ fn no_longer(path: PathBuf, tensor: &PlannedTensor) -> Error {
     Error::SourceChanged { path, why }
 }
 
-/// The rows and groups that kernels take a tensor for. Where a chunk isn't whole rows, rows have no padding: groups lie one
+/// The length of the rows that kernels take a tensor for. Where a chunk isn't whole rows, rows have no padding: groups lie one
 /// after the other, as rows do.
-fn columns_and_group(codec: &Codec, tensor: &PlannedTensor) -> (usize, usize) {
-    let group = codec.block_len(tensor.columns()) as usize;
-    (if codec.has_whole_rows() { tensor.columns() as usize } else { group }, group)
+fn row_len(codec: &Codec, tensor: &PlannedTensor) -> usize {
+    let columns = tensor.columns();
+    (if codec.has_whole_rows() { columns } else { codec.block_len(columns) }) as usize
 }
 
 /// A run of whole blocks or groups in a buffer.
@@ -416,13 +414,11 @@ impl ChunkOutputs<'_> {
         tensor_scale: Option<f32>,
     ) -> Groups<'s> {
         let BlockErrors { absmax, signal, noise, worst } = &mut self.figures;
-        let (columns, group) = columns_and_group(codec, tensor);
         Groups {
             source,
             dtype,
-            columns,
-            group,
-            scheme: group::GroupCoder::new(codec, tensor_scale),
+            columns: row_len(codec, tensor),
+            coding: codec.coding(tensor.columns(), tensor_scale),
             packed: self.packed,
             scales: self.scales,
             zero_points: self.zero_points,

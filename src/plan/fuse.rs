@@ -12,11 +12,11 @@ use crate::models::experts::{ExpertParameter, Fusion};
 use crate::models::families::families;
 use crate::read::Read;
 
-/// Puts experts together that are to be quantized; all other tensors stay as they are. What is fused stands where its
-/// first part was.
+/// Fuses the experts that are to be quantized and leaves all other tensors unchanged. A fused tensor takes the place of
+/// the first it is made of.
 ///
 /// # Errors
-/// When the experts' architecture isn't known, an expert is missing, or they differ in shape, dtype or decision.
+/// When the expert layout isn't known, an expert is missing, or they differ in shape, dtype or decision.
 pub fn fuse(
     source: &Source,
     model_types: &[&str],
@@ -81,22 +81,27 @@ fn groups<'a>(
     Ok(groups)
 }
 
+/// An error about an expert's tensor, with the way out.
+fn error(source: &Source, tensor: &PlannedTensor, why: String) -> Error {
+    let (path, tensor) = (source.files[tensor.read.first_file()].location.path().to_owned(), tensor.name.clone());
+    Error::Experts { path, tensor, why: format!("{why}; use --experts keep to leave experts unfused") }
+}
+
 fn unknown(source: &Source, model_types: &[&str], tensor: &PlannedTensor) -> Error {
     let known = families(model_types).any(|family| !family.experts.is_empty());
     let why = match (model_types.first(), known) {
-        (Some(model_type), false) => format!("how {model_type:?} lays out its experts isn't known"),
-        (Some(model_type), true) => format!("{model_type:?} is known, but not experts with this name"),
-        (None, _) => "no config.json says what model it is".to_owned(),
+        (Some(model_type), false) => format!("the expert layout of {model_type:?} isn't known"),
+        (Some(model_type), true) => format!("{model_type:?} has no experts with this name, as far as is known"),
+        (None, _) => "there is no config.json to tell the model by".to_owned(),
     };
-    let (path, tensor) = (source.files[tensor.read.first_file()].location.path().to_owned(), tensor.name.clone());
-    Error::Experts { path, tensor, why: format!("{why}; --experts keep leaves experts as they are") }
+    error(source, tensor, why)
 }
 
 impl Group<'_> {
     /// The parameter, without its outputs.
     fn fuse(&self, source: &Source, tensors: &[PlannedTensor]) -> Result<PlannedTensor> {
         self.check(source, tensors)?;
-        let first = &tensors[*self.members.values().next().expect("a group has members")];
+        let first = self.first(tensors);
         let stacked = self.members.keys().next().is_some_and(|(expert, _)| expert.is_none());
         let experts =
             if stacked { first.shape[0] } else { self.members.len() as u64 / self.fusion.sources.len() as u64 };
@@ -143,51 +148,58 @@ impl Group<'_> {
         &tensors[self.members[&(expert, which)]]
     }
 
+    fn first<'t>(&self, tensors: &'t [PlannedTensor]) -> &'t PlannedTensor {
+        &tensors[*self.members.values().next().expect("a group has members")]
+    }
+
     /// Whether every expert has every matrix, and they are alike.
     fn check(&self, source: &Source, tensors: &[PlannedTensor]) -> Result<()> {
-        let per_expert = self.members.keys().next().is_some_and(|(expert, _)| expert.is_some());
-        let experts =
-            self.members.keys().filter_map(|(expert, _)| *expert).max().map_or(1, |last| last.saturating_add(1));
-        let first = &tensors[*self.members.values().next().expect("a group has members")];
-        let error = |tensor: &PlannedTensor, why: String| {
-            let path = source.files[tensor.read.first_file()].location.path().to_owned();
-            let why = format!("{why}; --experts keep leaves experts as they are");
-            Err(Error::Experts { path, tensor: tensor.name.clone(), why })
-        };
-        if self.members.len() < experts.saturating_mul(self.fusion.sources.len()) {
-            let all = (0..experts).flat_map(|e| (0..self.fusion.sources.len()).map(move |which| (e, which)));
-            let missing = all.map(|(e, which)| (per_expert.then_some(e), which));
-            let (expert, which) = missing.into_iter().find(|key| !self.members.contains_key(key)).unwrap_or_default();
-            let name = self.fusion.sources[which].replace('*', &expert.unwrap_or_default().to_string());
-            return error(first, format!("{:?} is missing beside it", self.name(&name)));
+        self.check_complete(source, tensors)?;
+        for (&(expert, which), &i) in &self.members {
+            let rank = if expert.is_some() { 2 } else { 3 };
+            self.check_member(tensors, &tensors[i], which, rank).map_err(|why| error(source, &tensors[i], why))?;
         }
-        for (&(_, which), &i) in &self.members {
-            let (tensor, like) = (&tensors[i], self.member(tensors, which));
-            let rank = if per_expert { 2 } else { 3 };
-            if tensor.shape.len() != rank {
-                return error(tensor, format!("its shape is {:?}, and {rank} dimensions were expected", tensor.shape));
-            }
-            let columns_fit =
-                matrix(tensor)[1] == matrix(first)[1] && (per_expert || tensor.shape[0] == first.shape[0]);
-            if tensor.shape != like.shape || !columns_fit {
-                let other = if tensor.shape == like.shape { first } else { like };
-                let (found, expected, other) = (&tensor.shape, &other.shape, &other.name);
-                return error(
-                    tensor,
-                    format!("its shape is {found:?}, which doesn't go with {expected:?} of {other:?}"),
-                );
-            }
-            if tensor.dtype != first.dtype {
-                let (found, expected) = (tensor.dtype, first.dtype);
-                return error(
-                    tensor,
-                    format!("it is {found}, and {:?} is {expected}: one tensor has one dtype", first.name),
-                );
-            }
-            if tensor.decision != first.decision {
-                let why = format!("{:?} and it would become one tensor, but only one is to be quantized", first.name);
-                return error(tensor, format!("{why}: exclude all experts of the layer or none"));
-            }
+        Ok(())
+    }
+
+    fn check_complete(&self, source: &Source, tensors: &[PlannedTensor]) -> Result<()> {
+        let matrices = self.fusion.sources.len();
+        let last = self.members.keys().next_back().and_then(|(expert, _)| *expert);
+        let experts = last.map_or(1, |last| last.saturating_add(1));
+        if self.members.len() >= experts.saturating_mul(matrices) {
+            return Ok(());
+        }
+        let mut all = (0..experts).flat_map(|e| (0..matrices).map(move |which| (last.map(|_| e), which)));
+        let (expert, which) = all.find(|key| !self.members.contains_key(key)).unwrap_or_default();
+        let name = self.fusion.sources[which].replace('*', &expert.unwrap_or_default().to_string());
+        Err(error(source, self.first(tensors), format!("{:?} is missing", self.name(&name))))
+    }
+
+    /// Whether a tensor goes with the group's first and with the others of its source.
+    fn check_member(
+        &self,
+        tensors: &[PlannedTensor],
+        tensor: &PlannedTensor,
+        which: usize,
+        rank: usize,
+    ) -> Result<(), String> {
+        let (first, like) = (self.first(tensors), self.member(tensors, which));
+        let found = &tensor.shape;
+        if found.len() != rank {
+            return Err(format!("its shape is {found:?}; expected {rank} dimensions"));
+        }
+        let columns_fit = matrix(tensor)[1] == matrix(first)[1] && (rank == 2 || found[0] == first.shape[0]);
+        if *found != like.shape || !columns_fit {
+            let other = if *found == like.shape { first } else { like };
+            return Err(format!("its shape {found:?} doesn't fit {:?} of {:?}", other.shape, other.name));
+        }
+        if tensor.dtype != first.dtype {
+            let (found, expected) = (tensor.dtype, first.dtype);
+            return Err(format!("it is {found} and {:?} is {expected}; a fused tensor has one dtype", first.name));
+        }
+        if tensor.decision != first.decision {
+            let why = format!("it would be fused with {:?}, but only one of them is quantized", first.name);
+            return Err(format!("{why}: exclude all experts of the layer or none"));
         }
         Ok(())
     }
@@ -195,11 +207,7 @@ impl Group<'_> {
     /// Whether the matrices are stored with rows and columns exchanged, as transformers decides it: by the shape.
     fn is_transposed(&self, source: &Source, tensor: &PlannedTensor) -> Result<bool> {
         let Some(shape) = self.fusion.transposed_unless else { return Ok(false) };
-        shape.is_transposed(source.config.as_ref(), &tensor.shape).map_err(|why| {
-            let path = source.files[tensor.read.first_file()].location.path().to_owned();
-            let why = format!("{why}; --experts keep leaves it as it is");
-            Error::Experts { path, tensor: tensor.name.clone(), why }
-        })
+        shape.is_transposed(source.config.as_ref(), &tensor.shape).map_err(|why| error(source, tensor, why))
     }
 }
 
@@ -217,8 +225,7 @@ fn check_names_differ(source: &Source, tensors: &[PlannedTensor]) -> Result<()> 
     match tensors.iter().find(|tensor| !names.insert(tensor.name.as_str())) {
         Some(tensor) => {
             let path = source.files[tensor.read.first_file()].location.path().to_owned();
-            let why =
-                "the source has a tensor of this name, and experts that become it: which one is meant?".to_owned();
+            let why = "the source has a tensor of this name beside the experts that would be fused into it".to_owned();
             Err(Error::Experts { path, tensor: tensor.name.clone(), why })
         }
         None => Ok(()),

@@ -1,4 +1,4 @@
-//! What formats with groups ask of a recipe, and of a weight: whole groups in every row.
+//! What formats with groups ask of a weight: whole groups in every row.
 
 use std::borrow::Cow;
 
@@ -6,51 +6,8 @@ use super::input::{Input, MAX_EXPERTS};
 use super::split;
 use crate::checkpoint::Source;
 use crate::error::{Error, Result};
-use crate::format::{Codec, Layout, Sharing};
+use crate::format::{Codec, Layout};
 use crate::models::{Role, Verdict};
-use crate::recipe::{ExpertLayout, NonFinitePolicy, Recipe};
-
-/// # Errors
-/// When options of the recipe exclude each other, or the format has no use for one.
-pub fn check_options(recipe: &Recipe) -> Result<()> {
-    let error = |what, why| Err(Error::Options { what, why });
-    if recipe.double_quant && recipe.nonfinite == NonFinitePolicy::Keep {
-        let why = "one such value would spoil the scales of 256 blocks; leave one of them out";
-        return error("--nonfinite keep with --double-quant", why);
-    }
-    let default = Recipe::default();
-    if recipe.format.sharing == Sharing::Blocks {
-        if recipe.layout != default.layout {
-            return error("--layout", "nf4 and fp4 have bitsandbytes' layout only: leave it out");
-        }
-        if recipe.group_size != default.group_size {
-            return error("--group-size", "nf4 and fp4 have blocks, whose size is --block-size");
-        }
-        return Ok(());
-    }
-    if recipe.double_quant {
-        return error("--double-quant", "only nf4 and fp4 have scales that can be quantized: leave it out");
-    }
-    if recipe.nonfinite == NonFinitePolicy::Keep {
-        return error("--nonfinite keep", "only nf4 and fp4 have a way to write such values: leave it out");
-    }
-    if recipe.experts == ExpertLayout::Fuse {
-        let why = "only nf4 and fp4 have fused experts: what reads other formats wants them one by one";
-        return error("--experts fuse", why);
-    }
-    if recipe.block_size != default.block_size {
-        return error("--block-size", "only nf4 and fp4 have blocks; int4's groups have --group-size");
-    }
-    if recipe.format.sharing != Sharing::Groups && recipe.group_size != default.group_size {
-        return error("--group-size", "only int4 and int4-asym have a choice: leave it out");
-    }
-    match recipe.layout {
-        layout if recipe.format.layouts.contains(&layout) => Ok(()),
-        Layout::Modelopt => error("--layout modelopt", "it is a layout of nvfp4: give --format nvfp4"),
-        Layout::GptOss => error("--layout gpt-oss", "it is a layout of mxfp4: give --format mxfp4"),
-        Layout::CompressedTensors => error("--layout compressed-tensors", "the format has other layouts only"),
-    }
-}
 
 /// Keeps a weight that the format can't hold: its rows aren't whole groups, or the layout is for others.
 ///

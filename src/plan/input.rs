@@ -11,7 +11,7 @@ use crate::checkpoint::{Config, Source, TensorInfo};
 use crate::dtype::FloatDtype;
 use crate::dtype::{Dtype, byte_len};
 use crate::error::{Error, Result};
-use crate::format::{Coding, ScaleDtype};
+use crate::format::{Coding, ElementCode, Highest, ScaleCode};
 use crate::layout::{FP8_METHOD, MXFP4_METHOD, SourceQuantization, recognize};
 use crate::read::{Decode, Read, Span};
 use crate::recipe::Recipe;
@@ -60,9 +60,9 @@ const INPUT_SCALES: [&str; 2] = [".activation_scale", ".input_scale"];
 /// When the source is quantized, and not as FP8 blocks; or as gpt-oss's experts, and the recipe doesn't have it decoded.
 pub fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
     let Some((path, SourceQuantization { method, evidence })) = recognize::of(source) else {
-        let why = "the source isn't quantized: leave it out";
         return if recipe.dequantize_source {
-            Err(Error::Options { what: "--dequantize-source", why })
+            let why = "has no use: the source isn't quantized; leave it out".to_owned();
+            Err(Error::Options { option: "dequantize_source", why })
         } else {
             Ok(())
         };
@@ -79,14 +79,19 @@ pub fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
     let fp8: HashSet<&str> = fp8.map(|(_, info)| info.name.as_str()).collect();
     let has_fp8 = ends(SCALE).next().is_some() && ends(SCALE).all(|weight| fp8.contains(weight));
     let is_fp8 = has_fp8 && method_is("fp8") && only(FP8_METHOD);
-    let has_mxfp4 = ends("_proj_blocks").next().is_some() && ends("_proj_scales").next().is_some();
-    let is_mxfp4 = has_mxfp4 && method_is("mxfp4") && only(MXFP4_METHOD);
+    let is_mxfp4 = has_mxfp4_experts(source) && method_is("mxfp4") && only(MXFP4_METHOD);
     let hint = match (is_fp8, is_mxfp4, recipe.dequantize_source) {
         (true, false, _) | (false, true, true) => return Ok(()),
         (false, true, false) => ", or decode it with --dequantize-source",
         _ => "",
     };
     Err(Error::AlreadyQuantized { path, method, evidence, hint })
+}
+
+/// Whether experts are in MXFP4, as gpt-oss's.
+pub fn has_mxfp4_experts(source: &Source) -> bool {
+    let has = |end| source.tensors().any(|(_, info)| info.name.ends_with(end));
+    has("_proj_blocks") && has("_proj_scales")
 }
 
 /// The source's tensors in their order, decoded where they are coded; scales are part of what they scale.
@@ -191,11 +196,11 @@ fn fp8(
     (scales, scale): (Span, &TensorInfo),
     dtype: FloatDtype,
 ) -> Result<Input, String> {
-    let scale_dtype = match scale.dtype {
-        Dtype::F32 => ScaleDtype::F32,
-        Dtype::BF16 => ScaleDtype::Bf16,
-        Dtype::F8_E8M0 => ScaleDtype::E8m0,
-        Dtype::U8 => ScaleDtype::U8,
+    let scale_code = match scale.dtype {
+        Dtype::F32 => ScaleCode::Float(FloatDtype::Float32),
+        Dtype::BF16 => ScaleCode::Float(FloatDtype::Bfloat16),
+        Dtype::F8_E8M0 => ScaleCode::E8m0(Highest::Nan),
+        Dtype::U8 => ScaleCode::E8m0(Highest::Infinite),
         other => return Err(format!("its scale {:?} is {other}: expected F32, BF16, F8_E8M0 or U8", scale.name)),
     };
     let &[ref outer @ .., rows, columns] = &info.shape[..] else {
@@ -232,7 +237,7 @@ fn fp8(
     if group < LEAST_FP8_BLOCK.min(columns) {
         return Err(format!("blocks of {group} columns: expected {LEAST_FP8_BLOCK} or more"));
     }
-    let coding = Coding::Fp8 { block: group as usize, scale: scale_dtype };
+    let coding = Coding::new(ElementCode::E4m3, scale_code, group as usize);
     // Each matrix begins with a scale of its own, whole blocks or not.
     let matrix = |which: u64| {
         let (codes_len, scales_len) = (codes.len / matrices, scales.len / matrices);
@@ -282,7 +287,7 @@ fn mxfp4(
     }
     let columns = groups * 32;
     let decode = Decode {
-        coding: Coding::Mxfp4GptOss,
+        coding: Coding::new(ElementCode::E2m1, ScaleCode::E8m0(Highest::Finite), 32),
         dtype,
         rows: experts * rows,
         columns,

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::{Decision, PlannedTensor};
 use crate::checkpoint::{Described, header_bytes, shard_name, sort_canonically};
-use crate::dtype::{Dtype, byte_len};
+use crate::dtype::{Dtype, FloatDtype, byte_len};
 use crate::format::Codec;
 use crate::layout::{OutputDtype, OutputKind};
 
@@ -53,7 +53,9 @@ pub fn outputs(tensor: &PlannedTensor, codec: &Codec) -> Vec<PlannedOutput> {
                 OutputDtype::I32 => Dtype::I32,
                 OutputDtype::I64 => Dtype::I64,
                 OutputDtype::F8E4M3 => Dtype::F8_E4M3,
-                OutputDtype::F32 => Dtype::F32,
+                OutputDtype::Float(FloatDtype::Bfloat16) => Dtype::BF16,
+                OutputDtype::Float(FloatDtype::Float16) => Dtype::F16,
+                OutputDtype::Float(FloatDtype::Float32) => Dtype::F32,
                 OutputDtype::Source => tensor.dtype,
             };
             let len = byte_len(dtype, &output.shape).expect("at most the source's bytes, or a few");

@@ -28,7 +28,7 @@ use crate::layout::OutputKind;
 use crate::models::families::families;
 use crate::models::{Role, Rules, Verdict};
 use crate::read::Read;
-use crate::recipe::{ExpertLayout, Recipe};
+use crate::recipe::Recipe;
 use decide::Selection;
 use input::Input;
 use split::Decided;
@@ -142,8 +142,9 @@ impl Plan {
     /// # Errors
     /// When a pattern of the recipe matches nothing, a tensor to be quantized isn't bf16, f16 or f32, nothing is left
     /// to quantize, or clients couldn't tell what is quantized from what is not.
-    pub fn new(source: &Source, recipe: Recipe) -> Result<Plan> {
-        groups::check_options(&recipe)?;
+    pub fn new(source: &Source, mut recipe: Recipe) -> Result<Plan> {
+        // It is no part of the recipe where nothing was decoded because of it.
+        recipe.dequantize_source &= input::has_mxfp4_experts(source);
         let codec = recipe.codec();
         let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
         let rules = Rules::new(&model_types);
@@ -158,7 +159,7 @@ impl Plan {
         };
         let config = quantized_config(source, &recipe, &tensors, &kept_modules)?;
         let warnings = warnings(source, &recipe, &rules, &tensors, &linear);
-        if recipe.experts == ExpertLayout::Fuse {
+        if recipe.fuses_experts() {
             tensors = fuse::fuse(source, &model_types, tensors, &codec)?;
         }
         check_names_are_free(source, &tensors)?;
@@ -390,7 +391,7 @@ fn warnings(
              experts_implementation has it stop rather than fill them with random numbers"
                 .to_owned(),
         );
-        if recipe.double_quant && recipe.experts == ExpertLayout::Fuse {
+        if recipe.codec().double_quant() && recipe.fuses_experts() {
             warnings.push(
                 "double quantization over fused experts is less exact than expert by expert: all of a layer's experts \
                  share one mean of absmax, and groups of 256 blocks straddle them; the manifest's statistics tell how much"

@@ -1,4 +1,4 @@
-//! Fused experts taken apart: what reads formats with groups wants one matrix for each expert and projection.
+//! Fused experts split: clients of formats with groups load one matrix per expert and projection.
 
 use std::collections::HashSet;
 
@@ -14,13 +14,13 @@ use crate::models::families::families;
 use crate::models::names::match_end;
 use crate::read::Read;
 
-/// A tensor with what was decided of it.
+/// A tensor and the decision on it.
 pub type Decided = (Input, Verdict, Decision);
 
-/// Takes fused experts apart wherever one of a layer's is quantized; all others stay as they are.
+/// Splits a layer's fused experts wherever one of them is quantized and leaves all other tensors unchanged.
 ///
 /// # Errors
-/// When it isn't known how they lie.
+/// When their layout isn't known.
 pub fn split_experts(source: &Source, model_types: &[&str], tensors: Vec<Decided>) -> Result<Vec<Decided>> {
     let splits = Splits::new(model_types);
     let mut layers: HashSet<String> = HashSet::new();
@@ -44,17 +44,17 @@ pub fn split_experts(source: &Source, model_types: &[&str], tensors: Vec<Decided
     Ok(all)
 }
 
-/// Columns of each matrix that fused experts are taken apart into.
+/// Columns of each matrix that fused experts are split into.
 ///
 /// # Errors
-/// When it isn't known how they lie.
+/// When their layout isn't known.
 pub fn columns(source: &Source, model_types: &[&str], input: &Input) -> Result<u64> {
     let splits = Splits::new(model_types);
     let (_, split) = splits.of(&input.name).ok_or_else(|| unknown(source, model_types, input))?;
     split.layout(source, input).map(|layout| layout.columns)
 }
 
-/// Puts the matrices that a fused tensor was taken apart into together again, if they lie in it one after the other.
+/// Joins the matrices that a fused tensor was split into, if they follow each other in it.
 pub fn join(source: &Source, model_types: &[&str], name: &str, shape: &[u64], matrices: &[Input]) -> Option<Input> {
     let splits = Splits::new(model_types);
     let (prefix, split) = splits.of(name)?;
@@ -73,7 +73,7 @@ pub fn join(source: &Source, model_types: &[&str], name: &str, shape: &[u64], ma
     (is_whole && !transposed && !split.interleaved).then_some(joined)
 }
 
-/// The verdict on all experts' matrices, as that on one of them.
+/// The verdict on one of the matrices, from that on all.
 fn of_one(verdict: &Verdict, decision: Decision) -> Verdict {
     let role = if verdict.role == Role::FusedExperts { Role::ExpertLinear } else { verdict.role };
     let reason = match decision {
@@ -86,8 +86,8 @@ fn of_one(verdict: &Verdict, decision: Decision) -> Verdict {
 fn unknown(source: &Source, model_types: &[&str], input: &Input) -> Error {
     let model = model_types.first().map_or("without a config.json".to_owned(), |name| format!("of {name:?}"));
     let why = format!(
-        "how the fused experts {model} lie isn't known, and this format has them one by one; --exclude keeps them in \
-         their dtype"
+        "the layout of the fused experts {model} isn't known, and this format needs one tensor per expert; use --exclude \
+         to keep them unquantized"
     );
     Error::Experts {
         path: source.files[input.read.first_file()].location.path().to_owned(),
@@ -96,7 +96,7 @@ fn unknown(source: &Source, model_types: &[&str], input: &Input) -> Error {
     }
 }
 
-/// What can be taken apart in one checkpoint.
+/// What can be split in one checkpoint.
 struct Splits(Vec<Split>);
 
 impl Splits {
@@ -123,24 +123,24 @@ struct Matrices {
 }
 
 impl Split {
-    /// How a tensor's matrices lie.
+    /// How the matrices lie in a tensor.
     fn layout(&self, source: &Source, input: &Input) -> Result<Matrices> {
         let error = |why: String| {
             let path = source.files[input.read.first_file()].location.path().to_owned();
-            let why = format!("its shape is {:?}: {why}; --exclude keeps it in its dtype", input.shape);
+            let why = format!("its shape is {:?}: {why}; use --exclude to keep it unquantized", input.shape);
             Err(Error::Experts { path, tensor: input.name.clone(), why })
         };
         let (experts, stored) = match input.shape[..] {
             // A bias is one row; transposed, each of its elements is one.
             [experts, elements] if input.name.ends_with("bias") => (experts, [1, elements]),
             [experts, rows, columns] if !input.name.ends_with("bias") => (experts, [rows, columns]),
-            _ => return error("of other dimensions than experts have".to_owned()),
+            _ => return error("not the dimensions of fused experts".to_owned()),
         };
         if !input.dtype.bitsize().is_multiple_of(8) {
             return error(format!("elements of {} bits, which can't be taken apart", input.dtype.bitsize()));
         }
         if experts > MAX_EXPERTS || stored.contains(&0) {
-            return error(format!("more than {MAX_EXPERTS} experts, or none with an element"));
+            return error(format!("more than {MAX_EXPERTS} experts, or no elements"));
         }
         if experts * input.name.len() as u64 > MAX_HEADER_LEN {
             return error("its experts' names alone are more than a header holds".to_owned());
@@ -156,7 +156,7 @@ impl Split {
         let [rows, columns] = if transposed { [stored[1], stored[0]] } else { stored };
         let count = self.targets.len() as u64;
         if !rows.is_multiple_of(count) {
-            return error(format!("{rows} rows can't be those of {count} matrices"));
+            return error(format!("{rows} rows don't divide into {count} matrices"));
         }
         Ok(Matrices { experts, stored, transposed, rows, columns })
     }
@@ -180,7 +180,7 @@ impl Split {
         Ok(inputs)
     }
 
-    /// Of an expert's rows those of one matrix.
+    /// The rows of one of an expert's matrices.
     fn matrix(&self, all: &Read, [rows, columns]: [u64; 2], size: usize, which: u64) -> Read {
         let count = self.targets.len() as u64;
         let (first, step) = if self.interleaved { (which, count) } else { (which * (rows / count), 1) };

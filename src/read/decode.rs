@@ -114,7 +114,7 @@ impl Decode {
     }
 
     fn scales_of_row(&self) -> u64 {
-        self.columns.div_ceil(self.coding.group() as u64)
+        self.columns.div_ceil(self.coding.group as u64)
     }
 
     /// Bytes of a scale as it is stored.
@@ -133,7 +133,7 @@ impl Decode {
     }
 
     fn group_of(&self, column: u64) -> u64 {
-        column / self.coding.group() as u64
+        column / self.coding.group as u64
     }
 }
 

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::dtype::FloatDtype;
-use crate::format::{CodecOptions, Coding, NESTED_BLOCK_SIZE, NF4, ScaleDtype};
+use crate::format::{CodecOptions, Coding, ElementCode, Highest, NESTED_BLOCK_SIZE, NF4, NVFP4, ScaleCode};
 use crate::kernel::decode::{Row, decode, restore_absmax};
 
 /// A source in which no two bytes near each other are alike.
@@ -105,19 +105,24 @@ fn build(words: &Words) -> (Read, Vec<u8>) {
 /// A matrix of each coding, of whole groups or not where the coding allows it.
 fn coded(kind: u8, rows: u64, columns: u64, f32: bool, at: u64) -> Decode {
     let dtype = if f32 { FloatDtype::Float32 } else { FloatDtype::Bfloat16 };
-    let scale = if f32 { ScaleDtype::F32 } else { ScaleDtype::U8 };
+    let scale = if f32 { ScaleCode::Float(FloatDtype::Float32) } else { ScaleCode::E8m0(Highest::Infinite) };
     let (coding, rows, columns, row_len) = match kind {
         0 | 1 => {
             let elements = rows * columns * 977 + 3;
             (NF4.codec(CodecOptions::default()).coding(elements, None), 1, elements, elements.div_ceil(2))
         }
-        2 | 3 => (Coding::Int { group: 32 }, rows, columns * 32, columns * 16),
-        4 => (Coding::Nvfp4 { global_scale: 3.0 }, rows, columns * 16, columns * 8),
-        5 => (Coding::Mxfp4GptOss, rows, columns * 32, columns * 16),
-        _ => (Coding::Fp8 { block: 16, scale }, rows, columns * 13 + 1, columns * 13 + 1),
+        2 | 3 => (
+            Coding::new(ElementCode::Int { zero_point: kind == 3 }, ScaleCode::SourceFloat, 32),
+            rows,
+            columns * 32,
+            columns * 16,
+        ),
+        4 => (NVFP4.codec(CodecOptions::default()).coding(columns, Some(3.0)), rows, columns * 16, columns * 8),
+        5 => (Coding::new(ElementCode::E2m1, ScaleCode::E8m0(Highest::Finite), 32), rows, columns * 32, columns * 16),
+        _ => (Coding::new(ElementCode::E4m3, scale, 16), rows, columns * 13 + 1, columns * 13 + 1),
     };
     let (nested, has_points, group_rows) = (kind == 1, kind == 3, if kind == 6 { 3 } else { 1 });
-    let per_row = columns.div_ceil(coding.group() as u64);
+    let per_row = columns.div_ceil(coding.group as u64);
     let scale_len = if nested { 1 } else { coding.scale_size(dtype) as u64 };
     let span = |tensor: usize, len: u64| Span { file: 0, tensor, offset: at + 10_000 * tensor as u64, len };
     Decode {
@@ -138,7 +143,7 @@ fn coded(kind: u8, rows: u64, columns: u64, f32: bool, at: u64) -> Decode {
 /// All that a matrix decodes to, row by row.
 fn decoded(matrix: &Decode) -> Vec<u8> {
     let Decode { coding, dtype, rows, columns, row_len, group_rows, .. } = *matrix;
-    let per_row = columns.div_ceil(coding.group() as u64) as usize;
+    let per_row = columns.div_ceil(coding.group as u64) as usize;
     let (codes, mut scales) = (source_bytes(matrix.codes), source_bytes(matrix.scales));
     if let Some(Nested { absmax, offset }) = matrix.nested {
         let mut restored = vec![0; scales.len() * 4];

@@ -12,7 +12,7 @@ use prequant::layout::{QuantState, quant_state_bytes};
 use prequant::manifest::{DecisionRecord, Manifest};
 use prequant::ops::quantize::{Options, plan};
 use prequant::pipeline::Progress;
-use prequant::recipe::Recipe;
+use prequant::recipe::{Recipe, RecipeOptions};
 use proptest::prelude::*;
 use safetensors::tensor::Dtype;
 use sha2::{Digest, Sha256};
@@ -160,8 +160,14 @@ proptest! {
         let tensors = checkpoint(&weights);
         let folder = Folder::new("qwen3_moe");
         folder.write_shards(&tensors.chunks(tensors.len().div_ceil(shards)).map(<[_]>::to_vec).collect::<Vec<_>>());
-        let block_size = BlockSize::try_from(block_size).unwrap();
-        let recipe = Recipe { format, block_size, double_quant, max_shard_size, ..Recipe::default() };
+        let options = RecipeOptions {
+            format: Some(format),
+            block_size: Some(BlockSize::try_from(block_size).unwrap()),
+            double_quant: Some(double_quant),
+            max_shard_size: Some(max_shard_size),
+            ..RecipeOptions::default()
+        };
+        let recipe = options.build().unwrap();
 
         let plain = How { threads: 1, chunk_elements: 1 << 21, kernel: Kernel::SCALAR };
         let manifest = convert(&folder.source(), &folder.destination(), &recipe, plain);

@@ -11,13 +11,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use prequant::backend::Device;
 use prequant::checkpoint::Source;
-use prequant::format::{BlockSize, FP4, MXFP4, NF4};
+use prequant::format::{FP4, MXFP4, NF4};
 use prequant::kernel::Kernel;
 use prequant::manifest::{DecisionRecord, Manifest};
 use prequant::ops::quantize::{Options, plan};
 use prequant::ops::{dequantize, verify};
 use prequant::pipeline::Progress;
-use prequant::recipe::Recipe;
+use prequant::recipe::{Recipe, RecipeOptions};
 use prequant::store::{Location, MemoryStore};
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
@@ -60,8 +60,13 @@ fn tensors_longer_than_any_chunk_are_what_one_pass_gives_in_any_memory() {
     let folder = Folder::new("qwen3_moe");
     folder.write("model.safetensors", serialize(&tensors));
     for double_quant in [false, true] {
-        let block_size = BlockSize::try_from(32).unwrap();
-        let recipe = Recipe { double_quant, block_size, max_shard_size: 2_000_000, ..Recipe::default() };
+        let options = RecipeOptions {
+            double_quant: Some(double_quant),
+            block_size: Some(32.try_into().unwrap()),
+            max_shard_size: Some(2_000_000),
+            ..RecipeOptions::default()
+        };
+        let recipe = options.build().unwrap();
         let plain: Vec<Recomputed> = tensors.iter().map(|tensor| recompute(tensor, &recipe)).collect();
         let mut reference = None;
         for (threads, memory, kernel) in [
@@ -327,7 +332,8 @@ fn a_checkpoint_in_memory_gives_the_bytes_that_one_in_a_folder_gives() {
     folder.write("nested/LICENSE", "free");
     let source = in_memory(&folder.source());
     for (i, format) in [&NF4, &MXFP4].into_iter().enumerate() {
-        let recipe = Recipe { format, max_shard_size: 6000, ..Recipe::default() };
+        let options = RecipeOptions { format: Some(format), max_shard_size: Some(6000), ..RecipeOptions::default() };
+        let recipe = options.build().unwrap();
         let options = Options { hash_source: true, ..Options::default() };
         let (there, here) = (folder.beside(&format!("from-folder-{i}")), folder.beside(&format!("from-memory-{i}")));
         plan(folder.source(), recipe.clone(), options.clone()).unwrap().execute(&there, &Unseen).unwrap();

@@ -172,6 +172,10 @@ fn options_of_other_formats_are_refused() {
         &["--format", "nf4", "--layout", "modelopt"],
         &["--format", "int4", "--layout", "modelopt"],
         &["--format", "nvfp4", "--layout", "gpt-oss"],
+        // With their defaults, too.
+        &["--format", "mxfp4", "--block-size", "64"],
+        &["--format", "fp4", "--group-size", "128"],
+        &["--format", "nf4", "--layout", "compressed-tensors"],
     ] {
         folder.convert(flags).fails(2, &[flags[2]]);
     }

@@ -6,11 +6,11 @@ use std::process::Command;
 
 use prequant::dtype::FloatDtype;
 use prequant::kernel::Kernel;
-use prequant::kernel::group::{GroupCoder, scalar};
+use prequant::kernel::group::scalar;
 use safetensors::tensor::Dtype;
 use serde_json::Value;
 
-use crate::support::{self, Folder, Run, Stored, Tensor, contents, groups, read_tensors, serialize};
+use crate::support::{self, Folder, Run, Stored, Tensor, codings, contents, groups, read_tensors, serialize};
 
 /// A golden file's tensors; scripts/make group-goldens had llm-compressor write them.
 fn goldens(file: &str) -> BTreeMap<String, Stored> {
@@ -161,7 +161,7 @@ fn weights_that_are_put_together_share_a_global_scale() {
             let weight = name(layer, module);
             let global = stored(&found, &format!("{weight}_global_scale"));
             assert_eq!(global, (Dtype::F32, vec![1], global_scale.to_le_bytes().to_vec()), "{weight}");
-            let scheme = GroupCoder::Nvfp4 { global_scale };
+            let scheme = codings::nvfp4(global_scale);
             let expected = groups::quantize(Kernel::SCALAR, &weights[&weight].data, bf16, columns, 16, scheme).unwrap();
             assert!(stored(&found, &format!("{weight}_packed")).2 == expected.packed, "{weight}");
             assert!(stored(&found, &format!("{weight}_scale")).2 == expected.scales, "{weight}");
@@ -172,13 +172,13 @@ fn weights_that_are_put_together_share_a_global_scale() {
 /// More than one chunk of a tensor, and its last one short: in rows, in groups, and with zero points of eight rows in one.
 #[test]
 fn large_weights_are_what_the_kernel_makes_of_them() {
-    use GroupCoder::{Int4, Int4Asym, Mxfp4};
+    use codings::{INT4, INT4_ASYM, MXFP4};
     for (format, scheme, flags, columns, group) in [
-        ("int4", Int4, &[][..], 4096, 128),
-        ("int4", Int4, &["--group-size", "channel"], 4100, 4100),
-        ("int4-asym", Int4Asym, &["--group-size", "64"], 4160, 64),
-        ("int4-asym", Int4Asym, &["--group-size", "channel"], 4099, 4099),
-        ("mxfp4", Mxfp4, &[], 4096, 32),
+        ("int4", INT4, &[][..], 4096, 128),
+        ("int4", INT4, &["--group-size", "channel"], 4100, 4100),
+        ("int4-asym", INT4_ASYM, &["--group-size", "64"], 4160, 64),
+        ("int4-asym", INT4_ASYM, &["--group-size", "channel"], 4099, 4099),
+        ("mxfp4", MXFP4, &[], 4096, 32),
     ] {
         let rows = 1299;
         let weight = Tensor::random(&linear(0), Dtype::BF16, &[rows, columns]);
@@ -195,7 +195,7 @@ fn large_weights_are_what_the_kernel_makes_of_them() {
                 "{format} {flags:?} {run:?}"
             );
             assert!(stored(&found, &format!("{}_scale", linear(0))).2 == expected.scales, "{format} {flags:?} {run:?}");
-            if scheme == Int4Asym {
+            if scheme.has_zero_points() {
                 let found = stored(&found, &format!("{}_zero_point", linear(0)));
                 assert!(found.2 == packed_points(&expected.zero_points, columns / group), "{format} {flags:?} {run:?}");
             }

@@ -9,6 +9,8 @@ mod dequantize;
 mod files;
 mod group_configs;
 mod groups;
+#[cfg(feature = "test-format")]
+mod mxint4;
 mod relayout;
 mod sources;
 mod split;

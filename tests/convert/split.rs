@@ -2,11 +2,10 @@
 
 use prequant::dtype::FloatDtype;
 use prequant::kernel::Kernel;
-use prequant::kernel::group::GroupCoder;
 use safetensors::tensor::Dtype;
 use serde_json::Value;
 
-use crate::support::{self, Folder, Tensor, groups, read_tensors, serialize};
+use crate::support::{self, Folder, Tensor, codings, groups, read_tensors, serialize};
 
 const EXPERTS: usize = 3;
 
@@ -199,8 +198,7 @@ fn every_expert_has_its_own_rows_under_its_own_name() {
                 let matrices = matrices(tensor, expert, targets.len(), *transposed, *interleaved);
                 for (target, (rows, columns, data)) in targets.iter().zip(matrices) {
                     let name = target.replace('*', &expert.to_string());
-                    let expected =
-                        groups::quantize(Kernel::SCALAR, &data, float, columns, 32, GroupCoder::Int4).unwrap();
+                    let expected = groups::quantize(Kernel::SCALAR, &data, float, columns, 32, codings::INT4).unwrap();
                     let (_, (_, shape, packed)) = &found[&format!("{name}.weight_packed")];
                     assert_eq!(*shape, [rows, columns / 8], "{name}");
                     assert!(*packed == expected.packed, "{name}");
@@ -318,8 +316,7 @@ fn gpt_oss_layout_has_blocks_and_scales() {
     assert_eq!((&shape[..], &scales_shape[..]), (&[EXPERTS, 96, 2, 16][..], &[EXPERTS, 96, 2][..]));
     for expert in 0..EXPERTS {
         let (_, _, data) = matrices(&tensors[0], expert, 1, true, false).remove(0);
-        let expected =
-            groups::quantize(Kernel::SCALAR, &data, FloatDtype::Bfloat16, 64, 32, GroupCoder::Mxfp4).unwrap();
+        let expected = groups::quantize(Kernel::SCALAR, &data, FloatDtype::Bfloat16, 64, 32, codings::MXFP4).unwrap();
         assert!(blocks[expert * 96 * 32..][..96 * 32] == expected.packed, "{expert}");
         assert!(scales[expert * 96 * 2..][..96 * 2] == expected.scales, "{expert}");
     }

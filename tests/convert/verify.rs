@@ -152,7 +152,13 @@ fn a_manifest_that_lies_is_found_out() {
     differs(&lie("\"dtype\": \"U8\"", "\"dtype\": \"I8\""), &[], &["is U8", "expected I8"]);
     differs(&lie("tokenizer.json", "../../etc/passwd"), &[], &["names a file outside of its folder"]);
     differs(&lie("\"block_size\": 64", "\"block_size\": 128"), &[], &["says (\"nf4\", 64,", "expected (\"nf4\", 128,"]);
-    differs(&lie("\"schema_version\": 1", "\"schema_version\": 2"), &[], &["schema version 2, expected 1"]);
+    let newer = lie("\"schema_version\": 2", "\"schema_version\": 3");
+    differs(&newer, &[], &["prequant.json: prequant 0.", "wrote it, with schema version 3", "or a newer one"]);
+    for command in ["dequantize", "convert"] {
+        let to = newer.beside("elsewhere");
+        let run = Run::of(Command::new(env!("CARGO_BIN_EXE_prequant")).arg(command).arg(newer.destination()).arg(to));
+        run.fails(3, &["prequant.json", "schema version 3", "or a newer one"]);
+    }
     differs(&lie("up_proj.weight.quant_map", "up_proj.weight.quant_mop"), &["--quick"], &["quant_mop", "missing"]);
     let renamed = lie("\"relative_squared_error\": 0.0", "\"relative_squared_error\": 0.1");
     run("verify", &renamed, &[]).ok();

@@ -5,11 +5,13 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use prequant::dtype::FloatDtype;
+use prequant::format::{Coding, ScaleCode};
 use prequant::kernel::Kernel;
-use prequant::kernel::group::{GroupCoder, scalar};
+use prequant::kernel::group::scalar;
 use safetensors::SafeTensors;
 use sha2::{Digest, Sha256};
 
+use crate::support::codings;
 use crate::support::groups::{Quantized, quantize};
 
 const DTYPES: [(&str, FloatDtype); 3] =
@@ -55,11 +57,11 @@ fn decoded(found: &Quantized, group: usize, size: usize) -> f64 {
     value * 2f64.powi(i32::from(found.scales[group]) - 127)
 }
 
-fn check(name: &str, plain: GroupCoder) {
+fn check(name: &str, plain: Coding) {
     Kernel::available().into_iter().for_each(|kernel| check_kernel(kernel, name, plain));
 }
 
-fn check_kernel(kernel: Kernel, name: &str, plain: GroupCoder) {
+fn check_kernel(kernel: Kernel, name: &str, plain: Coding) {
     let (mut compared, mut lost) = (0, 0);
     let mut wrong = Vec::new();
     for (dtype_name, dtype) in DTYPES {
@@ -70,19 +72,19 @@ fn check_kernel(kernel: Kernel, name: &str, plain: GroupCoder) {
             let columns = shape[1];
             let group = size.parse().unwrap_or(columns);
             let scheme = match plain {
-                GroupCoder::Nvfp4 { .. } => {
+                Coding { scale: ScaleCode::E4m3, .. } => {
                     let global_scale = scalar::global_scale(scalar::absmax(source, dtype).unwrap(), dtype);
                     let expected = &outputs[&format!("{key}/global")].1;
                     if global_scale.to_le_bytes()[..] != expected[..] {
                         wrong.push(format!("{dtype_name} {key}: global scale {global_scale}, expected {expected:x?}"));
                     }
-                    GroupCoder::Nvfp4 { global_scale }
+                    codings::nvfp4(global_scale)
                 }
                 other => other,
             };
             let mut found = quantize(kernel, source, dtype, columns, group, scheme).unwrap();
             let mut outputs = outputs.clone();
-            if scheme == GroupCoder::Mxfp4 {
+            if scheme == codings::MXFP4 {
                 for (i, source) in source.chunks(group * dtype.size()).enumerate().filter(|(_, s)| is_lost(s, dtype)) {
                     lost += 1;
                     let decoded = decoded(&found, i, group);
@@ -109,7 +111,7 @@ fn check_kernel(kernel: Kernel, name: &str, plain: GroupCoder) {
             };
             differ("packed", &found.packed);
             differ("scale", &found.scales);
-            if scheme == GroupCoder::Int4Asym {
+            if scheme.has_zero_points() {
                 differ("zero_point", &pack_zero_points(&found.zero_points, columns / group));
             }
         }
@@ -121,22 +123,22 @@ fn check_kernel(kernel: Kernel, name: &str, plain: GroupCoder) {
 
 #[test]
 fn int4_is_the_references() {
-    check("int4", GroupCoder::Int4);
+    check("int4", codings::INT4);
 }
 
 #[test]
 fn int4_asym_is_the_references() {
-    check("int4-asym", GroupCoder::Int4Asym);
+    check("int4-asym", codings::INT4_ASYM);
 }
 
 #[test]
 fn nvfp4_is_the_references() {
-    check("nvfp4", GroupCoder::Nvfp4 { global_scale: 0.0 });
+    check("nvfp4", codings::nvfp4(0.0));
 }
 
 #[test]
 fn mxfp4_is_the_references() {
-    check("mxfp4", GroupCoder::Mxfp4);
+    check("mxfp4", codings::MXFP4);
 }
 
 /// E2M1's values by code.
@@ -168,7 +170,7 @@ fn nvfp4_in_modelopts_layout_is_modelopts() {
         for (case, kernel) in outputs.keys().filter_map(|key| key.strip_suffix("/packed")).flat_map(each_kernel) {
             let (shape, source) = &inputs[case];
             let scale_2 = scalar::scale_2(kernel.absmax(source, dtype).unwrap());
-            let scheme = GroupCoder::Nvfp4ModelOpt { scale_2 };
+            let scheme = codings::nvfp4_modelopt(scale_2);
             let found = quantize(kernel, source, dtype, shape[1], 16, scheme).unwrap();
             for (kind, found) in [
                 ("scale_2", &scale_2.to_le_bytes().to_vec()),
@@ -223,7 +225,7 @@ fn a_checkpoint_in_modelopts_layout_is_modelopts_export() {
         let fused = fused(name);
         let absmax = fused.iter().map(|name| scalar::absmax(&sources[name].1, FloatDtype::Bfloat16).unwrap());
         let scale_2 = scalar::scale_2(absmax.fold(0.0, f32::max));
-        let scheme = GroupCoder::Nvfp4ModelOpt { scale_2 };
+        let scheme = codings::nvfp4_modelopt(scale_2);
         let found = quantize(Kernel::detect(), source, FloatDtype::Bfloat16, shape[1], 16, scheme).unwrap();
         check(name, "uint8", &[shape[0], shape[1] / 2], &found.packed);
         check(&format!("{name}_scale"), "float8_e4m3fn", &[shape[0], shape[1] / 16], &found.scales);
@@ -236,7 +238,7 @@ fn a_checkpoint_in_modelopts_layout_is_modelopts_export() {
 #[test]
 fn zeros_in_modelopts_layout_decode_to_zeros() {
     for kernel in Kernel::available() {
-        let scheme = GroupCoder::Nvfp4ModelOpt { scale_2: scalar::scale_2(0.0) };
+        let scheme = codings::nvfp4_modelopt(scalar::scale_2(0.0));
         let found = quantize(kernel, &[0; 128], FloatDtype::Bfloat16, 64, 16, scheme).unwrap();
         assert_eq!((found.packed, found.scales), (vec![0; 32], vec![0x38; 4]), "{}", kernel.name());
     }

@@ -5,11 +5,11 @@ use std::sync::LazyLock;
 use half::{bf16, f16};
 use prequant::backend::cuda::{GROUPS_PTX, GroupKernel, THREADS};
 use prequant::dtype::FloatDtype;
-use prequant::kernel::group::GroupCoder;
+use prequant::format::{Coding, ElementCode};
 
 use super::launch::Kernels;
 use super::launch_groups::{Rows, schemes};
-use crate::support::{groups, weights::*};
+use crate::support::{codings, groups, weights::*};
 
 static KERNELS: LazyLock<Kernels> = LazyLock::new(|| Kernels::parse(GROUPS_PTX));
 
@@ -21,11 +21,10 @@ fn assert_equal(rows: Rows<'_>) {
 }
 
 /// The group sizes that a scheme is used with, in rows of `columns`.
-fn sizes(scheme: GroupCoder, columns: usize) -> Vec<usize> {
-    match scheme {
-        GroupCoder::Int4 | GroupCoder::Int4Asym => vec![32, 64, 128, columns],
-        GroupCoder::Nvfp4 { .. } | GroupCoder::Nvfp4ModelOpt { .. } => vec![16],
-        GroupCoder::Mxfp4 => vec![32],
+fn sizes(scheme: Coding, columns: usize) -> Vec<usize> {
+    match scheme.element {
+        ElementCode::Int { .. } => vec![32, 64, 128, columns],
+        _ => vec![scheme.group],
     }
 }
 
@@ -50,7 +49,7 @@ fn assert_equal_for(elements: &[f32]) {
 fn assert_row_equal(elements: &[f32], columns: usize) {
     for dtype in DTYPES {
         let source = &encode(dtype, elements)[..];
-        for scheme in [GroupCoder::Int4, GroupCoder::Int4Asym] {
+        for scheme in [codings::INT4, codings::INT4_ASYM] {
             assert_equal(Rows { source, dtype, columns, group: columns, scheme });
         }
     }
@@ -134,8 +133,8 @@ fn at_the_borders_between_scales() {
     elements.resize(elements.len().next_multiple_of(COLUMNS), 0.0);
     for dtype in DTYPES {
         let source = &encode(dtype, &elements)[..];
-        let nvfp4 = [1.0, 1.0 / 3.0, 0.0].map(|global_scale| GroupCoder::Nvfp4 { global_scale });
-        let modelopt = [1.0, 3.0, 1e30].map(|scale_2| GroupCoder::Nvfp4ModelOpt { scale_2 });
+        let nvfp4 = [1.0, 1.0 / 3.0, 0.0].map(|global_scale| codings::nvfp4(global_scale));
+        let modelopt = [1.0, 3.0, 1e30].map(|scale_2| codings::nvfp4_modelopt(scale_2));
         for scheme in nvfp4.into_iter().chain(modelopt) {
             assert_equal(Rows { source, dtype, columns: COLUMNS, group: 16, scheme });
         }

@@ -2,11 +2,13 @@
 
 use prequant::backend::cuda::{GroupKernel, THREADS, tensor_factor};
 use prequant::dtype::FloatDtype;
+use prequant::format::Coding;
 use prequant::kernel::Kernel;
-use prequant::kernel::group::{GroupCoder, scalar};
+use prequant::kernel::group::scalar;
 use ptx_interpreter::{Fault, Memory};
 
 use super::launch::{Kernels, upload, words};
+use crate::support::codings;
 use crate::support::groups::{self, Quantized};
 
 /// Rows to quantize: what a kernel is given.
@@ -16,7 +18,7 @@ pub struct Rows<'a> {
     pub dtype: FloatDtype,
     pub columns: usize,
     pub group: usize,
-    pub scheme: GroupCoder,
+    pub scheme: Coding,
 }
 
 impl Rows<'_> {
@@ -29,7 +31,7 @@ impl Rows<'_> {
     }
 
     fn kernel(&self) -> GroupKernel {
-        GroupKernel::new(self.scheme, self.columns, self.group).expect("a kernel")
+        GroupKernel::new(Coding { group: self.group, ..self.scheme }, self.columns).expect("a kernel")
     }
 
     /// The bytes of a group's codes.
@@ -42,14 +44,14 @@ impl Rows<'_> {
 }
 
 /// Every scheme, with what the plan would give it for this source.
-pub fn schemes(source: &[u8], dtype: FloatDtype) -> [GroupCoder; 5] {
+pub fn schemes(source: &[u8], dtype: FloatDtype) -> [Coding; 5] {
     let absmax = scalar::absmax(source, dtype).unwrap_or(1.0);
     [
-        GroupCoder::Int4,
-        GroupCoder::Int4Asym,
-        GroupCoder::Nvfp4 { global_scale: scalar::global_scale(absmax, dtype) },
-        GroupCoder::Nvfp4ModelOpt { scale_2: scalar::scale_2(absmax) },
-        GroupCoder::Mxfp4,
+        codings::INT4,
+        codings::INT4_ASYM,
+        codings::nvfp4(scalar::global_scale(absmax, dtype)),
+        codings::nvfp4_modelopt(scalar::scale_2(absmax)),
+        codings::MXFP4,
     ]
 }
 
@@ -60,7 +62,7 @@ impl Kernels {
         let (count, kernel) = (rows.groups(), rows.kernel());
         let mut memory = Memory::new();
         let from = upload(&mut memory, source)?;
-        let points = if scheme == GroupCoder::Int4Asym { count } else { 0 };
+        let points = if scheme.has_zero_points() { count } else { 0 };
         let packed_len = count * group / columns * scheme.packed_row(columns);
         let lens = [packed_len, count * scheme.scale_size(dtype), points, 16 * count];
         let results = lens.map(|len| memory.allocate(len));

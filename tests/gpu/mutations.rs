@@ -8,13 +8,13 @@ use regex::Regex;
 
 use prequant::backend::cuda::{GROUPS_PTX, GroupKernel, PTX};
 use prequant::dtype::FloatDtype;
-use prequant::format::{Codebook, dynamic_map};
-use prequant::kernel::group::GroupCoder;
+use prequant::format::{Codebook, Coding, dynamic_map};
 
 use super::block_faults::{MUTATIONS, Mutation};
 use super::group_faults::GROUP_MUTATIONS;
 use super::launch::{Kernels, kernel_name};
 use super::launch_groups::{Rows, schemes};
+use crate::support::codings;
 use crate::support::weights::*;
 
 /// The module with one blank between words, so that what is replaced can be written plainly. Lines stay what they are.
@@ -200,20 +200,13 @@ fn try_groups(kernels: &Kernels, kernel: GroupKernel, dtype: FloatDtype) -> Resu
         let bytes = |elements: &[f32]| elements.iter().flat_map(|&x| encode_one(dtype, x)).collect::<Vec<u8>>();
         let finite = if elements.iter().all(|x| x.is_finite()) { encode(dtype, &elements) } else { bytes(&elements) };
         let mut schemes = schemes(&finite, dtype).to_vec();
-        schemes.push(GroupCoder::Nvfp4 { global_scale: 1.0 });
-        schemes.push(GroupCoder::Nvfp4ModelOpt { scale_2: 0.25 });
-        schemes.push(GroupCoder::Nvfp4ModelOpt { scale_2: f32::from_bits(1) });
+        schemes.push(codings::nvfp4(1.0));
+        schemes.push(codings::nvfp4_modelopt(0.25));
+        schemes.push(codings::nvfp4_modelopt(f32::from_bits(1)));
         for &(columns, group) in shapes {
             let source = &finite[..finite.len() / (columns * dtype.size()) * columns * dtype.size()];
             for &scheme in &schemes {
-                let fits = match scheme {
-                    GroupCoder::Int4 => matches!(kernel, GroupKernel::Int4 | GroupKernel::Int4Rows),
-                    GroupCoder::Int4Asym => matches!(kernel, GroupKernel::Int4Asym | GroupKernel::Int4AsymRows),
-                    GroupCoder::Nvfp4 { .. } => kernel == GroupKernel::Nvfp4,
-                    GroupCoder::Nvfp4ModelOpt { .. } => kernel == GroupKernel::Nvfp4ModelOpt,
-                    GroupCoder::Mxfp4 => kernel == GroupKernel::Mxfp4,
-                };
-                if fits {
+                if GroupKernel::new(Coding { group, ..scheme }, columns) == Some(kernel) {
                     kernels.check_groups(Rows { source, dtype, columns, group, scheme })?;
                 }
             }

@@ -9,7 +9,7 @@ use prequant::layout::ParsedQuantState;
 use prequant::manifest::Manifest;
 use prequant::pipeline::{Budget, Limits};
 use prequant::plan::Plan;
-use prequant::recipe::{ExpertLayout, Recipe};
+use prequant::recipe::{ExpertLayout, RecipeOptions};
 use prequant::store::Identity;
 
 /// What a fuzzer calls with whatever it makes up.
@@ -50,10 +50,10 @@ pub fn config(data: &[u8]) {
 
 /// `prequant.json`.
 pub fn manifest(data: &[u8]) {
-    if let Ok(manifest) = serde_json::from_slice::<Manifest>(data) {
+    if let Ok(manifest) = Manifest::parse(data) {
         let mut written = Vec::new();
         manifest.write_json(&mut written).expect("writing to memory");
-        assert!(serde_json::from_slice::<Manifest>(&written).is_ok());
+        assert!(Manifest::parse(&written).is_ok());
     }
 }
 
@@ -79,17 +79,18 @@ pub fn plan(data: &[u8]) {
     let identity = Identity { len, version: String::new(), sha256: None };
     let files = vec![SourceFile { name, location, identity, header_sha256, tensors }];
     let source = Source { location: "fuzzed".into(), files, config: Some(config), side_files: Vec::new() };
-    let base = Recipe { max_shard_size: 1000, dequantize_source: true, ..Recipe::default() };
-    let channel = GroupSize::Channel;
-    for recipe in [
+    let base = RecipeOptions { max_shard_size: Some(1000), dequantize_source: Some(true), ..RecipeOptions::default() };
+    let of = |format| RecipeOptions { format: Some(format), ..base.clone() };
+    for options in [
         base.clone(),
-        Recipe { double_quant: true, ..base.clone() },
-        Recipe { experts: ExpertLayout::Fuse, ..base.clone() },
-        Recipe { format: &INT4, ..base.clone() },
-        Recipe { format: &INT4_ASYM, group_size: channel, ..base.clone() },
-        Recipe { format: &NVFP4, layout: Layout::Modelopt, ..base.clone() },
-        Recipe { format: &MXFP4, layout: Layout::GptOss, ..base },
+        RecipeOptions { double_quant: Some(true), ..base.clone() },
+        RecipeOptions { experts: Some(ExpertLayout::Fuse), ..base.clone() },
+        of(&INT4),
+        RecipeOptions { group_size: Some(GroupSize::Channel), ..of(&INT4_ASYM) },
+        RecipeOptions { layout: Some(Layout::Modelopt), ..of(&NVFP4) },
+        RecipeOptions { layout: Some(Layout::GptOss), ..of(&MXFP4) },
     ] {
+        let recipe = options.build().expect("options that go together");
         if let Ok(plan) = Plan::new(&source, recipe) {
             assert_eq!(plan.tensors.len(), plan.files.iter().map(|file| file.tensors.len()).sum::<usize>());
             let limits = Limits { memory: 1 << 28, threads: 4, gpus: 0, device_memory: 0 };

@@ -6,15 +6,14 @@ use std::path::Path;
 
 use half::{bf16, f16};
 use prequant::dtype::FloatDtype;
-use prequant::format::{Codebook, FP4, FormatSpec, NF4};
+use prequant::format::{Codebook, Coding, ElementCode, FP4, FormatSpec, Highest, NF4, ScaleCode};
 use prequant::kernel::Kernel;
-use prequant::kernel::decode::{Coding, Row, ScaleDtype, decode, restore_absmax};
-use prequant::kernel::group::GroupCoder;
+use prequant::kernel::decode::{Row, decode, restore_absmax};
 use proptest::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 
 use crate::support::weights::Random;
-use crate::support::{groups, weights};
+use crate::support::{codings, groups, weights};
 
 const DTYPES: [(&str, FloatDtype); 3] =
     [("bf16", FloatDtype::Bfloat16), ("f16", FloatDtype::Float16), ("f32", FloatDtype::Float32)];
@@ -75,7 +74,7 @@ impl Stored<'_> {
         let Stored { coding, dtype, codes, scales, zero_points } = self;
         let mut into = vec![0xa5; length * dtype.size()];
         if length > 0 {
-            let (last, group, size) = (first + length - 1, coding.group(), coding.scale_size(dtype));
+            let (last, group, size) = (first + length - 1, coding.group, coding.scale_size(dtype));
             let groups = first / group..last / group + 1;
             decode(Row {
                 coding,
@@ -140,11 +139,12 @@ fn check_groups(format: &str) {
             let [rows, columns] = restored.shape[..] else { panic!("{key}: not a matrix") };
             let group = key.split_once("/g").unwrap().1.parse().unwrap_or(columns);
             let coding = match format {
-                "nvfp4" => Coding::Nvfp4 { global_scale: part("global").unwrap().f32() },
-                "mxfp4" => Coding::Mxfp4,
-                _ => Coding::Int { group },
+                "nvfp4" => codings::nvfp4(part("global").unwrap().f32()),
+                "mxfp4" => codings::MXFP4,
+                _ => Coding { group, ..codings::INT4 },
             };
-            let expected_dtype = if coding == (Coding::Int { group }) { dtype } else { FloatDtype::Bfloat16 };
+            let expected_dtype =
+                if coding == (Coding { group, ..codings::INT4 }) { dtype } else { FloatDtype::Bfloat16 };
             assert_eq!(restored.float_dtype(), expected_dtype, "{source} {key}: dtype");
             let groups = columns.div_ceil(group);
             let points =
@@ -194,7 +194,7 @@ fn nf4_and_fp4_are_decoded_as_bitsandbytes_does() {
         let stored = goldens(&format!("goldens/{}-{name}", format.name));
         for (key, expected) in &dequantized {
             let Some((case, size)) = key.strip_prefix(&prefix).and_then(|case| case.split_once("/b")) else { continue };
-            let coding = Coding::Blocks { codebook: codebook(format), block_size: size.parse().unwrap() };
+            let coding = codings::blocks(codebook(format), size.parse().unwrap());
             let [codes, scales] = ["packed", "absmax"].map(|part| &stored[&format!("{case}/b{size}/{part}")].bytes[..]);
             let row = Stored { coding, dtype, codes, scales, zero_points: &[] };
             assert_eq!(expected.float_dtype(), dtype, "{key}: dtype");
@@ -224,7 +224,7 @@ fn double_quantized_weights_are_decoded_as_bitsandbytes_does() {
         let (codes, offset) = (&part("absmax").bytes, part("nested_offset").f32());
         let mut absmax = vec![0; codes.len() * 4];
         restore_absmax(codes, &part("nested_absmax").bytes, offset, 0, &mut absmax);
-        let coding = Coding::Blocks { codebook: codebook(format), block_size: 32 };
+        let coding = codings::blocks(codebook(format), 32);
         let row = Stored { coding, dtype, codes: &part("packed").bytes, scales: &absmax, zero_points: &[] };
         row.check(&part("dequantized").bytes, &format!("{format:?} {name}"));
     }
@@ -251,15 +251,16 @@ fn absmax_is_restored_as_bitsandbytes_does_from_any_entry_on() {
 #[test]
 fn fp8_blocks_are_decoded_as_transformers_does() {
     let tensors = goldens("source-goldens/fp8");
-    let scales =
-        [("f32", ScaleDtype::F32), ("bf16", ScaleDtype::Bf16), ("e8m0", ScaleDtype::E8m0), ("u8", ScaleDtype::U8)];
+    let kinds = ["f32", "bf16", "e8m0", "u8"];
     for case in tensors.keys().filter_map(|key| key.strip_suffix("/weight")) {
         let weight = &tensors[&format!("{case}/weight")];
         let [rows, columns] = weight.shape[..] else { panic!("{case}: not a matrix") };
-        for ((kind, scale), (name, dtype)) in scales.iter().flat_map(|&scale| DTYPES.map(|dtype| (scale, dtype))) {
+        for ((kind, scale), (name, dtype)) in
+            kinds.into_iter().zip(codings::FP8_SCALES).flat_map(|scale| DTYPES.map(|dtype| (scale, dtype)))
+        {
             let (grid, expected) =
                 (&tensors[&format!("{case}/{kind}/scale")], &tensors[&format!("{case}/{kind}/{name}")]);
-            let coding = Coding::Fp8 { block: columns / grid.shape[1], scale };
+            let coding = codings::fp8(columns / grid.shape[1], scale);
             for row in 0..rows {
                 let scales = grid.row(row * grid.shape[0] / rows, grid.shape[0]);
                 let stored = Stored { coding, dtype, codes: weight.row(row, rows), scales, zero_points: &[] };
@@ -281,11 +282,11 @@ fn gpt_oss_blocks_are_decoded_as_transformers_does() {
             let elements = (0..columns).map(|column| transposed[(expert * columns + column) * rows + row]);
             let [codes, scales] =
                 ["blocks", "scales"].map(|part| tensors[part].row(expert * rows + row, experts * rows));
-            let stored = Stored { coding: Coding::Mxfp4GptOss, dtype, codes, scales, zero_points: &[] };
+            let stored = Stored { coding: codings::MXFP4_GPT_OSS, dtype, codes, scales, zero_points: &[] };
             stored.check(&elements.collect::<Vec<_>>().concat(), &format!("{name}, expert {expert}, row {row}"));
             // compressed-tensors' rule differs in the largest byte alone.
             if !scales.contains(&255) {
-                let plain = Stored { coding: Coding::Mxfp4, ..stored };
+                let plain = Stored { coding: codings::MXFP4, ..stored };
                 assert_eq!(plain.decode(0, columns), stored.decode(0, columns), "expert {expert}, row {row}");
             }
         }
@@ -295,16 +296,16 @@ fn gpt_oss_blocks_are_decoded_as_transformers_does() {
 /// Codings with sizes that bytes and each other don't divide, too.
 fn codings() -> impl Strategy<Value = Coding> {
     let sizes = || prop::sample::select(vec![1usize, 3, 16, 31, 32, 64, 128]);
-    let scales = prop::sample::select(vec![ScaleDtype::F32, ScaleDtype::Bf16, ScaleDtype::E8m0, ScaleDtype::U8]);
+    let scales = prop::sample::select(codings::FP8_SCALES.to_vec());
     prop_oneof![
         (prop::sample::select(BLOCK_FORMATS.to_vec()), sizes())
-            .prop_map(|(format, block_size)| Coding::Blocks { codebook: codebook(format), block_size }),
-        sizes().prop_map(|group| Coding::Int { group }),
-        (0.1f32..1e5).prop_map(|global_scale| Coding::Nvfp4 { global_scale }),
-        (1e-6f32..1.0).prop_map(|scale_2| Coding::Nvfp4ModelOpt { scale_2 }),
-        Just(Coding::Mxfp4),
-        Just(Coding::Mxfp4GptOss),
-        (sizes(), scales).prop_map(|(block, scale)| Coding::Fp8 { block, scale }),
+            .prop_map(|(format, block_size)| codings::blocks(codebook(format), block_size)),
+        sizes().prop_map(|group| Coding { group, ..codings::INT4 }),
+        (0.1f32..1e5).prop_map(|global_scale| codings::nvfp4(global_scale)),
+        (1e-6f32..1.0).prop_map(|scale_2| codings::nvfp4_modelopt(scale_2)),
+        Just(codings::MXFP4),
+        Just(codings::MXFP4_GPT_OSS),
+        (sizes(), scales).prop_map(|(block, scale)| codings::fp8(block, scale)),
     ]
 }
 
@@ -320,7 +321,7 @@ proptest! {
     ) {
         let mut random = Random(seed);
         let mut bytes = |length: usize| (0..length).map(|_| (random.bits() >> 24) as u8).collect::<Vec<u8>>();
-        let groups = columns.div_ceil(coding.group());
+        let groups = columns.div_ceil(coding.group);
         let (codes, scales) = (bytes(columns), bytes(groups * coding.scale_size(dtype)));
         let zero_points = if with_zero_points { bytes(groups).iter().map(|byte| byte >> 4).collect() } else { vec![] };
         let row = Stored { coding, dtype, codes: &codes, scales: &scales, zero_points: &zero_points };
@@ -351,24 +352,33 @@ fn decoded_weights_are_as_far_off_as_the_quantizer_says() {
     for (format, size) in BLOCK_FORMATS.iter().flat_map(|&format| [32u32, 64, 4096].map(|size| (format, size))) {
         let stored = weights::quantize(Kernel::SCALAR, &source, dtype, size, codebook(format)).unwrap();
         let absmax: Vec<u8> = stored.figures[0].iter().flat_map(|bits| bits.to_le_bytes()).collect();
-        let coding = Coding::Blocks { codebook: codebook(format), block_size: size as usize };
+        let coding = codings::blocks(codebook(format), size as usize);
         let row = Stored { coding, dtype, codes: &stored.packed, scales: &absmax, zero_points: &[] };
         let decoded = row.decode(0, weights.len());
         assert_noise(&weights, &decoded, size as usize, &stored.figures, &format!("{format:?} {size}"));
     }
     let (global_scale, scale_2) = (20000.0, 4e-5);
-    let schemes = [
-        (GroupCoder::Int4, Coding::Int { group: 128 }),
-        (GroupCoder::Int4Asym, Coding::Int { group: 32 }),
-        (GroupCoder::Nvfp4 { global_scale }, Coding::Nvfp4 { global_scale }),
-        (GroupCoder::Nvfp4ModelOpt { scale_2 }, Coding::Nvfp4ModelOpt { scale_2 }),
-        (GroupCoder::Mxfp4, Coding::Mxfp4),
+    let of_formats = [
+        Coding { group: 128, ..codings::INT4 },
+        codings::INT4_ASYM,
+        codings::nvfp4(global_scale),
+        codings::nvfp4_modelopt(scale_2),
+        codings::MXFP4,
     ];
-    for (scheme, coding) in schemes {
+    // No format's, yet.
+    let elements = [ElementCode::Int { zero_point: false }, ElementCode::E2m1, ElementCode::Codebook(codebook(&NF4))];
+    let scales = [
+        ScaleCode::SourceFloat,
+        ScaleCode::Float(FloatDtype::Bfloat16),
+        ScaleCode::Float(FloatDtype::Float32),
+        ScaleCode::E8m0(Highest::Infinite),
+    ];
+    let others = elements.into_iter().flat_map(|element| scales.map(|scale| Coding::new(element, scale, 32)));
+    for coding in of_formats.into_iter().chain(others) {
         let columns = weights.len();
-        let stored = groups::quantize(Kernel::SCALAR, &source, dtype, columns, coding.group(), scheme).unwrap();
+        let stored = groups::quantize(Kernel::SCALAR, &source, dtype, columns, coding.group, coding).unwrap();
         let (codes, scales, zero_points) = (&stored.packed[..], &stored.scales[..], &stored.zero_points[..]);
         let decoded = Stored { coding, dtype, codes, scales, zero_points }.decode(0, columns);
-        assert_noise(&weights, &decoded, coding.group(), &stored.figures, &format!("{coding:?}"));
+        assert_noise(&weights, &decoded, coding.group, &stored.figures, &format!("{coding:?}"));
     }
 }

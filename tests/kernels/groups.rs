@@ -1,25 +1,27 @@
 //! Every kernel for groups against the specification: the same bytes, and figures the same to the bit.
 
 use prequant::dtype::FloatDtype;
-use prequant::kernel::group::{GroupCoder, scalar};
+use prequant::format::{Coding, ElementCode};
+use prequant::kernel::group::scalar;
 use prequant::kernel::{Kernel, NonFinite};
 
+use crate::support::codings;
 use crate::support::groups::{self, quantize};
 use crate::support::weights::{self, DTYPES, Random, encode, largest, next_bf16s, next_f32s};
 
 /// The schemes with the group sizes that each is used with; a whole row's, and odd ones, too.
-fn schemes(source: &[u8], dtype: FloatDtype) -> Vec<(GroupCoder, Vec<usize>)> {
+fn schemes(source: &[u8], dtype: FloatDtype) -> Vec<(Coding, Vec<usize>)> {
     let absmax = scalar::absmax(source, dtype).unwrap_or(1.0);
     let global_scale = scalar::global_scale(absmax, dtype);
     let scale_2 = scalar::scale_2(absmax);
     let integers = vec![32, 64, 128, COLUMNS, 40, 20];
     vec![
-        (GroupCoder::Int4, integers.clone()),
-        (GroupCoder::Int4Asym, integers),
-        (GroupCoder::Nvfp4 { global_scale }, vec![16]),
-        (GroupCoder::Nvfp4 { global_scale: 1.0 }, vec![16]),
-        (GroupCoder::Nvfp4ModelOpt { scale_2 }, vec![16]),
-        (GroupCoder::Mxfp4, vec![32]),
+        (codings::INT4, integers.clone()),
+        (codings::INT4_ASYM, integers),
+        (codings::nvfp4(global_scale), vec![16]),
+        (codings::nvfp4(1.0), vec![16]),
+        (codings::nvfp4_modelopt(scale_2), vec![16]),
+        (codings::MXFP4, vec![32]),
     ]
 }
 
@@ -144,7 +146,7 @@ fn what_is_not_finite_is_told_wherever_it_is() {
 }
 
 /// Asserts that every kernel does with groups of these bf16 what the specification does.
-fn assert_groups_equal(source: &[u8], group: usize, scheme: GroupCoder, case: &str) {
+fn assert_groups_equal(source: &[u8], group: usize, scheme: Coding, case: &str) {
     let dtype = FloatDtype::Bfloat16;
     let expected = quantize(Kernel::SCALAR, source, dtype, group, group, scheme).unwrap();
     for kernel in Kernel::available() {
@@ -154,12 +156,12 @@ fn assert_groups_equal(source: &[u8], group: usize, scheme: GroupCoder, case: &s
 }
 
 /// The schemes, each with its shortest group, for tensors whose absmax is 1.
-const SCHEMES: [(GroupCoder, usize); 5] = [
-    (GroupCoder::Int4, 32),
-    (GroupCoder::Int4Asym, 32),
-    (GroupCoder::Nvfp4 { global_scale: 2688.0 }, 16),
-    (GroupCoder::Nvfp4ModelOpt { scale_2: 1.0 / 2688.0 }, 16),
-    (GroupCoder::Mxfp4, 32),
+const SCHEMES: [(Coding, usize); 5] = [
+    (codings::INT4, 32),
+    (codings::INT4_ASYM, 32),
+    (codings::nvfp4(2688.0), 16),
+    (codings::nvfp4_modelopt(1.0 / 2688.0), 16),
+    (codings::MXFP4, 32),
 ];
 
 /// Vector kernels take so many at a time.
@@ -212,7 +214,7 @@ fn every_bf16_is_a_groups_absmax() {
 fn a_group_far_beyond_its_scale_changes_no_other() {
     let mut random = Random(7);
     let weights: Vec<f32> = (0..130 * 16).map(|_| random.uniform()).collect();
-    for scheme in [GroupCoder::Nvfp4 { global_scale: 448.0 }, GroupCoder::Nvfp4ModelOpt { scale_2: 1.0 / 448.0 }] {
+    for scheme in [codings::nvfp4(448.0), codings::nvfp4_modelopt(1.0 / 448.0)] {
         for far in (0..130).step_by(3) {
             for by in [14.0, 15.9, 16.0, 16.1, 1e4, 1e30] {
                 let mut weights = weights.clone();
@@ -266,7 +268,7 @@ fn figures_are_those_of_the_decoded_weights() {
                 let point = found.zero_points.get(i).map_or(8.0, |&point| f64::from(point));
                 let float = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0][usize::from(code & 7)];
                 let float = if code < 8 { float } else { -float };
-                f64::from(scales[i]) * if scheme.is_float() { float } else { f64::from(code) - point }
+                f64::from(scales[i]) * if scheme.element == ElementCode::E2m1 { float } else { f64::from(code) - point }
             };
             let errors: Vec<f64> = elements.iter().enumerate().map(|(j, &x)| f64::from(x) - value(j)).collect();
             let scale = f64::from(scales[i]);

@@ -14,7 +14,7 @@ use prequant::Error;
 use prequant::manifest::Manifest;
 use prequant::ops::quantize::{Conversion, Options, plan};
 use prequant::pipeline::Progress;
-use prequant::recipe::Recipe;
+use prequant::recipe::{Recipe, RecipeOptions};
 use prequant::store::{Fault, FaultyStore, LocalStore, Location};
 use safetensors::tensor::Dtype;
 
@@ -33,7 +33,8 @@ fn checkpoint() -> Folder {
 }
 
 fn recipe(double_quant: bool) -> Recipe {
-    Recipe { double_quant, max_shard_size: 6_000, ..Recipe::default() }
+    let (double_quant, max_shard_size) = (Some(double_quant), Some(6_000));
+    RecipeOptions { double_quant, max_shard_size, ..RecipeOptions::default() }.build().unwrap()
 }
 
 const FLAGS: [&str; 2] = ["--max-shard-size", "6kB"];

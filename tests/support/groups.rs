@@ -1,7 +1,8 @@
 //! Rows to quantize in groups, and what a kernel makes of them.
 
 use prequant::dtype::FloatDtype;
-use prequant::kernel::group::{GroupCoder, Groups};
+use prequant::format::Coding;
+use prequant::kernel::group::Groups;
 use prequant::kernel::{BlockErrors, Kernel, NonFinite};
 
 const TINY: f32 = f32::from_bits(1);
@@ -61,22 +62,21 @@ pub fn quantize(
     dtype: FloatDtype,
     columns: usize,
     group: usize,
-    scheme: GroupCoder,
+    scheme: Coding,
 ) -> Result<Quantized, NonFinite> {
     let rows = source.len() / dtype.size() / columns;
     let groups = rows * (columns / group);
     // Filled with what no kernel writes everywhere, so that what was left out shows.
     let mut packed = vec![0xee; rows * scheme.packed_row(columns)];
     let mut scales = vec![0xee; groups * scheme.scale_size(dtype)];
-    let mut zero_points = vec![0xee; if scheme == GroupCoder::Int4Asym { groups } else { 0 }];
+    let mut zero_points = vec![0xee; if scheme.has_zero_points() { groups } else { 0 }];
     let mut figures: [Vec<f32>; 4] = std::array::from_fn(|_| vec![f32::NAN; groups]);
     let [absmax, signal, noise, worst] = &mut figures;
     kernel.quantize_groups(Groups {
         source,
         dtype,
         columns,
-        group,
-        scheme,
+        coding: Coding { group, ..scheme },
         packed: &mut packed,
         scales: &mut scales,
         zero_points: &mut zero_points,

@@ -10,6 +10,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use tempfile::TempDir;
 
+pub mod codings;
 pub mod groups;
 pub mod recompute;
 pub mod weights;

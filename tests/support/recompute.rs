@@ -91,8 +91,8 @@ fn bytes(bytes: Vec<u8>) -> Stored {
 
 impl Loss {
     fn of(tensor: &Tensor, recipe: &Recipe, packed: &[u8], absmax: &[f32]) -> Loss {
-        let (dtype, block_size) = (float_dtype(tensor.dtype), recipe.block_size.get());
-        let values = recipe.format.codebook().unwrap().values();
+        let Scales::Blocks { codebook, size, .. } = recipe.codec().scales else { panic!("{recipe:?}") };
+        let (dtype, block_size, values) = (float_dtype(tensor.dtype), size.get(), codebook.values());
         let source: Vec<f64> =
             tensor.data.chunks(dtype.size()).map(|bytes| f64::from(scalar::decode(bytes, dtype))).collect();
         let mut loss = Loss { absmax: absmax.iter().copied().map(f64::from).collect(), ..Loss::default() };

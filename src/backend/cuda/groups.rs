@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::backend::cuda::driver::{Context, Fault, Function, Module};
 use crate::backend::cuda::{THREADS, dtype_name};
 use crate::dtype::FloatDtype;
-use crate::kernel::group::GroupCoder;
+use crate::format::{Coding, ElementCode, ScaleCode, TensorScale};
 
 /// The kernels for groups, made from groups.cu as [`super::PTX`] is from kernels.cu.
 pub const GROUPS_PTX: &str = include_str!("groups.ptx");
@@ -45,21 +45,26 @@ impl GroupKernel {
         GroupKernel::Int4AsymRows,
     ];
 
-    /// The kernel for rows of `columns` elements in groups of `group`, if there is one: groups are 16 elements for NVFP4 and
-    /// 32 for MXFP4; for integers a multiple of 32, or a row.
-    pub fn new(scheme: GroupCoder, columns: usize, group: usize) -> Option<GroupKernel> {
+    /// The kernel for rows of `columns` elements, if there is one: groups are 16 elements with E4M3 scales and 32 with powers of
+    /// two; of integers a multiple of 32, or a row.
+    pub fn new(coding: Coding, columns: usize) -> Option<GroupKernel> {
+        let Coding { element, scale, group, tensor_scale } = coding;
         let in_teams = group.is_multiple_of(32);
         let in_rows = group == columns && (!in_teams || group >= LONG_ROW);
-        Some(match scheme {
-            GroupCoder::Int4 if in_rows => GroupKernel::Int4Rows,
-            GroupCoder::Int4Asym if in_rows => GroupKernel::Int4AsymRows,
-            GroupCoder::Int4 if in_teams => GroupKernel::Int4,
-            GroupCoder::Int4Asym if in_teams => GroupKernel::Int4Asym,
-            GroupCoder::Nvfp4 { .. } if group == 16 => GroupKernel::Nvfp4,
-            GroupCoder::Nvfp4ModelOpt { .. } if group == 16 => GroupKernel::Nvfp4ModelOpt,
-            GroupCoder::Mxfp4 if group == 32 => GroupKernel::Mxfp4,
-            _ => return None,
-        })
+        match (element, scale) {
+            (ElementCode::Int { zero_point: false }, ScaleCode::SourceFloat) if in_rows => Some(GroupKernel::Int4Rows),
+            (ElementCode::Int { zero_point: true }, ScaleCode::SourceFloat) if in_rows => {
+                Some(GroupKernel::Int4AsymRows)
+            }
+            (ElementCode::Int { zero_point: false }, ScaleCode::SourceFloat) if in_teams => Some(GroupKernel::Int4),
+            (ElementCode::Int { zero_point: true }, ScaleCode::SourceFloat) if in_teams => Some(GroupKernel::Int4Asym),
+            (ElementCode::E2m1, ScaleCode::E4m3) if group == 16 => match tensor_scale? {
+                TensorScale::Divisor(_) => Some(GroupKernel::Nvfp4),
+                TensorScale::Factor(_) => Some(GroupKernel::Nvfp4ModelOpt),
+            },
+            (ElementCode::E2m1, ScaleCode::E8m0(_)) if group == 32 => Some(GroupKernel::Mxfp4),
+            _ => None,
+        }
     }
 
     /// Its name for a dtype.
@@ -91,12 +96,11 @@ impl GroupKernel {
     }
 }
 
-/// The number that a scheme has for its tensor, as the kernels take it; any for schemes without one.
-pub fn tensor_factor(scheme: GroupCoder) -> f32 {
-    match scheme {
-        GroupCoder::Nvfp4 { global_scale } => global_scale,
-        GroupCoder::Nvfp4ModelOpt { scale_2 } => scale_2,
-        GroupCoder::Int4 | GroupCoder::Int4Asym | GroupCoder::Mxfp4 => 1.0,
+/// The scale of a tensor's scales, as the kernels take it; any where there is none.
+pub fn tensor_factor(coding: Coding) -> f32 {
+    match coding.tensor_scale {
+        Some(TensorScale::Divisor(scale) | TensorScale::Factor(scale)) => scale,
+        None => 1.0,
     }
 }
 

@@ -6,9 +6,8 @@ use crate::backend::cuda::driver::{Argument, DeviceBuffer, Fault, Launch, Pinned
 use crate::backend::cuda::groups::{GroupKernel, tensor_factor};
 use crate::backend::cuda::{BlockKernel, Gpu, THREADS, thread_blocks};
 use crate::dtype::FloatDtype;
-use crate::format::{BlockSize, NESTED_BLOCK_SIZE};
+use crate::format::{BlockSize, Coding, NESTED_BLOCK_SIZE};
 use crate::kernel::BlockErrors;
-use crate::kernel::group::GroupCoder;
 
 /// Bytes of a slot's buffers, on the device and here alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,16 +58,17 @@ struct GroupResults {
 }
 
 impl GroupResults {
-    fn new(elements: usize, dtype: FloatDtype, columns: usize, group: usize, scheme: GroupCoder) -> GroupResults {
+    fn new(elements: usize, dtype: FloatDtype, columns: usize, coding: Coding) -> GroupResults {
+        let group = coding.group;
         let rows = elements / columns;
         assert_eq!(elements, rows * columns, "not whole rows");
         assert!(columns.is_multiple_of(group), "group: divides columns");
         let groups = elements / group;
         GroupResults {
             groups,
-            packed: rows * scheme.packed_row(columns),
-            scales: groups * scheme.scale_size(dtype),
-            zero_points: if scheme == GroupCoder::Int4Asym { groups } else { 0 },
+            packed: rows * coding.packed_row(columns),
+            scales: groups * coding.scale_size(dtype),
+            zero_points: if coding.has_zero_points() { groups } else { 0 },
         }
     }
 
@@ -106,7 +106,7 @@ pub struct QuantizedGroups<'a> {
     pub packed: &'a [u8],
     /// One scale a group, as stored.
     pub scales: &'a [u8],
-    /// One zero point a group, for [`GroupCoder::Int4Asym`] alone.
+    /// One zero point a group, where groups have them.
     pub zero_points: &'a [u8],
     /// One figure a group. A group with a NaN or an infinity has NaN for an absmax, and its other results mean nothing;
     /// an infinite absmax is a scale that overflowed.
@@ -179,7 +179,7 @@ impl Slot {
         Ok(Quantized { packed, figures: as_figures(figures) })
     }
 
-    /// Quantizes the first `elements` elements of [`Slot::source`], whole rows of `columns`, in groups of `group`; as
+    /// Quantizes the first `elements` elements of [`Slot::source`], whole rows of `columns`; as
     /// [`crate::kernel::Kernel::quantize_groups`] does, but for how it tells of what isn't finite.
     ///
     /// # Panics
@@ -190,10 +190,9 @@ impl Slot {
         elements: usize,
         dtype: FloatDtype,
         columns: usize,
-        group: usize,
-        scheme: GroupCoder,
+        coding: Coding,
     ) -> Result<QuantizedGroups<'_>, Fault> {
-        let len = GroupResults::new(elements, dtype, columns, group, scheme);
+        let len = GroupResults::new(elements, dtype, columns, coding);
         let figures = self.device_results.address();
         let packed = figures + len.figures() as u64;
         let scales = packed + len.packed as u64;
@@ -204,8 +203,8 @@ impl Slot {
             arguments: &[
                 Argument::Address(self.device_source.address()),
                 Argument::U32(len.groups as u32),
-                Argument::U32(group as u32),
-                Argument::F32(tensor_factor(scheme)),
+                Argument::U32(coding.group as u32),
+                Argument::F32(tensor_factor(coding)),
                 Argument::Address(packed),
                 Argument::Address(scales),
                 Argument::Address(scales + len.scales as u64),
@@ -277,21 +276,22 @@ fn as_floats(bytes: &mut [u8]) -> &mut [f32] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::{ElementCode, Highest, ScaleCode};
 
     #[test]
-    fn a_slot_for_groups_has_room_for_every_scheme() {
-        let (global_scale, scale_2) = (1.0, 1.0);
-        let floats = [GroupCoder::Nvfp4 { global_scale }, GroupCoder::Nvfp4ModelOpt { scale_2 }, GroupCoder::Mxfp4];
-        let integers = [GroupCoder::Int4, GroupCoder::Int4Asym];
-        let rows = (1..40).flat_map(|columns| integers.map(|scheme| (columns, columns, scheme)));
-        let groups = floats.into_iter().chain(integers).map(|scheme| (64, 16, scheme));
-        for (columns, group, scheme) in rows.chain(groups) {
+    fn a_slot_for_groups_has_room_for_every_coding() {
+        let floats = [ScaleCode::E4m3, ScaleCode::E8m0(Highest::Infinite)].map(|scale| (ElementCode::E2m1, scale));
+        let integers = [true, false].map(|zero_point| (ElementCode::Int { zero_point }, ScaleCode::SourceFloat));
+        let rows = (1..40).flat_map(|columns| integers.map(|codes| (columns, columns, codes)));
+        let groups = floats.into_iter().chain(integers).map(|codes| (64, 16, codes));
+        for (columns, group, (element, scale)) in rows.chain(groups) {
+            let coding = Coding::new(element, scale, group);
             for dtype in [FloatDtype::Bfloat16, FloatDtype::Float32] {
                 let elements = 3 * columns;
-                let packed = 3 * scheme.packed_row(columns);
+                let packed = 3 * coding.packed_row(columns);
                 let size = SlotSize::for_groups(elements * dtype.size(), packed, elements / group);
-                let needed = GroupResults::new(elements, dtype, columns, group, scheme).len();
-                assert!(needed <= size.results, "{columns} {group} {scheme:?}: {needed} of {}", size.results);
+                let needed = GroupResults::new(elements, dtype, columns, coding).len();
+                assert!(needed <= size.results, "{columns} {coding:?}: {needed} of {}", size.results);
             }
         }
     }

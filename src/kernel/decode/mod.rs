@@ -3,30 +3,33 @@
 //! Every rule is "a value times a scale, in f32, rounded once": to nearest, ties to even, infinite past the largest
 //! number. What differs is how the scale comes about. The dtype that the references decode to:
 //!
-//! | coding | dtype |
+//! | elements and scales | dtype |
 //! | --- | --- |
-//! | [`Coding::Blocks`] | the quant_state's, which was the source's |
-//! | [`Coding::Int`] | the scales', which was the source's |
-//! | [`Coding::Nvfp4`], [`Coding::Mxfp4`] | bf16, whatever the source was |
-//! | [`Coding::Nvfp4ModelOpt`], [`Coding::Mxfp4GptOss`], [`Coding::Fp8`] | the client's choice: the model's |
+//! | codebooks | the quant_state's, which was the source's |
+//! | integers | the scales', which was the source's |
+//! | E2M1, in compressed-tensors' layout | bf16, whatever the source was |
+//! | E2M1, in ModelOpt's and gpt-oss's; E4M3 | the client's choice: the model's |
 //!
 //! A NaN is written as the dtype's plain one (bf16 0x7fc0, f16 0x7e00, f32 0x7fc00000). Its bits in the references depend
 //! on the processor.
 
-mod blocks;
-mod fp4;
-mod fp8;
+mod absmax;
+mod codebook;
+mod e2m1;
+mod e4m3;
 mod int;
 mod nibbles;
 mod round;
+mod scale;
 
-pub use blocks::restore_absmax;
+pub use absmax::restore_absmax;
 
 use std::ops::Range;
 
-pub use crate::format::{Coding, ScaleDtype};
+use scale::Scales;
 
 use crate::dtype::FloatDtype;
+use crate::format::{Coding, ElementCode};
 
 /// A run of a row's elements: what they are decoded from, and where they go.
 pub struct Row<'a> {
@@ -49,7 +52,7 @@ pub struct Row<'a> {
 impl Row<'_> {
     fn check_lengths(&self) {
         let Row { coding, dtype, first, .. } = *self;
-        let (elements, group) = (self.into.len() / dtype.size(), coding.group());
+        let (elements, group) = (self.into.len() / dtype.size(), coding.group);
         assert!(group > 0, "group: not empty");
         assert_eq!(self.into.len(), elements * dtype.size(), "into: not whole elements");
         let Some(last) = (first + elements).checked_sub(1).filter(|_| elements > 0) else { return };
@@ -77,23 +80,18 @@ pub fn decode(row: Row<'_>) {
 fn to_elements<const SIZE: usize>(row: Row<'_>, round: impl Fn(f32) -> [u8; SIZE]) {
     let Row { coding, first, codes, scales, zero_points, .. } = row;
     let (into, _) = row.into.as_chunks_mut();
-    let group = coding.group();
-    match coding {
-        Coding::Blocks { codebook, .. } => {
-            let values = |i| blocks::values(codebook, scales, i);
-            nibbles::decode::<SIZE, true>(Run { first, group, codes, into }, values, round);
+    let run = Run { first, group: coding.group, codes, into };
+    let scales = Scales { coding, dtype: row.dtype, bytes: scales };
+    match coding.element {
+        ElementCode::Codebook(codebook) => {
+            nibbles::decode::<SIZE, true>(run, |i| codebook::values(codebook, scales.of(i)), round);
         }
-        Coding::Int { .. } => {
-            let values = |i| int::values(row.dtype, scales, zero_points, i);
-            nibbles::decode::<SIZE, false>(Run { first, group, codes, into }, values, round);
+        ElementCode::Int { .. } => {
+            let values = |i| int::values(scales.of(i), zero_points.get(i).copied());
+            nibbles::decode::<SIZE, false>(run, values, round);
         }
-        Coding::Fp8 { scale, .. } => {
-            fp8::decode(Run { first, group, codes, into }, |i| fp8::scale(scale, scales, i), round)
-        }
-        _ => {
-            let values = |i: usize| fp4::values(coding, scales[i]);
-            nibbles::decode::<SIZE, false>(Run { first, group, codes, into }, values, round);
-        }
+        ElementCode::E2m1 => nibbles::decode::<SIZE, false>(run, |i| e2m1::values(scales, i), round),
+        ElementCode::E4m3 => e4m3::decode(run, scales, round),
     }
 }
 

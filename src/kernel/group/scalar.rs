@@ -5,8 +5,9 @@
 
 use half::{bf16, f16};
 
-use super::{GroupCoder, Groups};
+use super::Groups;
 use crate::dtype::FloatDtype;
+use crate::format::{Coding, ElementCode, ScaleCode, TensorScale};
 use crate::kernel::block::scalar::{LANES, Lanes, decode};
 use crate::kernel::float8::{e4m3_value, power_of_two};
 use crate::kernel::{BlockErrors, NonFinite};
@@ -18,27 +19,29 @@ const E4M3_MAX: f32 = 448.0;
 
 /// Quantizes whole rows; see [`Groups`] for the layout and [`crate::kernel::Kernel::quantize_groups`] for the contract.
 pub(super) fn quantize(groups: Groups<'_>) -> Result<(), NonFinite> {
-    let Groups { source, dtype, columns, group, scheme, packed, scales, zero_points, figures } = groups;
+    let Groups { source, dtype, columns, coding, packed, scales, zero_points, figures } = groups;
     let BlockErrors { absmax, signal, noise, worst } = figures;
     packed.fill(0);
-    let scale_size = scheme.scale_size(dtype);
+    let (group, scale_size, scale_dtype) = (coding.group, coding.scale_size(dtype), coding.scale.float_dtype(dtype));
+    let first_high = matches!(coding.element, ElementCode::Codebook(_));
     let per_row = columns / group;
     for (i, source) in source.chunks_exact(group * dtype.size()).enumerate() {
         let elements: Vec<f32> = source.chunks_exact(dtype.size()).map(|bytes| decode(bytes, dtype)).collect();
         if !elements.iter().all(|x| x.is_finite()) {
             return Err(NonFinite);
         }
-        let chosen = Chosen::new(Extent::of(&elements), dtype, scheme, |x| round(x, dtype));
-        chosen.stored.write(dtype, &mut scales[i * scale_size..][..scale_size]);
+        let chosen = Chosen::new(Extent::of(&elements), dtype, coding, |x| round(x, dtype));
+        chosen.stored.write(scale_dtype, &mut scales[i * scale_size..][..scale_size]);
         if let Some(point) = zero_points.get_mut(i) {
             *point = (chosen.zero_point + 8.0) as u8;
         }
-        let row = &mut packed[i / per_row * scheme.packed_row(columns)..][..scheme.packed_row(columns)];
+        let row = &mut packed[i / per_row * coding.packed_row(columns)..][..coding.packed_row(columns)];
         let mut sums = Lanes::default();
         for (j, &x) in elements.iter().enumerate() {
-            let (code, value) = chosen.code(x, dtype, scheme);
+            let (code, value) = chosen.code(x, dtype, coding);
             let column = i % per_row * group + j;
-            row[column / 2] |= code << (column % 2 * 4);
+            let is_high = (column % 2 == 1) != first_high;
+            row[column / 2] |= if is_high { code << 4 } else { code };
             sums.add(j % LANES, x / chosen.scale, value);
         }
         absmax[i] = chosen.scale;
@@ -122,14 +125,11 @@ impl Stored {
 impl Chosen {
     /// The scale for elements of this extent; `round` rounds to `dtype`.
     #[inline(always)]
-    pub fn new(extent: Extent, dtype: FloatDtype, scheme: GroupCoder, round: impl Fn(f32) -> f32) -> Chosen {
+    pub fn new(extent: Extent, dtype: FloatDtype, coding: Coding, round: impl Fn(f32) -> f32) -> Chosen {
         let Extent { absmax, least, greatest } = extent;
-        match scheme {
-            GroupCoder::Int4 => {
-                let scale = or_epsilon(round(absmax / 7.5), dtype);
-                Chosen { stored: Stored::Float(scale), scale, zero_point: 0.0 }
-            }
-            GroupCoder::Int4Asym => {
+        let largest = coding.element.largest();
+        match (coding.scale, coding.tensor_scale) {
+            (ScaleCode::SourceFloat, _) if coding.has_zero_points() => {
                 let scale = round(round(greatest - least) / 15.0);
                 let ratio = least / scale;
                 let point = round(-8.0 - round(ratio)).clamp(-8.0, 7.0).round_ties_even();
@@ -137,21 +137,30 @@ impl Chosen {
                 let scale = or_epsilon(scale, dtype);
                 Chosen { stored: Stored::Float(scale), scale, zero_point }
             }
-            GroupCoder::Nvfp4 { global_scale } => {
-                let byte = e4m3((global_scale * round(absmax / FP4_MAX)).min(E4M3_MAX));
-                let byte = if byte == 0 { e4m3(0.125) } else { byte };
-                Chosen { stored: Stored::Byte(byte), scale: e4m3_value(byte) / global_scale, zero_point: 0.0 }
+            (ScaleCode::SourceFloat, _) => {
+                let scale = or_epsilon(round(absmax / largest), dtype);
+                Chosen { stored: Stored::Float(scale), scale, zero_point: 0.0 }
             }
-            GroupCoder::Nvfp4ModelOpt { scale_2 } => {
+            (ScaleCode::Float(own), _) => {
+                let scale = or_epsilon(self::round(absmax / largest, own), own);
+                Chosen { stored: Stored::Float(scale), scale, zero_point: 0.0 }
+            }
+            (ScaleCode::E4m3, Some(TensorScale::Factor(factor))) => {
                 // 0 for a group of zeros, or for one so small beside the tensor that nothing is left of the quotient.
-                let wanted = absmax / (FP4_MAX * scale_2);
+                let wanted = absmax / (largest * factor);
                 let byte = e4m3(if wanted == 0.0 { 1.0 } else { wanted.clamp(1.0 / 512.0, E4M3_MAX) });
-                Chosen { stored: Stored::Byte(byte), scale: e4m3_value(byte) * scale_2, zero_point: 0.0 }
+                Chosen { stored: Stored::Byte(byte), scale: e4m3_value(byte) * factor, zero_point: 0.0 }
             }
-            GroupCoder::Mxfp4 => {
-                // The exponent, one higher from a mantissa of 1.75 on. The reference takes it in the source's dtype, where that
-                // of a group near the largest number overflows, and that of f16's subnormal numbers is none: it then writes
-                // zeros. Not so here.
+            (ScaleCode::E4m3, divisor) => {
+                let divisor = if let Some(TensorScale::Divisor(divisor)) = divisor { divisor } else { 1.0 };
+                let byte = e4m3((divisor * round(absmax / largest)).min(E4M3_MAX));
+                let byte = if byte == 0 { e4m3(0.125) } else { byte };
+                Chosen { stored: Stored::Byte(byte), scale: e4m3_value(byte) / divisor, zero_point: 0.0 }
+            }
+            (ScaleCode::E8m0(_), _) => {
+                // The exponent, one higher from a mantissa of 1.75 on: what is coded is less than 7. The reference takes it in the
+                // source's dtype, where that of a group near the largest number overflows, and that of f16's subnormal numbers is
+                // none: it then writes zeros. Not so here.
                 let exponent = (absmax.to_bits() + (1 << 21)) >> 23;
                 let byte = exponent.saturating_sub(2) as u8;
                 Chosen { stored: Stored::Byte(byte), scale: power_of_two(byte), zero_point: 0.0 }
@@ -160,15 +169,17 @@ impl Chosen {
     }
 
     /// An element's code, and the value that it stands for, in units of the scale.
-    fn code(&self, x: f32, dtype: FloatDtype, scheme: GroupCoder) -> (u8, f32) {
-        match scheme {
-            GroupCoder::Int4 | GroupCoder::Int4Asym => {
+    fn code(&self, x: f32, dtype: FloatDtype, coding: Coding) -> (u8, f32) {
+        match (coding.element, coding.scale) {
+            (ElementCode::Int { .. }, _) => {
                 let shifted = round(round(x / self.scale, dtype) + self.zero_point, dtype);
                 let code = shifted.clamp(-8.0, 7.0).round_ties_even();
                 ((code + 8.0) as u8, code - self.zero_point)
             }
-            GroupCoder::Nvfp4 { .. } | GroupCoder::Nvfp4ModelOpt { .. } => e2m1(x / self.scale),
-            GroupCoder::Mxfp4 => e2m1(round(x / self.scale, dtype)),
+            (ElementCode::E2m1, ScaleCode::E4m3) => e2m1(x / self.scale),
+            (ElementCode::E2m1, _) => e2m1(round(x / self.scale, dtype)),
+            (ElementCode::Codebook(codebook), _) => codebook.nearest(x / self.scale),
+            (ElementCode::E4m3, _) => unreachable!("codes of eight bits are only decoded: no format is made of them"),
         }
     }
 }

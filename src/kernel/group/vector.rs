@@ -4,9 +4,10 @@
 //!
 //! Groups are whole arrays, or one half (NVFP4's 16 columns); others are left to scalar.rs.
 
+use super::Groups;
 use super::scalar::{self, Chosen, Extent};
-use super::{GroupCoder, Groups};
 use crate::dtype::FloatDtype;
+use crate::format::{Coding, ElementCode, Highest, ScaleCode};
 use crate::kernel::block::scalar::LANES;
 use crate::kernel::{BlockErrors, NonFinite};
 
@@ -84,8 +85,11 @@ impl Element for Float32 {
     }
 }
 
-/// Schemes as types, likewise.
-trait Coding {
+/// Elements' codes as types, likewise.
+trait Code {
+    /// Its elements and scales, known to the compiler.
+    const ELEMENT: ElementCode;
+    const SCALE: ScaleCode;
     /// Whether the least and the greatest element are needed, not the absmax alone.
     const SIGNED: bool;
     /// The value that stands for an element, in units of the scale and with the zero point in it; `ratio` is the element
@@ -93,6 +97,11 @@ trait Coding {
     fn value<E: Element>(ratio: f32, zero_point: f32) -> f32;
     /// A value's code.
     fn code(value: f32) -> u32;
+    /// The same coding, as what it is known to be.
+    #[inline(always)]
+    fn known(coding: Coding) -> Coding {
+        Coding { element: Self::ELEMENT, scale: Self::SCALE, ..coding }
+    }
 }
 
 struct Integer;
@@ -107,7 +116,9 @@ fn clamp_to_integer(x: f32) -> f32 {
     x.round_ties_even()
 }
 
-impl Coding for Integer {
+impl Code for Integer {
+    const ELEMENT: ElementCode = ElementCode::Int { zero_point: false };
+    const SCALE: ScaleCode = ScaleCode::SourceFloat;
     const SIGNED: bool = false;
 
     #[inline(always)]
@@ -122,7 +133,9 @@ impl Coding for Integer {
     }
 }
 
-impl Coding for AsymmetricInteger {
+impl Code for AsymmetricInteger {
+    const ELEMENT: ElementCode = ElementCode::Int { zero_point: true };
+    const SCALE: ScaleCode = ScaleCode::SourceFloat;
     const SIGNED: bool = true;
 
     #[inline(always)]
@@ -160,7 +173,9 @@ fn e2m1_code(value: f32) -> u32 {
     sign << 3 | if magnitude < 1.0 { halves } else { floating }
 }
 
-impl Coding for RoundedFloat {
+impl Code for RoundedFloat {
+    const ELEMENT: ElementCode = ElementCode::E2m1;
+    const SCALE: ScaleCode = ScaleCode::E8m0(Highest::Infinite);
     const SIGNED: bool = false;
 
     #[inline(always)]
@@ -174,7 +189,9 @@ impl Coding for RoundedFloat {
     }
 }
 
-impl Coding for Float {
+impl Code for Float {
+    const ELEMENT: ElementCode = ElementCode::E2m1;
+    const SCALE: ScaleCode = ScaleCode::E4m3;
     const SIGNED: bool = false;
 
     #[inline(always)]
@@ -192,19 +209,22 @@ impl Coding for Float {
 #[inline(always)]
 pub(super) fn quantize(groups: Groups<'_>) -> Result<(), NonFinite> {
     match groups.dtype {
-        FloatDtype::Bfloat16 => by_scheme::<Bfloat16>(groups),
-        FloatDtype::Float16 => by_scheme::<Float16>(groups),
-        FloatDtype::Float32 => by_scheme::<Float32>(groups),
+        FloatDtype::Bfloat16 => by_coding::<Bfloat16>(groups),
+        FloatDtype::Float16 => by_coding::<Float16>(groups),
+        FloatDtype::Float32 => by_coding::<Float32>(groups),
     }
 }
 
 #[inline(always)]
-fn by_scheme<E: Element>(groups: Groups<'_>) -> Result<(), NonFinite> {
-    match (groups.scheme, groups.group % LANES, groups.group) {
-        (GroupCoder::Int4, 0, _) => rows::<E, Integer, LANES>(groups),
-        (GroupCoder::Int4Asym, 0, _) => rows::<E, AsymmetricInteger, LANES>(groups),
-        (GroupCoder::Mxfp4, 0, _) => rows::<E, RoundedFloat, LANES>(groups),
-        (GroupCoder::Nvfp4 { .. } | GroupCoder::Nvfp4ModelOpt { .. }, _, 16) => rows::<E, Float, 16>(groups),
+fn by_coding<E: Element>(groups: Groups<'_>) -> Result<(), NonFinite> {
+    let Coding { element, scale, group, .. } = groups.coding;
+    match (element, scale, group % LANES, group) {
+        (ElementCode::Int { zero_point: false }, ScaleCode::SourceFloat, 0, _) => rows::<E, Integer, LANES>(groups),
+        (ElementCode::Int { zero_point: true }, ScaleCode::SourceFloat, 0, _) => {
+            rows::<E, AsymmetricInteger, LANES>(groups)
+        }
+        (ElementCode::E2m1, ScaleCode::E8m0(_), 0, _) => rows::<E, RoundedFloat, LANES>(groups),
+        (ElementCode::E2m1, ScaleCode::E4m3, _, 16) => rows::<E, Float, 16>(groups),
         _ => scalar::quantize(groups),
     }
 }
@@ -224,14 +244,15 @@ pub(super) fn absmax(source: &[u8], dtype: FloatDtype) -> Result<f32, NonFinite>
 
 /// Groups of whole arrays of `N`: rows then follow each other without padding, and so do groups.
 #[inline(always)]
-fn rows<E: Element, C: Coding, const N: usize>(groups: Groups<'_>) -> Result<(), NonFinite> {
-    let Groups { source, group, scheme, packed, scales, zero_points, figures, .. } = groups;
+fn rows<E: Element, C: Code, const N: usize>(groups: Groups<'_>) -> Result<(), NonFinite> {
+    let Groups { source, coding, packed, scales, zero_points, figures, .. } = groups;
+    let group = coding.group;
     let BlockErrors { absmax, signal, noise, worst } = figures;
-    let scale_size = scheme.scale_size(E::DTYPE);
+    let scale_size = coding.scale_size(E::DTYPE);
     let each = source.chunks_exact(group * E::SIZE).zip(packed.chunks_exact_mut(group / 2));
     for (i, ((source, packed), scale)) in each.zip(scales.chunks_exact_mut(scale_size)).enumerate() {
         let extent = extent::<E, C, N>(source).ok_or(NonFinite)?;
-        let chosen = Chosen::new(extent, E::DTYPE, scheme, E::round);
+        let chosen = Chosen::new(extent, E::DTYPE, C::known(coding), E::round);
         chosen.stored.write(E::DTYPE, scale);
         if C::SIGNED {
             zero_points[i] = (chosen.zero_point + 8.0) as u8;
@@ -244,7 +265,7 @@ fn rows<E: Element, C: Coding, const N: usize>(groups: Groups<'_>) -> Result<(),
 
 /// What scales are chosen by; `None` with a NaN or an infinity.
 #[inline(always)]
-fn extent<E: Element, C: Coding, const N: usize>(source: &[u8]) -> Option<Extent> {
+fn extent<E: Element, C: Code, const N: usize>(source: &[u8]) -> Option<Extent> {
     let (mut largest, mut least, mut greatest) = ([0u32; N], [0f32; N], [0f32; N]);
     for array in source.chunks_exact(N * E::SIZE) {
         for lane in 0..N {
@@ -266,7 +287,7 @@ fn extent<E: Element, C: Coding, const N: usize>(source: &[u8]) -> Option<Extent
 
 /// Writes a group's codes; gives its signal, noise and worst.
 #[inline(always)]
-fn codes<E: Element, C: Coding, const N: usize>(source: &[u8], chosen: &Chosen, packed: &mut [u8]) -> (f32, f32, f32) {
+fn codes<E: Element, C: Code, const N: usize>(source: &[u8], chosen: &Chosen, packed: &mut [u8]) -> (f32, f32, f32) {
     let (mut signal, mut noise, mut worst) = ([0f32; N], [0f32; N], [0f32; N]);
     for (array, packed) in source.chunks_exact(N * E::SIZE).zip(packed.chunks_exact_mut(N / 2)) {
         let mut codes = [0u32; N];

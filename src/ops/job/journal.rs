@@ -3,6 +3,7 @@
 //! Everything here lies in the staging folder and goes with it; nothing of it is part of a checkpoint.
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use crate::checkpoint::{Source, SourceFile, Staging};
 use crate::error::{Error, Result};
@@ -21,6 +22,12 @@ pub struct Job {
     dequantize: bool,
     config_sha256: Option<Sha256Hash>,
     source_files: Vec<SourceMark>,
+}
+
+/// What every version has noted.
+#[derive(Deserialize)]
+struct Begun {
+    tool: Tool,
 }
 
 /// What a source file is known by, without reading its weights.
@@ -55,12 +62,17 @@ impl Job {
     /// When another job was begun there and `restart` isn't set.
     pub fn take_up(&self, staging: &Staging, restart: bool) -> Result<bool> {
         if let Some(begun) = staging.job()?.filter(|_| !restart) {
-            // What can't be read was cut off while it was written: nothing came after it.
-            if let Ok(begun) = serde_json::from_slice::<Job>(&begun) {
-                return match begun.difference(self) {
-                    None => Ok(true),
-                    Some(what) => Err(Error::JobChanged { path: staging.folder().to_owned(), what }),
-                };
+            let changed = |what| Err(Error::JobChanged { path: staging.folder().to_owned(), what });
+            match (serde_json::from_slice::<Job>(&begun), serde_json::from_slice::<Begun>(&begun)) {
+                (Ok(begun), _) => return begun.difference(self).map_or(Ok(true), changed),
+                (Err(_), Ok(Begun { tool })) => {
+                    return changed(format!(
+                        "it was begun by version {}, which noted its options otherwise",
+                        tool.version
+                    ));
+                }
+                // It was cut off while it was written: nothing came after it.
+                (Err(_), Err(_)) => {}
             }
         }
         let json =
@@ -105,11 +117,17 @@ impl Job {
 
 /// The first choice that differs.
 fn recipe_difference(then: &Recipe, now: &Recipe) -> Option<String> {
-    let values = |recipe: &Recipe| serde_json::to_value(recipe).unwrap_or_default();
-    let (then, now) = (values(then), values(now));
-    let keys = then.as_object()?.keys();
-    let changed = keys.into_iter().find(|key| then.get(*key) != now.get(*key))?;
-    Some(format!("{changed} was {}, and is {}", then[changed], now[changed]))
+    if then == now {
+        return None;
+    }
+    let (then, now) = (json!(then), json!(now));
+    let keys = [&then, &now].into_iter().filter_map(Value::as_object).flat_map(|recipe| recipe.keys());
+    let value = |recipe: &Value, key: &str| recipe.get(key).map_or("not given".to_owned(), Value::to_string);
+    let changed = keys.into_iter().find(|key| then.get(*key) != now.get(*key));
+    Some(match changed {
+        Some(key) => format!("{key} was {}, and is {}", value(&then, key), value(&now, key)),
+        None => format!("its recipe was {then}, and is {now}"),
+    })
 }
 
 /// Notes down the hash of a file of the source; if an earlier run had noted another one, the source has changed.

@@ -1,28 +1,15 @@
 //! Files: which there are, their sizes, their hashes.
 
 use std::collections::HashSet;
-use std::io::{self, BufReader};
+use std::io;
 use std::path::{Component, Path};
 use std::sync::atomic::Ordering;
 
 use crate::checkpoint::{INDEX_NAME, MANIFEST_NAME, QUANT_CONFIG_NAME, SUMS_NAME};
 use crate::error::{Error, IoContext, Result};
-use crate::manifest::{FileRecord, Manifest, sha256_sums};
+use crate::manifest::{FileRecord, sha256_sums};
 use crate::ops::verify::{BUFFER, Checkpoint, Options, Report, on_threads};
-use crate::store::{HashingReader, Kind, Location, Reader, Sha256Hash, hash_range};
-
-/// Reads a manifest, and hashes it on the way.
-pub fn read_manifest(location: &Location) -> Result<(serde_json::Result<Manifest>, Sha256Hash)> {
-    let path = location.path();
-    let file = location.open().at(path, "open it")?;
-    let mut reader = BufReader::with_capacity(BUFFER, HashingReader::new(Reader::new(&*file)));
-    let mut deserializer = serde_json::Deserializer::from_reader(&mut reader);
-    let manifest = serde::Deserialize::deserialize(&mut deserializer);
-    let manifest = manifest.and_then(|manifest| deserializer.end().map(|()| manifest));
-    drop(deserializer);
-    io::copy(&mut reader, &mut io::sink()).at(path, "read it")?;
-    Ok((manifest, reader.get_ref().finish().1))
-}
+use crate::store::{Kind, hash_range};
 
 /// SHA256SUMS must say of every file what the manifest says, and of the manifest what it is.
 pub fn check_sums(checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {

@@ -6,12 +6,12 @@ use std::sync::atomic::Ordering;
 use crate::checkpoint::{CONFIG_NAME, Config, Header, INDEX_NAME, Index, TensorInfo};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, IoContext, Result};
+use crate::format::Scales;
 use crate::layout::ParsedQuantState;
 use crate::manifest::{DecisionRecord, Manifest, OutputRecord, SourceTensorRecord, TensorRecord};
 use crate::models::Role;
 use crate::ops::verify::{Checkpoint, Options, Report, on_threads};
 use crate::plan::input::model_dtype;
-use crate::recipe::ExpertLayout;
 use crate::store::{Location, ReadAt, Reader, hash_range, read_exact_at};
 
 /// The longest quant_state that is read: real ones have a hundred or two hundred bytes.
@@ -148,10 +148,15 @@ impl Entry<'_> {
             // It was coded, and decoded to the model's.
             _ => model_dtype(Config::read(&self.location.with_file_name(CONFIG_NAME)).ok().as_ref()),
         };
-        let block_size = u64::from(u32::from(manifest.recipe.block_size));
+        let codec = manifest.recipe.codec();
+        let Scales::Blocks { size, double_quant, .. } = codec.scales else {
+            self.differ(report, format!("is bitsandbytes', and the recipe is of {}", codec.format.name));
+            return Ok(());
+        };
+        let block_size = u64::from(u32::from(size));
         let (found, expected) = (
             (state.quant_type.as_str(), state.blocksize, state.dtype.as_str()),
-            (manifest.recipe.format.library_name, block_size, dtype.torch_name()),
+            (codec.format.library_name, block_size, dtype.torch_name()),
         );
         if found != expected {
             self.differ(report, format!("says {found:?}, expected {expected:?}"));
@@ -160,7 +165,7 @@ impl Entry<'_> {
             let shapes: Vec<&[u64]> = self.tensor.sources.iter().map(|source| &*source.shape).collect();
             self.differ(report, format!("says the shape is {:?}, and the source has {shapes:?}", state.shape));
         }
-        if state.nested_offset.is_some() != manifest.recipe.double_quant {
+        if state.nested_offset.is_some() != double_quant {
             self.differ(report, "and the recipe don't agree on double quantization".to_owned());
         }
         Ok(())
@@ -182,7 +187,7 @@ impl Entry<'_> {
             return all.is_some() && self::elements(shape) == all;
         }
         let shapes: Vec<&[u64]> = sources.iter().map(|source| &*source.shape).collect();
-        let is_fused = self.tensor.role == Role::FusedExperts && manifest.recipe.experts == ExpertLayout::Fuse;
+        let is_fused = self.tensor.role == Role::FusedExperts && manifest.recipe.fuses_experts();
         shape == shapes[0] || is_fused && is_made_of(shape, &shapes)
     }
 }

@@ -10,13 +10,12 @@ use std::thread;
 
 use serde::Serialize;
 
-pub(crate) use files::read_manifest;
 pub use reconvert::against;
 
 use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, STAGING_NAME};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Result};
-use crate::manifest::{DecisionRecord, Manifest, SCHEMA_VERSION};
+use crate::manifest::{DecisionRecord, Manifest};
 use crate::models::Rules;
 use crate::plan::kept_modules::{bitsandbytes, compressed_tensors};
 use crate::store::{Location, Sha256Hash};
@@ -128,20 +127,13 @@ fn open(folder: &Location, report: &mut Report) -> Result<Option<Checkpoint>> {
         };
         return Err(Error::NotACheckpoint { path: folder.path().to_owned(), why: why.to_owned() });
     }
-    let (manifest, manifest_sha256) = files::read_manifest(&path)?;
-    match manifest {
-        Ok(manifest) if manifest.schema_version == SCHEMA_VERSION => {
-            Ok(Some(Checkpoint { folder: folder.clone(), manifest, manifest_sha256 }))
-        }
-        Ok(manifest) => {
-            let what = format!("schema version {}, expected {SCHEMA_VERSION}", manifest.schema_version);
-            report.differ(MANIFEST_NAME, None, what);
+    match Manifest::read_and_hash(&path) {
+        Ok((manifest, manifest_sha256)) => Ok(Some(Checkpoint { folder: folder.clone(), manifest, manifest_sha256 })),
+        Err(Error::Malformed { why, .. }) => {
+            report.differ(MANIFEST_NAME, None, why);
             Ok(None)
         }
-        Err(error) => {
-            report.differ(MANIFEST_NAME, None, format!("not a manifest: {error}"));
-            Ok(None)
-        }
+        Err(error) => Err(error),
     }
 }
 

@@ -14,8 +14,10 @@ pub(super) fn quantize<const ASYMMETRIC: bool>(batch: &mut Groups<'_>) -> Result
     let (scales, zero_points) = (to_array(scale), to_array(zero_point));
     let zeros = [_mm512_setzero_ps(); LANES];
     let (mut signal, mut noise, mut worst) = (zeros, zeros, zeros);
-    let sources = batch.source.chunks_exact(batch.group * 2);
-    for (i, (source, packed)) in sources.zip(batch.packed.chunks_exact_mut(batch.group / 2)).enumerate().take(LANES) {
+    let sources = batch.source.chunks_exact(batch.coding.group * 2);
+    for (i, (source, packed)) in
+        sources.zip(batch.packed.chunks_exact_mut(batch.coding.group / 2)).enumerate().take(LANES)
+    {
         let sums = codes::<ASYMMETRIC>(source, scales[i], zero_points[i], packed);
         signal[i] = _mm512_add_ps(sums.signal[0], sums.signal[1]);
         noise[i] = _mm512_add_ps(sums.noise[0], sums.noise[1]);

@@ -11,8 +11,9 @@ mod scales;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{GroupCoder, Groups, vector};
+use super::{Groups, vector};
 use crate::dtype::FloatDtype;
+use crate::format::{Coding, ElementCode, ScaleCode, TensorScale};
 use crate::kernel::block::scalar;
 use crate::kernel::{BlockErrors, NonFinite};
 
@@ -25,23 +26,27 @@ pub(super) fn quantize(groups: Groups<'_>) -> Result<(), NonFinite> {
     if groups.dtype != FloatDtype::Bfloat16 {
         return other(groups);
     }
-    match (groups.scheme, groups.group) {
-        (GroupCoder::Nvfp4 { global_scale }, 16) => {
-            let choose = |absmax| scales::nvfp4(absmax, global_scale);
-            in_batches::<{ floats::BATCH }>(groups, |batch| floats::quantize::<8, false>(batch, choose))
-        }
-        (GroupCoder::Nvfp4ModelOpt { scale_2 }, 16) => {
-            let choose = |absmax| scales::nvfp4_modelopt(absmax, scale_2);
-            in_batches::<{ floats::BATCH }>(groups, |batch| floats::quantize::<8, false>(batch, choose))
-        }
-        (GroupCoder::Mxfp4, 32) => {
+    let Coding { element, scale, group, tensor_scale } = groups.coding;
+    match (element, scale, group) {
+        (ElementCode::E2m1, ScaleCode::E4m3, 16) => match tensor_scale {
+            Some(TensorScale::Divisor(divisor)) => {
+                let choose = |absmax| scales::nvfp4(absmax, divisor);
+                in_batches::<{ floats::BATCH }>(groups, |batch| floats::quantize::<8, false>(batch, choose))
+            }
+            Some(TensorScale::Factor(factor)) => {
+                let choose = |absmax| scales::nvfp4_modelopt(absmax, factor);
+                in_batches::<{ floats::BATCH }>(groups, |batch| floats::quantize::<8, false>(batch, choose))
+            }
+            None => other(groups),
+        },
+        (ElementCode::E2m1, ScaleCode::E8m0(_), 32) => {
             let choose = |absmax| scales::mxfp4(absmax);
             in_batches::<{ floats::BATCH }>(groups, |batch| floats::quantize::<16, true>(batch, choose))
         }
-        (GroupCoder::Int4, group) if group % scalar::LANES == 0 => {
+        (ElementCode::Int { zero_point: false }, ScaleCode::SourceFloat, group) if group % scalar::LANES == 0 => {
             in_batches::<LANES>(groups, |batch| integers::quantize::<false>(batch))
         }
-        (GroupCoder::Int4Asym, group) if group % scalar::LANES == 0 => {
+        (ElementCode::Int { zero_point: true }, ScaleCode::SourceFloat, group) if group % scalar::LANES == 0 => {
             in_batches::<LANES>(groups, |batch| integers::quantize::<true>(batch))
         }
         _ => other(groups),
@@ -83,7 +88,8 @@ impl Groups<'_> {
     /// Some of the groups, each as a row. Only where rows have no padding.
     #[inline(always)]
     fn part(&mut self, groups: Range<usize>) -> Groups<'_> {
-        let Groups { source, dtype, group, scheme, .. } = *self;
+        let Groups { source, dtype, coding, .. } = *self;
+        let group = coding.group;
         let each = |size: usize| groups.start * size..groups.end * size;
         let points = if self.zero_points.is_empty() { 0 } else { 1 };
         let BlockErrors { absmax, signal, noise, worst } = &mut self.figures;
@@ -91,10 +97,9 @@ impl Groups<'_> {
             source: &source[each(group * dtype.size())],
             dtype,
             columns: group,
-            group,
-            scheme,
+            coding,
             packed: &mut self.packed[each(group / 2)],
-            scales: &mut self.scales[each(scheme.scale_size(dtype))],
+            scales: &mut self.scales[each(coding.scale_size(dtype))],
             zero_points: &mut self.zero_points[each(points)],
             figures: BlockErrors {
                 absmax: &mut absmax[each(1)],

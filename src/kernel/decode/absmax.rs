@@ -1,18 +1,7 @@
-//! bitsandbytes 0.50.2's `dequantize_4bit`, and what absmax is with double quantization.
+//! What absmax is with double quantization.
 
-use crate::format::{Codebook, NESTED_BLOCK_SIZE, dynamic_map};
+use crate::format::{NESTED_BLOCK_SIZE, dynamic_map};
 use crate::kernel::block::nested;
-
-/// The values of the sixteen codes in block `i`.
-#[inline(always)]
-pub fn values(codebook: &Codebook, absmax: &[u8], i: usize) -> [f32; 16] {
-    let absmax = f32_at(absmax, i);
-    let mut values = codebook.values();
-    if let Some(code) = codebook.negative_zero {
-        values[usize::from(code)] = -0.0;
-    }
-    values.map(|value| value * absmax)
-}
 
 /// absmax as bitsandbytes restores it from double quantization, from entry `first` on, as little-endian f32.
 ///

@@ -1,0 +1,41 @@
+//! Scales as they are stored.
+
+use crate::dtype::FloatDtype;
+use crate::format::{Coding, Highest, ScaleCode, TensorScale};
+use crate::kernel::block::scalar;
+use crate::kernel::float8::{e4m3_value, power_of_two};
+
+/// The scales of a run's groups.
+#[derive(Clone, Copy)]
+pub struct Scales<'a> {
+    pub coding: Coding,
+    /// The dtype decoded to.
+    pub dtype: FloatDtype,
+    pub bytes: &'a [u8],
+}
+
+impl Scales<'_> {
+    /// The `i`th as f32; exact but for the division by a [`TensorScale::Divisor`], and its like.
+    #[inline(always)]
+    pub fn of(self, i: usize) -> f32 {
+        let Scales { coding, dtype, bytes } = self;
+        match (coding.scale, coding.tensor_scale) {
+            (ScaleCode::Float(FloatDtype::Float32), _) => f32::from_le_bytes(bytes.as_chunks().0[i]),
+            (ScaleCode::Float(_) | ScaleCode::SourceFloat, _) => {
+                let dtype = coding.scale.float_dtype(dtype);
+                scalar::decode(&bytes[i * dtype.size()..][..dtype.size()], dtype)
+            }
+            (ScaleCode::E4m3, Some(TensorScale::Divisor(divisor))) => e4m3_value(bytes[i]) / divisor,
+            (ScaleCode::E4m3, Some(TensorScale::Factor(factor))) => e4m3_value(bytes[i]) * factor,
+            (ScaleCode::E4m3, None) => e4m3_value(bytes[i]),
+            (ScaleCode::E8m0(Highest::Nan), _) if bytes[i] == 255 => f32::NAN,
+            (ScaleCode::E8m0(_), _) => power_of_two(bytes[i]),
+        }
+    }
+
+    /// Whether the `i`th is 2^128, which is no f32, and not infinite.
+    #[inline(always)]
+    pub fn is_two_to_128(self, i: usize) -> bool {
+        self.coding.scale == ScaleCode::E8m0(Highest::Finite) && self.bytes[i] == 255
+    }
+}

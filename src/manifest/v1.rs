@@ -1,0 +1,81 @@
+//! Schema version 1, which prequant 0.1.0 wrote: options that don't apply to the format stood in its recipe too, with their
+//! defaults.
+
+use serde::Deserialize;
+
+use super::{FileRecord, SCHEMA_VERSION, SourceRecord, Summary, TensorRecord, Tool};
+use crate::format::{BlockSize, FormatSpec, GroupSize, Layout, Sharing};
+use crate::recipe::{ExpertLayout, NonFinitePolicy, RecipeOptions};
+
+/// The file.
+#[derive(Deserialize)]
+pub struct Manifest {
+    tool: Tool,
+    recipe: FlatRecipe,
+    source: SourceRecord,
+    #[serde(default)]
+    relaid_from: Option<ExpertLayout>,
+    summary: Summary,
+    files: Vec<FileRecord>,
+    tensors: Vec<TensorRecord>,
+}
+
+#[derive(Deserialize)]
+struct FlatRecipe {
+    format: &'static FormatSpec,
+    block_size: BlockSize,
+    #[serde(default)]
+    group_size: GroupSize,
+    #[serde(default)]
+    layout: Layout,
+    double_quant: bool,
+    experts: ExpertLayout,
+    only_experts: bool,
+    include: Vec<String>,
+    exclude: Vec<String>,
+    #[serde(default)]
+    dequantize_source: bool,
+    nonfinite: NonFinitePolicy,
+    max_shard_size: u64,
+}
+
+impl TryFrom<Manifest> for super::Manifest {
+    type Error = String;
+
+    fn try_from(old: Manifest) -> Result<super::Manifest, String> {
+        let Manifest { tool, recipe, source, relaid_from, summary, files, tensors } = old;
+        let recipe = recipe.options().build().map_err(|error| format!("not a manifest: {error}"))?;
+        Ok(super::Manifest {
+            schema_version: SCHEMA_VERSION,
+            older_schema: Some(1),
+            tool,
+            recipe,
+            source,
+            relaid_from,
+            summary,
+            files,
+            tensors,
+        })
+    }
+}
+
+impl FlatRecipe {
+    /// What applies to the format.
+    fn options(self) -> RecipeOptions {
+        let is_blocks = self.format.sharing == Sharing::Blocks;
+        RecipeOptions {
+            format: Some(self.format),
+            block_size: is_blocks.then_some(self.block_size),
+            double_quant: is_blocks.then_some(self.double_quant),
+            nonfinite: is_blocks.then_some(self.nonfinite),
+            experts: is_blocks.then_some(self.experts),
+            group_size: (self.format.sharing == Sharing::Groups).then_some(self.group_size),
+            layout: (!is_blocks).then_some(self.layout),
+            only_experts: Some(self.only_experts),
+            include: Some(self.include),
+            exclude: Some(self.exclude),
+            dequantize_source: Some(self.dequantize_source),
+            max_shard_size: Some(self.max_shard_size),
+        }
+    }
+}
