@@ -38,6 +38,20 @@ impl FloatDtype {
         }
     }
 
+    /// The same as one of these, if it is.
+    pub fn of(dtype: Dtype) -> Option<FloatDtype> {
+        [FloatDtype::Bfloat16, FloatDtype::Float16, FloatDtype::Float32].into_iter().find(|d| d.dtype() == dtype)
+    }
+
+    /// The format's.
+    pub fn dtype(self) -> Dtype {
+        match self {
+            FloatDtype::Bfloat16 => Dtype::BF16,
+            FloatDtype::Float16 => Dtype::F16,
+            FloatDtype::Float32 => Dtype::F32,
+        }
+    }
+
     /// The dtype that torch calls `name`.
     pub fn from_torch_name(name: &str) -> Option<FloatDtype> {
         [FloatDtype::Bfloat16, FloatDtype::Float16, FloatDtype::Float32].into_iter().find(|d| d.torch_name() == name)

@@ -1,6 +1,7 @@
 //! prequant turns a bf16 Hugging Face safetensors checkpoint into a pre-quantized 4-bit one.
 pub mod backend;
 pub mod checkpoint;
+pub mod converted;
 pub mod dtype;
 pub mod error;
 pub mod format;

@@ -92,11 +92,13 @@ impl Header {
         let (read, sha256) = file.finish();
         let mut entries = match parsed {
             Ok(entries) => entries,
-            Err((_, error)) if error.is_io() => return Err(io::Error::from(error)).at(path, "read its header"),
-            Err((_, error)) if error.is_eof() && read < data_start => {
+            Err(NoHeader { error, .. }) if error.is_io() => {
+                return Err(io::Error::from(error)).at(path, "read its header");
+            }
+            Err(NoHeader { error, .. }) if error.is_eof() && read < data_start => {
                 return Err(io::Error::from(io::ErrorKind::UnexpectedEof)).at(path, "read its header");
             }
-            Err((tensor, error)) => {
+            Err(NoHeader { tensor, error }) => {
                 let tensor = tensor.map(|name| format!("tensor {name:?}: ")).unwrap_or_default();
                 let why = format!("its header is not a safetensors header: {tensor}{error}");
                 return Err(Error::malformed(path, why));
@@ -171,12 +173,18 @@ fn defect(entries: &[(String, Entry)], data_start: u64, file_len: u64) -> Option
     (position != file_len).then(ends_early)
 }
 
-/// The entries in their own order, without `__metadata__`; or the tensor at whose entry it failed, if at one's.
-fn parse(json: impl Read) -> Result<Vec<(String, Entry)>, (Option<String>, serde_json::Error)> {
+/// Why a header isn't one, and the tensor at whose entry that shows, if at one's.
+struct NoHeader {
+    tensor: Option<String>,
+    error: serde_json::Error,
+}
+
+/// The entries in their own order, without `__metadata__`.
+fn parse(json: impl Read) -> Result<Vec<(String, Entry)>, NoHeader> {
     let (mut entries, mut at) = (Vec::new(), None);
     let mut json = serde_json::Deserializer::from_reader(json);
     let parsed = Entries { entries: &mut entries, at: &mut at }.deserialize(&mut json).and_then(|()| json.end());
-    parsed.map(|()| entries).map_err(|error| (at, error))
+    parsed.map(|()| entries).map_err(|error| NoHeader { tensor: at, error })
 }
 
 /// Reads the JSON object. The library's own type reads it into maps, which lose a name that stands in it twice.

@@ -31,6 +31,9 @@ const MAX_DEPTH: usize = 8;
 /// More side files than this are no part of a checkpoint.
 const MAX_FILES: usize = 10_000;
 
+/// A longer `modules.json` is not sentence-transformers': real ones are a few hundred bytes.
+const MAX_MODULES_LEN: u64 = 1 << 20;
+
 /// A file to be copied as it is.
 #[derive(Clone, Debug)]
 pub struct SideFile {
@@ -60,7 +63,7 @@ pub fn find(root: &Location) -> Result<Vec<SideFile>> {
 /// in another format.
 fn parts_of_pipeline(root: &Location) -> Result<Vec<String>> {
     let modules = root.join("modules.json");
-    if !modules.is_file() {
+    if !modules.stat().is_ok_and(|stat| stat.kind == Kind::File && stat.len <= MAX_MODULES_LEN) {
         return Ok(Vec::new());
     }
     let text = modules.read().at(modules.path(), "read it")?;
@@ -94,7 +97,7 @@ impl Walk {
                 }
                 Kind::Folder => {}
                 // A link that leads nowhere is an error; a pipe is not copied.
-                Kind::Other => drop(location.stat().at(location.path(), "look at it")?),
+                Kind::Other => location.stat().at(location.path(), "look at it").map(|_| ())?,
             }
             if self.files.len() > MAX_FILES {
                 let why = format!("more than {MAX_FILES} files lie in it beside the weights: is it the right folder?");

@@ -1,14 +1,14 @@
 //! `prequant inspect`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
 use prequant::Error;
-use prequant::checkpoint::{Source, TensorInfo};
-use prequant::layout::StoredFormat;
+use prequant::checkpoint::Source;
+use prequant::converted::{self, FoundWeight};
 use prequant::units::Bytes;
 use serde_json::{Value, json};
 
@@ -50,52 +50,19 @@ pub fn run(arguments: &Arguments) -> ExitCode {
     output::finish(result, arguments.json)
 }
 
-/// Tensors by name.
-type Tensors<'a> = BTreeMap<&'a str, &'a TensorInfo>;
-
 /// Puts the parts of 4-bit weights together.
 fn weights(source: &Source) -> Vec<Weight<'_>> {
-    let tensors: Tensors<'_> = source.tensors().map(|(_, info)| (&*info.name, info)).collect();
-    let stored = StoredFormat::all();
-    let mut parts: BTreeSet<&str> = BTreeSet::new();
-    let mut weights: Vec<Weight<'_>> = Vec::new();
-    for (file, info) in source.tensors() {
-        let coded = coded(info, &tensors, &stored);
-        let elements: u64 = info.shape.iter().product();
-        let mut weight = Weight {
-            name: coded.as_ref().map_or(&info.name, |coded| coded.name),
-            file: &source.files[file].name,
-            format: coded.as_ref().map_or_else(|| info.dtype.to_string(), |coded| coded.format.to_owned()),
-            shape: info.shape.clone(),
-            // Two codes a byte; whether the last ones are a pad, only what stands beside them knows.
-            elements: if coded.is_some() { 2 * info.len } else { elements },
-            bytes: info.len,
-        };
-        for part in coded.into_iter().flat_map(|coded| coded.parts) {
-            weight.bytes += part.len;
-            parts.insert(&part.name);
-        }
-        weights.push(weight);
-    }
-    weights.retain(|weight| !parts.contains(weight.name));
-    weights
-}
-
-/// A weight's codes with what belongs to them.
-struct CodedWeight<'a> {
-    name: &'a str,
-    format: &'static str,
-    parts: Vec<&'a TensorInfo>,
-}
-
-/// What `info` is the codes of, if it is: of all that fit, what has most parts beside it.
-fn coded<'a>(info: &'a TensorInfo, tensors: &Tensors<'a>, stored: &[StoredFormat]) -> Option<CodedWeight<'a>> {
-    let find = |name: &str| tensors.get(name).copied();
-    let found = stored.iter().filter_map(|stored| {
-        let (name, parts) = stored.parts(info, find)?;
-        Some(CodedWeight { name, format: stored.format.name, parts })
+    let found = converted::weights(source).into_iter();
+    let weights = found.map(|FoundWeight { name, file, format, codes, beside }| Weight {
+        name,
+        file: &source.files[file].name,
+        format: format.map_or_else(|| codes.dtype.to_string(), |format| format.name.to_owned()),
+        shape: codes.shape.clone(),
+        // Two codes a byte; whether the last ones are a pad, only what stands beside them knows.
+        elements: if format.is_some() { 2 * codes.len } else { codes.shape.iter().product() },
+        bytes: codes.len + beside.iter().map(|info| info.len).sum::<u64>(),
     });
-    found.max_by_key(|coded| coded.parts.len())
+    weights.collect()
 }
 
 fn bits(bytes: u64, elements: u64) -> f64 {

@@ -113,6 +113,10 @@ fn text(arguments: &Arguments, report: &Report, seconds: f64) -> String {
     if differences > SHOWN {
         lines.push(format!("... and {} more", differences - SHOWN));
     }
+    lines.extend(report.written_by.as_ref().map(|version| {
+        let this = env!("CARGO_PKG_VERSION");
+        format!("written by {version}: compared tensor by tensor with what this version ({this}) makes of the source")
+    }));
     let folder = arguments.folder.display();
     let how = if arguments.against.is_some() { "compared with the source" } else { "verified" };
     lines.push(match differences {

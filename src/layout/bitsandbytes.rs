@@ -8,11 +8,20 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::dtype::FloatDtype;
+use crate::error::Result;
 use crate::format::{Codec, NESTED_BLOCK_SIZE};
-use crate::layout::{OutputDtype, OutputKind, OutputTensor};
+use crate::layout::{OutputDtype, OutputKind, OutputTensor, Stored, StoredWeight};
 
 /// Room for `nested_offset` in a quant_state: the longest f64 that is an f32, as Python prints it.
 const OFFSET_WIDTH: usize = 24;
+
+/// The end of the name of a weight's absmax.
+pub const ABSMAX: &str = ".absmax";
+/// What stands between a weight's name and its format's in the name of its quant_state.
+pub const QUANT_STATE: &str = ".quant_state.bitsandbytes__";
+
+/// The longest quant_state that is read: real ones have a hundred or two hundred bytes.
+pub const MAX_QUANT_STATE: u64 = 1 << 16;
 
 /// The tensors that a weight of `shape` becomes, for a dtype and codec.
 pub fn output_tensors(codec: &Codec, dtype: FloatDtype, shape: &[u64]) -> Vec<OutputTensor> {
@@ -24,7 +33,7 @@ pub fn output_tensors(codec: &Codec, dtype: FloatDtype, shape: &[u64]) -> Vec<Ou
     };
     let mut tensors = vec![
         tensor(OutputKind::Packed, "", false, vec![elements.div_ceil(2), 1]),
-        tensor(OutputKind::Absmax, ".absmax", !codec.double_quant(), vec![blocks]),
+        tensor(OutputKind::Absmax, ABSMAX, !codec.double_quant(), vec![blocks]),
         tensor(OutputKind::QuantMap, ".quant_map", true, vec![16]),
     ];
     if codec.double_quant() {
@@ -34,13 +43,29 @@ pub fn output_tensors(codec: &Codec, dtype: FloatDtype, shape: &[u64]) -> Vec<Ou
     }
     let length = quant_state_len(codec, dtype, shape) as u64;
     let state = tensor(OutputKind::QuantState, "", false, vec![length]);
-    tensors.push(OutputTensor { suffix: quant_state_suffix(codec).into(), ..state });
+    tensors.push(OutputTensor { suffix: format!("{QUANT_STATE}{}", codec.format.library_name).into(), ..state });
     tensors
 }
 
-/// The end of the quant_state's name, after the weight's.
-pub fn quant_state_suffix(codec: &Codec) -> String {
-    format!(".quant_state.bitsandbytes__{}", codec.format.library_name)
+/// What a weight's tensors say of it: the quant_state says all.
+///
+/// # Errors
+/// When it can't be read, or says what can't be.
+pub fn read(codec: &Codec, weight: &mut dyn StoredWeight) -> Result<Stored> {
+    let json = weight.bytes(OutputKind::QuantState, MAX_QUANT_STATE)?;
+    let state = ParsedQuantState::parse(&json);
+    let state = state.map_err(|error| weight.malformed(format!("its quant_state: {error}")))?;
+    let dtype = FloatDtype::from_torch_name(&state.dtype);
+    let dtype = dtype.ok_or_else(|| weight.malformed(format!("its quant_state: unknown dtype {:?}", state.dtype)))?;
+    let shape = state.shape;
+    let elements = shape.iter().try_fold(1u64, |product, &dimension| product.checked_mul(dimension));
+    let Some(columns @ 1..) = elements else {
+        return Err(weight.malformed(format!("its quant_state: a shape of {shape:?}")));
+    };
+    let nested_offset = codec.double_quant().then(|| state.nested_offset.unwrap_or(0.0) as f32);
+    // Blocks run through the whole weight.
+    let (rows, coding) = (1, codec.coding(columns, None));
+    Ok(Stored { shape, dtype, coding, rows, columns, nested_offset, transposed: false })
 }
 
 /// What a quant_state says, besides the tensors.

@@ -6,8 +6,13 @@ use std::borrow::Cow;
 use serde_json::{Value, json};
 
 use crate::dtype::FloatDtype;
+use crate::error::Result;
 use crate::format::{Codec, ElementCode, GroupSize, ScaleCode, Scales};
-use crate::layout::{OutputDtype, OutputKind, OutputTensor};
+use crate::layout::reader::number;
+use crate::layout::{OutputDtype, OutputKind, OutputTensor, Stored, StoredWeight};
+
+/// The end of the codes' name, after the weight's.
+pub const CODES: &str = "_packed";
 
 /// Rows whose zero points share an i32.
 pub const ZERO_POINT_ROWS: u64 = 8;
@@ -29,7 +34,7 @@ pub fn output_tensors(codec: &Codec, shape: &[u64]) -> Vec<OutputTensor> {
         ScaleCode::E8m0(_) => OutputDtype::U8,
     };
     let mut tensors = vec![
-        tensor(OutputKind::Packed, "_packed", codes, vec![rows, columns.div_ceil(per_element)]),
+        tensor(OutputKind::Packed, CODES, codes, vec![rows, columns.div_ceil(per_element)]),
         tensor(OutputKind::Scale, "_scale", scale, vec![rows, groups]),
     ];
     if is_integer(codec) {
@@ -48,6 +53,31 @@ pub fn output_tensors(codec: &Codec, shape: &[u64]) -> Vec<OutputTensor> {
         ));
     }
     tensors
+}
+
+/// What a weight's tensors say of it: integers have their scales' dtype, and their shape in a tensor of its own; all else is bf16.
+///
+/// # Errors
+/// When one is missing, or isn't what the others want.
+pub fn read(codec: &Codec, weight: &mut dyn StoredWeight) -> Result<Stored> {
+    let (codes, scale) = (weight.info(OutputKind::Packed)?, weight.info(OutputKind::Scale)?);
+    let &[rows, packed] = &codes.shape[..] else {
+        return Err(weight.malformed(format!("{:?} has the shape {:?}", codes.name, codes.shape)));
+    };
+    let dtype = match codec.format.scale {
+        ScaleCode::SourceFloat => FloatDtype::of(scale.dtype)
+            .ok_or_else(|| weight.malformed(format!("{:?} is {}", scale.name, scale.dtype)))?,
+        ScaleCode::Float(_) | ScaleCode::E4m3 | ScaleCode::E8m0(_) => FloatDtype::Bfloat16,
+    };
+    let shape = match is_integer(codec) {
+        true => {
+            let bytes = weight.bytes(OutputKind::Shape, 16)?;
+            bytes.as_chunks().0.iter().map(|dimension| u64::from_le_bytes(*dimension)).collect()
+        }
+        false => vec![rows, packed.saturating_mul(2)],
+    };
+    let scale = if codec.has_tensor_scale() { Some(number(weight, OutputKind::GlobalScale)?) } else { None };
+    Stored::of_rows(weight, shape, dtype, |columns| codec.coding(columns, scale))
 }
 
 /// Whether codes are integers, whose number in a row is in a tensor of its own.

@@ -5,17 +5,22 @@ pub mod compressed_tensors;
 pub mod gpt_oss;
 pub mod modelopt;
 mod output;
+mod reader;
 pub mod recognize;
 mod stored;
+
+use std::borrow::Cow;
 
 use serde_json::Value;
 
 use crate::dtype::FloatDtype;
-use crate::format::{Codec, Layout, ScaleCode};
+use crate::error::Result;
+use crate::format::{Codec, Layout};
 
-pub use bitsandbytes::{ParsedQuantState, QuantState, quant_state_bytes, quant_state_len, quant_state_suffix};
+pub use bitsandbytes::{ParsedQuantState, QuantState, quant_state_bytes, quant_state_len};
 pub use compressed_tensors::{ZERO_POINT_ROWS, shape_bytes};
 pub use output::{OutputDtype, OutputKind, OutputTensor};
+pub use reader::{Stored, StoredWeight};
 pub use recognize::{FP8_METHOD, MXFP4_METHOD, SourceQuantization};
 pub use stored::StoredFormat;
 
@@ -58,37 +63,27 @@ impl Codec {
         modelopt.then(|| (modelopt::CONFIG_NAME.to_owned(), modelopt::config_text(self, kept)))
     }
 
-    /// The end of the codes' name, after the weight's.
-    pub fn codes_suffix(&self) -> &'static str {
+    /// The end of the name of a weight's tensor of this kind, if it has one.
+    pub fn suffix(&self, kind: OutputKind) -> Option<Cow<'static, str>> {
+        self.tensors().into_iter().find(|tensor| tensor.kind == kind).map(|tensor| tensor.suffix)
+    }
+
+    /// The tensors that any weight becomes: names and dtypes. Shapes are those of a small one.
+    pub fn tensors(&self) -> Vec<OutputTensor> {
+        let shape: &[u64] = if self.layout() == Some(Layout::GptOss) { &[1, 8, 128] } else { &[8, 128] };
+        self.output_tensors(FloatDtype::Bfloat16, shape)
+    }
+
+    /// What a weight's tensors say of it; `model` is the model's dtype.
+    ///
+    /// # Errors
+    /// When one is missing, or says what can't be.
+    pub fn read(&self, weight: &mut dyn StoredWeight, model: FloatDtype) -> Result<Stored> {
         match self.layout() {
-            Some(Layout::CompressedTensors) => "_packed",
-            Some(Layout::GptOss) => "_blocks",
-            None | Some(Layout::Modelopt) => "",
-        }
-    }
-
-    /// The end of the scales' name, after the weight's.
-    pub fn scales_suffix(&self) -> &'static str {
-        match self.layout() {
-            None => ".absmax",
-            Some(Layout::GptOss) => "_scales",
-            Some(Layout::CompressedTensors | Layout::Modelopt) => "_scale",
-        }
-    }
-
-    /// The end of the name of the one scale of all groups' scales, if the format has it.
-    pub fn tensor_scale_suffix(&self) -> Option<&'static str> {
-        let suffix = if self.layout() == Some(Layout::Modelopt) { "_scale_2" } else { "_global_scale" };
-        self.has_tensor_scale().then_some(suffix)
-    }
-
-    /// The dtype that the layout's own library decodes to, where scales have the dtype `scales` if they are floats of a
-    /// weight's dtypes, and the model is in `model`.
-    pub fn decoded_dtype(&self, scales: Option<FloatDtype>, model: FloatDtype) -> Option<FloatDtype> {
-        match (self.format.scale, self.layout()) {
-            (ScaleCode::SourceFloat, _) => scales,
-            (_, Some(Layout::CompressedTensors)) => Some(FloatDtype::Bfloat16),
-            _ => Some(model),
+            None => bitsandbytes::read(self, weight),
+            Some(Layout::CompressedTensors) => compressed_tensors::read(self, weight),
+            Some(Layout::Modelopt) => modelopt::read(self, weight, model),
+            Some(Layout::GptOss) => gpt_oss::read(self, weight, model),
         }
     }
 }

@@ -5,11 +5,18 @@ use std::borrow::Cow;
 use serde_json::{Value, json};
 
 use crate::dtype::FloatDtype;
+use crate::error::Result;
 use crate::format::Codec;
-use crate::layout::{OutputDtype, OutputKind, OutputTensor};
+use crate::layout::reader::number;
+use crate::layout::{OutputDtype, OutputKind, OutputTensor, Stored, StoredWeight};
 
 /// The file beside config.json that says how weights are quantized.
 pub const CONFIG_NAME: &str = "hf_quant_config.json";
+
+/// The end of the name of the scales, after the weight's.
+pub const SCALE: &str = "_scale";
+/// The same of the scale of all scales.
+pub const TENSOR_SCALE: &str = "_scale_2";
 
 /// The tensors that a weight `[rows, columns]`, of whole groups, becomes; the codes keep its name.
 pub fn output_tensors(codec: &Codec, shape: &[u64]) -> Vec<OutputTensor> {
@@ -18,9 +25,23 @@ pub fn output_tensors(codec: &Codec, shape: &[u64]) -> Vec<OutputTensor> {
     let groups = columns / codec.block_len(columns);
     vec![
         tensor(OutputKind::Packed, "", OutputDtype::U8, vec![rows, columns / 2]),
-        tensor(OutputKind::Scale, "_scale", OutputDtype::F8E4M3, vec![rows, groups]),
-        tensor(OutputKind::GlobalScale, "_scale_2", OutputDtype::Float(FloatDtype::Float32), vec![]),
+        tensor(OutputKind::Scale, SCALE, OutputDtype::F8E4M3, vec![rows, groups]),
+        tensor(OutputKind::GlobalScale, TENSOR_SCALE, OutputDtype::Float(FloatDtype::Float32), vec![]),
     ]
+}
+
+/// What a weight's tensors say of it; clients decode to the model's dtype.
+///
+/// # Errors
+/// When one is missing, or isn't what the others want.
+pub fn read(codec: &Codec, weight: &mut dyn StoredWeight, model: FloatDtype) -> Result<Stored> {
+    let codes = weight.info(OutputKind::Packed)?;
+    let &[rows, packed] = &codes.shape[..] else {
+        return Err(weight.malformed(format!("{:?} has the shape {:?}", codes.name, codes.shape)));
+    };
+    let scale = number(weight, OutputKind::GlobalScale)?;
+    let shape = vec![rows, packed.saturating_mul(2)];
+    Stored::of_rows(weight, shape, model, |columns| codec.coding(columns, Some(scale)))
 }
 
 /// What clients tell the format by. ModelOpt's own word for weights alone is `W4A16_NVFP4`; with this one axolotl takes it too, and

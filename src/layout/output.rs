@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use crate::dtype::FloatDtype;
+use crate::dtype::{Dtype, FloatDtype};
 
 /// Which part of a quantized weight an output tensor is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +44,28 @@ pub enum OutputDtype {
     Float(FloatDtype),
     /// The weight's own.
     Source,
+}
+
+impl OutputDtype {
+    /// The dtype in headers, for a weight of dtype `source`.
+    pub fn dtype(self, source: Dtype) -> Dtype {
+        match self {
+            OutputDtype::U8 => Dtype::U8,
+            OutputDtype::I32 => Dtype::I32,
+            OutputDtype::I64 => Dtype::I64,
+            OutputDtype::F8E4M3 => Dtype::F8_E4M3,
+            OutputDtype::Float(dtype) => dtype.dtype(),
+            OutputDtype::Source => source,
+        }
+    }
+
+    /// Whether it is this dtype for some weight.
+    pub fn fits(self, found: Dtype) -> bool {
+        match self {
+            OutputDtype::Source => FloatDtype::of(found).is_some(),
+            other => other.dtype(found) == found,
+        }
+    }
 }
 
 /// A tensor that quantizing a weight yields.

@@ -4,25 +4,31 @@ use std::path::PathBuf;
 
 use crate::checkpoint::{CONFIG_NAME, Config, Source, SourceFile, TensorInfo};
 use crate::dtype::Dtype;
+use crate::layout::{bitsandbytes, compressed_tensors, gpt_oss, modelopt};
 
 /// DeepSeek-V3's, as names give it away.
 pub const FP8_METHOD: &str = "FP8 in blocks";
 /// gpt-oss's, likewise.
 pub const MXFP4_METHOD: &str = "MXFP4 (gpt-oss)";
 
-/// What ends the names that a method's checkpoints have and others don't.
-const SUFFIXES: &[(&str, &str)] = &[
-    (".quant_state.bitsandbytes__nf4", "bitsandbytes NF4"),
-    (".quant_state.bitsandbytes__fp4", "bitsandbytes FP4"),
-    (".SCB", "bitsandbytes LLM.int8()"),
-    (".weight_packed", "compressed-tensors"),
-    (".weight_scale_inv", FP8_METHOD),
-    (".qzeros", "GPTQ or AWQ"),
-    (".qweight", "GPTQ or AWQ"),
-    ("_proj_blocks", MXFP4_METHOD),
-    (".weight_scale_2", "ModelOpt NVFP4"),
-    (".weight_scale", "FP8 or integers with scales"),
-    (".absmax", "bitsandbytes"),
+/// The end of the name of an FP8 weight's scales, after the weight's.
+pub const FP8_SCALE: &str = "_scale_inv";
+/// What may stand beside an FP8 weight for products with FP8 inputs; it has no meaning once the weight is decoded.
+pub const FP8_INPUT_SCALES: [&str; 2] = [".activation_scale", ".input_scale"];
+
+/// How names end that a method's checkpoints have and others don't: in two parts, the second a layout's own.
+const ENDS: &[(&str, &str, &str)] = &[
+    (bitsandbytes::QUANT_STATE, "nf4", "bitsandbytes NF4"),
+    (bitsandbytes::QUANT_STATE, "fp4", "bitsandbytes FP4"),
+    ("", ".SCB", "bitsandbytes LLM.int8()"),
+    (".weight", compressed_tensors::CODES, "compressed-tensors"),
+    (".weight", FP8_SCALE, FP8_METHOD),
+    ("", ".qzeros", "GPTQ or AWQ"),
+    ("", ".qweight", "GPTQ or AWQ"),
+    ("_proj", gpt_oss::BLOCKS, MXFP4_METHOD),
+    (".weight", modelopt::TENSOR_SCALE, "ModelOpt NVFP4"),
+    (".weight", modelopt::SCALE, "FP8 or integers with scales"),
+    ("", bitsandbytes::ABSMAX, "bitsandbytes"),
 ];
 
 /// How a checkpoint is quantized.
@@ -46,7 +52,8 @@ impl SourceQuantization {
 
     /// The method that a tensor of this name belongs to.
     pub fn by_name(name: &str) -> Option<&'static str> {
-        SUFFIXES.iter().find(|(suffix, _)| name.ends_with(suffix)).map(|(_, method)| *method)
+        let is_end = |before: &str, end: &str| name.strip_suffix(end).is_some_and(|name| name.ends_with(before));
+        ENDS.iter().find(|(before, end, _)| is_end(before, end)).map(|(.., method)| *method)
     }
 }
 

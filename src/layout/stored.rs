@@ -1,8 +1,7 @@
 //! Telling from its tensors what format a weight is in.
 
-use super::{OutputDtype, OutputKind, OutputTensor};
+use super::{OutputKind, OutputTensor};
 use crate::checkpoint::TensorInfo;
-use crate::dtype::{Dtype, FloatDtype};
 use crate::format::{CodecOptions, FORMATS, FormatSpec, Layout};
 
 /// A format in one of its layouts, as files have it.
@@ -21,9 +20,7 @@ impl StoredFormat {
         let all = all.flat_map(|of| [false, true].map(|double_quant| (of, double_quant)));
         all.map(|((format, layout), double_quant)| {
             let codec = format.codec(CodecOptions { layout, double_quant, ..CodecOptions::default() });
-            // Any will do: names and dtypes don't depend on it.
-            let shape = if layout == Layout::GptOss { &[1, 1, 4096][..] } else { &[1, 4096] };
-            StoredFormat { format, tensors: codec.output_tensors(FloatDtype::Bfloat16, shape) }
+            StoredFormat { format, tensors: codec.tensors() }
         })
         .collect()
     }
@@ -36,11 +33,11 @@ impl StoredFormat {
         find: impl Fn(&str) -> Option<&'a TensorInfo>,
     ) -> Option<(&'a str, Vec<&'a TensorInfo>)> {
         let (own, others) = self.tensors.split_first()?;
-        let name = codes.name.strip_suffix(&*own.suffix).filter(|_| is(codes.dtype, own.dtype))?;
+        let name = codes.name.strip_suffix(&*own.suffix).filter(|_| own.dtype.fits(codes.dtype))?;
         let mut parts = Vec::new();
         for other in others {
             match find(&format!("{name}{}", other.suffix)) {
-                Some(part) if is(part.dtype, other.dtype) => parts.push(part),
+                Some(part) if other.dtype.fits(part.dtype) => parts.push(part),
                 // Constants may be left out.
                 None if matches!(other.kind, OutputKind::Shape | OutputKind::QuantMap | OutputKind::NestedQuantMap) => {
                 }
@@ -48,18 +45,5 @@ impl StoredFormat {
             }
         }
         Some((name, parts))
-    }
-}
-
-fn is(found: Dtype, expected: OutputDtype) -> bool {
-    match expected {
-        OutputDtype::U8 => found == Dtype::U8,
-        OutputDtype::I32 => found == Dtype::I32,
-        OutputDtype::I64 => found == Dtype::I64,
-        OutputDtype::F8E4M3 => found == Dtype::F8_E4M3,
-        OutputDtype::Float(FloatDtype::Bfloat16) => found == Dtype::BF16,
-        OutputDtype::Float(FloatDtype::Float16) => found == Dtype::F16,
-        OutputDtype::Float(FloatDtype::Float32) => found == Dtype::F32,
-        OutputDtype::Source => matches!(found, Dtype::BF16 | Dtype::F16 | Dtype::F32),
     }
 }

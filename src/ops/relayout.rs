@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, Source, SourceFile, TensorInfo, sort_canonically};
+use crate::converted::Converted;
 use crate::dtype::FloatDtype;
 use crate::dtype::{self, byte_len};
 use crate::error::{Error, Result};
@@ -71,14 +72,14 @@ impl Relayout {
         let origin = origin(converted, &manifest)?;
         let old = Plan::new(&origin, manifest.recipe.clone())?;
         check_manifest(path, &old, &manifest)?;
-        let places = places(converted, &old)?;
+        let converted = Converted::new(converted, &manifest)?;
         let plan = Plan::new(&origin, recipe)?;
         let old_names: HashMap<&str, &PlannedTensor> = old.tensors.iter().map(|t| (&*t.name, t)).collect();
         let (records, is_old) =
             (records(&manifest), |t: &&PlannedTensor| old_names.get(&*t.name).is_some_and(|old| is_same(old, t)));
         let unchanged: Vec<Option<usize>> =
             plan.tensors.iter().map(|t| Some(records[&*Some(t).filter(is_old)?.name].0)).collect();
-        let copies = Copies { path, old: &old, places: &places, runs: Runs::new(&old) };
+        let copies = Copies { path, old: &old, converted: &converted, runs: Runs::new(&old) };
         let mut tensors = Vec::new();
         let mut files = Vec::new();
         for file in &plan.files {
@@ -219,33 +220,6 @@ fn check_manifest(path: &Path, plan: &Plan, manifest: &Manifest) -> Result<()> {
     Err(Error::Relayout { path: path.to_owned(), why })
 }
 
-/// Where each output of the plan is in the converted files.
-fn places(converted: &Source, plan: &Plan) -> Result<HashMap<String, Span>> {
-    let mut places = HashMap::new();
-    for (file, tensors) in converted.files.iter().enumerate() {
-        for (tensor, info) in tensors.tensors.iter().enumerate() {
-            places.insert(info.name.clone(), Span { file, tensor, offset: info.offset, len: info.len });
-        }
-    }
-    let info = |span: &Span| &converted.files[span.file].tensors[span.tensor];
-    for tensor in &plan.tensors {
-        for output in &tensor.outputs {
-            let name = format!("{}{}", tensor.name, output.suffix);
-            let found = places.get(&name).map(info);
-            if found.is_none_or(|info| info.dtype != output.dtype || info.shape != output.shape) {
-                let why = format!("tensor {name:?} isn't there as {MANIFEST_NAME} says; prequant verify tells more");
-                return Err(Error::malformed(converted.location.path(), why));
-            }
-        }
-    }
-    let planned: usize = plan.tensors.iter().map(|tensor| tensor.outputs.len()).sum();
-    if planned != places.len() {
-        let why = format!("it has more tensors than {MANIFEST_NAME} says; prequant verify tells which");
-        return Err(Error::malformed(converted.location.path(), why));
-    }
-    Ok(places)
-}
-
 fn is_same(old: &PlannedTensor, new: &PlannedTensor) -> bool {
     (&old.read, &old.shape, old.decision) == (&new.read, &new.shape, new.decision)
 }
@@ -300,7 +274,7 @@ impl Runs {
 struct Copies<'a> {
     path: &'a Path,
     old: &'a Plan,
-    places: &'a HashMap<String, Span>,
+    converted: &'a Converted<'a>,
     runs: Runs,
 }
 
@@ -308,10 +282,10 @@ impl Copies<'_> {
     /// A tensor to be copied for each of the tensor's outputs.
     fn of(&self, tensor: &PlannedTensor, unchanged: bool, recipe: &Recipe) -> Result<Vec<PlannedTensor>> {
         let Decision::Quantize(dtype) = tensor.decision else {
-            return Ok(tensor.outputs.iter().map(|output| self.as_it_is(tensor, output)).collect());
+            return self.as_they_are(tensor);
         };
         if unchanged {
-            return Ok(tensor.outputs.iter().map(|output| self.as_it_is(tensor, output)).collect());
+            return self.as_they_are(tensor);
         }
         let codec = &recipe.codec();
         let Scales::Blocks { size, double_quant, .. } = codec.scales else {
@@ -327,16 +301,23 @@ impl Copies<'_> {
         let first = &self.old.tensors[first.tensor];
         let state = QuantState { codec, dtype, shape: &tensor.shape, nested_offset: 0.0 };
         let outputs = tensor.outputs.iter().map(|output| match output.kind {
-            Some(OutputKind::Packed) => copy(tensor, output, packed.clone()),
-            Some(OutputKind::Absmax) => copy(tensor, output, absmax.clone()),
-            Some(OutputKind::QuantState) => copy(tensor, output, Read::Literal(quant_state_bytes(&state).into())),
-            _ => copy(tensor, output, Read::Bytes(self.places[&format!("{}{}", first.name, output.suffix)])),
+            Some(OutputKind::Packed) => Ok(copy(tensor, output, packed.clone())),
+            Some(OutputKind::Absmax) => Ok(copy(tensor, output, absmax.clone())),
+            Some(OutputKind::QuantState) => Ok(copy(tensor, output, Read::Literal(quant_state_bytes(&state).into()))),
+            _ => Ok(copy(tensor, output, Read::Bytes(self.span(first, output)?))),
         });
-        Ok(outputs.collect())
+        outputs.collect()
     }
 
-    fn as_it_is(&self, tensor: &PlannedTensor, output: &PlannedOutput) -> PlannedTensor {
-        copy(tensor, output, Read::Bytes(self.places[&format!("{}{}", tensor.name, output.suffix)]))
+    /// Copies of all outputs of a tensor that doesn't change.
+    fn as_they_are(&self, tensor: &PlannedTensor) -> Result<Vec<PlannedTensor>> {
+        let outputs = tensor.outputs.iter();
+        outputs.map(|output| Ok(copy(tensor, output, Read::Bytes(self.span(tensor, output)?)))).collect()
+    }
+
+    /// Where an output is in the converted files.
+    fn span(&self, tensor: &PlannedTensor, output: &PlannedOutput) -> Result<Span> {
+        self.converted.tensor(&format!("{}{}", tensor.name, output.suffix)).map(|(span, _)| span)
     }
 
     /// Where the codes and absmax of its runs are.
@@ -360,9 +341,9 @@ impl Copies<'_> {
                     return self.error(tensor, why);
                 }
                 let old = &self.old.tensors[run.tensor];
-                let place = |kind| self.places[&format!("{}{}", old.name, old.output(kind).suffix)];
-                packed.push(Read::Bytes(place(OutputKind::Packed).part(first / 2, elements / 2)));
-                absmax.push(Read::Bytes(place(OutputKind::Absmax).part(first / block * 4, elements / block * 4)));
+                let (codes, scales) = (old.output(OutputKind::Packed), old.output(OutputKind::Absmax));
+                packed.push(Read::Bytes(self.span(old, codes)?.part(first / 2, elements / 2)));
+                absmax.push(Read::Bytes(self.span(old, scales)?.part(first / block * 4, elements / block * 4)));
                 covered += len;
             }
             if covered != span.len {

@@ -3,7 +3,7 @@
 //! DeepSeek-V3's weights are FP8 with a scale for each block of 128 by 128; gpt-oss's experts are MXFP4. Their hubs have no
 //! others. They decode to what transformers' own dequantization gives.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use serde_json::Value;
 
@@ -12,8 +12,10 @@ use crate::dtype::FloatDtype;
 use crate::dtype::{Dtype, byte_len};
 use crate::error::{Error, Result};
 use crate::format::{Coding, ElementCode, Highest, ScaleCode};
-use crate::layout::{FP8_METHOD, MXFP4_METHOD, SourceQuantization, recognize};
-use crate::read::{Decode, Read, Span};
+use crate::layout::gpt_oss::{self, BLOCKS, SCALES};
+use crate::layout::recognize::{self, FP8_INPUT_SCALES, FP8_SCALE};
+use crate::layout::{FP8_METHOD, MXFP4_METHOD, SourceQuantization};
+use crate::read::{Decode, Read, Span, Tensors};
 use crate::recipe::Recipe;
 
 /// More experts than any model has: each becomes a part of its own, or several.
@@ -50,12 +52,6 @@ impl Input {
 /// The fewest columns that share a scale: with fewer, scales would take more room than what they scale.
 const LEAST_FP8_BLOCK: u64 = 16;
 
-/// The end of a scale's name, after its weight's.
-const SCALE: &str = "_scale_inv";
-
-/// What may stand beside an FP8 weight for products with FP8 inputs; it has no meaning once the weight is decoded.
-const INPUT_SCALES: [&str; 2] = [".activation_scale", ".input_scale"];
-
 /// # Errors
 /// When the source is quantized, and not as FP8 blocks; or as gpt-oss's experts, and the recipe doesn't have it decoded.
 pub fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
@@ -77,7 +73,7 @@ pub fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
     };
     let fp8 = source.tensors().filter(|(_, info)| info.dtype == Dtype::F8_E4M3);
     let fp8: HashSet<&str> = fp8.map(|(_, info)| info.name.as_str()).collect();
-    let has_fp8 = ends(SCALE).next().is_some() && ends(SCALE).all(|weight| fp8.contains(weight));
+    let has_fp8 = ends(FP8_SCALE).next().is_some() && ends(FP8_SCALE).all(|weight| fp8.contains(weight));
     let is_fp8 = has_fp8 && method_is("fp8") && only(FP8_METHOD);
     let is_mxfp4 = has_mxfp4_experts(source) && method_is("mxfp4") && only(MXFP4_METHOD);
     let hint = match (is_fp8, is_mxfp4, recipe.dequantize_source) {
@@ -90,8 +86,9 @@ pub fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
 
 /// Whether experts are in MXFP4, as gpt-oss's.
 pub fn has_mxfp4_experts(source: &Source) -> bool {
-    let has = |end| source.tensors().any(|(_, info)| info.name.ends_with(end));
-    has("_proj_blocks") && has("_proj_scales")
+    let is = |name: &str, end| name.strip_suffix(end).is_some_and(|name| name.ends_with("_proj"));
+    let has = |end| source.tensors().any(|(_, info)| is(&info.name, end));
+    has(BLOCKS) && has(SCALES)
 }
 
 /// The source's tensors in their order, decoded where they are coded; scales are part of what they scale.
@@ -99,7 +96,7 @@ pub fn has_mxfp4_experts(source: &Source) -> bool {
 /// # Errors
 /// When a coded tensor's scales are missing, or don't fit.
 pub fn inputs(source: &Source, recipe: &Recipe) -> Result<Vec<Input>> {
-    let places = Places::new(source);
+    let places = Tensors::new(source);
     let dtype = model_dtype(source.config.as_ref());
     let mut beside: HashSet<(usize, usize)> = HashSet::new();
     let mut inputs = Vec::new();
@@ -110,16 +107,19 @@ pub fn inputs(source: &Source, recipe: &Recipe) -> Result<Vec<Input>> {
                 let why = format!("tensor {:?}: {why}", info.name);
                 Err(Error::malformed(source_file.location.path(), why))
             };
-            let decoded = match (info.dtype, info.name.strip_suffix("_blocks")) {
-                (Dtype::F8_E4M3, _) => match places.get(&format!("{}{SCALE}", info.name)) {
+            let decoded = match (info.dtype, info.name.strip_suffix(BLOCKS)) {
+                (Dtype::F8_E4M3, _) => match places.get(&format!("{}{FP8_SCALE}", info.name)) {
                     Some(scale) => Some(fp8(source, info, place, scale, dtype)),
                     None => {
-                        return error(format!("it is F8_E4M3, and its scales (\"{}{SCALE}\") are missing", info.name));
+                        return error(format!(
+                            "it is F8_E4M3, and its scales (\"{}{FP8_SCALE}\") are missing",
+                            info.name
+                        ));
                     }
                 },
-                (Dtype::U8, Some(name)) if recipe.dequantize_source => match places.get(&format!("{name}_scales")) {
+                (Dtype::U8, Some(name)) if recipe.dequantize_source => match places.get(&format!("{name}{SCALES}")) {
                     Some(scales) => Some(mxfp4(name, info, place, scales, dtype)),
-                    None => return error(format!("{name:?}'s scales (\"{name}_scales\") are missing")),
+                    None => return error(format!("{name:?}'s scales (\"{name}{SCALES}\") are missing")),
                 },
                 _ => None,
             };
@@ -128,7 +128,7 @@ pub fn inputs(source: &Source, recipe: &Recipe) -> Result<Vec<Input>> {
                     let spans = input.read.spans().map(|span| (span.file, span.tensor));
                     beside.extend(spans.filter(|found| *found != (file, tensor)));
                     let module = info.name.strip_suffix(".weight").unwrap_or(&info.name);
-                    let scales = INPUT_SCALES.iter().filter_map(|end| places.get(&format!("{module}{end}")));
+                    let scales = FP8_INPUT_SCALES.iter().filter_map(|end| places.get(&format!("{module}{end}")));
                     beside.extend(scales.map(|(place, _)| (place.file, place.tensor)));
                     inputs.push(input);
                 }
@@ -146,25 +146,6 @@ pub fn inputs(source: &Source, recipe: &Recipe) -> Result<Vec<Input>> {
 /// A tensor as it is stored.
 pub fn as_stored(info: &TensorInfo, place: Span) -> Input {
     Input { name: info.name.clone(), dtype: info.dtype, shape: info.shape.clone(), read: Read::Bytes(place) }
-}
-
-/// Tensors by name.
-struct Places<'a>(HashMap<&'a str, (Span, &'a TensorInfo)>);
-
-impl<'a> Places<'a> {
-    fn new(source: &'a Source) -> Places<'a> {
-        let in_file = |(file, tensors): (usize, &'a [TensorInfo])| {
-            let each = tensors.iter().enumerate();
-            each.map(move |(tensor, info)| {
-                (&*info.name, (Span { file, tensor, offset: info.offset, len: info.len }, info))
-            })
-        };
-        Places(source.files.iter().map(|file| &*file.tensors).enumerate().flat_map(in_file).collect())
-    }
-
-    fn get(&self, name: &str) -> Option<(Span, &'a TensorInfo)> {
-        self.0.get(name).copied()
-    }
 }
 
 /// The model's dtype by its config, which is what transformers decodes to; bf16 without one.
@@ -267,25 +248,20 @@ fn mxfp4(
     (scales, scale): (Span, &TensorInfo),
     dtype: FloatDtype,
 ) -> Result<Input, String> {
-    let [experts, rows, groups] = match (&blocks.shape[..], &scale.shape[..]) {
-        (&[experts, rows, groups, 16], found) if found == [experts, rows, groups] && scale.dtype == Dtype::U8 => {
-            [experts, rows, groups]
-        }
-        (found, beside) => {
-            return Err(format!(
-                "its shape is {found:?} and {} {beside:?} that of its scales {:?}; expected [experts, rows, groups, 16] and U8 \
-                 [experts, rows, groups]",
-                scale.dtype, scale.name
-            ));
-        }
+    let shape = gpt_oss::shape_of(&blocks.shape, &scale.shape).filter(|_| scale.dtype == Dtype::U8);
+    let Some([experts, rows, columns]) = shape else {
+        return Err(format!(
+            "its shape is {:?} and {} {:?} that of its scales {:?}; expected [experts, rows, groups, 16] and U8 \
+             [experts, rows, groups]",
+            blocks.shape, scale.dtype, scale.shape, scale.name
+        ));
     };
-    if experts > MAX_EXPERTS || [experts, rows, groups].contains(&0) {
+    if experts > MAX_EXPERTS || [experts, rows, columns].contains(&0) {
         return Err(format!(
             "its shape is {:?}: more than {MAX_EXPERTS} experts, or none with an element",
             blocks.shape
         ));
     }
-    let columns = groups * 32;
     let decode = Decode {
         coding: Coding::new(ElementCode::E2m1, ScaleCode::E8m0(Highest::Finite), 32),
         dtype,
@@ -303,11 +279,7 @@ fn mxfp4(
 
 /// A tensor that is decoded to `dtype`.
 pub fn decoded(name: String, shape: Vec<u64>, dtype: FloatDtype, read: Read) -> Input {
-    let dtype = match dtype {
-        FloatDtype::Bfloat16 => Dtype::BF16,
-        FloatDtype::Float16 => Dtype::F16,
-        FloatDtype::Float32 => Dtype::F32,
-    };
+    let dtype = dtype.dtype();
     debug_assert_eq!(byte_len(dtype, &shape), Some(read.len()), "{name}: decodes to its shape");
     Input { name, dtype, shape, read }
 }

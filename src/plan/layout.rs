@@ -5,9 +5,9 @@ use std::ops::Range;
 
 use super::{Decision, PlannedTensor};
 use crate::checkpoint::{Described, header_bytes, shard_name, sort_canonically};
-use crate::dtype::{Dtype, FloatDtype, byte_len};
+use crate::dtype::{Dtype, byte_len};
 use crate::format::Codec;
-use crate::layout::{OutputDtype, OutputKind};
+use crate::layout::OutputKind;
 
 /// A tensor to be written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,16 +48,7 @@ pub fn outputs(tensor: &PlannedTensor, codec: &Codec) -> Vec<PlannedOutput> {
     let outputs = codec.output_tensors(dtype, &tensor.shape).into_iter();
     outputs
         .map(|output| {
-            let dtype = match output.dtype {
-                OutputDtype::U8 => Dtype::U8,
-                OutputDtype::I32 => Dtype::I32,
-                OutputDtype::I64 => Dtype::I64,
-                OutputDtype::F8E4M3 => Dtype::F8_E4M3,
-                OutputDtype::Float(FloatDtype::Bfloat16) => Dtype::BF16,
-                OutputDtype::Float(FloatDtype::Float16) => Dtype::F16,
-                OutputDtype::Float(FloatDtype::Float32) => Dtype::F32,
-                OutputDtype::Source => tensor.dtype,
-            };
+            let dtype = output.dtype.dtype(tensor.dtype);
             let len = byte_len(dtype, &output.shape).expect("at most the source's bytes, or a few");
             PlannedOutput { kind: Some(output.kind), suffix: output.suffix, dtype, shape: output.shape, len, offset: 0 }
         })

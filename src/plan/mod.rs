@@ -240,7 +240,7 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
         if !codec.is_blocks() {
             groups::check(source, model_types, &input, &codec, &mut verdict)?;
         }
-        let decision = match (verdict.quantize, float_dtype(input.dtype)) {
+        let decision = match (verdict.quantize, FloatDtype::of(input.dtype)) {
             (false, _) => Decision::Keep,
             (true, Some(dtype)) => Decision::Quantize(dtype),
             (true, None) => {
@@ -262,16 +262,6 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
             Ok(transposed.collect())
         }
         Some(_) => split::split_experts(source, model_types, decided),
-    }
-}
-
-/// The dtype as one that weights are quantized from.
-pub fn float_dtype(dtype: Dtype) -> Option<FloatDtype> {
-    match dtype {
-        Dtype::BF16 => Some(FloatDtype::Bfloat16),
-        Dtype::F16 => Some(FloatDtype::Float16),
-        Dtype::F32 => Some(FloatDtype::Float32),
-        _ => None,
     }
 }
 

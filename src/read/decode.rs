@@ -54,7 +54,7 @@ impl Read {
 
 impl Decode {
     /// Bytes that it gives.
-    pub fn len(&self) -> u64 {
+    pub(super) fn len(&self) -> u64 {
         self.rows * self.bytes_of_row()
     }
 

@@ -5,6 +5,7 @@
 
 mod decode;
 mod evaluate;
+mod tensors;
 #[cfg(test)]
 mod tests;
 
@@ -12,6 +13,7 @@ use std::sync::Arc;
 
 pub use decode::{Decode, Nested};
 pub use evaluate::{Evaluator, Fetch};
+pub use tensors::Tensors;
 
 /// Consecutive bytes of a source tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -314,7 +314,7 @@ mod tests {
         let on_top = fused.or(&base).build().unwrap();
         assert!(on_top.fuses_experts() && on_top.only_experts);
         assert_eq!(json!(on_top)["block_size"], 32);
-        let other = RecipeOptions { format: Some(&FORMATS[2]), ..Default::default() };
+        let other = RecipeOptions { format: Some(FORMATS[2]), ..Default::default() };
         assert_eq!(other.or(&base).build().unwrap().format(), FORMATS[2]);
     }
 }

@@ -58,7 +58,8 @@ impl Location {
     /// The whole file.
     pub fn read(&self) -> io::Result<Vec<u8>> {
         let file = self.open()?;
-        let mut bytes = Vec::with_capacity(usize::try_from(file.identity()?.len).unwrap_or(0));
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(usize::try_from(file.identity()?.len).unwrap_or(usize::MAX))?;
         Reader::new(&*file).read_to_end(&mut bytes)?;
         Ok(bytes)
     }

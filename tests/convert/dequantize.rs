@@ -359,7 +359,7 @@ fn files_that_a_stopped_run_finished_are_kept() {
     let whole = contents(&folder.beside("restored"));
     let destination = folder.beside("stopped");
     let options = Options { threads: 2, ..Options::default() };
-    let conversion = plan(&folder.destination(), 9000, options).unwrap();
+    let conversion = plan(folder.destination(), 9000, options).unwrap();
     let ready = destination.join(".prequant-staging/ready");
     let full = Location::new(full_for_the_last_file(ready.clone()), &*destination);
     let stopped = conversion.dequantize_until(&AtomicBool::new(false), full, &Silent);

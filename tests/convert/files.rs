@@ -76,7 +76,7 @@ fn tensors_longer_than_any_chunk_are_what_one_pass_gives_in_any_memory() {
         ] {
             let to = folder.beside(&format!("{double_quant}-{threads}"));
             let options = Options { threads, memory, device: Device::Cpu(kernel), ..Options::default() };
-            plan(&folder.source(), recipe.clone(), options).unwrap().execute(&to, &Unseen).unwrap();
+            plan(folder.source(), recipe.clone(), options).unwrap().execute(&to, &Unseen).unwrap();
             let files = contents(&to);
             let reference = reference.get_or_insert_with(|| {
                 let stored = read_tensors(&to);
@@ -305,14 +305,14 @@ fn a_conversion_stopped_after_its_first_shard_goes_on_to_the_same_bytes_with_sid
     folder.write("tokenizer.json", "{}");
     folder.write("nested/LICENSE", "free");
     let recipe = Recipe { max_shard_size: 3000, ..Recipe::default() };
-    let conversion = || plan(&folder.source(), recipe.clone(), Options { threads: 1, ..Options::default() }).unwrap();
+    let conversion = || plan(folder.source(), recipe.clone(), Options { threads: 1, ..Options::default() }).unwrap();
     let whole = folder.beside("whole");
     conversion().execute(&whole, &Unseen).unwrap();
 
     let stop = AtomicBool::new(false);
-    let stopped = conversion().execute_until(&stop, &folder.destination(), &StopAtSeal(&stop));
+    let stopped = conversion().execute_until(&stop, folder.destination(), &StopAtSeal(&stop));
     assert_eq!(stopped.unwrap_err().kind(), "interrupted");
-    conversion().execute(&folder.destination(), &Unseen).unwrap();
+    conversion().execute(folder.destination(), &Unseen).unwrap();
     assert!(contents(&folder.destination()) == contents(&whole));
 }
 

@@ -27,7 +27,7 @@ fn run(command: &str, folder: &Folder, flags: &[&str]) -> Run {
 fn check(folder: &Folder) -> Report {
     let interrupt = AtomicBool::new(false);
     let options = Options { quick: false, threads: 2, interrupt: &interrupt, hashed: &|_| {} };
-    verify(&folder.destination(), options).unwrap()
+    verify(folder.destination(), options).unwrap()
 }
 
 /// Verifying finds a difference, exits with 1, and says all of the words.

@@ -1,6 +1,7 @@
 //! Hostile files make no allocation above 256 MiB.
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::fs::File;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use prequant::checkpoint::Source;
@@ -56,7 +57,7 @@ fn hostile_files_make_no_allocation_above_256_mib() {
         folder.write("model.safetensors", &file);
         drop(file);
         LARGEST.store(0, Ordering::Relaxed);
-        let opened = Source::open(&folder.source());
+        let opened = Source::open(folder.source());
         let largest = LARGEST.load(Ordering::Relaxed);
         assert!(largest <= 256 << 20, "{largest} bytes at once");
         drop(opened);
@@ -64,7 +65,15 @@ fn hostile_files_make_no_allocation_above_256_mib() {
     let folder = Folder::new("llama");
     folder.write("model.safetensors.index.json", &index);
     LARGEST.store(0, Ordering::Relaxed);
-    assert!(Source::open(&folder.source()).is_err());
+    assert!(Source::open(folder.source()).is_err());
     let largest = LARGEST.load(Ordering::Relaxed);
     assert!(largest <= 256 << 20, "{largest} bytes at once for the index");
+
+    let folder = Folder::llama();
+    folder.write("modules.json", "");
+    File::options().write(true).open(folder.source().join("modules.json")).unwrap().set_len(1 << 40).unwrap();
+    LARGEST.store(0, Ordering::Relaxed);
+    assert!(Source::open(folder.source()).is_ok());
+    let largest = LARGEST.load(Ordering::Relaxed);
+    assert!(largest <= 256 << 20, "{largest} bytes at once for modules.json");
 }

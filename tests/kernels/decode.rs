@@ -301,8 +301,8 @@ fn codings() -> impl Strategy<Value = Coding> {
         (prop::sample::select(BLOCK_FORMATS.to_vec()), sizes())
             .prop_map(|(format, block_size)| codings::blocks(codebook(format), block_size)),
         sizes().prop_map(|group| Coding { group, ..codings::INT4 }),
-        (0.1f32..1e5).prop_map(|global_scale| codings::nvfp4(global_scale)),
-        (1e-6f32..1.0).prop_map(|scale_2| codings::nvfp4_modelopt(scale_2)),
+        (0.1f32..1e5).prop_map(codings::nvfp4),
+        (1e-6f32..1.0).prop_map(codings::nvfp4_modelopt),
         Just(codings::MXFP4),
         Just(codings::MXFP4_GPT_OSS),
         (sizes(), scales).prop_map(|(block, scale)| codings::fp8(block, scale)),

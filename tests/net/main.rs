@@ -14,6 +14,7 @@
 mod sources;
 #[path = "../support/mod.rs"]
 mod support;
+mod versions;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::env;
@@ -67,66 +68,6 @@ fn every_output_is_what_it_was() {
         different.len(),
         different[..different.len().min(40)].join("\n")
     );
-}
-
-/// Checkpoints of manifest schema 1 (see scripts/make converted) are still read.
-#[test]
-fn what_0_1_0_wrote_is_verified_inspected_and_dequantized() {
-    let temporary = tempfile::tempdir().unwrap();
-    let names =
-        fs::read_dir(converted_by_0_1_0("")).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
-    let names: Vec<String> = names.filter(|name| !name.starts_with("source")).collect();
-    assert_eq!(names.len(), 10);
-    for name in names {
-        let converted = converted_by_0_1_0(&name);
-        let run = |arguments: &[&OsStr]| Run::of(Command::new(env!("CARGO_BIN_EXE_prequant")).args(arguments)).ok();
-        run(&["verify".as_ref(), converted.as_ref()]);
-        let inspected = run(&["inspect".as_ref(), converted.as_ref()]).stdout;
-        let format = if name.starts_with("int4-asym") { &name } else { name.split('-').next().unwrap() };
-        assert!(inspected.contains(&format!("{format} ")), "{name}: {inspected}");
-        run(&["dequantize".as_ref(), converted.as_ref(), temporary.path().join(&name).as_ref()]);
-    }
-}
-
-/// There and back gives the same weights, and a manifest of today.
-#[test]
-fn what_0_1_0_wrote_is_rewritten_with_other_experts() {
-    let temporary = tempfile::tempdir().unwrap();
-    for (name, other, experts) in [("nf4", "nf4-fused", "fuse"), ("nf4-fused", "nf4", "keep")] {
-        let to = temporary.path().join(name);
-        prequant("convert", &converted_by_0_1_0(name), &to, &["--experts", experts, "--device", "cpu"]).ok();
-        let [found, expected] =
-            [&to, &converted_by_0_1_0(other)].map(|folder| contents(folder)["model.safetensors"].clone());
-        assert!(found == expected, "{name}: not what 0.1.0 gave with --experts {experts}");
-        let manifest: Value = serde_json::from_slice(&fs::read(to.join("prequant.json")).unwrap()).unwrap();
-        assert_eq!((&manifest["schema_version"], &manifest["recipe"]["experts"]), (&2.into(), &experts.into()));
-        assert_eq!(manifest["recipe"].get("group_size"), None);
-        Run::of(Command::new(env!("CARGO_BIN_EXE_prequant")).arg("verify").arg(&to)).ok();
-    }
-}
-
-/// A rerun into what 0.1.0 finished neither takes it for its own nor replaces it unasked.
-#[test]
-fn what_0_1_0_wrote_is_not_taken_for_what_this_version_writes() {
-    let temporary = tempfile::tempdir().unwrap();
-    let to = temporary.path().join("converted");
-    copy_folder(&converted_by_0_1_0("nf4"), &to);
-    let source = converted_by_0_1_0("source");
-    let words = ["prequant 0.1.0 (manifest schema 1) wrote", "--against", "--force"];
-    prequant("convert", &source, &to, &["--device", "cpu"]).fails(3, &words);
-    prequant("convert", &source, &to, &["--device", "cpu", "--force"]).ok();
-    let again = prequant("convert", &source, &to, &["--device", "cpu"]).ok();
-    assert!(again.stdout.contains("\"seconds\":0.0"), "{}", again.stdout);
-}
-
-/// A checkpoint as 0.1.0 wrote it.
-fn converted_by_0_1_0(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/converted-0.1.0").join(name)
-}
-
-fn copy_folder(from: &Path, to: &Path) {
-    fs::create_dir(to).unwrap();
-    contents(from).into_iter().for_each(|(name, bytes)| fs::write(to.join(name), bytes).unwrap());
 }
 
 fn differences(expected: &BTreeMap<String, Record>, found: &BTreeMap<String, Record>) -> Vec<String> {

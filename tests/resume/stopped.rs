@@ -42,12 +42,12 @@ const FLAGS: [&str; 2] = ["--max-shard-size", "6kB"];
 /// What an uninterrupted run gives.
 fn expected(double_quant: bool) -> BTreeMap<String, Vec<u8>> {
     let folder = checkpoint();
-    conversion(&folder, double_quant).execute(&folder.destination(), &Watch::default()).unwrap();
+    conversion(&folder, double_quant).execute(folder.destination(), &Watch::default()).unwrap();
     contents(&folder.destination())
 }
 
 fn conversion(folder: &Folder, double_quant: bool) -> Conversion {
-    plan(&folder.source(), recipe(double_quant), Options { threads: 2, ..Options::default() }).unwrap()
+    plan(folder.source(), recipe(double_quant), Options { threads: 2, ..Options::default() }).unwrap()
 }
 
 /// Counts what is told.
@@ -139,7 +139,7 @@ fn only_staging(destination: &Path) {
 fn an_interrupt_stops_the_run_and_keeps_what_is_finished() {
     let folder = checkpoint();
     let error = conversion(&folder, false)
-        .execute_until(&AtomicBool::new(true), &folder.destination(), &Watch::default())
+        .execute_until(&AtomicBool::new(true), folder.destination(), &Watch::default())
         .unwrap_err();
     assert!(matches!(error, Error::Interrupted), "{error}");
     assert!(!folder.destination().exists());
@@ -233,7 +233,7 @@ fn a_source_that_is_written_to_between_plan_and_reading_is_an_error() {
     let path = folder.source().join("model-00002-of-00002.safetensors");
     let later = fs::metadata(&path).unwrap().modified().unwrap() + Duration::from_secs(1);
     File::options().write(true).open(&path).unwrap().set_modified(later).unwrap();
-    let error = conversion.execute(&folder.destination(), &Watch::default()).unwrap_err().to_string();
+    let error = conversion.execute(folder.destination(), &Watch::default()).unwrap_err().to_string();
     assert!(
         error.contains("model-00002-of-00002.safetensors: changed while it was read: it was written to"),
         "{error}"
@@ -252,7 +252,7 @@ fn a_source_that_vanishes_or_shrinks_between_plan_and_reading_is_an_error() {
         } else {
             File::options().write(true).open(&path).unwrap().set_len(500).unwrap();
         }
-        let error = conversion.execute(&folder.destination(), &Watch::default()).unwrap_err();
+        let error = conversion.execute(folder.destination(), &Watch::default()).unwrap_err();
         let words = if vanishes { "No such file" } else { "it has 500 bytes, and had" };
         assert!(error.to_string().contains("model-00002") && error.to_string().contains(words), "{error}");
         only_staging(&folder.destination());
@@ -330,7 +330,7 @@ fn a_killed_run_is_gone_on_with() {
     assert!(run.stderr.contains("verified, skipping"), "{}", run.stderr);
     let again = folder.beside("again");
     prequant::ops::quantize::plan(
-        &folder.source(),
+        folder.source(),
         Recipe { max_shard_size: 1_000_000, ..Recipe::default() },
         Options::default(),
     )

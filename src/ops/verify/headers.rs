@@ -7,15 +7,13 @@ use crate::checkpoint::{CONFIG_NAME, Config, Header, INDEX_NAME, Index, TensorIn
 use crate::dtype::FloatDtype;
 use crate::error::{Error, IoContext, Result};
 use crate::format::Scales;
-use crate::layout::ParsedQuantState;
+use crate::layout::bitsandbytes::{MAX_QUANT_STATE, ParsedQuantState, QUANT_STATE};
+use crate::layout::gpt_oss;
 use crate::manifest::{DecisionRecord, Manifest, OutputRecord, SourceTensorRecord, TensorRecord};
 use crate::models::Role;
 use crate::ops::verify::{Checkpoint, Options, Report, on_threads};
 use crate::plan::input::model_dtype;
 use crate::store::{Location, ReadAt, Reader, hash_range, read_exact_at};
-
-/// The longest quant_state that is read: real ones have a hundred or two hundred bytes.
-const MAX_QUANT_STATE: u64 = 1 << 16;
 
 /// The manifest's tensors: by file, then by name.
 type ByFile<'a> = BTreeMap<&'a str, HashMap<&'a str, (&'a OutputRecord, &'a TensorRecord)>>;
@@ -64,7 +62,7 @@ fn check_file(
     }
     for entry in &entries {
         entry.check_header(report);
-        if !options.quick && entry.info.name.contains(".quant_state.") {
+        if !options.quick && entry.info.name.contains(QUANT_STATE) {
             entry.check_quant_state(&checkpoint.manifest, report)?;
         }
     }
@@ -176,7 +174,8 @@ impl Entry<'_> {
     /// Whether a weight of this shape is what the manifest's sources give.
     fn is_of_sources(&self, shape: &[u64], manifest: &Manifest) -> bool {
         let sources = &self.tensor.sources;
-        let is_coded = |source: &&SourceTensorRecord| source.dtype == "F8_E4M3" || source.name.ends_with("_blocks");
+        let is_coded =
+            |source: &&SourceTensorRecord| source.dtype == "F8_E4M3" || source.name.ends_with(gpt_oss::BLOCKS);
         if sources.iter().any(|source| is_coded(&source)) {
             // Two of gpt-oss's codes are a byte; scales are no part of the shape.
             let elements = sources.iter().filter(is_coded).map(|source| {

@@ -1,5 +1,6 @@
 //! Holding a finished checkpoint against its manifest, and against its source.
 
+mod by_tensor;
 mod files;
 mod headers;
 mod reconvert;
@@ -15,6 +16,7 @@ pub use reconvert::against;
 use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, STAGING_NAME};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Result};
+use crate::layout::OutputKind;
 use crate::manifest::{DecisionRecord, Manifest};
 use crate::models::Rules;
 use crate::plan::kept_modules::{bitsandbytes, compressed_tensors};
@@ -57,6 +59,10 @@ pub struct Report {
     pub tensors: usize,
     /// Bytes hashed.
     pub bytes: u64,
+    /// What wrote the checkpoint, if it was compared with its source and another version had written it: then tensors
+    /// were compared, wherever they are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub written_by: Option<String>,
     /// Everything that is not as it should be, by file; empty if all is well.
     pub differences: Vec<Difference>,
 }
@@ -180,7 +186,8 @@ fn check_kept_modules(checkpoint: &Checkpoint, config: &Config, found: &serde_js
             bitsandbytes::clash(&rules, &listed, &weights)
         }
         Some(layout) => {
-            let codes = quantized.filter_map(|tensor| tensor.outputs.first()?.name.strip_suffix(codec.codes_suffix()));
+            let suffix = codec.suffix(OutputKind::Packed).unwrap_or_default();
+            let codes = quantized.filter_map(|tensor| tensor.outputs.first()?.name.strip_suffix(&*suffix));
             compressed_tensors::clash(&rules, layout, &listed, &codes.collect::<Vec<_>>())
         }
     };

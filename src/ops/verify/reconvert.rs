@@ -11,14 +11,14 @@ use crate::manifest::{Manifest, TensorRecord};
 use crate::ops::model_card;
 use crate::ops::quantize;
 use crate::ops::quantize::Conversion;
-use crate::ops::verify::{Checkpoint, Difference, Options, Report, open, verify};
+use crate::ops::verify::{Checkpoint, Difference, Options, Report, by_tensor, open, verify};
 use crate::pipeline;
 use crate::pipeline::{ExecutionContext, FileOutcome, Output, Outputs, Progress};
 use crate::plan::PlannedFile;
 use crate::store::{Location, ReadAt, Sha256Hash, hash_range, read_exact_at};
 
 /// Holds the checkpoint in `folder` against its manifest, and against what converting `source` by the manifest's recipe
-/// gives. Memory is bounded as a conversion's is.
+/// gives: every byte, or every tensor if another version wrote it. Memory is bounded as a conversion's is.
 ///
 /// # Errors
 /// As [`verify`], and those of opening the source and planning.
@@ -35,38 +35,68 @@ pub fn against(
     let hash_source = manifest.source.files.iter().any(|file| file.sha256.is_some());
     let convert = quantize::Options { hash_source, ..convert };
     let conversion = quantize::plan(source, manifest.recipe.clone(), convert)?;
-    let names = |names: &mut dyn Iterator<Item = &str>| names.map(str::to_owned).collect::<Vec<_>>();
-    let planned = names(&mut conversion.plan.files.iter().map(|file| file.name.as_str()));
-    let there = planned.iter().filter(|name| manifest.files.iter().any(|file| file.name == **name)).count();
-    if there != planned.len() {
-        report.differ(MANIFEST_NAME, None, format!("converting the source gives {} files of weights", planned.len()));
-        return Ok(report);
+    if let Some(version) = manifest.other_version() {
+        by_tensor::compare(&conversion, &checkpoint, options, &mut report)?;
+        report.written_by = Some(version);
+    } else {
+        compare(&conversion, &checkpoint, options, &mut report)?;
     }
+    report.bytes = conversion.plan.output_len();
+    report.differences.sort();
+    report.differences.dedup();
+    Ok(report)
+}
 
-    let compared = Compared { folder, differences: Mutex::default() };
-    let means = ExecutionContext {
-        device: &conversion.options.device,
-        budget: conversion.budget,
-        hash_source,
-        interrupt: options.interrupt,
-        progress: &Told { hashed: options.hashed },
-    };
-    let sealed = vec![None; conversion.plan.files.len()];
-    match pipeline::run(&conversion.source, &conversion.plan, &compared, sealed, means) {
+/// Compares what this version wrote: every byte.
+fn compare(conversion: &Conversion, checkpoint: &Checkpoint, options: Options<'_>, report: &mut Report) -> Result<()> {
+    let manifest = &checkpoint.manifest;
+    let planned = conversion.plan.files.iter();
+    if !{ planned }.all(|planned| manifest.files.iter().any(|file| file.name == planned.name)) {
+        let count = conversion.plan.files.len();
+        report.differ(MANIFEST_NAME, None, format!("converting the source gives {count} files of weights"));
+        return Ok(());
+    }
+    let compared = Compared { folder: checkpoint.folder.clone(), differences: Mutex::default() };
+    match execute(conversion, &compared, options) {
         Ok(outcome) => {
-            compare_others(&conversion, &outcome, &checkpoint, &mut report)?;
-            compare_manifests(&conversion, outcome, manifest, &mut report);
+            compare_others(conversion, &outcome, checkpoint, report)?;
+            compare_manifests(conversion, outcome, manifest, report);
         }
         Err(Error::Io { source, path, .. }) if source.kind() == std::io::ErrorKind::UnexpectedEof => {
             report.differ(&path.file_name().unwrap_or_default().to_string_lossy(), None, "it is too short");
         }
         Err(error) => return Err(error),
     }
-    report.bytes = conversion.plan.output_len();
     report.differences.extend(compared.into_differences());
-    report.differences.sort();
-    report.differences.dedup();
-    Ok(report)
+    Ok(())
+}
+
+/// Converts into `outputs`.
+pub fn execute(conversion: &Conversion, outputs: &dyn Outputs, options: Options<'_>) -> Result<pipeline::Outcome> {
+    let means = ExecutionContext {
+        device: &conversion.options.device,
+        budget: conversion.budget,
+        hash_source: conversion.options.hash_source,
+        interrupt: options.interrupt,
+        progress: &Told { hashed: options.hashed },
+    };
+    let sealed = vec![None; conversion.plan.files.len()];
+    pipeline::run(&conversion.source, &conversion.plan, outputs, sealed, means)
+}
+
+/// The hashes of what lies beside the source's weights and is copied as it is: all but the model card, if that changes.
+pub fn hash_side_files(conversion: &Conversion) -> Result<Vec<(String, Sha256Hash)>> {
+    let mut buffer = vec![0; 1 << 16];
+    let card = model_card::changed(&conversion.source, &conversion.plan, false)?;
+    let sides = conversion.source.side_files.iter().filter(|side| card.is_none() || side.name != model_card::NAME);
+    sides
+        .map(|side| {
+            let path = side.location.path();
+            let file = side.location.open().at(path, "open it")?;
+            let hash = hash_range(&*file, 0, side.len, &mut buffer, || true).at(path, "read it")?;
+            Ok((side.name.clone(), hash.ok_or(Error::Stopped)?))
+        })
+        .collect()
 }
 
 /// What isn't tensors: whole files' hashes, config.json, and the files beside the weights.
@@ -81,15 +111,8 @@ fn compare_others(
     if let Some(config) = &conversion.plan.config {
         expected.push((CONFIG_NAME.to_owned(), Sha256Hash::of(config.as_bytes())));
     }
-    let mut buffer = vec![0; 1 << 16];
+    expected.extend(hash_side_files(conversion)?);
     let card = model_card::changed(&conversion.source, &conversion.plan, false)?;
-    let sides = conversion.source.side_files.iter();
-    for side in sides.filter(|side| card.is_none() || side.name != model_card::NAME) {
-        let path = side.location.path();
-        let file = side.location.open().at(path, "open it")?;
-        let hash = hash_range(&*file, 0, side.len, &mut buffer, || true);
-        expected.push((side.name.clone(), hash.at(path, "read it")?.ok_or(Error::Stopped)?));
-    }
     if let Some(card) = card {
         let found = checkpoint.folder.join(model_card::NAME).read().unwrap_or_default();
         let card = if model_card::says_the_same(&found, &card) { found } else { card };

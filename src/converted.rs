@@ -1,0 +1,199 @@
+//! An opened checkpoint as weights: each one's codes with all that belongs to them.
+//!
+//! [`Converted`] reads what prequant wrote, by its manifest; [`weights`] puts together what any program wrote, by names and dtypes.
+
+use std::collections::HashSet;
+
+use crate::checkpoint::{MANIFEST_NAME, Source, TensorInfo};
+use crate::error::{Error, IoContext, Result};
+use crate::format::{Codec, FormatSpec};
+use crate::layout::{OutputKind, OutputTensor, Stored, StoredFormat, StoredWeight};
+use crate::manifest::{DecisionRecord, Manifest, OutputRecord, TensorRecord};
+use crate::plan::MAX_EXPERTS;
+use crate::plan::input::{Input, as_stored, decoded, model_dtype};
+use crate::read::{Decode, Nested, Read, Span, Tensors};
+use crate::store::{ReadAt, read_exact_at};
+
+/// A checkpoint that prequant converted: its files hold the tensors that its manifest lists, and no others.
+pub struct Converted<'a> {
+    source: &'a Source,
+    /// Its manifest.
+    pub manifest: &'a Manifest,
+    codec: Codec,
+    tensors: Tensors<'a>,
+    /// Files of weights, opened as they are needed.
+    files: Vec<Option<Box<dyn ReadAt>>>,
+}
+
+impl<'a> Converted<'a> {
+    /// Compares the headers with the manifest.
+    ///
+    /// # Errors
+    /// When they differ.
+    pub fn new(source: &'a Source, manifest: &'a Manifest) -> Result<Converted<'a>> {
+        let files = source.files.iter().map(|_| None).collect();
+        let (codec, tensors) = (manifest.recipe.codec(), Tensors::new(source));
+        let converted = Converted { source, manifest, codec, tensors, files };
+        let mut recorded = HashSet::new();
+        for output in manifest.tensors.iter().flat_map(|record| &record.outputs) {
+            converted.check(output)?;
+            recorded.insert(output.name.as_str());
+        }
+        match converted.tensors.names().filter(|name| !recorded.contains(name)).min() {
+            Some(name) => Err(converted.malformed(format!("there are more tensors than it lists, first {name:?}"))),
+            None if recorded.is_empty() => Err(converted.malformed("it lists no tensor".to_owned())),
+            None => Ok(converted),
+        }
+    }
+
+    /// Whether a tensor is there as the manifest has it.
+    fn check(&self, output: &OutputRecord) -> Result<()> {
+        let (_, info) = self.tensor(&output.name)?;
+        if info.dtype.to_string() == output.dtype && info.shape == output.shape {
+            return Ok(());
+        }
+        let (found, expected) = ((info.dtype, &info.shape), (&output.dtype, &output.shape));
+        let why = format!("{:?} is {} {:?}, expected {} {:?}", info.name, found.0, found.1, expected.0, expected.1);
+        Err(self.malformed(why))
+    }
+
+    /// A tensor of the files.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    pub fn tensor(&self, name: &str) -> Result<(Span, &'a TensorInfo)> {
+        self.tensors.get(name).ok_or_else(|| self.malformed(format!("{name:?} is missing from the files")))
+    }
+
+    /// What a record of the manifest is of, decoded.
+    ///
+    /// # Errors
+    /// When its tensors aren't what the recipe wants.
+    pub fn weight(&mut self, record: &TensorRecord) -> Result<Input> {
+        let first = record.outputs.first().ok_or_else(|| self.malformed("a tensor without outputs".to_owned()))?;
+        let (codes, info) = self.tensor(&first.name)?;
+        if record.decision == DecisionRecord::Keep {
+            return Ok(as_stored(info, codes));
+        }
+        let suffix = self.codec.suffix(OutputKind::Packed).unwrap_or_default();
+        let name = first.name.strip_suffix(&*suffix);
+        let name = name.ok_or_else(|| self.malformed(format!("{:?} doesn't end in {suffix:?}", first.name)))?;
+        let (codec, model) = (self.codec, model_dtype(self.source.config.as_ref()));
+        let mut weight = Weight { name, tensors: codec.tensors(), converted: self };
+        let stored = codec.read(&mut weight, model)?;
+        let read = weight.decode(&stored)?;
+        if stored.transposed && stored.shape[0] > MAX_EXPERTS {
+            return Err(weight.malformed(format!("{} experts, expected {MAX_EXPERTS} at most", stored.shape[0])));
+        }
+        let input = decoded(name.to_owned(), stored.shape, stored.dtype, read);
+        Ok(if stored.transposed { input.transposed() } else { input })
+    }
+
+    /// All bytes of a small tensor.
+    fn bytes(&mut self, (span, info): (Span, &TensorInfo), most: u64) -> Result<Vec<u8>> {
+        if span.len > most {
+            return Err(self.malformed(format!("{:?} has {} bytes, expected {most} at most", info.name, span.len)));
+        }
+        let source = &self.source.files[span.file];
+        let file = match &mut self.files[span.file] {
+            Some(file) => file,
+            none => none.insert(source.reopen()?),
+        };
+        let mut bytes = vec![0; span.len as usize];
+        read_exact_at(&**file, &mut bytes, span.offset).at(source.location.path(), "read it")?;
+        Ok(bytes)
+    }
+
+    fn malformed(&self, why: String) -> Error {
+        let why = format!("{why}: the files aren't what the manifest says; `prequant verify` tells more");
+        Error::malformed(self.source.location.join(MANIFEST_NAME).path(), why)
+    }
+}
+
+/// A quantized weight of a converted checkpoint.
+struct Weight<'w, 'a> {
+    name: &'w str,
+    /// What it consists of.
+    tensors: Vec<OutputTensor>,
+    converted: &'w mut Converted<'a>,
+}
+
+impl<'a> Weight<'_, 'a> {
+    fn tensor(&self, kind: OutputKind) -> Result<(Span, &'a TensorInfo)> {
+        match self.tensors.iter().find(|tensor| tensor.kind == kind) {
+            Some(tensor) => self.converted.tensor(&format!("{}{}", self.name, tensor.suffix)),
+            None => Err(self.malformed(format!("its format has no {kind:?}"))),
+        }
+    }
+
+    fn decode(&self, stored: &Stored) -> Result<Read> {
+        let codec = &self.converted.codec;
+        let span = |kind| self.tensor(kind).map(|(span, _)| span);
+        let nested = match stored.nested_offset {
+            Some(offset) => Some(Nested { absmax: span(OutputKind::NestedAbsmax)?, offset }),
+            None => None,
+        };
+        let read = Read::decode(Decode {
+            coding: stored.coding,
+            dtype: stored.dtype,
+            rows: stored.rows,
+            columns: stored.columns,
+            row_len: codec.packed_row(stored.columns),
+            group_rows: 1,
+            codes: span(OutputKind::Packed)?,
+            scales: span(if codec.is_blocks() { OutputKind::Absmax } else { OutputKind::Scale })?,
+            zero_points: codec.has_zero_points().then(|| span(OutputKind::ZeroPoint)).transpose()?,
+            nested,
+        });
+        read.map_err(|why| self.malformed(format!("a shape of {:?}, and {why}", stored.shape)))
+    }
+}
+
+impl StoredWeight for Weight<'_, '_> {
+    fn info(&self, kind: OutputKind) -> Result<&TensorInfo> {
+        self.tensor(kind).map(|(_, info)| info)
+    }
+
+    fn bytes(&mut self, kind: OutputKind, most: u64) -> Result<Vec<u8>> {
+        let tensor = self.tensor(kind)?;
+        self.converted.bytes(tensor, most)
+    }
+
+    fn malformed(&self, why: String) -> Error {
+        self.converted.malformed(format!("weight {:?}: {why}", self.name))
+    }
+}
+
+/// A weight of a checkpoint that any program may have written.
+#[derive(Debug)]
+pub struct FoundWeight<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// The number of the file that its codes are in.
+    pub file: usize,
+    /// Its 4-bit format, if it is in one of ours.
+    pub format: Option<&'static FormatSpec>,
+    /// Its codes, or all of it.
+    pub codes: &'a TensorInfo,
+    /// What belongs to the codes.
+    pub beside: Vec<&'a TensorInfo>,
+}
+
+/// All weights of a checkpoint, with their tensors put together; from headers only.
+pub fn weights(source: &Source) -> Vec<FoundWeight<'_>> {
+    let (tensors, formats) = (Tensors::new(source), StoredFormat::all());
+    let find = |name: &str| tensors.get(name).map(|(_, info)| info);
+    let found = source.tensors().map(|(file, codes)| {
+        let weights = formats.iter().filter_map(|stored| {
+            let (name, beside) = stored.parts(codes, find)?;
+            Some(FoundWeight { name, file, format: Some(stored.format), codes, beside })
+        });
+        // One format's tensors can be some of another's.
+        let largest = weights.max_by_key(|weight| weight.beside.len());
+        largest.unwrap_or(FoundWeight { name: &codes.name, file, format: None, codes, beside: Vec::new() })
+    });
+    let mut weights: Vec<FoundWeight<'_>> = found.collect();
+    let parts: HashSet<&str> = weights.iter().flat_map(|weight| &weight.beside).map(|info| &*info.name).collect();
+    weights.retain(|weight| !parts.contains(&*weight.codes.name));
+    weights
+}

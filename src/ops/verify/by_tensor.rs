@@ -1,0 +1,258 @@
+//! A checkpoint that another version wrote, compared with what this one makes of its source: tensor by tensor, wherever in
+//! its files they are. What may differ between versions, docs/manifest.md says: the order of tensors, and words.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde_json::Value;
+
+use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, Source, SourceFile, TensorInfo};
+use crate::error::{IoContext, Result};
+use crate::manifest::{Manifest, OutputRecord, TensorRecord};
+use crate::ops::quantize::Conversion;
+use crate::ops::verify::reconvert::{execute, hash_side_files};
+use crate::ops::verify::{Checkpoint, Options, Report};
+use crate::pipeline::{FileOutcome, Output, Outputs};
+use crate::plan::{Plan, PlannedFile};
+use crate::store::{Identity, Location, ReadAt, Sha256Hash, read_exact_at};
+
+/// Converts again, and reports what differs.
+///
+/// # Errors
+/// Those of reading and converting.
+pub fn compare(
+    conversion: &Conversion,
+    checkpoint: &Checkpoint,
+    options: Options<'_>,
+    report: &mut Report,
+) -> Result<()> {
+    let found = Source::open(checkpoint.folder.clone())?;
+    let rearranged = Rearranged::new(&found, &conversion.plan, report)?;
+    let outcome = execute(conversion, &rearranged, options)?;
+    for (name, file) in rearranged.differing.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        report.differ(&file, Some(&name), "its bytes aren't what converting the source gives");
+    }
+    compare_config(conversion, checkpoint, report);
+    for (name, sha256) in hash_side_files(conversion)? {
+        let there = checkpoint.folder.join(&name).read().ok().map(|bytes| Sha256Hash::of(&bytes));
+        if there != Some(sha256) {
+            report.differ(&name, None, "isn't the source's");
+        }
+    }
+    compare_records(&conversion.manifest(Vec::new(), outcome), &checkpoint.manifest, report);
+    Ok(())
+}
+
+/// What clients load by must be the same; `config.json`'s other keys as far as both have them.
+fn compare_config(conversion: &Conversion, checkpoint: &Checkpoint, report: &mut Report) {
+    let made = conversion.plan.side_files.iter().map(|(name, text)| (name.as_str(), text));
+    for (name, text) in made.chain(conversion.plan.config.iter().map(|text| (CONFIG_NAME, text))) {
+        let parse = |text: &[u8]| serde_json::from_slice::<Value>(text).ok();
+        let found = checkpoint.folder.join(name).read().ok().and_then(|text| parse(&text));
+        let (Some(mut found), Some(mut expected)) = (found, parse(text.as_bytes())) else {
+            report.differ(name, None, "it is missing, or not JSON");
+            continue;
+        };
+        let is_config = name == CONFIG_NAME;
+        let part = |value: &mut Value| if is_config { value["quantization_config"].take() } else { value.take() };
+        let [mut of_found, mut of_expected] = [part(&mut found), part(&mut expected)];
+        [&mut of_found, &mut of_expected].into_iter().filter_map(Value::as_object_mut).for_each(|object| {
+            object.shift_remove("producer"); // names the version
+        });
+        if of_found != of_expected {
+            report.differ(name, None, "it tells clients otherwise than what converting the source gives");
+        }
+        let both =
+            expected.as_object().into_iter().flatten().filter_map(|(key, value)| Some((key, value, found.get(key)?)));
+        for (key, _, _) in both.filter(|(_, expected, found)| expected != found) {
+            report.differ(name, None, format!("its {key} isn't what converting the source gives"));
+        }
+    }
+}
+
+/// Sources, decisions and tensors must be the same, by their names.
+fn compare_records(expected: &Manifest, found: &Manifest, report: &mut Report) {
+    if found.source != expected.source {
+        report.differ(MANIFEST_NAME, None, "it was made from another source: names, sizes or headers of files differ");
+    }
+    let [found, expected] = [found, expected].map(|manifest| {
+        let name = |record: &TensorRecord| record.outputs.first().map(|output| output.name.clone()).unwrap_or_default();
+        manifest.tensors.iter().map(|record| (name(record), record)).collect::<BTreeMap<_, _>>()
+    });
+    let of_outputs = |record: &TensorRecord| -> Vec<(String, String, Vec<u64>, Sha256Hash)> {
+        let output =
+            |output: &OutputRecord| (output.name.clone(), output.dtype.clone(), output.shape.clone(), output.sha256);
+        record.outputs.iter().map(output).collect()
+    };
+    for name in expected.keys().chain(found.keys()).collect::<BTreeSet<_>>() {
+        let what = match (found.get(name), expected.get(name)) {
+            (None, _) => "has no record, though converting the source gives it",
+            (_, None) => "has a record, though converting the source doesn't give it",
+            (Some(found), Some(expected)) if found.sources != expected.sources => "is recorded to be of other sources",
+            (Some(found), Some(expected)) if found.decision != expected.decision => "is recorded with another decision",
+            (Some(found), Some(expected)) if of_outputs(found) != of_outputs(expected) => {
+                "is recorded with other tensors than converting the source gives"
+            }
+            _ => continue,
+        };
+        report.differ(MANIFEST_NAME, Some(name), what);
+    }
+}
+
+/// The tensors that are there, as if they were where this version would write them.
+struct Rearranged {
+    /// Those of each of the plan's files by the offsets that they would have.
+    spans: BTreeMap<String, Vec<Span>>,
+    /// Tensors whose bytes differ, with their files.
+    differing: Mutex<BTreeMap<String, String>>,
+}
+
+/// A tensor that is there.
+#[derive(Clone)]
+struct Span {
+    /// Where it would be.
+    start: u64,
+    len: u64,
+    /// Where it is.
+    offset: u64,
+    opened: Arc<dyn ReadAt>,
+    location: Location,
+    name: String,
+    file: String,
+}
+
+impl Rearranged {
+    /// Finds the plan's tensors; those that aren't there as planned are differences.
+    fn new(found: &Source, plan: &Plan, report: &mut Report) -> Result<Rearranged> {
+        let opened: Vec<Arc<dyn ReadAt>> =
+            found.files.iter().map(|file| Ok(file.reopen()?.into())).collect::<Result<_>>()?;
+        let mut there: BTreeMap<&str, (usize, &TensorInfo)> =
+            found.tensors().map(|(file, info)| (info.name.as_str(), (file, info))).collect();
+        let mut spans: BTreeMap<String, Vec<Span>> = BTreeMap::new();
+        for planned in &plan.files {
+            let of_file = spans.entry(planned.name.clone()).or_default();
+            for tensor in &plan.tensors[planned.tensors.clone()] {
+                for output in &tensor.outputs {
+                    let name = format!("{}{}", tensor.name, output.suffix);
+                    let Some((file, info)) = there.remove(name.as_str()) else {
+                        report.differ(&planned.name, Some(&name), "is missing, though converting the source gives it");
+                        continue;
+                    };
+                    let file_name = &found.files[file].name;
+                    if info.dtype != output.dtype || info.shape != output.shape {
+                        let what = format!(
+                            "is {} {:?}, and converting the source gives {} {:?}",
+                            info.dtype, info.shape, output.dtype, output.shape
+                        );
+                        report.differ(file_name, Some(&name), what);
+                        continue;
+                    }
+                    of_file.push(Span {
+                        start: output.offset,
+                        len: output.len,
+                        offset: info.offset,
+                        opened: opened[file].clone(),
+                        location: found.files[file].location.clone(),
+                        name,
+                        file: file_name.clone(),
+                    });
+                }
+            }
+            of_file.sort_by_key(|span| span.start);
+        }
+        for (name, (file, _)) in there {
+            report.differ(&found.files[file].name, Some(name), "isn't among what converting the source gives");
+        }
+        Ok(Rearranged { spans, differing: Mutex::default() })
+    }
+}
+
+impl Outputs for Rearranged {
+    fn open(&self, file: &PlannedFile) -> Result<Arc<dyn Output + '_>> {
+        let spans = self.spans.get(&file.name).map_or(&[][..], Vec::as_slice);
+        Ok(Arc::new(View { len: file.len, name: file.name.clone(), spans, differing: &self.differing }))
+    }
+
+    fn seal(&self, _: &PlannedFile, _: &FileOutcome) -> Result<()> {
+        Ok(())
+    }
+
+    fn source_hashed(&self, _: &SourceFile, _: Sha256Hash) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// One of the plan's files, made up of what is there.
+struct View<'a> {
+    len: u64,
+    name: String,
+    spans: &'a [Span],
+    differing: &'a Mutex<BTreeMap<String, String>>,
+}
+
+impl View<'_> {
+    /// What is at an offset, and how many bytes of it follow: a tensor, or none where a header would be or a tensor is
+    /// missing.
+    fn at(&self, offset: u64) -> (Option<&Span>, u64) {
+        let next = self.spans.partition_point(|span| span.start + span.len <= offset);
+        match self.spans.get(next) {
+            Some(span) if span.start <= offset => (Some(span), span.start + span.len - offset),
+            next => (None, next.map_or(self.len, |span| span.start).saturating_sub(offset)),
+        }
+    }
+}
+
+impl ReadAt for View<'_> {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let (span, rest) = self.at(offset);
+        let len = buffer.len().min(usize::try_from(rest).unwrap_or(usize::MAX));
+        match span {
+            Some(span) => span.opened.read_at(&mut buffer[..len], span.offset + (offset - span.start)),
+            None => {
+                buffer[..len].fill(0);
+                Ok(len)
+            }
+        }
+    }
+
+    fn identity(&self) -> io::Result<Identity> {
+        Ok(Identity { len: self.len, version: String::new(), sha256: None })
+    }
+}
+
+impl Output for View<'_> {
+    /// Compares.
+    fn write_at(&self, mut bytes: &[u8], mut offset: u64) -> Result<()> {
+        while !bytes.is_empty() {
+            let (span, rest) = self.at(offset);
+            // The plan writes inside of its files, so something follows.
+            let len = bytes.len().min(usize::try_from(rest).unwrap_or(usize::MAX)).max(1);
+            let (here, others) = bytes.split_at(len);
+            if let Some(span) = span {
+                let mut found = vec![0; len];
+                let place = span.offset + (offset - span.start);
+                read_exact_at(&*span.opened, &mut found, place).at(span.location.path(), "read it")?;
+                if found != here {
+                    let mut differing = self.differing.lock().unwrap_or_else(PoisonError::into_inner);
+                    differing.insert(span.name.clone(), span.file.clone());
+                }
+            }
+            (bytes, offset) = (others, offset + len as u64);
+        }
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn file(&self) -> &dyn ReadAt {
+        self
+    }
+
+    fn path(&self) -> &Path {
+        Path::new(&self.name)
+    }
+}
