@@ -1,9 +1,14 @@
-//! What can go wrong, typed; every message names the thing, what was found, what was expected and the way out.
+//! What can go wrong, typed; every message names the thing, what was found and what was expected. The way out is a message's
+//! last words where anyone can take it, and a [`Hint`] where it is a choice of the caller's.
+
+mod hint;
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
+
+pub use hint::{Hint, Setting, Warning};
 
 use crate::backend::cuda::{Fault, Unusable};
 
@@ -32,11 +37,12 @@ pub enum Error {
         path: PathBuf,
         /// The field, what was found, what was expected, what to do.
         why: String,
+        /// A choice that helps, if there is one.
+        hint: Option<Hint>,
     },
     /// A tensor chosen for quantization is not bf16, f16 or f32.
     #[error(
-        "{}: tensor \"{tensor}\" is {dtype}: only BF16, F16 and F32 can be quantized; \
-         start from a bf16 checkpoint, or copy it as it is with --exclude",
+        "{}: tensor \"{tensor}\" is {dtype}: only BF16, F16 and F32 can be quantized; start from a bf16 checkpoint",
         path.display()
     )]
     UnsupportedDtype {
@@ -48,7 +54,7 @@ pub enum Error {
         dtype: Dtype,
     },
     /// The source is quantized already.
-    #[error("{}: already quantized with {method} ({evidence}); start from the bf16 checkpoint it was made from{hint}", path.display())]
+    #[error("{}: already quantized with {method} ({evidence}); start from the bf16 checkpoint it was made from", path.display())]
     AlreadyQuantized {
         /// The file that says so.
         path: PathBuf,
@@ -57,22 +63,22 @@ pub enum Error {
         /// What in the file gave it away.
         evidence: String,
         /// What else can be done, if anything.
-        hint: &'static str,
+        hint: Option<Hint>,
     },
     /// The source is a converted checkpoint that can't be laid out anew.
     #[error("{}: {why}", path.display())]
     Relayout {
         /// Its folder.
         path: PathBuf,
-        /// What is in the way, and what to do.
+        /// What is in the way.
         why: String,
+        /// What to do about it, if a choice helps.
+        hint: Option<Hint>,
     },
     /// A tensor chosen for quantization holds a NaN or an infinity.
     #[error(
         "{}: tensor \"{tensor}\" holds {count} values that are not finite, the first ({value}) at element {index}: \
-         4-bit blocks can't hold them; the checkpoint is damaged or its training diverged. \
-         Download it again, copy the tensor as it is with --exclude, or write what bitsandbytes would with \
-         --nonfinite keep",
+         4-bit blocks can't hold them; the checkpoint is damaged or its training diverged; download it again",
         path.display()
     )]
     NonFinite {
@@ -87,15 +93,17 @@ pub enum Error {
         /// How many there are in the tensor.
         count: u64,
     },
-    /// `--include` or `--exclude` can't be what was meant.
-    #[error("{flag} {pattern:?}: {why}")]
+    /// A pattern of the recipe can't be what was meant.
+    #[error("{setting} pattern {pattern:?}: {why}")]
     Pattern {
-        /// The option.
-        flag: &'static str,
-        /// Its value.
+        /// Which patterns it is one of.
+        setting: Setting,
+        /// The regular expression.
         pattern: String,
         /// What is wrong with it.
         why: String,
+        /// What helps to find out.
+        hint: Option<Hint>,
     },
     /// Experts can't be fused.
     #[error("{}: tensor \"{tensor}\": {why}", path.display())]
@@ -104,24 +112,32 @@ pub enum Error {
         path: PathBuf,
         /// The tensor's name.
         tensor: String,
-        /// What was found, what was expected, and what to do.
+        /// What was found, and what was expected.
         why: String,
+        /// What to do about it, if a choice helps.
+        hint: Option<Hint>,
     },
     /// An option that the format doesn't have, or that another one excludes.
-    #[error("{option} {why}")]
+    #[error("{setting}{} {why}", value.map(|value| format!(" {value}")).unwrap_or_default())]
     Options {
-        /// The option by its name in a recipe, with its value if that is at fault.
-        option: &'static str,
-        /// Why, and what to do.
+        /// The option.
+        setting: Setting,
+        /// Its value, if that is at fault.
+        value: Option<&'static str>,
+        /// What is wrong with it.
         why: String,
+        /// What to do about it, if a choice helps.
+        hint: Option<Hint>,
     },
     /// No tensor is left to quantize.
     #[error("{}: nothing to quantize: {why}", path.display())]
     NothingToQuantize {
         /// The source.
         path: PathBuf,
-        /// Why, and what to do.
+        /// Why.
         why: String,
+        /// What to do about it.
+        hint: Option<Hint>,
     },
     /// A module that is kept can't be told from one that is quantized.
     #[error(
@@ -141,27 +157,29 @@ pub enum Error {
         path: PathBuf,
         /// What is wrong, and what to do.
         why: String,
+        /// A choice that helps, if there is one.
+        hint: Option<Hint>,
     },
-    /// `--memory` is less than the least that the plan needs.
-    #[error("--memory {available}: at least {needed} are needed for this checkpoint{hint}")]
+    /// The memory limit is less than the least that the plan needs.
+    #[error("memory limit of {limit} bytes: this checkpoint needs at least {needed}")]
     Memory {
-        /// The budget, for people.
-        available: String,
-        /// The least, for people.
-        needed: String,
-        /// What takes it, and what would take less.
-        hint: &'static str,
+        /// The limit in bytes.
+        limit: u64,
+        /// The least in bytes.
+        needed: u64,
+        /// What would take less, if anything.
+        hint: Option<Hint>,
     },
-    /// `--device-memory` is less than the least that the plan needs.
-    #[error("--device-memory {available}: at least {needed} are needed for this checkpoint")]
+    /// The limit on each device's memory is less than the least that the plan needs.
+    #[error("device memory limit of {limit} bytes: this checkpoint needs at least {needed}")]
     DeviceMemory {
-        /// The bound, for people.
-        available: String,
-        /// The least, for people.
-        needed: String,
+        /// The limit in bytes.
+        limit: u64,
+        /// The least in bytes.
+        needed: u64,
     },
     /// A GPU that was asked for can't be used.
-    #[error("--device {device}: {why}; --device cpu gives the same bytes without a GPU")]
+    #[error("device {device}: {why}")]
     NoDevice {
         /// What was asked for.
         device: String,
@@ -169,7 +187,7 @@ pub enum Error {
         why: Unusable,
     },
     /// A GPU failed at its work.
-    #[error("{device}: {fault}; run the same command again to go on with the file it was at, or with --device cpu")]
+    #[error("{device}: {fault}")]
     Device {
         /// The GPU.
         device: String,
@@ -177,11 +195,7 @@ pub enum Error {
         fault: Fault,
     },
     /// The staging folder holds the beginning of another conversion.
-    #[error(
-        "{}: an unfinished conversion of something else: {what}; run the command it was begun with, or discard it with \
-         --restart",
-        path.display()
-    )]
+    #[error("{}: an unfinished conversion of something else: {what}; finish that one first", path.display())]
     JobChanged {
         /// The staging folder.
         path: PathBuf,
@@ -231,52 +245,152 @@ pub enum Error {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
-    /// The process's exit code: 2 wrong usage, 3 bad input, 4 I/O or device failure.
-    pub fn exit_code(&self) -> u8 {
+    /// What kind of failure it is.
+    pub fn kind(&self) -> ErrorKind {
         match self {
-            Error::Pattern { .. } | Error::Options { .. } | Error::AmbiguousSkipEntry { .. } => 2,
-            Error::Memory { .. } | Error::DeviceMemory { .. } => 2,
-            Error::NoSpace { .. } | Error::Io { .. } | Error::Stopped | Error::Interrupted => 4,
-            Error::NoDevice { .. } | Error::Device { .. } => 4,
-            _ => 3,
+            Error::SourceMissing { .. } => ErrorKind::SourceMissing,
+            Error::NotACheckpoint { .. } => ErrorKind::NotACheckpoint,
+            Error::Malformed { .. } => ErrorKind::Malformed,
+            Error::UnsupportedDtype { .. } => ErrorKind::UnsupportedDtype,
+            Error::AlreadyQuantized { .. } => ErrorKind::AlreadyQuantized,
+            Error::Relayout { .. } => ErrorKind::Relayout,
+            Error::NonFinite { .. } => ErrorKind::NonFinite,
+            Error::Pattern { .. } => ErrorKind::Pattern,
+            Error::Experts { .. } => ErrorKind::Experts,
+            Error::Options { .. } => ErrorKind::Options,
+            Error::NothingToQuantize { .. } => ErrorKind::NothingToQuantize,
+            Error::AmbiguousSkipEntry { .. } => ErrorKind::AmbiguousSkipEntry,
+            Error::Destination { .. } => ErrorKind::Destination,
+            Error::Memory { .. } => ErrorKind::Memory,
+            Error::DeviceMemory { .. } => ErrorKind::DeviceMemory,
+            Error::NoDevice { .. } => ErrorKind::NoDevice,
+            Error::Device { .. } => ErrorKind::Device,
+            Error::NoSpace { .. } => ErrorKind::NoSpace,
+            Error::SourceChanged { .. } => ErrorKind::SourceChanged,
+            Error::Io { .. } => ErrorKind::Io,
+            Error::JobChanged { .. } => ErrorKind::JobChanged,
+            Error::Interrupted => ErrorKind::Interrupted,
+            Error::Stopped => ErrorKind::Stopped,
         }
     }
 
-    /// A short name of the kind of failure, for machines.
-    pub fn kind(&self) -> &'static str {
+    /// Choices that would avoid it; any one of them does.
+    pub fn hints(&self) -> Vec<Hint> {
         match self {
-            Error::SourceMissing { .. } => "source_missing",
-            Error::NotACheckpoint { .. } => "not_a_checkpoint",
-            Error::Malformed { .. } => "malformed",
-            Error::UnsupportedDtype { .. } => "unsupported_dtype",
-            Error::AlreadyQuantized { .. } => "already_quantized",
-            Error::Relayout { .. } => "relay",
-            Error::NonFinite { .. } => "non_finite",
-            Error::Pattern { .. } => "pattern",
-            Error::Experts { .. } => "experts",
-            Error::Options { .. } => "options",
-            Error::NothingToQuantize { .. } => "nothing_to_quantize",
-            Error::AmbiguousSkipEntry { .. } => "skip_entry_clash",
-            Error::Destination { .. } => "destination",
-            Error::Memory { .. } => "memory",
-            Error::DeviceMemory { .. } => "device_memory",
-            Error::NoDevice { .. } => "no_device",
-            Error::Device { .. } => "device",
-            Error::NoSpace { .. } => "no_space",
-            Error::SourceChanged { .. } => "source_changed",
-            Error::Io { .. } => "io",
-            Error::JobChanged { .. } => "job_changed",
-            Error::Interrupted => "interrupted",
-            Error::Stopped => "stopped",
+            Error::UnsupportedDtype { .. } => vec![Hint::Exclude],
+            Error::NonFinite { .. } => vec![Hint::Exclude, Hint::KeepNonFinite],
+            Error::NoDevice { .. } => vec![Hint::UseCpu],
+            Error::Device { .. } => vec![Hint::Resume, Hint::UseCpu],
+            // What was finished before is of the source as it was.
+            Error::JobChanged { .. } | Error::SourceChanged { .. } => vec![Hint::Restart],
+            Error::AlreadyQuantized { hint, .. }
+            | Error::Malformed { hint, .. }
+            | Error::Relayout { hint, .. }
+            | Error::Pattern { hint, .. }
+            | Error::Experts { hint, .. }
+            | Error::Options { hint, .. }
+            | Error::NothingToQuantize { hint, .. }
+            | Error::Destination { hint, .. }
+            | Error::Memory { hint, .. } => hint.iter().copied().collect(),
+            Error::SourceMissing { .. }
+            | Error::NotACheckpoint { .. }
+            | Error::AmbiguousSkipEntry { .. }
+            | Error::DeviceMemory { .. }
+            | Error::NoSpace { .. }
+            | Error::Io { .. }
+            | Error::Interrupted
+            | Error::Stopped => Vec::new(),
         }
     }
 
     pub(crate) fn malformed(path: &Path, why: impl Into<String>) -> Error {
-        Error::Malformed { path: path.to_owned(), why: why.into() }
+        Error::Malformed { path: path.to_owned(), why: why.into(), hint: None }
     }
 
     pub(crate) fn destination(path: &Path, why: impl Into<String>) -> Error {
-        Error::Destination { path: path.to_owned(), why: why.into() }
+        Error::Destination { path: path.to_owned(), why: why.into(), hint: None }
+    }
+}
+
+/// The kinds of failure: one for each case of [`Error`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ErrorKind {
+    /// See [`Error::SourceMissing`].
+    SourceMissing,
+    /// See [`Error::NotACheckpoint`].
+    NotACheckpoint,
+    /// See [`Error::Malformed`].
+    Malformed,
+    /// See [`Error::UnsupportedDtype`].
+    UnsupportedDtype,
+    /// See [`Error::AlreadyQuantized`].
+    AlreadyQuantized,
+    /// See [`Error::Relayout`].
+    Relayout,
+    /// See [`Error::NonFinite`].
+    NonFinite,
+    /// See [`Error::Pattern`].
+    Pattern,
+    /// See [`Error::Experts`].
+    Experts,
+    /// See [`Error::Options`].
+    Options,
+    /// See [`Error::NothingToQuantize`].
+    NothingToQuantize,
+    /// See [`Error::AmbiguousSkipEntry`].
+    AmbiguousSkipEntry,
+    /// See [`Error::Destination`].
+    Destination,
+    /// See [`Error::Memory`].
+    Memory,
+    /// See [`Error::DeviceMemory`].
+    DeviceMemory,
+    /// See [`Error::NoDevice`].
+    NoDevice,
+    /// See [`Error::Device`].
+    Device,
+    /// See [`Error::NoSpace`].
+    NoSpace,
+    /// See [`Error::SourceChanged`].
+    SourceChanged,
+    /// See [`Error::Io`].
+    Io,
+    /// See [`Error::JobChanged`].
+    JobChanged,
+    /// See [`Error::Interrupted`].
+    Interrupted,
+    /// See [`Error::Stopped`].
+    Stopped,
+}
+
+impl ErrorKind {
+    /// Its name, for machines.
+    pub fn name(self) -> &'static str {
+        match self {
+            ErrorKind::SourceMissing => "source_missing",
+            ErrorKind::NotACheckpoint => "not_a_checkpoint",
+            ErrorKind::Malformed => "malformed",
+            ErrorKind::UnsupportedDtype => "unsupported_dtype",
+            ErrorKind::AlreadyQuantized => "already_quantized",
+            ErrorKind::Relayout => "relayout",
+            ErrorKind::NonFinite => "non_finite",
+            ErrorKind::Pattern => "pattern",
+            ErrorKind::Experts => "experts",
+            ErrorKind::Options => "options",
+            ErrorKind::NothingToQuantize => "nothing_to_quantize",
+            ErrorKind::AmbiguousSkipEntry => "ambiguous_skip_entry",
+            ErrorKind::Destination => "destination",
+            ErrorKind::Memory => "memory",
+            ErrorKind::DeviceMemory => "device_memory",
+            ErrorKind::NoDevice => "no_device",
+            ErrorKind::Device => "device",
+            ErrorKind::NoSpace => "no_space",
+            ErrorKind::SourceChanged => "source_changed",
+            ErrorKind::Io => "io",
+            ErrorKind::JobChanged => "job_changed",
+            ErrorKind::Interrupted => "interrupted",
+            ErrorKind::Stopped => "stopped",
+        }
     }
 }
 

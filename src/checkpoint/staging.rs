@@ -19,7 +19,7 @@ use std::io::{self, BufWriter, Read, Write};
 use std::path::{Component, Path, PathBuf};
 
 use super::{CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, QUANT_CONFIG_NAME, SUMS_NAME};
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, Hint, IoContext, Result};
 use crate::store::{HashingWriter, Location, Sha256Hash};
 
 /// The folder inside the destination that holds what isn't finished.
@@ -87,9 +87,8 @@ impl Staging {
                 if force || moving || entries.all(is_left_over) {
                     return Ok(());
                 }
-                let why =
-                    "it exists and isn't empty; choose another destination, or replace what is there with --force";
-                Err(Error::destination(destination, why))
+                let why = "it exists and isn't empty; choose another destination".to_owned();
+                Err(Error::Destination { path: destination.to_owned(), why, hint: Some(Hint::Replace) })
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::NotADirectory => {

@@ -16,7 +16,7 @@ use prequant::units::Bytes;
 
 use super::output::{self, Audience, Outcome};
 use super::progress::{Reporter, Style};
-use super::{device, dry_run, interrupt, summary};
+use super::{device, dry_run, hints, interrupt, summary};
 
 /// Quantize a checkpoint to 4 bits.
 ///
@@ -224,7 +224,7 @@ fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
     }
     if !arguments.quiet {
         for warning in &conversion.plan.warnings {
-            eprintln!("warning: {warning}");
+            eprintln!("warning: {}", hints::warning(warning));
         }
     }
     if !arguments.force

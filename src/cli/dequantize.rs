@@ -12,10 +12,10 @@ use prequant::ops::quantize::Options;
 use prequant::units::Bytes;
 use serde_json::json;
 
-use super::interrupt;
 use super::output::{self, Outcome};
 use super::progress::{Reporter, Style};
 use super::words::count;
+use super::{hints, interrupt};
 
 /// Decode a converted checkpoint to bf16.
 ///
@@ -79,7 +79,7 @@ fn dequantize(arguments: &Arguments) -> Result<Outcome, Error> {
     let conversion = plan(&arguments.source, arguments.max_shard_size.0, options)?;
     let style = if arguments.quiet { Style::Silent } else { Style::of_stderr() };
     if !arguments.quiet {
-        conversion.plan.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+        conversion.plan.warnings.iter().for_each(|warning| eprintln!("warning: {}", hints::warning(warning)));
     }
     let reporter = Reporter::new(style, &conversion);
     let files = conversion.dequantize_until(interrupt::flag(), &arguments.destination, &reporter)?;

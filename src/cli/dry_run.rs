@@ -10,6 +10,7 @@ use prequant::plan::{Plan, PlannedTensor};
 use prequant::units::Bytes;
 use serde_json::{Value, json};
 
+use super::hints;
 use super::output::{Audience, Outcome, error_json};
 use super::summary::format_name;
 use super::words::count;
@@ -74,7 +75,7 @@ fn totals(conversion: &Conversion, destination: &Path, device: &str, free: Optio
             .relaid_from()
             .map(|_| "experts are rewritten in the other layout; nothing is quantized again".to_owned()),
     );
-    lines.extend(plan.warnings.iter().map(|warning| format!("warning: {warning}")));
+    lines.extend(plan.warnings.iter().map(|warning| format!("warning: {}", hints::warning(warning))));
     let decoded = decisions.tensors.iter().filter(|tensor| tensor.is_decoded()).count();
     if decoded > 0 {
         lines.push(format!("{} quantized in the source, decoded while reading", count(decoded, "tensor")));
@@ -141,7 +142,7 @@ fn json(conversion: &Conversion, destination: &Path, free: Option<u64>, obstacle
         "bits_per_quantized_weight": decisions.bits_per_quantized_weight(),
         "bits_per_weight": decisions.bits_per_weight(),
         "files": files,
-        "warnings": plan.warnings,
+        "warnings": plan.warnings.iter().map(hints::warning).collect::<Vec<_>>(),
         "obstacle": obstacle.map(|error| error_json(error)["error"].clone()),
         "tensors": decisions.tensors.iter().map(tensor).collect::<Vec<_>>(),
     })

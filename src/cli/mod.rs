@@ -4,6 +4,7 @@ mod convert;
 mod dequantize;
 mod device;
 mod dry_run;
+mod hints;
 mod inspect;
 mod interrupt;
 mod output;

@@ -4,9 +4,10 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use prequant::Error;
+use prequant::error::ErrorKind;
 use serde_json::{Value, json};
 
-use super::interrupt;
+use super::{hints, interrupt};
 
 /// To whom a report is addressed.
 #[derive(Clone, Copy)]
@@ -41,24 +42,44 @@ pub fn finish(result: Result<Outcome, Error>, json: bool) -> ExitCode {
     }
     match error {
         Some(error) => {
-            eprintln!("error: {}", message(&error));
-            interrupt::exit_code().unwrap_or(ExitCode::from(error.exit_code()))
+            eprintln!("error: {}", hints::error(&error));
+            interrupt::exit_code().unwrap_or(ExitCode::from(exit_code(error.kind())))
         }
         None => ExitCode::from(code),
     }
 }
 
-/// An error in words, with options named as they are typed.
-fn message(error: &Error) -> String {
-    match error {
-        Error::Options { option, .. } => {
-            format!("--{}", error.to_string().replacen(option, &option.replace('_', "-"), 1))
-        }
-        _ => error.to_string(),
+/// The process's exit code: 2 wrong usage, 3 bad input, 4 I/O or device failure.
+fn exit_code(kind: ErrorKind) -> u8 {
+    match kind {
+        ErrorKind::Pattern
+        | ErrorKind::Options
+        | ErrorKind::AmbiguousSkipEntry
+        | ErrorKind::Memory
+        | ErrorKind::DeviceMemory => 2,
+        ErrorKind::SourceMissing
+        | ErrorKind::NotACheckpoint
+        | ErrorKind::Malformed
+        | ErrorKind::UnsupportedDtype
+        | ErrorKind::AlreadyQuantized
+        | ErrorKind::Relayout
+        | ErrorKind::NonFinite
+        | ErrorKind::Experts
+        | ErrorKind::NothingToQuantize
+        | ErrorKind::Destination
+        | ErrorKind::SourceChanged
+        | ErrorKind::JobChanged => 3,
+        ErrorKind::NoSpace
+        | ErrorKind::Io
+        | ErrorKind::NoDevice
+        | ErrorKind::Device
+        | ErrorKind::Interrupted
+        | ErrorKind::Stopped => 4,
     }
 }
 
 /// An error as machines read it.
 pub fn error_json(error: &Error) -> Value {
-    json!({"error": {"kind": error.kind(), "message": message(error), "exit_code": error.exit_code()}})
+    let kind = error.kind();
+    json!({"error": {"kind": kind.name(), "message": hints::error(error), "exit_code": exit_code(kind)}})
 }

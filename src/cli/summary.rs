@@ -12,6 +12,7 @@ use prequant::stats::Statistics;
 use prequant::units::Bytes;
 use serde_json::{Value, json};
 
+use super::hints;
 use super::output::{Audience, Outcome};
 use super::words::{count, rate};
 
@@ -85,7 +86,7 @@ impl Done<'_> {
             "recipe": manifest.recipe,
             "files": manifest.files,
             "summary": manifest.summary,
-            "warnings": conversion.plan.warnings,
+            "warnings": conversion.plan.warnings.iter().map(hints::warning).collect::<Vec<_>>(),
             "bytes_read": read,
             "bytes_written": self.written(),
             "seconds": seconds,

@@ -32,7 +32,7 @@ impl Layout {
         all
     }
 
-    /// Its name, as `--layout` takes it.
+    /// Its name, as a recipe has it.
     pub fn name(self) -> &'static str {
         match self {
             Layout::CompressedTensors => "compressed-tensors",

@@ -11,7 +11,7 @@ use super::{Codebook, ElementCode, FORMATS, Layout, ScaleCode};
 
 /// A 4-bit format. Two are equal if their names are.
 pub struct FormatSpec {
-    /// Its name, as `--format` takes it and the manifest has it.
+    /// Its name, as a recipe has it.
     pub name: &'static str,
     /// What it is, in a line of help.
     pub about: &'static str,
@@ -23,16 +23,16 @@ pub struct FormatSpec {
     pub scale: ScaleCode,
     /// Which elements share a scale.
     pub sharing: Sharing,
-    /// What `--layout` chooses from, the default first. Empty for formats of blocks, whose layout is bitsandbytes'.
+    /// The layouts it can be written in, the default first. Empty for formats of blocks, whose layout is bitsandbytes'.
     pub layouts: &'static [Layout],
 }
 
 /// Which elements share a scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sharing {
-    /// Blocks of consecutive elements of the flattened tensor: as many as `--block-size` says.
+    /// Blocks of consecutive elements of the flattened tensor: as many as the recipe's block size.
     Blocks,
-    /// Groups of a row's columns: as many as `--group-size` says.
+    /// Groups of a row's columns: as many as the recipe's group size.
     Groups,
     /// Groups of so many of a row's columns.
     GroupsOf(u32),

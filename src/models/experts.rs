@@ -2,7 +2,7 @@
 //!
 //! In transformers 5 a layer's experts are a few 3-D parameters. Checkpoints on the hub have the same numbers in other
 //! shapes, mostly a tensor per expert and projection. [`ExpertParameter::fusion`] puts them together as transformers
-//! does when it loads a checkpoint (`--experts fuse`); [`ExpertParameter::split`] takes a parameter apart, for formats
+//! does when it loads a checkpoint; [`ExpertParameter::split`] takes a parameter apart, for formats
 //! whose clients want a tensor per expert. Which family has which is in [`super::families`].
 
 use crate::checkpoint::Config;

@@ -21,7 +21,7 @@ pub struct Family {
     /// as `llm_int8_skip_modules` takes it: a regex that matches from the start of a module's name, or a suffix of it.
     /// Empty where the only one is `lm_head`.
     pub off_disk: &'static [&'static str],
-    /// Whether its experts have an MXFP4 layout of their own (`--layout gpt-oss`), the only one vLLM reads them in.
+    /// Whether its experts have an MXFP4 layout of their own (gpt-oss), the only one vLLM reads them in.
     pub gpt_oss_layout: bool,
 }
 

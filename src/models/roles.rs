@@ -42,7 +42,7 @@ pub enum Role {
 }
 
 impl Role {
-    /// Whether `--only-experts` leaves this tensor to be quantized.
+    /// Whether a recipe for experts only quantizes this tensor.
     pub fn is_expert(self) -> bool {
         matches!(self, Role::ExpertLinear | Role::FusedExperts)
     }

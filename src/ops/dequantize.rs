@@ -38,7 +38,7 @@ pub fn plan(converted: impl Into<Location>, max_shard_size: u64, mut options: Op
         plan.warnings.push(
             "experts that the source had fused, with rows and columns exchanged, stay one by one: its model takes them only \
              fused"
-                .to_owned(),
+                .into(),
         );
     }
     options.device = Device::cpu();

@@ -9,7 +9,7 @@ use crate::checkpoint::{
     CONFIG_NAME, Config, INDEX_NAME, MANIFEST_NAME, OutputFile, STAGING_NAME, SUMS_NAME, SideFile, Source, Staging,
     free_space, write_index,
 };
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, Hint, IoContext, Result};
 use crate::layout::recognize;
 use crate::manifest::{
     DecisionRecord, FileRecord, Manifest, OutputRecord, SCHEMA_VERSION, SourceFileRecord, SourceRecord,
@@ -177,12 +177,8 @@ impl Conversion {
         let there = Manifest::read(&destination.join(MANIFEST_NAME)).ok();
         match there.as_ref().and_then(Manifest::other_version) {
             Some(version) => {
-                let why = format!(
-                    "{version} wrote the checkpoint there, and this is {}; keep it (`prequant verify --against` compares it \
-                     with what this version makes), or replace it with --force",
-                    env!("CARGO_PKG_VERSION")
-                );
-                Err(Error::destination(destination.path(), why))
+                let why = format!("{version} wrote the checkpoint there, and this is {}", env!("CARGO_PKG_VERSION"));
+                Err(Error::Destination { path: destination.path().to_owned(), why, hint: Some(Hint::ReplaceOther) })
             }
             None => checked,
         }
@@ -362,7 +358,7 @@ impl Conversion {
         write_index(weight_map.iter().map(|(tensor, file)| (tensor.as_str(), *file)), total_size, file)
     }
 
-    /// The source, as a manifest has it without `--hash-source`.
+    /// The source, as a manifest has it unless its files are hashed.
     fn source_record(&self) -> SourceRecord {
         if let Some(relay) = &self.relay {
             return relay.manifest.source.clone();

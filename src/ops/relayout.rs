@@ -13,7 +13,7 @@ use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, Source, SourceFile, 
 use crate::converted::Converted;
 use crate::dtype::FloatDtype;
 use crate::dtype::{self, byte_len};
-use crate::error::{Error, Result};
+use crate::error::{Error, Hint, Result};
 use crate::format::{BlockSize, Scales};
 use crate::layout::{OutputKind, QuantState, quant_state_bytes};
 use crate::manifest::{DecisionRecord, Manifest, TensorRecord};
@@ -111,14 +111,15 @@ impl Relayout {
     }
 }
 
-/// Holds what was read of a converted checkpoint against its manifest.
+/// Checks what was read of a converted checkpoint against its manifest.
 pub fn check_source(converted: &Source, manifest: &Manifest, outcome: &Outcome) -> Result<()> {
     for (file, sha256) in converted.files.iter().zip(outcome.source_files.iter().flatten()) {
         if !manifest.files.iter().any(|record| record.name == file.name && record.sha256 == *sha256) {
             let why = format!(
-                "isn't what {MANIFEST_NAME} says it is (SHA-256 {sha256}); download it again, or convert the source again; then begin anew with --restart"
+                "its SHA-256 is {sha256}, which isn't {MANIFEST_NAME}'s; download it again, or convert the source again"
             );
-            return Err(Error::malformed(file.location.path(), why));
+            let path = file.location.path().to_owned();
+            return Err(Error::Malformed { path, why, hint: Some(Hint::Restart) });
         }
     }
     Ok(())
@@ -126,22 +127,21 @@ pub fn check_source(converted: &Source, manifest: &Manifest, outcome: &Outcome) 
 
 /// Only the layout and the shards can be others.
 fn check_recipe(path: &Path, then: &Recipe, now: &Recipe) -> Result<()> {
-    let error = |why: String| Err(Error::Relayout { path: path.to_owned(), why });
+    let error = |why: &str, hint| Err(Error::Relayout { path: path.to_owned(), why: why.to_owned(), hint });
     let (was, is) = (RecipeOptions::from(then.clone()), RecipeOptions::from(now.clone()));
     let (experts, max_shard_size) = (is.experts, is.max_shard_size);
     if (RecipeOptions { experts, max_shard_size, ..was.clone() }) != is {
         return error(
-            "it was converted with other options, and can't be quantized again: leave them out to lay it out anew, or \
-             start from the bf16 checkpoint it was made from"
-                .to_owned(),
+            "converted with other options, and can't be quantized again; leave them out to rewrite its experts, or start from \
+             the bf16 checkpoint it was made from",
+            None,
         );
     }
     if experts == was.experts {
-        let (is, other) = match now.fuses_experts() {
-            false => ("one by one", "--experts fuse"),
-            true => ("fused", "--experts keep"),
+        return match now.fuses_experts() {
+            true => error("already converted, with fused experts", Some(Hint::SplitExperts)),
+            false => error("already converted, with one tensor per expert", Some(Hint::FuseExperts)),
         };
-        return error(format!("converted already, with experts {is}; {other} lays them out anew"));
     }
     Ok(())
 }
@@ -217,7 +217,7 @@ fn check_manifest(path: &Path, plan: &Plan, manifest: &Manifest) -> Result<()> {
         env!("CARGO_PKG_VERSION"),
         manifest.tool.version,
     );
-    Err(Error::Relayout { path: path.to_owned(), why })
+    Err(Error::Relayout { path: path.to_owned(), why, hint: None })
 }
 
 fn is_same(old: &PlannedTensor, new: &PlannedTensor) -> bool {
@@ -355,7 +355,7 @@ impl Copies<'_> {
 
     fn error<T>(&self, tensor: &PlannedTensor, why: String) -> Result<T> {
         let why = format!("tensor {:?}: {why}; start from the bf16 checkpoint it was made from", tensor.name);
-        Err(Error::Relayout { path: self.path.to_owned(), why })
+        Err(Error::Relayout { path: self.path.to_owned(), why, hint: None })
     }
 }
 

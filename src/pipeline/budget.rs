@@ -1,11 +1,10 @@
 //! How much memory a plan takes, and how it is shared out.
 
 use crate::backend::cuda::{SlotSize, TABLE_BYTES};
-use crate::error::{Error, Result};
+use crate::error::{Error, Hint, Result};
 use crate::format::{BlockSize, NESTED_BLOCK_SIZE, Scales};
 use crate::plan::{Plan, PlannedTensor};
 use crate::stats::GROUP;
-use crate::units::Bytes;
 
 /// Every run of this many elements is whole blocks, and whole groups of blocks for the statistics; of formats with groups
 /// too, unless a chunk is whole rows.
@@ -128,17 +127,12 @@ impl Budget {
 /// Whether the least that `plan` can be executed with is there.
 fn check_least(plan: &Plan, step: usize, least: u64, absmax: u64, limits: Limits) -> Result<()> {
     if least > limits.memory {
-        let hint = match absmax > 0 && least - absmax <= limits.memory {
-            true => "; double quantization holds one f32 for every block of a tensor: give more, or larger blocks",
-            false => "",
-        };
-        let (available, needed) = (Bytes(limits.memory).to_string(), Bytes(least).to_string());
-        return Err(Error::Memory { available, needed, hint });
+        let hint = (absmax > 0 && least - absmax <= limits.memory).then_some(Hint::LargerBlocks);
+        return Err(Error::Memory { limit: limits.memory, needed: least, hint });
     }
     if limits.gpus > 0 && slots_on_device(plan, step, limits) == 0 {
         let needed = slot_len(plan, step, limits.gpus) + TABLE_BYTES;
-        let (available, needed) = (Bytes(limits.device_memory).to_string(), Bytes(needed).to_string());
-        return Err(Error::DeviceMemory { available, needed });
+        return Err(Error::DeviceMemory { limit: limits.device_memory, needed });
     }
     Ok(())
 }

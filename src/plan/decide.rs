@@ -2,11 +2,11 @@
 
 use regex::Regex;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Hint, Result, Setting};
 use crate::models::{Rules, Verdict};
 use crate::recipe::Recipe;
 
-/// Decides tensor by tensor: `--exclude` before `--include` before `--only-experts` before the rules.
+/// Decides tensor by tensor: `exclude` before `include` before `only_experts` before the rules.
 pub struct Selection {
     rules: Rules,
     only_experts: bool,
@@ -15,7 +15,7 @@ pub struct Selection {
 }
 
 struct Pattern {
-    flag: &'static str,
+    setting: Setting,
     text: String,
     regex: Regex,
     /// A tensor whose name matches was seen.
@@ -28,14 +28,14 @@ impl Selection {
     /// # Errors
     /// When a pattern is no regular expression.
     pub fn new(recipe: &Recipe, rules: Rules) -> Result<Selection> {
-        let compile = |flag, texts: &[String]| -> Result<Vec<Pattern>> {
-            texts.iter().map(|text| Pattern::new(flag, text)).collect()
+        let compile = |setting, texts: &[String]| -> Result<Vec<Pattern>> {
+            texts.iter().map(|text| Pattern::new(setting, text)).collect()
         };
         Ok(Selection {
             rules,
             only_experts: recipe.only_experts,
-            include: compile("--include", &recipe.include)?,
-            exclude: compile("--exclude", &recipe.exclude)?,
+            include: compile(Setting::Include, &recipe.include)?,
+            exclude: compile(Setting::Exclude, &recipe.exclude)?,
         })
     }
 
@@ -46,13 +46,13 @@ impl Selection {
         let excluded = first_match(&mut self.exclude, name, true);
         let included = first_match(&mut self.include, name, matrix);
         if let Some(pattern) = excluded {
-            (verdict.quantize, verdict.reason) = (false, format!("kept by --exclude '{pattern}'").into());
+            (verdict.quantize, verdict.reason) = (false, format!("matches exclude pattern '{pattern}'").into());
         } else if let Some(pattern) = included {
             if matrix && !verdict.quantize {
-                (verdict.quantize, verdict.reason) = (true, format!("quantized by --include '{pattern}'").into());
+                (verdict.quantize, verdict.reason) = (true, format!("matches include pattern '{pattern}'").into());
             }
         } else if self.only_experts && verdict.quantize && !verdict.role.is_expert() {
-            (verdict.quantize, verdict.reason) = (false, "kept by --only-experts".into());
+            (verdict.quantize, verdict.reason) = (false, "only experts are quantized".into());
         }
         verdict
     }
@@ -60,15 +60,16 @@ impl Selection {
     /// # Errors
     /// When a pattern matched no tensor, or none that could be quantized: it can't be what was meant.
     pub fn check_patterns(&self) -> Result<()> {
-        let error = |pattern: &Pattern, why: &str| {
-            Err(Error::Pattern { flag: pattern.flag, pattern: pattern.text.clone(), why: why.to_owned() })
+        let error = |pattern: &Pattern, why: &str, hint| {
+            let (setting, pattern, why) = (pattern.setting, pattern.text.clone(), why.to_owned());
+            Err(Error::Pattern { setting, pattern, why, hint })
         };
         for pattern in self.include.iter().chain(&self.exclude) {
             if !pattern.matched {
-                return error(pattern, "matches no tensor's name; --dry-run lists the names");
+                return error(pattern, "matches no tensor's name", Some(Hint::ListTensors));
             }
             if !pattern.of_use {
-                return error(pattern, "matches only tensors that can't be quantized: they aren't 2-D or 3-D");
+                return error(pattern, "matches only tensors that can't be quantized: they aren't 2-D or 3-D", None);
             }
         }
         Ok(())
@@ -76,13 +77,14 @@ impl Selection {
 }
 
 impl Pattern {
-    fn new(flag: &'static str, text: &str) -> Result<Pattern> {
+    fn new(setting: Setting, text: &str) -> Result<Pattern> {
         let regex = Regex::new(text).map_err(|error| Error::Pattern {
-            flag,
+            setting,
             pattern: text.to_owned(),
             why: format!("not a regular expression: {error}"),
+            hint: None,
         })?;
-        Ok(Pattern { flag, text: text.to_owned(), regex, matched: false, of_use: false })
+        Ok(Pattern { setting, text: text.to_owned(), regex, matched: false, of_use: false })
     }
 }
 
@@ -126,10 +128,10 @@ mod tests {
     }
 
     #[test]
-    fn reasons_name_the_option() {
+    fn reasons_name_the_pattern() {
         let mut selection = selection(&["lm_head"], &["experts"], false);
-        assert_eq!(selection.decide(HEAD.0, HEAD.1).reason, "quantized by --include 'lm_head'");
-        assert_eq!(selection.decide(EXPERT.0, EXPERT.1).reason, "kept by --exclude 'experts'");
+        assert_eq!(selection.decide(HEAD.0, HEAD.1).reason, "matches include pattern 'lm_head'");
+        assert_eq!(selection.decide(EXPERT.0, EXPERT.1).reason, "matches exclude pattern 'experts'");
     }
 
     #[test]

@@ -1,11 +1,11 @@
-//! `--experts fuse`: all of a layer's experts become the model's own 3-D parameters.
+//! Fusing: all of a layer's experts become the model's own 3-D parameters.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::layout;
 use super::{Decision, PlannedTensor};
 use crate::checkpoint::Source;
-use crate::error::{Error, Result};
+use crate::error::{Error, Hint, Result};
 use crate::format::Codec;
 use crate::models::Role;
 use crate::models::experts::{ExpertParameter, Fusion};
@@ -84,7 +84,7 @@ fn groups<'a>(
 /// An error about an expert's tensor, with the way out.
 fn error(source: &Source, tensor: &PlannedTensor, why: String) -> Error {
     let (path, tensor) = (source.files[tensor.read.first_file()].location.path().to_owned(), tensor.name.clone());
-    Error::Experts { path, tensor, why: format!("{why}; use --experts keep to leave experts unfused") }
+    Error::Experts { path, tensor, why, hint: Some(Hint::KeepExperts) }
 }
 
 fn unknown(source: &Source, model_types: &[&str], tensor: &PlannedTensor) -> Error {
@@ -226,7 +226,7 @@ fn check_names_differ(source: &Source, tensors: &[PlannedTensor]) -> Result<()> 
         Some(tensor) => {
             let path = source.files[tensor.read.first_file()].location.path().to_owned();
             let why = "the source has a tensor of this name beside the experts that would be fused into it".to_owned();
-            Err(Error::Experts { path, tensor: tensor.name.clone(), why })
+            Err(Error::Experts { path, tensor: tensor.name.clone(), why, hint: Some(Hint::KeepExperts) })
         }
         None => Ok(()),
     }

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use super::input::{Input, MAX_EXPERTS};
 use super::split;
 use crate::checkpoint::Source;
-use crate::error::{Error, Result};
+use crate::error::{Error, Hint, Result};
 use crate::format::{Codec, Layout};
 use crate::models::{Role, Verdict};
 
@@ -55,7 +55,7 @@ pub fn check(source: &Source, model_types: &[&str], input: &Input, codec: &Codec
 fn check_gpt_oss(source: &Source, input: &Input, codec: &Codec, verdict: &Verdict) -> Result<()> {
     let error = |why: String| {
         let path = source.files[input.read.first_file()].location.path().to_owned();
-        Err(Error::Experts { path, tensor: input.name.clone(), why })
+        Err(Error::Experts { path, tensor: input.name.clone(), why, hint: Some(Hint::CompressedTensorsLayout) })
     };
     if !verdict.quantize {
         return error(format!("{}; the gpt-oss layout needs all experts quantized", verdict.reason));

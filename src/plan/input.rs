@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::checkpoint::{Config, Source, TensorInfo};
 use crate::dtype::FloatDtype;
 use crate::dtype::{Dtype, byte_len};
-use crate::error::{Error, Result};
+use crate::error::{Error, Hint, Result, Setting};
 use crate::format::{Coding, ElementCode, Highest, ScaleCode};
 use crate::layout::gpt_oss::{self, BLOCKS, SCALES};
 use crate::layout::recognize::{self, FP8_INPUT_SCALES, FP8_SCALE};
@@ -57,8 +57,8 @@ const LEAST_FP8_BLOCK: u64 = 16;
 pub fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
     let Some((path, SourceQuantization { method, evidence })) = recognize::of(source) else {
         return if recipe.dequantize_source {
-            let why = "has no use: the source isn't quantized; leave it out".to_owned();
-            Err(Error::Options { option: "dequantize_source", why })
+            let (setting, why) = (Setting::DequantizeSource, "has no effect: the source isn't quantized".to_owned());
+            Err(Error::Options { setting, value: None, why, hint: Some(Hint::Remove(setting)) })
         } else {
             Ok(())
         };
@@ -78,8 +78,8 @@ pub fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
     let is_mxfp4 = has_mxfp4_experts(source) && method_is("mxfp4") && only(MXFP4_METHOD);
     let hint = match (is_fp8, is_mxfp4, recipe.dequantize_source) {
         (true, false, _) | (false, true, true) => return Ok(()),
-        (false, true, false) => ", or decode it with --dequantize-source",
-        _ => "",
+        (false, true, false) => Some(Hint::DequantizeSource),
+        _ => None,
     };
     Err(Error::AlreadyQuantized { path, method, evidence, hint })
 }

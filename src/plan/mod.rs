@@ -22,7 +22,7 @@ pub use layout::{PlannedFile, PlannedOutput};
 use crate::checkpoint::{CONFIG_NAME, Source};
 use crate::dtype::Dtype;
 use crate::dtype::FloatDtype;
-use crate::error::{Error, Result};
+use crate::error::{Error, Hint, Result, Warning};
 use crate::format::{Codec, Layout};
 use crate::layout::OutputKind;
 use crate::models::families::families;
@@ -50,8 +50,8 @@ pub struct Plan {
     pub config: Option<String>,
     /// Files that the format has beside config.json: name and content.
     pub side_files: Vec<(String, String)>,
-    /// What the user should know before using the result; one sentence each.
-    pub warnings: Vec<String>,
+    /// What the user should know before using the output.
+    pub warnings: Vec<Warning>,
 }
 
 /// A tensor and what becomes of it.
@@ -229,9 +229,9 @@ impl Plan {
 fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules) -> Result<Vec<Decided>> {
     let codec = recipe.codec();
     if codec.layout() == Some(Layout::GptOss) && !families(model_types).any(|family| family.gpt_oss_layout) {
-        let why = "gpt-oss's layout is of gpt_oss models' experts only; leave --layout out for compressed-tensors'"
-            .to_owned();
-        return Err(Error::NothingToQuantize { path: source.location.path().to_owned(), why });
+        let (path, why) =
+            (source.location.path().to_owned(), "the gpt-oss layout is for gpt_oss models only".to_owned());
+        return Err(Error::NothingToQuantize { path, why, hint: Some(Hint::CompressedTensorsLayout) });
     }
     let mut selection = Selection::new(recipe, rules.clone())?;
     let mut decided = Vec::new();
@@ -283,9 +283,10 @@ fn check_names_are_free(source: &Source, tensors: &[PlannedTensor]) -> Result<()
         if let Some(weight) = weight.filter(|weight| quantized.contains(weight)) {
             let why = format!(
                 "tensor {name:?} has a name that quantizing {weight:?} takes for a part of it: was the checkpoint \
-                 quantized before? Keep the weight with --exclude"
+                 quantized before?"
             );
-            return Err(Error::malformed(source.files[tensor.read.first_file()].location.path(), why));
+            let path = source.files[tensor.read.first_file()].location.path().to_owned();
+            return Err(Error::Malformed { path, why, hint: Some(Hint::Exclude) });
         }
     }
     Ok(())
@@ -297,10 +298,9 @@ fn check_names_differ(source: &Source, tensors: &[PlannedTensor]) -> Result<()> 
     for tensor in tensors {
         let outputs = tensor.outputs.iter().map(|output| format!("{}{}", tensor.name, output.suffix));
         if let Some(name) = outputs.into_iter().find(|name| !names.insert(name.clone())) {
-            let why = format!(
-                "two tensors would be written as {name:?}: which one is meant? Keep one as it is with --exclude"
-            );
-            return Err(Error::malformed(source.files[tensor.read.first_file()].location.path(), why));
+            let why = format!("two tensors would be written as {name:?}: which one is meant?");
+            let path = source.files[tensor.read.first_file()].location.path().to_owned();
+            return Err(Error::Malformed { path, why, hint: Some(Hint::Exclude) });
         }
     }
     Ok(())
@@ -310,15 +310,14 @@ fn check_anything_quantized(source: &Source, tensors: &[PlannedTensor], recipe: 
     if tensors.iter().any(|tensor| tensor.decision != Decision::Keep) {
         return Ok(());
     }
-    let why = if recipe.only_experts {
-        "--only-experts was given, and it has no experts that can be told by their names; --dry-run without it shows what there is"
-            .to_owned()
+    let (why, hint) = if recipe.only_experts {
+        ("it has no experts that can be told by their names".to_owned(), Hint::ListAllTensors)
     } else {
         let matrix = tensors.iter().find(|tensor| tensor.role.is_expert() || tensor.role == Role::Linear);
         let first = matrix.map_or(String::new(), |tensor| format!(", such as {:?}: {}", tensor.name, tensor.reason));
-        format!("every tensor is kept{first}; --include REGEX chooses tensors")
+        (format!("every tensor is kept{first}"), Hint::Include)
     };
-    Err(Error::NothingToQuantize { path: source.location.path().to_owned(), why })
+    Err(Error::NothingToQuantize { path: source.location.path().to_owned(), why, hint: Some(hint) })
 }
 
 /// What config.json names as the experts' implementation when they are 4-bit. transformers knows no such one, and stops;
@@ -358,41 +357,37 @@ fn warnings(
     rules: &Rules,
     tensors: &[PlannedTensor],
     linear: &[bool],
-) -> Vec<String> {
-    let mut warnings = Vec::new();
+) -> Vec<Warning> {
+    let mut warnings: Vec<Warning> = Vec::new();
     let quantized = || tensors.iter().zip(linear).filter(|(tensor, _)| tensor.decision != Decision::Keep);
     if source.config.is_none() {
-        warnings.push("no config.json beside the weights: rules go by names alone, and clients need one".to_owned());
+        warnings.push("no config.json beside the weights: rules go by names alone, and clients need one".into());
     } else if !rules.is_compared() {
-        warnings.push(
-            "this architecture wasn't compared with transformers' own: look the decisions over with --dry-run"
-                .to_owned(),
-        );
+        let message = "this architecture wasn't compared with transformers' own".to_owned();
+        warnings.push(Warning { message, hint: Some(Hint::ListTensors) });
     }
     if let Some((tensor, _)) = quantized().find(|(tensor, linear)| !**linear && !tensor.role.is_expert()) {
-        warnings.push(format!(
-            "{:?} was chosen by --include, but no Linear of the model takes it: plain transformers won't load it",
-            tensor.name
-        ));
+        let message = "matches an include pattern, but isn't a Linear's: plain transformers won't load it";
+        warnings.push(format!("{:?} {message}", tensor.name).into());
     }
     if has_4_bit_experts(recipe, tensors) {
         warnings.push(
             "experts are 4-bit: transformers 5 can't load them without prequant's loader; config.json's \
              experts_implementation has it stop rather than fill them with random numbers"
-                .to_owned(),
+                .into(),
         );
         if recipe.codec().double_quant() && recipe.fuses_experts() {
             warnings.push(
                 "double quantization over fused experts is less exact than expert by expert: all of a layer's experts \
                  share one mean of absmax, and groups of 256 blocks straddle them; the manifest's statistics tell how much"
-                    .to_owned(),
+                    .into(),
             );
         }
     }
     let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
     warnings.extend(scale_sets::warnings(recipe, &model_types, tensors));
     if tensors.iter().any(|tensor| tensor.dtype == Dtype::F64) {
-        warnings.push("it has F64 tensors, which are copied as they are".to_owned());
+        warnings.push("it has F64 tensors, which are copied unchanged".into());
     }
     warnings
 }

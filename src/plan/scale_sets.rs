@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use crate::error::{Hint, Warning};
 use crate::format::{Codec, Sharing};
 use crate::models::families::families;
 use crate::models::{Role, merged_linears};
@@ -35,22 +36,21 @@ pub fn scale_sets(tensors: &[PlannedTensor]) -> Vec<Vec<usize>> {
 }
 
 /// What vLLM can't load of the checkpoint.
-pub fn warnings(recipe: &Recipe, model_types: &[&str], tensors: &[PlannedTensor]) -> Vec<String> {
+pub fn warnings(recipe: &Recipe, model_types: &[&str], tensors: &[PlannedTensor]) -> Vec<Warning> {
     let codec = recipe.codec();
     if codec.is_blocks() {
         return Vec::new();
     }
     let quantized = |tensor: &PlannedTensor| tensor.decision != Decision::Keep;
-    let mut warnings: Vec<String> = mixed(tensors).map(|kept| mix_warning(&codec, kept)).into_iter().collect();
+    let mut warnings: Vec<Warning> = mixed(tensors).map(|kept| mix_warning(&codec, kept)).into_iter().collect();
     if families(model_types).any(|family| family.gpt_oss_layout)
         && tensors.iter().any(|t| quantized(t) && t.role == Role::ExpertLinear)
     {
-        let text =
-            "vLLM (0.33) can't load one tensor per expert of a gpt_oss model; use --format mxfp4 --layout gpt-oss";
-        warnings.push(text.to_owned());
+        let message = "vLLM (0.33) can't load one tensor per expert of a gpt_oss model".to_owned();
+        warnings.push(Warning { message, hint: Some(Hint::GptOssLayout) });
     }
     if tensors.iter().any(|tensor| quantized(tensor) && tensor.role == Role::OutputHead) {
-        warnings.push("an output head is quantized, which vLLM can't load in this layout".to_owned());
+        warnings.push("an output head is quantized, which vLLM can't load in this layout".into());
     }
     warnings
 }
@@ -74,13 +74,17 @@ fn mixed(tensors: &[PlannedTensor]) -> Option<&PlannedTensor> {
     kept.min_by_key(|tensor| &tensor.name)
 }
 
-fn mix_warning(codec: &Codec, kept: &PlannedTensor) -> String {
+fn mix_warning(codec: &Codec, kept: &PlannedTensor) -> Warning {
     let (name, dtype, columns) = (&kept.name, kept.dtype, kept.columns());
     let by_columns = codec.format.sharing == Sharing::Groups && !columns.is_multiple_of(codec.block_len(columns));
     let smaller = [64, 32].into_iter().find(|size| by_columns && columns.is_multiple_of(*size));
-    let hint = smaller.map_or(String::new(), |size| format!(". Use --group-size {size}"));
     let others =
         if kept.role == Role::ExpertLinear { "other experts of its layer" } else { "Linears that vLLM merges with it" };
     let reason = kept.reason.strip_suffix(": kept in its dtype").unwrap_or(&kept.reason);
-    format!("{name:?} stays {dtype} ({reason}) while {others} are quantized; vLLM can't load such a layer{hint}")
+    Warning {
+        message: format!(
+            "{name:?} stays {dtype} ({reason}) while {others} are quantized; vLLM can't load such a layer"
+        ),
+        hint: smaller.map(Hint::GroupSize),
+    }
 }

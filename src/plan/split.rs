@@ -6,7 +6,7 @@ use super::Decision;
 use super::input::{Input, MAX_EXPERTS};
 use crate::checkpoint::{MAX_HEADER_LEN, Source};
 use crate::dtype::byte_len;
-use crate::error::{Error, Result};
+use crate::error::{Error, Hint, Result};
 use crate::models::Role;
 use crate::models::Verdict;
 use crate::models::experts::{ExpertParameter, Orientation, Split};
@@ -85,14 +85,13 @@ fn of_one(verdict: &Verdict, decision: Decision) -> Verdict {
 
 fn unknown(source: &Source, model_types: &[&str], input: &Input) -> Error {
     let model = model_types.first().map_or("without a config.json".to_owned(), |name| format!("of {name:?}"));
-    let why = format!(
-        "the layout of the fused experts {model} isn't known, and this format needs one tensor per expert; use --exclude \
-         to keep them unquantized"
-    );
+    let why =
+        format!("the layout of the fused experts {model} isn't known, and this format needs one tensor per expert");
     Error::Experts {
         path: source.files[input.read.first_file()].location.path().to_owned(),
         tensor: input.name.clone(),
         why,
+        hint: Some(Hint::Exclude),
     }
 }
 
@@ -127,8 +126,8 @@ impl Split {
     fn layout(&self, source: &Source, input: &Input) -> Result<Matrices> {
         let error = |why: String| {
             let path = source.files[input.read.first_file()].location.path().to_owned();
-            let why = format!("its shape is {:?}: {why}; use --exclude to keep it unquantized", input.shape);
-            Err(Error::Experts { path, tensor: input.name.clone(), why })
+            let why = format!("its shape is {:?}: {why}", input.shape);
+            Err(Error::Experts { path, tensor: input.name.clone(), why, hint: Some(Hint::Exclude) })
         };
         let (experts, stored) = match input.shape[..] {
             // A bias is one row; transposed, each of its elements is one.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{ExpertLayout, NonFinitePolicy, Recipe, Weights};
-use crate::error::{Error, Result};
+use crate::error::{Error, Hint, Result, Setting};
 use crate::format::{BlockSize, FORMATS, FormatSpec, GroupSize, Layout, NF4, Sharing};
 
 /// Options of a conversion; what isn't given is the default. A recipe stands in the manifest as all those that apply to it.
@@ -99,7 +99,7 @@ impl RecipeOptions {
             Sharing::Blocks => self.blocks(format)?,
             Sharing::Groups => self.groups(format, self.group_size.unwrap_or_default())?,
             Sharing::GroupsOf(columns) => {
-                self.refuse_unless(self.group_size.is_none(), "group_size", has_group_size)?;
+                self.refuse_unless(self.group_size.is_none(), Setting::GroupSize, None, has_group_size)?;
                 self.groups(format, GroupSize::Columns(columns))?
             }
         };
@@ -115,43 +115,48 @@ impl RecipeOptions {
     }
 
     fn blocks(&self, format: &'static FormatSpec) -> Result<Weights> {
-        self.refuse_unless(self.layout.is_none(), "layout", |format| !has_blocks(format))?;
-        self.refuse_unless(self.group_size.is_none(), "group_size", has_group_size)?;
+        self.refuse_unless(self.layout.is_none(), Setting::Layout, None, |format| !has_blocks(format))?;
+        self.refuse_unless(self.group_size.is_none(), Setting::GroupSize, None, has_group_size)?;
         let double_quant = self.double_quant.unwrap_or_default();
         let nonfinite = self.nonfinite.unwrap_or_default();
         if double_quant && nonfinite == NonFinitePolicy::Keep {
-            let why = "doesn't go with nonfinite keep: one such value would spoil the scales of 256 blocks; leave one of \
-                       them out";
-            return Err(Error::Options { option: "double_quant", why: why.to_owned() });
+            let why =
+                "can't be used where NaN and infinities are kept: one such value would spoil the scales of 256 blocks";
+            let (setting, hint) = (Setting::DoubleQuant, Some(Hint::Remove(Setting::NonFinite)));
+            return Err(Error::Options { setting, value: None, why: why.to_owned(), hint });
         }
         let (block_size, experts) = (self.block_size.unwrap_or_default(), self.experts.unwrap_or_default());
         Ok(Weights::Blocks { format, block_size, double_quant, nonfinite, experts })
     }
 
     fn groups(&self, format: &'static FormatSpec, group_size: GroupSize) -> Result<Weights> {
-        self.refuse_unless(self.block_size.is_none(), "block_size", has_blocks)?;
-        self.refuse_unless(self.double_quant != Some(true), "double_quant", has_blocks)?;
-        self.refuse_unless(self.nonfinite != Some(NonFinitePolicy::Keep), "nonfinite keep", has_blocks)?;
-        self.refuse_unless(self.experts != Some(ExpertLayout::Fuse), "experts fuse", has_blocks)?;
+        self.refuse_unless(self.block_size.is_none(), Setting::BlockSize, None, has_blocks)?;
+        self.refuse_unless(self.double_quant != Some(true), Setting::DoubleQuant, None, has_blocks)?;
+        let keeps_nonfinite = self.nonfinite == Some(NonFinitePolicy::Keep);
+        self.refuse_unless(!keeps_nonfinite, Setting::NonFinite, Some("keep"), has_blocks)?;
+        let fuses = self.experts == Some(ExpertLayout::Fuse);
+        self.refuse_unless(!fuses, Setting::Experts, Some("fuse"), has_blocks)?;
         let layout = self.layout.or(format.layouts.first().copied()).unwrap_or_default();
-        let option = match layout {
-            Layout::CompressedTensors => "layout compressed-tensors",
-            Layout::Modelopt => "layout modelopt",
-            Layout::GptOss => "layout gpt-oss",
-        };
-        self.refuse_unless(format.layouts.contains(&layout), option, |format| format.layouts.contains(&layout))?;
+        let has_layout = |format: &FormatSpec| format.layouts.contains(&layout);
+        self.refuse_unless(has_layout(format), Setting::Layout, Some(layout.name()), has_layout)?;
         Ok(Weights::Groups { format, group_size, layout })
     }
 
     /// Refuses an option that is of other formats.
-    fn refuse_unless(&self, fits: bool, option: &'static str, has: impl Fn(&FormatSpec) -> bool) -> Result<()> {
+    fn refuse_unless(
+        &self,
+        fits: bool,
+        setting: Setting,
+        value: Option<&'static str>,
+        has: impl Fn(&FormatSpec) -> bool,
+    ) -> Result<()> {
         if fits {
             return Ok(());
         }
         let names: Vec<&str> = FORMATS.iter().filter(|format| has(format)).map(|format| format.name).collect();
-        let format = self.format.unwrap_or(&NF4).name;
-        let why = format!("applies to {} only: leave it out for {format}", names.join(" and "));
-        Err(Error::Options { option, why })
+        let why = format!("applies to {} only", names.join(" and "));
+        let hint = Some(Hint::RemoveFor(self.format.unwrap_or(&NF4).name));
+        Err(Error::Options { setting, value, why, hint })
     }
 }
 

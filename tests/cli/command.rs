@@ -196,7 +196,7 @@ fn a_dry_run_shows_each_decision_with_its_reason_and_writes_nothing() {
     for (name, decision, reason) in [
         ("experts.0.up_proj", "nf4 ", "one expert's matrix"),
         ("mlp.gate.", "keep", "router"),
-        ("q_proj", "keep", "--exclude 'q_proj'"),
+        ("q_proj", "keep", "exclude pattern 'q_proj'"),
         (HEAD, "keep", "output head"),
     ] {
         assert!(line(name).starts_with(decision) && line(name).contains(reason), "{}", line(name));

@@ -307,7 +307,7 @@ fn wrong_usage_is_exit_code_2() {
         (&["--exclude", "nothing_like_it"], &["--exclude \"nothing_like_it\"", "matches no tensor"]),
         (&["--include", "norm"], &["--include \"norm\"", "can't be quantized"]),
         (&["--exclude", "("], &["--exclude \"(\"", "not a regular expression"]),
-        (&["--memory", "1MiB"], &["--memory 1.05 MB", "at least"]),
+        (&["--memory", "1MiB"], &["--memory 1MiB is too small", "needs at least", "MiB"]),
         (&["--memory", "lots"], &["lots", "256MiB"]),
         (&["--threads", "0"], &["--threads"]),
         (&["--max-shard-size", "0"], &["at least one byte"]),
@@ -323,7 +323,7 @@ fn double_quantization_of_a_huge_tensor_says_what_memory_it_takes() {
     let folder = Folder::new("llama");
     folder.write("model.safetensors", serialize(&[Tensor::new(LINEAR, Dtype::BF16, &[4096, 4096], vec![0; 1 << 25])]));
     let flags = ["--double-quant", "--block-size", "32", "--memory", "13MiB"];
-    refused(&folder, 2, &flags, &["--memory 13.6 MB", "double quantization holds one f32 for every block"]);
+    refused(&folder, 2, &flags, &["--memory 13MiB is too small", "double quantization holds one f32 for every block"]);
 }
 
 #[test]

@@ -166,8 +166,8 @@ fn what_would_need_quantizing_again_is_refused() {
         convert(&both.path(from), &both.path("none"), flags).fails(3, words);
         assert!(!both.path("none").exists());
     };
-    refused("keep", &[], &["keep", "converted already", "--experts fuse"]);
-    refused("fuse", &["--experts", "fuse"], &["converted already", "--experts keep"]);
+    refused("keep", &[], &["keep", "already converted", "--experts fuse"]);
+    refused("fuse", &["--experts", "fuse"], &["already converted", "--experts keep"]);
     refused("keep", &["--experts", "fuse", "--format", "fp4"], &["other options", "bf16"]);
     refused("keep", &["--experts", "fuse", "--block-size", "32"], &["other options"]);
     refused("keep", &["--experts", "fuse", "--exclude", "q_proj"], &["other options"]);

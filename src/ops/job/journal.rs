@@ -135,9 +135,7 @@ pub fn check_source_hash(staging: &Staging, file: &SourceFile, sha256: Sha256Has
     let name = format!("{}.source-sha256", file.name);
     match staging.sealed(&name)? {
         Some(noted) if noted != sha256.0 => {
-            let why = format!(
-                "its content isn't what it was when the conversion began (SHA-256 {sha256} now; --restart begins anew)"
-            );
+            let why = format!("its content isn't what it was when the conversion began (SHA-256 {sha256} now)");
             Err(Error::SourceChanged { path: file.location.path().to_owned(), why })
         }
         Some(_) => Ok(()),
