@@ -10,7 +10,8 @@ use safetensors::Dtype;
 
 pub use hint::{Hint, Setting, Warning};
 
-use crate::backend::cuda::{Fault, Unusable};
+/// An error of what isn't this module's to know.
+type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 /// Any failure of this crate.
 #[derive(Debug, thiserror::Error)]
@@ -178,21 +179,21 @@ pub enum Error {
         /// The least in bytes.
         needed: u64,
     },
-    /// A GPU that was asked for can't be used.
+    /// A device that was asked for can't be used.
     #[error("device {device}: {why}")]
     NoDevice {
         /// What was asked for.
         device: String,
         /// What is missing, and what would help.
-        why: Unusable,
+        why: Cause,
     },
-    /// A GPU failed at its work.
+    /// A device failed at its work.
     #[error("{device}: {fault}")]
     Device {
-        /// The GPU.
+        /// The device.
         device: String,
-        /// The call into the driver, and the driver's words.
-        fault: Fault,
+        /// What failed: a call into its driver, say, and the driver's words.
+        fault: Cause,
     },
     /// The staging folder holds the beginning of another conversion.
     #[error("{}: an unfinished conversion of something else: {what}; finish that one first", path.display())]
@@ -233,6 +234,12 @@ pub enum Error {
         /// The system's error.
         source: io::Error,
     },
+    /// A defect of prequant: what can't be.
+    #[error("{what}: this is a defect of prequant; please report it with the command that was run")]
+    Internal {
+        /// What was found, and where.
+        what: String,
+    },
     /// The user asked to stop.
     #[error("interrupted")]
     Interrupted,
@@ -269,6 +276,7 @@ impl Error {
             Error::SourceChanged { .. } => ErrorKind::SourceChanged,
             Error::Io { .. } => ErrorKind::Io,
             Error::JobChanged { .. } => ErrorKind::JobChanged,
+            Error::Internal { .. } => ErrorKind::Internal,
             Error::Interrupted => ErrorKind::Interrupted,
             Error::Stopped => ErrorKind::Stopped,
         }
@@ -298,6 +306,7 @@ impl Error {
             | Error::DeviceMemory { .. }
             | Error::NoSpace { .. }
             | Error::Io { .. }
+            | Error::Internal { .. }
             | Error::Interrupted
             | Error::Stopped => Vec::new(),
         }
@@ -305,6 +314,10 @@ impl Error {
 
     pub(crate) fn malformed(path: &Path, why: impl Into<String>) -> Error {
         Error::Malformed { path: path.to_owned(), why: why.into(), hint: None }
+    }
+
+    pub(crate) fn internal(what: impl Into<String>) -> Error {
+        Error::Internal { what: what.into() }
     }
 
     pub(crate) fn destination(path: &Path, why: impl Into<String>) -> Error {
@@ -357,6 +370,8 @@ pub enum ErrorKind {
     Io,
     /// See [`Error::JobChanged`].
     JobChanged,
+    /// See [`Error::Internal`].
+    Internal,
     /// See [`Error::Interrupted`].
     Interrupted,
     /// See [`Error::Stopped`].
@@ -388,6 +403,7 @@ impl ErrorKind {
             ErrorKind::SourceChanged => "source_changed",
             ErrorKind::Io => "io",
             ErrorKind::JobChanged => "job_changed",
+            ErrorKind::Internal => "internal",
             ErrorKind::Interrupted => "interrupted",
             ErrorKind::Stopped => "stopped",
         }

@@ -73,6 +73,7 @@ fn exit_code(kind: ErrorKind) -> u8 {
         | ErrorKind::Io
         | ErrorKind::NoDevice
         | ErrorKind::Device
+        | ErrorKind::Internal
         | ErrorKind::Interrupted
         | ErrorKind::Stopped => 4,
     }
