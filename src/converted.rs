@@ -129,7 +129,10 @@ impl<'a> Weight<'_, 'a> {
     fn decode(&self, stored: &Stored) -> Result<Read> {
         let codec = &self.converted.codec;
         let span = |kind| self.tensor(kind).map(|(span, _)| span);
-        let absmax = stored.nested_offset.map(|offset| Ok((span(OutputKind::NestedAbsmax)?, offset))).transpose()?;
+        let nested = match stored.nested_offset {
+            Some(offset) => Some(Nested { absmax: span(OutputKind::NestedAbsmax)?, offset }),
+            None => None,
+        };
         let read = Read::decode(Decode {
             coding: stored.coding,
             dtype: stored.dtype,
@@ -140,7 +143,7 @@ impl<'a> Weight<'_, 'a> {
             codes: span(OutputKind::Packed)?,
             scales: span(if codec.is_blocks() { OutputKind::Absmax } else { OutputKind::Scale })?,
             zero_points: codec.has_zero_points().then(|| span(OutputKind::ZeroPoint)).transpose()?,
-            nested: absmax.map(|(absmax, offset)| Nested { absmax, offset }),
+            nested,
         });
         read.map_err(|why| self.malformed(format!("a shape of {:?}, and {why}", stored.shape)))
     }

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 
-use crate::backend::cuda::{Fault, Unusable};
+/// An error of what isn't this module's to know.
+type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 /// Any failure of this crate.
 #[derive(Debug, thiserror::Error)]
@@ -160,21 +161,21 @@ pub enum Error {
         /// The least, for people.
         needed: String,
     },
-    /// A GPU that was asked for can't be used.
+    /// A device that was asked for can't be used.
     #[error("--device {device}: {why}; --device cpu gives the same bytes without a GPU")]
     NoDevice {
         /// What was asked for.
         device: String,
         /// What is missing, and what would help.
-        why: Unusable,
+        why: Cause,
     },
-    /// A GPU failed at its work.
+    /// A device failed at its work.
     #[error("{device}: {fault}; run the same command again to go on with the file it was at, or with --device cpu")]
     Device {
-        /// The GPU.
+        /// The device.
         device: String,
-        /// The call into the driver, and the driver's words.
-        fault: Fault,
+        /// What failed: a call into its driver, say, and the driver's words.
+        fault: Cause,
     },
     /// The staging folder holds the beginning of another conversion.
     #[error(
@@ -219,6 +220,12 @@ pub enum Error {
         /// The system's error.
         source: io::Error,
     },
+    /// A defect of prequant: what can't be.
+    #[error("{what}: this is a defect of prequant; please report it with the command that was run")]
+    Internal {
+        /// What was found, and where.
+        what: String,
+    },
     /// The user asked to stop.
     #[error("interrupted")]
     Interrupted,
@@ -237,7 +244,7 @@ impl Error {
             Error::Pattern { .. } | Error::Options { .. } | Error::AmbiguousSkipEntry { .. } => 2,
             Error::Memory { .. } | Error::DeviceMemory { .. } => 2,
             Error::NoSpace { .. } | Error::Io { .. } | Error::Stopped | Error::Interrupted => 4,
-            Error::NoDevice { .. } | Error::Device { .. } => 4,
+            Error::NoDevice { .. } | Error::Device { .. } | Error::Internal { .. } => 4,
             _ => 3,
         }
     }
@@ -266,6 +273,7 @@ impl Error {
             Error::SourceChanged { .. } => "source_changed",
             Error::Io { .. } => "io",
             Error::JobChanged { .. } => "job_changed",
+            Error::Internal { .. } => "internal",
             Error::Interrupted => "interrupted",
             Error::Stopped => "stopped",
         }
@@ -273,6 +281,10 @@ impl Error {
 
     pub(crate) fn malformed(path: &Path, why: impl Into<String>) -> Error {
         Error::Malformed { path: path.to_owned(), why: why.into() }
+    }
+
+    pub(crate) fn internal(what: impl Into<String>) -> Error {
+        Error::Internal { what: what.into() }
     }
 
     pub(crate) fn destination(path: &Path, why: impl Into<String>) -> Error {

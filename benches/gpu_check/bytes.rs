@@ -1,16 +1,13 @@
-//! The GPU's bytes against the CPU's, on data that nobody has seen before.
+//! A device's bytes against the CPU's, on data that nobody has seen before.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use half::{bf16, f16};
-use prequant::backend::cuda::{BlockKernel, Gpu, Slot, SlotSize};
+use prequant::backend::{Backend, Cpu, CpuLane, Encoded, Lane, LaneSize, Run};
 use prequant::dtype::FloatDtype;
-use prequant::format::{BlockSize, FP4, FormatSpec, NESTED_BLOCK_SIZE, NF4, dynamic_map, nf4};
-use prequant::kernel::block::nested;
-use prequant::kernel::{BlockErrors, Blocks, Kernel};
+use prequant::format::{BlockSize, Codec, CodecOptions, FP4, FormatSpec, NESTED_BLOCK_SIZE, NF4, nf4};
 use prequant::units::Bytes;
 
 use super::{Report, groups};
@@ -31,7 +28,7 @@ enum Compared {
 }
 
 /// Compares `size` bytes for each format.
-pub fn check(gpu: &Arc<Gpu>, size: u64, report: &mut Report) -> Result<(), Box<dyn std::error::Error>> {
+pub fn check(backend: &dyn Backend, size: u64, report: &mut Report) -> Result<(), Box<dyn std::error::Error>> {
     let seed = SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos() as u64;
     report.line(&format!("bytes: {} for each format, seed {seed}", Bytes(size)));
     let formats = [&NF4, &FP4].map(Compared::Blocks);
@@ -39,7 +36,7 @@ pub fn check(gpu: &Arc<Gpu>, size: u64, report: &mut Report) -> Result<(), Box<d
         let (next, done) = (AtomicU64::new(0), AtomicU64::new(0));
         let wrong = thread::scope(|scope| {
             let threads = thread::available_parallelism().map_or(4, usize::from);
-            let compare = || compare(gpu, format, seed, size, &next, &done);
+            let compare = || compare(backend, format, seed, size, &next, &done);
             let all: Vec<_> = (0..threads).map(|_| scope.spawn(compare)).collect();
             all.into_iter().filter_map(|thread| thread.join().unwrap_or(Some("a panic".to_owned()))).next()
         });
@@ -56,19 +53,22 @@ pub fn check(gpu: &Arc<Gpu>, size: u64, report: &mut Report) -> Result<(), Box<d
 
 /// Takes pieces until `size` bytes are done; says what differs.
 fn compare(
-    gpu: &Arc<Gpu>,
+    backend: &dyn Backend,
     format: Compared,
     seed: u64,
     size: u64,
     next: &AtomicU64,
     done: &AtomicU64,
 ) -> Option<String> {
-    let slot_size = match format {
-        Compared::Blocks(_) => SlotSize::new(PIECE, 4, BlockSize::try_from(32).ok()?, PIECE / 32),
-        Compared::Groups(_) => SlotSize::for_groups(4 * PIECE, PIECE, PIECE / 16),
+    let (groups, absmax) = match format {
+        Compared::Blocks(_) => (PIECE / 32, PIECE / 32),
+        Compared::Groups(_) => (PIECE / 16, 0),
     };
-    let mut slot = match Slot::new(gpu, slot_size) {
-        Ok(slot) => slot,
+    // Integers' rows of any length are padded.
+    let room = LaneSize { source: 4 * PIECE, packed: PIECE, groups, group_len: 5, absmax };
+    let mut cpu = Cpu::detect().lane(&room);
+    let mut lane = match backend.open_lane(0, &room) {
+        Ok(lane) => lane,
         Err(fault) => return Some(fault.to_string()),
     };
     let elements = PIECE.min(size as usize / 4).max(1);
@@ -77,70 +77,75 @@ fn compare(
         let dtype = DTYPES[piece as usize % 3];
         let mut random = Random(seed ^ piece.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
         let mut weights = |elements| weights(&mut random, piece / 2 % KINDS, elements, dtype);
-        let compared = match format {
+        let (source, codec, columns, tensor_scale) = match format {
             Compared::Blocks(format) => {
                 let block_size = BlockSize::try_from(32 << (piece / 3 % 8)).ok()?;
                 // Every other piece ends in a short block.
                 let elements = elements - (piece % 2 * (piece * 37 % 4096)).min(elements as u64 - 1) as usize;
-                let source = weights(elements);
-                slot.source(source.len()).copy_from_slice(&source);
-                let compared = compare_piece(&mut slot, &source, dtype, format, block_size);
-                compared
-                    .map(|()| source.len())
-                    .map_err(|what| format!("block size {block_size}, {elements} elements: {what}"))
+                let codec = format.codec(CodecOptions { block_size, ..CodecOptions::default() });
+                (weights(elements), codec, elements as u64, None)
             }
-            Compared::Groups(scheme) => {
-                groups::compare_piece(&mut slot, scheme, piece / 3, elements, dtype, &mut weights)
-            }
+            Compared::Groups(name) => groups::piece(name, piece / 3, elements, dtype, &mut weights),
         };
-        match compared {
-            Ok(len) => done.fetch_add(len as u64, Ordering::Relaxed),
-            Err(what) => return Some(format!("piece {piece} ({dtype:?}): {what}")),
-        };
+        let run = Run { codec: &codec, dtype, columns, tensor_scale, place: 0..source.len() };
+        if let Err(what) = compare_piece(&mut cpu, &mut *lane, &source, &run) {
+            let Codec { format, scales } = codec;
+            let elements = format!("{} elements in rows of {columns}, {scales:?}", run.elements());
+            return Some(format!("piece {piece} ({dtype:?}) to {}: {elements}: {what}", format.name));
+        }
+        done.fetch_add(source.len() as u64, Ordering::Relaxed);
     }
     None
 }
 
-fn compare_piece(
-    slot: &mut Slot,
-    source: &[u8],
-    dtype: FloatDtype,
-    format: &'static FormatSpec,
-    block_size: BlockSize,
-) -> Result<(), String> {
-    let elements = source.len() / dtype.size();
-    let blocks = elements.div_ceil(block_size.get());
-    let mut packed = vec![0; elements.div_ceil(2)];
-    let [mut absmax, mut signal, mut noise, mut worst] = std::array::from_fn(|_| vec![0f32; blocks]);
-    let figures = BlockErrors { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
-    let codebook = format.codebook().ok_or("no codebook")?;
-    let kernel = BlockKernel::new(codebook).ok_or("no kernel")?;
-    Kernel::detect()
-        .quantize(Blocks { source, dtype, block_size, codebook, packed: &mut packed, figures })
-        .map_err(|_| "not finite".to_owned())?;
-    let found = slot.quantize(elements, dtype, kernel, block_size).map_err(|fault| fault.to_string())?;
-    if let Some(i) = (0..packed.len()).find(|&i| packed[i] != found.packed[i]) {
-        return Err(format!("packed byte {i} is {:#04x}, and {:#04x} on the CPU", found.packed[i], packed[i]));
-    }
+fn compare_piece(cpu: &mut CpuLane, lane: &mut dyn Lane, source: &[u8], run: &Run<'_>) -> Result<(), String> {
+    cpu.source(source.len()).copy_from_slice(source);
+    lane.source(source.len()).copy_from_slice(source);
+    let not_finite = || "not finite".to_owned();
+    let expected = cpu.quantize(run).map_err(|fault| fault.to_string())?.ok_or_else(not_finite)?;
+    let found = lane.quantize(run).map_err(|fault| fault.to_string())?.ok_or_else(not_finite)?;
+    compare_bytes(&expected, &found)?;
+    let absmax = expected.figures.absmax.to_vec();
     let pairs = [
-        ("absmax", &absmax, &*found.figures.absmax),
-        ("signal", &signal, &*found.figures.signal),
-        ("noise", &noise, &*found.figures.noise),
-        ("worst", &worst, &*found.figures.worst),
+        ("absmax", &*expected.figures.absmax, &*found.figures.absmax),
+        ("signal", expected.figures.signal, found.figures.signal),
+        ("noise", expected.figures.noise, found.figures.noise),
+        ("worst", expected.figures.worst, found.figures.worst),
     ];
     for (name, expected, found) in pairs {
-        if let Some(i) = (0..blocks).find(|&i| expected[i].to_bits() != found[i].to_bits()) {
-            return Err(format!("{name} of block {i} is {:e}, and {:e} on the CPU", found[i], expected[i]));
+        let differs =
+            |i: usize| expected[i].to_bits() != found[i].to_bits() && !(expected[i].is_nan() && found[i].is_nan());
+        if let Some(i) = (0..expected.len()).find(|&i| differs(i)) {
+            return Err(format!("{name} {i} is {:e}, and {:e} on the CPU", found[i], expected[i]));
         }
     }
-    let offset = (absmax.iter().map(|&x| f64::from(x)).sum::<f64>() / blocks as f64) as f32;
-    let (mut codes, mut nested_absmax) = (vec![0; blocks], vec![0.0; blocks.div_ceil(NESTED_BLOCK_SIZE)]);
-    nested::quantize(&absmax, offset, dynamic_map(), &mut codes, &mut nested_absmax);
-    let (found_codes, found_absmax) = slot.quantize_absmax(&absmax, offset).map_err(|fault| fault.to_string())?;
-    match found_codes == codes && found_absmax == nested_absmax {
+    if !run.codec.is_blocks() {
+        return Ok(());
+    }
+    let offset = (absmax.iter().map(|&x| f64::from(x)).sum::<f64>() / absmax.len() as f64) as f32;
+    let expected = cpu.quantize_absmax(&absmax, offset).map_err(|fault| fault.to_string())?;
+    let found = lane.quantize_absmax(&absmax, offset).map_err(|fault| fault.to_string())?;
+    match expected == found && found.1.len() == absmax.len().div_ceil(NESTED_BLOCK_SIZE) {
         true => Ok(()),
         false => Err("double quantization differs".to_owned()),
     }
+}
+
+fn compare_bytes(expected: &Encoded<'_>, found: &Encoded<'_>) -> Result<(), String> {
+    let pairs = [
+        ("packed", expected.packed, found.packed),
+        ("scales", expected.scales, found.scales),
+        ("zero_points", expected.zero_points, found.zero_points),
+    ];
+    for (name, expected, found) in pairs {
+        if expected.len() != found.len() {
+            return Err(format!("{} bytes of {name}, and {} on the CPU", found.len(), expected.len()));
+        }
+        if let Some(i) = (0..expected.len()).find(|&i| expected[i] != found[i]) {
+            return Err(format!("{name} byte {i} is {:#04x}, and {:#04x} on the CPU", found[i], expected[i]));
+        }
+    }
+    Ok(())
 }
 
 /// Finite weights of one kind, as they stand in a file.

@@ -8,13 +8,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use prequant::backend::Device;
-use prequant::backend::cuda::Gpu;
+use prequant::backend::Backend;
 use prequant::ops::quantize::{Options, plan};
 use prequant::pipeline::Progress;
 use prequant::recipe::RecipeOptions;
 use prequant::units::Bytes;
 
+use super::speed::free_memory;
 use super::{Arguments, Report};
 
 /// Of the link's rate, a conversion must reach this much.
@@ -35,7 +35,7 @@ impl Progress for Unseen {
 
 /// Converts a checkpoint several times; the best run counts.
 pub fn check(
-    gpu: &Arc<Gpu>,
+    backend: &Arc<dyn Backend>,
     arguments: &Arguments,
     link: f64,
     report: &mut Report,
@@ -44,13 +44,14 @@ pub fn check(
     let source = folder.join("source");
     fs::create_dir_all(&source)?;
     let result = write_checkpoint(&source, arguments.checkpoint_size.0)
-        .and_then(|()| convert(gpu, &folder, arguments.report_only, link, report));
+        .and_then(|()| convert(backend, arguments.gpu, &folder, arguments.report_only, link, report));
     fs::remove_dir_all(&folder)?;
     result
 }
 
 fn convert(
-    gpu: &Arc<Gpu>,
+    backend: &Arc<dyn Backend>,
+    number: usize,
     folder: &Path,
     report_only: bool,
     link: f64,
@@ -62,12 +63,12 @@ fn convert(
         let mut best = f64::INFINITY;
         let (mut len, mut taken, mut bound) = (0, 0, 0);
         for _ in 0..3 {
-            let options = Options { device: Device::Cuda(vec![gpu.clone()]), ..Options::default() };
+            let options = Options { device: backend.clone(), ..Options::default() };
             bound = options.device_memory;
             let conversion = plan(&source, recipe.clone(), options)?;
             len = conversion.plan.source_len();
             let start = Instant::now();
-            taken = taken.max(device_memory(gpu, || conversion.execute(&to, &Unseen))??);
+            taken = taken.max(device_memory(number, || conversion.execute(&to, &Unseen))??);
             best = best.min(start.elapsed().as_secs_f64());
             fs::remove_dir_all(&to)?;
         }
@@ -88,15 +89,15 @@ fn convert(
 
 /// The most device memory that was taken during `work`, by what was free.
 fn device_memory<T, E>(
-    gpu: &Arc<Gpu>,
+    number: usize,
     work: impl FnOnce() -> Result<T, E>,
 ) -> Result<Result<u64, E>, Box<dyn std::error::Error>> {
-    let before = gpu.free_memory()?;
+    let before = free_memory(number)?;
     let (least, stop) = (AtomicU64::new(before), AtomicBool::new(false));
     let done = thread::scope(|scope| {
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
-                least.fetch_min(gpu.free_memory().unwrap_or(before), Ordering::Relaxed);
+                least.fetch_min(free_memory(number).unwrap_or(before), Ordering::Relaxed);
                 thread::sleep(Duration::from_millis(1));
             }
         });

@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use prequant::backend::cuda::Gpu;
+use prequant::backend::DeviceChoice;
 use prequant::units::Bytes;
 
 #[derive(Parser)]
@@ -94,15 +94,17 @@ fn main() -> ExitCode {
 }
 
 fn check(arguments: &Arguments, report: &mut Report) -> Result<(), Box<dyn std::error::Error>> {
-    let gpu = Gpu::open(arguments.gpu)?;
-    report.line(&format!("{gpu}, CUDA {} driver, prequant {}", gpu.cuda_version(), env!("CARGO_PKG_VERSION")));
+    let gpu = format!("cuda:{}", arguments.gpu);
+    let (backend, _) = gpu.parse::<DeviceChoice>()?.open(0).map_err(|why| format!("{gpu}: {why}"))?;
+    let driver = backend.driver().unwrap_or_default();
+    report.line(&format!("{}, {driver}, prequant {}", backend.name(), env!("CARGO_PKG_VERSION")));
     // "NVRM version: NVIDIA UNIX ... 535.104.05 ..."
     if let Some(line) =
         std::fs::read_to_string("/proc/driver/nvidia/version").ok().as_deref().and_then(|t| t.lines().next())
     {
         report.line(line);
     }
-    bytes::check(&gpu, arguments.size.0, report)?;
+    bytes::check(&*backend, arguments.size.0, report)?;
     let link = speed::check(arguments.gpu, arguments.kernel_size.0 as usize, arguments.report_only, report)?;
-    conversion::check(&gpu, arguments, link, report)
+    conversion::check(&backend, arguments, link, report)
 }

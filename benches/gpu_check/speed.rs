@@ -126,7 +126,7 @@ pub fn check(ordinal: usize, len: usize, report_only: bool, report: &mut Report)
     // SAFETY: every address is of a buffer as long as is copied or as the kernel's parameters say; all of it lives until
     // the end of the process.
     unsafe {
-        result::ctx::set_current(result::primary_ctx::retain(result::device::get(ordinal as i32)?)?)?;
+        make_current(ordinal)?;
         let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
         let stream = stream::create(stream::StreamKind::NonBlocking)?;
         let timer = Timer { stream, start: event::create(flags)?, end: event::create(flags)? };
@@ -157,6 +157,18 @@ pub fn check(ordinal: usize, len: usize, report_only: bool, report: &mut Report)
         result::free_host(host.as_mut_ptr().cast())?;
         Ok(link)
     }
+}
+
+/// Has the calling thread work with a GPU's primary context, which is kept to the end of the process.
+fn make_current(ordinal: usize) -> Result<(), DriverError> {
+    // SAFETY: the device comes from the driver, and what is retained is never released.
+    unsafe { result::ctx::set_current(result::primary_ctx::retain(result::device::get(ordinal as i32)?)?) }
+}
+
+/// Bytes of a GPU's memory that are free.
+pub fn free_memory(ordinal: usize) -> Result<u64, DriverError> {
+    make_current(ordinal)?;
+    Ok(result::mem_get_info()?.0 as u64)
 }
 
 fn load(ptx: &str) -> Result<sys::CUmodule, DriverError> {

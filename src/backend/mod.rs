@@ -1,148 +1,201 @@
-//! What quantizes: this machine's processor, or its GPUs.
+//! What quantizes: this machine's processor, or devices that do it for its threads.
+//!
+//! Whoever has a run of a tensor's weights to quantize fills a [`Lane`] with it and gets the codes from it. Threads have
+//! lanes of their own on the processor; those of devices are fewer than threads, and shared. The bytes are the same
+//! wherever a run is quantized: what a device can't do is done by the processor.
+//!
+//! A new kind of device is a folder here that implements [`Backend`] and [`Lane`], and a line in `KINDS`.
 
+mod choice;
+mod cpu;
+#[cfg(feature = "cuda")]
 pub mod cuda;
 
+use std::error::Error as StdError;
 use std::fmt;
-use std::str::FromStr;
+use std::ops::Range;
 use std::sync::Arc;
 
-use self::cuda::{Gpu, Unusable};
-use crate::kernel::Kernel;
+pub use choice::DeviceChoice;
+pub use cpu::{Cpu, CpuLane};
 
-/// What quantizes; chosen once, and passed down. The bytes are the same.
-#[derive(Clone, Debug)]
-pub enum Device {
-    /// The processor.
-    Cpu(Kernel),
-    /// One GPU or several, at least one.
-    Cuda(Vec<Arc<Gpu>>),
+use crate::dtype::FloatDtype;
+use crate::error::{Error, Result};
+use crate::format::{Codec, Coding};
+use crate::kernel::BlockErrors;
+
+/// Devices that can be chosen beside the processor, in the order that `auto` tries them.
+const KINDS: &[Kind] = &[
+    #[cfg(feature = "cuda")]
+    cuda::KIND,
+];
+
+/// A kind of devices, which are numbered from 0.
+struct Kind {
+    /// What `--device` calls it, before a colon and a number.
+    name: &'static str,
+    /// Opens the devices of these numbers, at least one, as one backend.
+    open: fn(&[usize]) -> Result<Arc<dyn Backend>, Unusable>,
+    /// Opens the first device that can be used and has so many bytes of memory free; or says why the first can't be used.
+    first: fn(u64) -> Result<Arc<dyn Backend>, Unusable>,
 }
 
-impl Device {
-    /// The processor with its fastest kernel.
-    pub fn cpu() -> Device {
-        Device::Cpu(Kernel::detect())
+/// Why a device can't be used, in words.
+pub type Unusable = Box<dyn StdError + Send + Sync>;
+
+/// What quantizes; chosen once, and passed down.
+pub trait Backend: fmt::Debug + Send + Sync {
+    /// Its name for people, as `CPU (AVX-512)` or `cuda:0 (NVIDIA H200)`.
+    fn name(&self) -> String;
+
+    /// What drives it, for people, if that isn't this program alone.
+    fn driver(&self) -> Option<String> {
+        None
     }
 
-    /// The GPUs, if there are any.
-    pub fn gpus(&self) -> &[Arc<Gpu>] {
-        match self {
-            Device::Cpu(_) => &[],
-            Device::Cuda(gpus) => gpus,
-        }
+    /// The processor, which does what devices don't.
+    fn cpu(&self) -> Cpu {
+        Cpu::detect()
     }
-}
 
-/// As `CPU (AVX-512)` or `cuda:0 (NVIDIA H200)`.
-impl fmt::Display for Device {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Device::Cpu(kernel) => write!(f, "CPU ({})", kernel.name()),
-            Device::Cuda(gpus) => f.write_str(&gpus.iter().map(|gpu| gpu.to_string()).collect::<Vec<_>>().join(", ")),
-        }
-    }
-}
+    /// The devices that have lanes; `None` if each thread has its own on the processor, and nothing else.
+    fn devices(&self) -> Option<Devices>;
 
-/// What a user asks for: `auto`, `cpu`, `cuda` or `cuda:0,cuda:1`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum DeviceChoice {
-    /// A usable GPU if there is one, else the processor.
-    Auto,
-    /// The processor.
-    Cpu,
-    /// The GPUs with these numbers.
-    Cuda(Vec<usize>),
-}
+    /// Whether lanes quantize by this codec, in rows of so many columns. Otherwise the processor does.
+    fn quantizes(&self, codec: &Codec, columns: u64) -> bool;
 
-impl DeviceChoice {
-    /// Opens what was chosen. With [`DeviceChoice::Auto`], which passes over GPUs with less than `memory` bytes free, also
-    /// says why it is no GPU.
+    /// Gets ready to quantize by this codec, before anything is written. Lanes will take `memory` bytes of each device.
     ///
     /// # Errors
-    /// When a GPU that was asked for can't be used.
-    pub fn open(&self, memory: u64) -> Result<(Device, Option<Unusable>), Unusable> {
-        match self {
-            DeviceChoice::Cpu => Ok((Device::cpu(), None)),
-            DeviceChoice::Cuda(ordinals) => {
-                let gpus = ordinals.iter().map(|&ordinal| Gpu::open(ordinal)).collect::<Result<_, _>>()?;
-                Ok((Device::Cuda(gpus), None))
-            }
-            DeviceChoice::Auto => match first_usable(memory) {
-                Ok(gpu) => Ok((Device::Cuda(vec![gpu]), None)),
-                Err(why) => Ok((Device::cpu(), Some(why))),
-            },
-        }
+    /// When a device fails or has less.
+    fn prepare(&self, codec: &Codec, memory: u64) -> Result<()>;
+
+    /// Bytes that a lane takes here, and as many on its device if it has one.
+    fn lane_len(&self, size: &LaneSize) -> u64;
+
+    /// Makes a lane on a device, counted from 0.
+    fn open_lane(&self, device: usize, size: &LaneSize) -> Result<Box<dyn Lane>, Fault>;
+}
+
+/// Devices whose lanes are shared by threads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Devices {
+    /// How many there are, at least one.
+    pub count: usize,
+    /// Lanes that one needs to be kept busy: to be given work, do it and give it back at the same time, say.
+    pub lanes_each: usize,
+    /// Threads more than there would be otherwise: as many wait for devices while others read, hash and write.
+    pub waiting: usize,
+    /// Bytes that are taken on each, beside its lanes.
+    pub reserved: u64,
+}
+
+/// What a lane must have room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LaneSize {
+    /// Bytes of weights.
+    pub source: usize,
+    /// Bytes of codes.
+    pub packed: usize,
+    /// Blocks or groups.
+    pub groups: usize,
+    /// Bytes of a group's scale and zero point, if they aren't what `absmax` of the figures is.
+    pub group_len: usize,
+    /// Absmax that are quantized at once.
+    pub absmax: usize,
+}
+
+/// A place to quantize in, used by one thread at a time.
+pub trait Lane: Send {
+    /// Its room for weights: the first `len` bytes.
+    ///
+    /// # Panics
+    /// When the lane is smaller.
+    fn source(&mut self, len: usize) -> &mut [u8];
+
+    /// Quantizes a run of weights in [`Lane::source`]; `None` if one isn't finite.
+    ///
+    /// # Panics
+    /// When the lane is smaller, or for what [`Backend::quantizes`] denies.
+    fn quantize(&mut self, run: &Run<'_>) -> Result<Option<Encoded<'_>>, Fault>;
+
+    /// Quantizes `absmax` less `offset` to 8 bits; returns the codes and the nested absmax. See
+    /// [`crate::kernel::block::nested::quantize`].
+    ///
+    /// # Panics
+    /// As above.
+    fn quantize_absmax(&mut self, absmax: &[f32], offset: f32) -> Result<(&[u8], &[f32]), Fault>;
+}
+
+/// Weights to be quantized: whole blocks, or whole groups of a tensor.
+#[derive(Clone, Debug)]
+pub struct Run<'a> {
+    /// How.
+    pub codec: &'a Codec,
+    /// The weights' dtype.
+    pub dtype: FloatDtype,
+    /// Elements of the tensor's rows.
+    pub columns: u64,
+    /// The scale of all groups' scales, if the format has it.
+    pub tensor_scale: Option<f32>,
+    /// Where the weights are in a lane's source.
+    pub place: Range<usize>,
+}
+
+impl Run<'_> {
+    /// The number of weights.
+    pub fn elements(&self) -> usize {
+        self.place.len() / self.dtype.size()
+    }
+
+    /// Blocks or groups.
+    fn groups(&self) -> usize {
+        (self.elements() as u64).div_ceil(self.codec.block_len(self.columns)) as usize
+    }
+
+    /// Bytes of codes.
+    fn packed_len(&self) -> usize {
+        self.codec.packed_len(self.elements() as u64, self.columns) as usize
+    }
+
+    /// How kernels code it.
+    fn coding(&self) -> Coding {
+        self.codec.coding(self.columns, self.tensor_scale)
     }
 }
 
-/// The first GPU that can be used; or why the first can't.
-fn first_usable(needed: u64) -> Result<Arc<Gpu>, Unusable> {
-    let open = |ordinal| {
-        let gpu = Gpu::open(ordinal)?;
-        match gpu.free_memory()? {
-            free if free < needed => Err(Unusable::LittleMemory { name: gpu.name().to_owned(), free, needed }),
-            _ => Ok(gpu),
-        }
-    };
-    let mut all = (0..cuda::count()?).map(open);
-    let first = all.next().unwrap_or(Err(Unusable::NoGpu));
-    first.or_else(|why| all.find_map(Result::ok).ok_or(why))
+/// The length of the rows that kernels take a tensor for. Where a run needn't be whole rows, rows have no padding: groups lie
+/// one after the other, as rows do.
+fn row_len(codec: &Codec, columns: u64) -> usize {
+    (if codec.has_whole_rows() { columns } else { codec.block_len(columns) }) as usize
 }
 
-impl FromStr for DeviceChoice {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<DeviceChoice, String> {
-        let ordinal = |device: &str| match device.strip_prefix("cuda:") {
-            _ if device == "cuda" => Ok(0),
-            Some(number) if number.bytes().all(|b| b.is_ascii_digit()) => number.parse().map_err(|_| ()),
-            _ => Err(()),
-        };
-        match text {
-            "auto" => Ok(DeviceChoice::Auto),
-            "cpu" => Ok(DeviceChoice::Cpu),
-            _ => {
-                let ordinals: Result<Vec<usize>, ()> = text.split(',').map(ordinal).collect();
-                let ordinals = ordinals.map_err(|()| "expected auto, cpu, cuda, cuda:N or cuda:N,cuda:M".to_owned())?;
-                match ordinals.iter().enumerate().find(|(i, ordinal)| ordinals[..*i].contains(ordinal)) {
-                    Some((_, twice)) => Err(format!("cuda:{twice} is named twice")),
-                    None => Ok(DeviceChoice::Cuda(ordinals)),
-                }
-            }
-        }
-    }
+/// What a run was quantized to.
+pub struct Encoded<'a> {
+    /// Codes.
+    pub packed: &'a [u8],
+    /// One scale a group, as stored; none for blocks, whose absmax are their scales.
+    pub scales: &'a [u8],
+    /// One zero point a group, 0 to 15; none for formats without them.
+    pub zero_points: &'a [u8],
+    /// One figure a block or group.
+    pub figures: BlockErrors<'a>,
 }
 
-impl fmt::Display for DeviceChoice {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            DeviceChoice::Auto => f.write_str("auto"),
-            DeviceChoice::Cpu => f.write_str("cpu"),
-            DeviceChoice::Cuda(ordinals) => {
-                f.write_str(&ordinals.iter().map(|n| format!("cuda:{n}")).collect::<Vec<_>>().join(","))
-            }
-        }
-    }
+/// A device failed at its work.
+#[derive(Debug, thiserror::Error)]
+#[error("{device}: {why}")]
+pub struct Fault {
+    /// The device's name for people.
+    pub device: String,
+    /// What failed, in words.
+    pub why: Box<dyn StdError + Send + Sync>,
+    /// Whether it is memory that ran out, on the device or for what it shares with this machine.
+    pub is_out_of_memory: bool,
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn choices_are_read_as_they_are_written() {
-        for text in ["auto", "cpu", "cuda:0", "cuda:3", "cuda:0,cuda:1"] {
-            assert_eq!(text.parse::<DeviceChoice>().unwrap().to_string(), text);
-        }
-        assert_eq!("cuda".parse(), Ok(DeviceChoice::Cuda(vec![0])));
-    }
-
-    #[test]
-    fn what_is_no_device_is_refused() {
-        for text in ["", "gpu", "CUDA", "cuda:", "cuda:-1", "cuda:+1", "cuda:x", "cuda:0,", "cuda:0,cpu", "cuda,cuda:0"]
-        {
-            assert!(text.parse::<DeviceChoice>().is_err(), "{text:?}");
-        }
-        assert!("cuda:99999999999999999999".parse::<DeviceChoice>().is_err());
+impl From<Fault> for Error {
+    fn from(Fault { device, why, .. }: Fault) -> Error {
+        Error::Device { device, fault: why }
     }
 }

@@ -1,8 +1,10 @@
 //! `--device`: what quantizes, and the line that says so.
 
+use std::sync::Arc;
+
 use clap::Args;
 use prequant::Error;
-use prequant::backend::{Device, DeviceChoice};
+use prequant::backend::{Backend, DeviceChoice};
 use prequant::units::Bytes;
 
 #[derive(Args)]
@@ -20,7 +22,7 @@ pub struct Arguments {
 
 /// What was opened, and how it came to that.
 pub struct Opened {
-    pub device: Device,
+    pub device: Arc<dyn Backend>,
     pub device_memory: u64,
     /// One line for people.
     pub line: String,
@@ -33,12 +35,12 @@ impl Arguments {
     }
 }
 
-/// Opens `choice`; of each GPU, `device_memory` bytes may be used.
+/// Opens `choice`; of each device, `device_memory` bytes may be used.
 pub fn open(choice: &DeviceChoice, device_memory: u64) -> Result<Opened, Error> {
     let opened = choice.open(device_memory);
     let (device, why) = opened.map_err(|why| Error::NoDevice { device: choice.to_string(), why })?;
-    let driver = device.gpus().first().map(|gpu| format!(", CUDA {} driver", gpu.cuda_version()));
+    let driver = device.driver().map(|driver| format!(", {driver}"));
     let why = why.map(|why| format!(": {why}"));
-    let line = format!("device: {device}{}{}", driver.unwrap_or_default(), why.unwrap_or_default());
+    let line = format!("device: {}{}{}", device.name(), driver.unwrap_or_default(), why.unwrap_or_default());
     Ok(Opened { device, device_memory, line })
 }

@@ -95,12 +95,12 @@ fn totals(conversion: &Conversion, destination: &Path, device: &str, free: Optio
         format!("memory:  at most {}, {}", Bytes(budget.peak), count(budget.threads, "thread")),
         format!("{:9}{}", "device:", device.trim_start_matches("device: ")),
     ]);
-    lines.extend(budget.ring.map(|ring| {
-        let (gpus, each) = (ring.gpus, Bytes(ring.slot.total()));
+    lines.extend(budget.lanes.map(|lanes| {
+        let (gpus, each) = (lanes.devices.count, Bytes(lanes.len));
         let of_gpus = if gpus == 1 { String::new() } else { format!(" on each of {gpus}") };
         format!(
             "ring:    {} slots of {each}; {} of GPU memory at most{of_gpus}",
-            ring.slots,
+            lanes.count,
             Bytes(budget.device_peak())
         )
     }));
@@ -136,8 +136,8 @@ fn json(conversion: &Conversion, destination: &Path, free: Option<u64>, obstacle
         "disk_free": free,
         "peak_memory": conversion.budget.peak,
         "threads": conversion.budget.threads,
-        "device": conversion.options.device.to_string(),
-        "ring_slots": conversion.budget.ring.map(|ring| ring.slots),
+        "device": conversion.options.device.name(),
+        "ring_slots": conversion.budget.lanes.map(|lanes| lanes.count),
         "peak_device_memory": conversion.budget.device_peak(),
         "bits_per_quantized_weight": decisions.bits_per_quantized_weight(),
         "bits_per_weight": decisions.bits_per_weight(),

@@ -82,7 +82,7 @@ impl Done<'_> {
         let (read, seconds) = (conversion.plan.source_len(), elapsed.as_secs_f64());
         json!({
             "destination": destination.display().to_string(),
-            "device": conversion.options.device.to_string(),
+            "device": conversion.options.device.name(),
             "recipe": manifest.recipe,
             "files": manifest.files,
             "summary": manifest.summary,

@@ -52,6 +52,7 @@ pub struct Kernel(Isa);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Isa {
     Scalar,
+    Portable,
     #[cfg(target_arch = "x86_64")]
     Avx2,
     #[cfg(target_arch = "x86_64")]
@@ -62,6 +63,9 @@ impl Kernel {
     /// The specification itself, on any machine.
     pub const SCALAR: Kernel = Kernel(Isa::Scalar);
 
+    /// Loops that compilers turn into vector instructions, on any machine. Formats without such loops take the scalar ones.
+    pub const PORTABLE: Kernel = Kernel(Isa::Portable);
+
     /// The fastest kernel this processor runs.
     pub fn detect() -> Kernel {
         Self::available().pop().unwrap_or(Self::SCALAR)
@@ -69,8 +73,8 @@ impl Kernel {
 
     /// Every kernel this processor runs, slowest first.
     pub fn available() -> Vec<Kernel> {
-        #[allow(unused_mut, reason = "other architectures have the scalar kernel only")]
-        let mut kernels = vec![Self::SCALAR];
+        #[allow(unused_mut, reason = "other architectures have no more")]
+        let mut kernels = vec![Self::SCALAR, Self::PORTABLE];
         #[cfg(target_arch = "x86_64")]
         {
             if block::x86::avx2_available() {
@@ -87,6 +91,7 @@ impl Kernel {
     pub fn name(self) -> &'static str {
         match self.0 {
             Isa::Scalar => "scalar",
+            Isa::Portable => "portable vectors",
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => "AVX2",
             #[cfg(target_arch = "x86_64")]
@@ -104,7 +109,7 @@ impl Kernel {
     pub fn quantize(self, blocks: Blocks<'_>) -> Result<(), NonFinite> {
         blocks.check_lengths();
         match self.0 {
-            Isa::Scalar => block::scalar::quantize(blocks),
+            Isa::Scalar | Isa::Portable => block::scalar::quantize(blocks),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => block::x86::quantize_avx2(blocks),
             #[cfg(target_arch = "x86_64")]

@@ -3,7 +3,9 @@
 //! What is read is a checkpoint that prequant converted; its manifest tells what is what. Decoding is an execution of a plan
 //! like any other, in which all tensors are kept and some are read decoded.
 
-use crate::backend::Device;
+use std::sync::Arc;
+
+use crate::backend::Cpu;
 use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, Source};
 use crate::converted::Converted;
 use crate::error::{Error, Result};
@@ -41,7 +43,7 @@ pub fn plan(converted: impl Into<Location>, max_shard_size: u64, mut options: Op
                 .to_owned(),
         );
     }
-    options.device = Device::cpu();
+    options.device = Arc::new(Cpu::detect());
     options.hash_source = true; // what is read must be what its manifest says
     Conversion::dequantize(source, plan, manifest, options)
 }

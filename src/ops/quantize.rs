@@ -1,10 +1,11 @@
 //! Converting a checkpoint: open, plan, execute, seal.
 
 use std::io::{self, Read};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread;
 
-use crate::backend::{Device, cuda};
+use crate::backend::{Backend, Cpu};
 use crate::checkpoint::{
     CONFIG_NAME, Config, INDEX_NAME, MANIFEST_NAME, OutputFile, STAGING_NAME, SUMS_NAME, SideFile, Source, Staging,
     free_space, write_index,
@@ -36,8 +37,8 @@ pub struct Options {
     /// Threads to use.
     pub threads: usize,
     /// What quantizes.
-    pub device: Device,
-    /// The most memory to use of each GPU, in bytes.
+    pub device: Arc<dyn Backend>,
+    /// The most memory to use of each device, in bytes.
     pub device_memory: u64,
     /// Whether the manifest gets the SHA-256 of the source's files.
     pub hash_source: bool,
@@ -48,13 +49,13 @@ pub struct Options {
 }
 
 impl Default for Options {
-    /// 256 MiB here and on a GPU, all cores, the processor with its fastest kernel.
+    /// 256 MiB here and on a device, all cores, the processor with its fastest kernel.
     fn default() -> Self {
         let threads = thread::available_parallelism().map_or(1, usize::from);
         Options {
             memory: 256 << 20,
             threads,
-            device: Device::cpu(),
+            device: Arc::new(Cpu::detect()),
             device_memory: 256 << 20,
             hash_source: false,
             force: false,
@@ -86,7 +87,7 @@ pub struct Conversion {
 /// out anew: bytes are copied, and nothing is quantized. [`recipe_of`](crate::ops::recipe_of) gives its recipe.
 ///
 /// # Errors
-/// When the source is no checkpoint or damaged, or the recipe doesn't fit it; or a GPU has too little memory free.
+/// When the source is no checkpoint or damaged, or the recipe doesn't fit it; or a device has too little memory free.
 pub fn plan(source: impl Into<Location>, recipe: Recipe, mut options: Options) -> Result<Conversion> {
     let source = Source::open(source)?;
     let manifest = match recognize::of(&source) {
@@ -105,42 +106,16 @@ pub fn plan(source: impl Into<Location>, recipe: Recipe, mut options: Options) -
         }
     };
     let Options { memory, threads, device_memory, .. } = options;
-    let gpus = options.device.gpus().len();
-    let budget = Budget::new(&plan, Limits { memory, threads, gpus, device_memory })?;
-    check_device_memory(&options.device, &budget)?;
-    compile_kernels(&options.device, &plan)?;
+    let budget = Budget::new(&plan, Limits { memory, threads, device_memory }, &*options.device)?;
+    options.device.prepare(&plan.recipe.codec(), budget.device_peak())?;
     Ok(Conversion { source, plan, budget, options, relay, dequantized: None })
-}
-
-/// Whether every GPU has its share of the ring's memory free.
-fn check_device_memory(device: &Device, budget: &Budget) -> Result<()> {
-    let needed = budget.device_peak();
-    for gpu in device.gpus() {
-        let free = gpu.free_memory().map_err(|fault| Error::Device { device: gpu.to_string(), fault })?;
-        if free < needed {
-            let why = cuda::Unusable::LittleMemory { name: gpu.name().to_owned(), free, needed };
-            return Err(Error::NoDevice { device: format!("cuda:{}", gpu.ordinal()), why });
-        }
-    }
-    Ok(())
-}
-
-/// Has the GPUs' drivers compile what is compiled only when it is needed, before anything is written.
-fn compile_kernels(device: &Device, plan: &Plan) -> Result<()> {
-    if plan.recipe.codec().is_blocks() {
-        return Ok(());
-    }
-    device
-        .gpus()
-        .iter()
-        .try_for_each(|gpu| gpu.load_groups().map_err(|fault| Error::Device { device: gpu.to_string(), fault }))
 }
 
 impl Conversion {
     /// The decoding of a converted checkpoint, by a plan that decodes.
     pub(crate) fn dequantize(source: Source, plan: Plan, manifest: Manifest, options: Options) -> Result<Conversion> {
         let Options { memory, threads, device_memory, .. } = options;
-        let budget = Budget::new(&plan, Limits { memory, threads, gpus: 0, device_memory })?;
+        let budget = Budget::new(&plan, Limits { memory, threads, device_memory }, &*options.device)?;
         Ok(Conversion { source, plan, budget, options, relay: None, dequantized: Some(manifest) })
     }
 
@@ -280,6 +255,7 @@ impl Conversion {
             self.check_space(destination, &[])?;
         }
         let staging = Staging::take(destination, &self.source.location, force)?;
+        let device = &**device;
         let means = ExecutionContext { device, budget: self.budget, hash_source, interrupt, progress };
         let files = self.write_files(&staging, means);
         match files.and_then(|(files, outcome)| finish(&staging, files, outcome)) {

@@ -1,7 +1,7 @@
 //! How much memory a plan takes, and how it is shared out.
 
 use super::scheduler::NESTED_CHUNK;
-use crate::backend::cuda::{SlotSize, TABLE_BYTES};
+use crate::backend::{Backend, Devices, LaneSize};
 use crate::error::{Error, Result};
 use crate::format::{BlockSize, Scales};
 use crate::plan::{Plan, PlannedTensor};
@@ -19,12 +19,6 @@ const MAX_CHUNK: usize = 1 << 21;
 /// The program itself, its threads' stacks and what libraries hold.
 const BASE: u64 = 12 << 20;
 
-/// Threads more than asked for when there is a GPU: as many wait for it while others read, hash and write.
-const WAITING: usize = 3;
-
-/// Slots that a GPU needs to copy to the device, run a kernel and copy back at the same time.
-const LEAST_SLOTS: usize = 3;
-
 /// The same for tensors that share a scale: what a thread's buffer doesn't hold together is read twice, for the scale and
 /// for the codes.
 const MAX_SET_CHUNK: usize = 4 * MAX_CHUNK;
@@ -36,9 +30,7 @@ pub struct Limits {
     pub memory: u64,
     /// Threads.
     pub threads: usize,
-    /// GPUs.
-    pub gpus: usize,
-    /// Bytes of memory on each GPU.
+    /// Bytes of memory on each device.
     pub device_memory: u64,
 }
 
@@ -55,19 +47,21 @@ pub struct Budget {
     pub absmax: u64,
     /// All memory that the plan takes here, by estimate; pinned buffers included.
     pub peak: u64,
-    /// The GPUs' ring, if there are any.
-    pub ring: Option<SlotPoolBudget>,
+    /// The lanes on devices, if there are any.
+    pub lanes: Option<LaneBudget>,
 }
 
-/// Slots on GPUs; see [`crate::backend::cuda::Slot`].
+/// Lanes on devices; see [`crate::backend::Lane`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SlotPoolBudget {
-    /// On all GPUs together.
-    pub slots: usize,
-    /// Each one's size.
-    pub slot: SlotSize,
-    /// GPUs.
-    pub gpus: usize,
+pub struct LaneBudget {
+    /// On all devices together.
+    pub count: usize,
+    /// What each has room for.
+    pub size: LaneSize,
+    /// Bytes that each takes on its device, and here.
+    pub len: u64,
+    /// What they are on.
+    pub devices: Devices,
 }
 
 impl Budget {
@@ -75,45 +69,49 @@ impl Budget {
     ///
     /// # Errors
     /// When it is too little.
-    pub fn new(plan: &Plan, limits: Limits) -> Result<Budget> {
-        let Limits { memory, gpus, .. } = limits;
+    pub fn new(plan: &Plan, limits: Limits, backend: &dyn Backend) -> Result<Budget> {
+        let memory = limits.memory;
+        let needs = Needs { plan, limits, backend, devices: backend.devices() };
         let absmax = largest_absmax(plan);
         let step = plan.quantized().map(|tensor| chunk_unit(plan, tensor)).max().unwrap_or(0).max(CHUNK_STEP);
-        // A thread, and a slot for it to work in.
-        let pair = buffers_len(plan, step).saturating_add(slot_len(plan, step, gpus));
+        // A thread, and a lane on a device for it to work in.
+        let pair = needs.buffers_len(step).saturating_add(needs.lane_len(step));
         let least = pair.saturating_add(BASE + absmax);
-        check_least(plan, step, least, absmax, limits)?;
+        needs.check_least(step, least, absmax)?;
         // Names and offsets take what they take; buffers shrink for them as far as they can.
         let plan_len = plan_len(plan);
         let fixed = BASE + plan_len.min(memory - least);
         let room = memory - fixed - absmax;
-        let waiting = if gpus > 0 { WAITING } else { 0 };
+        let (waiting, lanes) = needs.devices.map_or((0, 0), |of| (of.waiting, of.lanes_each * of.count));
         let threads = (limits.threads + waiting).clamp(1, usize::try_from(room / pair).unwrap_or(usize::MAX));
-        let least_slots = threads.min(LEAST_SLOTS * gpus);
+        let least_lanes = threads.min(lanes);
         let fits = |chunk| {
-            let here = buffers_len(plan, chunk) * threads as u64 + slot_len(plan, chunk, gpus) * least_slots as u64;
-            here <= room && slots_on_device(plan, chunk, limits) >= least_slots
+            let here = needs.buffers_len(chunk) * threads as u64 + needs.lane_len(chunk) * least_lanes as u64;
+            here <= room && needs.lanes_on_devices(chunk) >= least_lanes
         };
         let mut chunk_elements = MAX_CHUNK.max(largest_set(plan)).max(step);
         while chunk_elements > step && !fits(chunk_elements) {
             chunk_elements = (chunk_elements / 2).max(step);
         }
-        let mut buffers = buffers_len(plan, chunk_elements) * threads as u64;
-        let ring = (gpus > 0).then(|| {
-            let slot_len = slot_len(plan, chunk_elements, gpus);
-            let here = usize::try_from((room - buffers) / slot_len).unwrap_or(usize::MAX);
-            let slots = threads.min(slots_on_device(plan, chunk_elements, limits)).min(here).max(1);
-            buffers += slots as u64 * slot_len;
-            SlotPoolBudget { slots, slot: slot_size(plan, chunk_elements), gpus }
+        let mut buffers = needs.buffers_len(chunk_elements) * threads as u64;
+        let lanes = needs.devices.map(|devices| {
+            let len = needs.lane_len(chunk_elements);
+            let here = usize::try_from((room - buffers) / len).unwrap_or(usize::MAX);
+            let count = threads.min(needs.lanes_on_devices(chunk_elements)).min(here).max(1);
+            buffers += count as u64 * len;
+            LaneBudget { count, size: lane_size(plan, chunk_elements), len, devices }
         });
         // Two tensors' worth, so that one can be read while the other's absmax are quantized.
         let absmax = (2 * absmax).min(memory - fixed - buffers);
-        Ok(Budget { threads, chunk_elements, step, absmax, peak: BASE + plan_len + absmax + buffers, ring })
+        Ok(Budget { threads, chunk_elements, step, absmax, peak: BASE + plan_len + absmax + buffers, lanes })
     }
 
-    /// Bytes that the ring and the kernels' tables take on each GPU.
+    /// Bytes that are taken on each device.
     pub fn device_peak(&self) -> u64 {
-        self.ring.map_or(0, |ring| ring.slots.div_ceil(ring.gpus) as u64 * ring.slot.total() + TABLE_BYTES)
+        self.lanes.map_or(0, |lanes| {
+            let LaneBudget { count, len, devices, .. } = lanes;
+            count.div_ceil(devices.count) as u64 * len + devices.reserved
+        })
     }
 
     /// The same with chunks of `elements` at most, rounded to what can be a chunk.
@@ -123,46 +121,52 @@ impl Budget {
     }
 }
 
-/// Whether the least that `plan` can be executed with is there.
-fn check_least(plan: &Plan, step: usize, least: u64, absmax: u64, limits: Limits) -> Result<()> {
-    if least > limits.memory {
-        let hint = match absmax > 0 && least - absmax <= limits.memory {
-            true => "; double quantization holds one f32 for every block of a tensor: give more, or larger blocks",
-            false => "",
-        };
-        let (available, needed) = (Bytes(limits.memory).to_string(), Bytes(least).to_string());
-        return Err(Error::Memory { available, needed, hint });
-    }
-    if limits.gpus > 0 && slots_on_device(plan, step, limits) == 0 {
-        let needed = slot_len(plan, step, limits.gpus) + TABLE_BYTES;
-        let (available, needed) = (Bytes(limits.device_memory).to_string(), Bytes(needed).to_string());
-        return Err(Error::DeviceMemory { available, needed });
-    }
-    Ok(())
+/// What chunks of so many elements take.
+struct Needs<'a> {
+    plan: &'a Plan,
+    limits: Limits,
+    backend: &'a dyn Backend,
+    devices: Option<Devices>,
 }
 
-/// Slots for chunks of `chunk` elements that fit on all GPUs together.
-fn slots_on_device(plan: &Plan, chunk: usize, limits: Limits) -> usize {
-    let each = limits.device_memory.saturating_sub(TABLE_BYTES) / slot_size(plan, chunk).total();
-    usize::try_from(each).unwrap_or(usize::MAX).saturating_mul(limits.gpus)
-}
-
-/// Bytes of a slot here, which are as many as there; none without a GPU.
-fn slot_len(plan: &Plan, chunk: usize, gpus: usize) -> u64 {
-    if gpus > 0 { slot_size(plan, chunk).total() } else { 0 }
-}
-
-/// A slot that takes chunks, and runs of absmax if there will be any.
-fn slot_size(plan: &Plan, chunk: usize) -> SlotSize {
-    match plan.recipe.codec().scales {
-        Scales::Blocks { size, double_quant, .. } => {
-            let nested = if double_quant { NESTED_CHUNK } else { 0 };
-            SlotSize::new(chunk, element_size(plan), size, nested)
+impl Needs<'_> {
+    /// Whether the least that the plan can be executed with is there.
+    fn check_least(&self, step: usize, least: u64, absmax: u64) -> Result<()> {
+        let Limits { memory, device_memory, .. } = self.limits;
+        if least > memory {
+            let hint = match absmax > 0 && least - absmax <= memory {
+                true => "; double quantization holds one f32 for every block of a tensor: give more, or larger blocks",
+                false => "",
+            };
+            let (available, needed) = (Bytes(memory).to_string(), Bytes(least).to_string());
+            return Err(Error::Memory { available, needed, hint });
         }
-        Scales::Groups { .. } => {
-            let Capacity { source, packed, groups } = Capacity::new(plan, chunk);
-            SlotSize::for_groups(source, packed, groups)
+        if let Some(devices) = self.devices.filter(|_| self.lanes_on_devices(step) == 0) {
+            let needed = Bytes(self.lane_len(step) + devices.reserved).to_string();
+            return Err(Error::DeviceMemory { available: Bytes(device_memory).to_string(), needed });
         }
+        Ok(())
+    }
+
+    /// Lanes for chunks of `chunk` elements that fit on all devices together.
+    fn lanes_on_devices(&self, chunk: usize) -> usize {
+        let Some(devices) = self.devices else { return 0 };
+        let each = self.limits.device_memory.saturating_sub(devices.reserved) / self.lane_len(chunk);
+        usize::try_from(each).unwrap_or(usize::MAX).saturating_mul(devices.count)
+    }
+
+    /// Bytes of a lane on a device, which are as many here; none without devices.
+    fn lane_len(&self, chunk: usize) -> u64 {
+        self.devices.map_or(0, |_| self.backend.lane_len(&lane_size(self.plan, chunk)).max(1))
+    }
+
+    /// A thread's buffers.
+    fn buffers_len(&self, chunk: usize) -> u64 {
+        let lane = self.backend.cpu().lane_len(&lane_size(self.plan, chunk));
+        let decodes = self.plan.tensors.iter().any(PlannedTensor::is_decoded);
+        // Codes and scales take less than a byte and a quarter for each element.
+        let coded = if decodes { chunk.saturating_add(chunk / 4) } else { 0 };
+        lane.saturating_add(coded as u64)
     }
 }
 
@@ -171,44 +175,21 @@ fn element_size(plan: &Plan) -> usize {
     plan.quantized().filter_map(|tensor| Some(tensor.quantized_from()?.size())).max().unwrap_or(2)
 }
 
-/// A thread's buffers.
-fn buffers_len(plan: &Plan, chunk: usize) -> u64 {
-    let Capacity { source, packed, groups } = Capacity::new(plan, chunk);
-    // Four figures, the scale as bytes, and a zero point that is packed into half a byte more.
-    let group = 5 * size_of::<f32>() + 2;
-    let decodes = plan.tensors.iter().any(PlannedTensor::is_decoded);
-    // Codes and scales take less than a byte and a quarter for each element.
-    let coded = if decodes { chunk.saturating_add(chunk / 4) } else { 0 };
-    [source, packed, groups.saturating_mul(group), coded]
-        .into_iter()
-        .fold(0u64, |sum, len| sum.saturating_add(len as u64))
-}
-
-/// What a thread's buffers must hold.
-#[derive(Clone, Copy, Debug)]
-pub struct Capacity {
-    /// Bytes of the source.
-    pub source: usize,
-    /// Bytes of codes.
-    pub packed: usize,
-    /// Blocks or groups.
-    pub groups: usize,
-}
-
-impl Capacity {
-    /// For chunks of `chunk` elements at most.
-    pub fn new(plan: &Plan, chunk: usize) -> Capacity {
-        let codec = plan.recipe.codec();
-        // Tensors that are kept go through the same buffer.
-        let mut capacity = Capacity { source: chunk.saturating_mul(element_size(plan)), packed: 0, groups: 0 };
-        for tensor in plan.quantized() {
-            let elements = tensor.elements().min(chunk_elements(plan, tensor, chunk) as u64);
-            let groups = elements.div_ceil(codec.block_len(tensor.columns()));
-            capacity.groups = capacity.groups.max(groups as usize);
-            capacity.packed = capacity.packed.max(codec.packed_len(elements, tensor.columns()) as usize);
-        }
-        capacity
+/// Room for chunks of `chunk` elements at most, and for runs of absmax if there will be any.
+pub fn lane_size(plan: &Plan, chunk: usize) -> LaneSize {
+    let codec = plan.recipe.codec();
+    let element = element_size(plan);
+    let group_len = if codec.is_blocks() { 0 } else { element + 1 };
+    let absmax = if codec.double_quant() { NESTED_CHUNK } else { 0 };
+    // Tensors that are kept go through the same room.
+    let mut size = LaneSize { source: chunk.saturating_mul(element), packed: 0, groups: 0, group_len, absmax };
+    for tensor in plan.quantized() {
+        let elements = tensor.elements().min(chunk_elements(plan, tensor, chunk) as u64);
+        let groups = elements.div_ceil(codec.block_len(tensor.columns()));
+        size.groups = size.groups.max(groups as usize);
+        size.packed = size.packed.max(codec.packed_len(elements, tensor.columns()) as usize);
     }
+    size
 }
 
 /// Elements of `tensor` in a chunk, where buffers hold `most`.

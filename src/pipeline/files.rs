@@ -50,7 +50,7 @@ impl<'j, 'a> Files<'j, 'a> {
     pub fn write(&self, bytes: &[u8], offset: u64) -> Result<()> {
         match &self.output {
             Some((_, output)) => output.write_at(bytes, offset),
-            None => Ok(()),
+            None => Err(Error::internal(format!("{} bytes for an output file that isn't open", bytes.len()))),
         }
     }
 

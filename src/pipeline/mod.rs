@@ -1,17 +1,17 @@
 //! Executing a plan: read, quantize, write and hash, on all cores, in bounded memory.
 //!
 //! Threads take tasks from one `Scheduler`: a run of whole blocks of a tensor is read, quantized and written at the
-//! offset that the plan has for it, by the same thread and while it is in that core's cache. With a GPU the thread reads
-//! into pinned memory and sleeps while the GPU quantizes; other threads read, hash and write meanwhile. No order is kept between
+//! offset that the plan has for it, by the same thread and while it is in that core's cache. With a device the thread reads
+//! into a lane of it and sleeps while it quantizes; other threads read, hash and write meanwhile. No order is kept between
 //! tasks, since no output depends on one. When the last tensor of a file is written, the file is synced and hashed
 //! (whole, and tensor by tensor) out of the page cache, ahead of quantizing what comes next.
 
 mod budget;
 mod files;
+mod lane_pool;
 mod nonfinite;
 mod results;
 mod scheduler;
-mod slot_pool;
 mod worker;
 
 use std::path::Path;
@@ -21,16 +21,16 @@ use std::thread;
 
 use serde::{Deserialize, Serialize};
 
-pub use budget::{Budget, Limits, SlotPoolBudget};
+pub use budget::{Budget, LaneBudget, Limits};
 
-use crate::backend::Device;
+use crate::backend::Backend;
 use crate::checkpoint::{Source, SourceFile};
 use crate::error::Result;
 use crate::plan::{Plan, PlannedFile};
 use crate::stats::{AbsmaxAccumulator, Statistics, StatsAccumulator};
 use crate::store::{ReadAt, Sha256Hash};
+use lane_pool::LanePool;
 use scheduler::Scheduler;
-use slot_pool::SlotPool;
 use worker::Worker;
 
 /// What is told while a plan is executed, from any thread.
@@ -51,7 +51,7 @@ pub trait Progress: Sync {
 #[derive(Clone, Copy)]
 pub struct ExecutionContext<'a> {
     /// What quantizes.
-    pub device: &'a Device,
+    pub device: &'a dyn Backend,
     /// Threads and buffers.
     pub budget: Budget,
     /// Whether to hash the source's files.
@@ -125,8 +125,8 @@ struct Job<'a> {
     plan: &'a Plan,
     outputs: &'a dyn Outputs,
     means: ExecutionContext<'a>,
-    /// Where GPUs work, if there are any.
-    ring: Option<SlotPool<'a>>,
+    /// The lanes on devices, if there are any.
+    lanes: Option<LanePool<'a>>,
     open: Vec<Mutex<Option<Arc<dyn Output + 'a>>>>,
 }
 
@@ -145,8 +145,8 @@ pub fn run(
     means: ExecutionContext<'_>,
 ) -> Result<Outcome> {
     let open = plan.files.iter().map(|_| Mutex::default()).collect();
-    let ring = means.budget.ring.map(|budget| SlotPool::new(means.device.gpus(), budget));
-    let job = Job { source, plan, outputs, means, ring, open };
+    let lanes = means.budget.lanes.map(|budget| LanePool::new(means.device, budget));
+    let job = Job { source, plan, outputs, means, lanes, open };
     let scheduler = Scheduler::new(plan, source.files.len(), sealed, means);
     thread::scope(|scope| {
         for _ in 0..means.budget.threads {

@@ -2,10 +2,10 @@
 
 use super::files::Files;
 use super::scheduler::Done;
+use crate::backend::Encoded;
 use crate::dtype::FloatDtype;
-use crate::error::Result;
-use crate::format::{Codec, NESTED_BLOCK_SIZE, dynamic_map};
-use crate::kernel::BlockErrors;
+use crate::error::{Error, Result};
+use crate::format::{Codec, NESTED_BLOCK_SIZE, Scales, dynamic_map};
 use crate::kernel::block::nested;
 use crate::layout::compressed_tensors::pack_zero_points;
 use crate::layout::{OutputKind, QuantState, ZERO_POINT_ROWS, quant_state_bytes, shape_bytes};
@@ -15,99 +15,50 @@ use crate::stats::{AbsmaxAccumulator, StatsAccumulator};
 /// One tensor's places in the output file that is open.
 pub struct Results<'x, 'j, 'a> {
     pub files: &'x Files<'j, 'a>,
+    pub codec: &'x Codec,
     pub tensor: &'x PlannedTensor,
     pub dtype: FloatDtype,
-    /// f32 as they stand in the file; a buffer.
-    pub encoded: &'x mut Vec<u8>,
-}
-
-/// What a run of groups came to.
-pub struct GroupRun<'x> {
-    /// The run's first element in the tensor.
-    pub first_element: u64,
-    pub packed: &'x [u8],
-    /// As stored.
-    pub scales: &'x [u8],
-    /// One a group, 0 to 15; none for formats without them.
-    pub zero_points: &'x [u8],
-    pub figures: BlockErrors<'x>,
+    /// Numbers as they stand in the file; a buffer.
+    pub bytes: &'x mut Vec<u8>,
 }
 
 impl Results<'_, '_, '_> {
-    /// A run of blocks that starts at an element: codes, absmax and what is known without the weights.
-    pub fn quantized(
-        &mut self,
-        codec: &Codec,
-        first_element: u64,
-        packed: &[u8],
-        figures: &BlockErrors<'_>,
-    ) -> Result<Done> {
-        if first_element == 0 {
-            self.constants(codec)?;
+    /// A run that starts at an element: codes, scales and what is known without the weights.
+    pub fn quantized(&mut self, first: u64, tensor_scale: Option<f32>, encoded: &Encoded<'_>) -> Result<Done> {
+        let Encoded { packed, scales, zero_points, figures, .. } = encoded;
+        let run = QuantizedRun { first, packed, scales, absmax: figures.absmax, zero_points, tensor_scale };
+        for output in &self.tensor.outputs {
+            let Some(kind) = output.kind else { continue };
+            if let Some((at, bytes)) = self.weight().encode(kind, &run, self.bytes)? {
+                self.files.write(bytes, output.offset + at)?;
+            }
         }
-        self.files.write(packed, self.offset(OutputKind::Packed) + first_element / 2)?;
-        let first_block = first_element / codec.block_len(0);
-        let absmax = if codec.double_quant() {
-            Some((first_block as usize, figures.absmax.to_vec()))
-        } else {
-            self.floats(figures.absmax, OutputKind::Absmax, first_block)?;
-            None
-        };
+        let first_block = (first / self.codec.block_len(self.tensor.columns())) as usize;
+        let absmax = self.codec.double_quant().then(|| (first_block, figures.absmax.to_vec()));
         let mut gathering = Box::<StatsAccumulator>::default();
         gathering.add(figures);
         Ok(Done::Quantized { gathering, absmax })
     }
 
-    /// A run of groups that starts at an element, and what is known without the weights.
-    pub fn grouped(&mut self, codec: &Codec, tensor_scale: Option<f32>, run: &GroupRun<'_>) -> Result<Done> {
-        let GroupRun { first_element, packed, scales, zero_points, figures } = run;
-        if *first_element == 0 {
-            self.group_constants(tensor_scale)?;
-        }
-        let columns = self.tensor.columns();
-        let before = codec.packed_len(*first_element, columns);
-        self.files.write(packed, self.offset(OutputKind::Packed) + before)?;
-        let (group, scale_size) = (codec.block_len(columns), (scales.len() / figures.absmax.len()) as u64);
-        self.files.write(scales, self.offset(OutputKind::Scale) + first_element / group * scale_size)?;
-        if codec.has_zero_points() {
-            let per_row = (columns / group) as usize;
-            pack_zero_points(zero_points, per_row, self.encoded);
-            let before = first_element / columns / ZERO_POINT_ROWS * per_row as u64 * 4;
-            self.files.write(self.encoded, self.offset(OutputKind::ZeroPoint) + before)?;
-        }
-        let mut gathering = Box::<StatsAccumulator>::default();
-        gathering.add(figures);
-        Ok(Done::Quantized { gathering, absmax: None })
-    }
-
-    /// The outputs that are known without the weights.
-    fn group_constants(&self, tensor_scale: Option<f32>) -> Result<()> {
-        for output in &self.tensor.outputs {
-            match (output.kind, tensor_scale) {
-                (Some(OutputKind::Shape), _) => self.files.write(&shape_bytes(&self.tensor.shape), output.offset)?,
-                (Some(OutputKind::GlobalScale), Some(scale)) => {
-                    self.files.write(&scale.to_le_bytes(), output.offset)?;
-                }
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-
     /// A run of quantized absmax that starts at entry `first`.
     pub fn nested(
         &mut self,
-        codec: &Codec,
         first: usize,
         absmax: &[f32],
         offset: f32,
         codes: &[u8],
         nested_absmax: &[f32],
     ) -> Result<Done> {
+        if !self.codec.double_quant() {
+            let name = &self.tensor.name;
+            return Err(Error::internal(format!(
+                "absmax of tensor {name:?} were to be quantized, by a recipe that doesn't"
+            )));
+        }
         self.files.write(codes, self.offset(OutputKind::Absmax) + first as u64)?;
         self.floats(nested_absmax, OutputKind::NestedAbsmax, (first / NESTED_BLOCK_SIZE) as u64)?;
         if first == 0 {
-            self.quant_state(codec, offset)?;
+            self.quant_state(offset)?;
         }
         let map = dynamic_map();
         let mut error = AbsmaxAccumulator::default();
@@ -119,28 +70,16 @@ impl Results<'_, '_, '_> {
         Ok(Done::Nested(error))
     }
 
-    /// The outputs that are known without the weights.
-    fn constants(&mut self, codec: &Codec) -> Result<()> {
-        if let Some(codebook) = codec.format.codebook() {
-            self.floats(&codebook.values(), OutputKind::QuantMap, 0)?;
-        }
-        if codec.double_quant() {
-            self.floats(dynamic_map().values(), OutputKind::NestedQuantMap, 0)
-        } else {
-            self.quant_state(codec, 0.0)
-        }
-    }
-
-    fn quant_state(&self, codec: &Codec, nested_offset: f32) -> Result<()> {
-        let state = QuantState { codec, dtype: self.dtype, shape: &self.tensor.shape, nested_offset };
+    fn quant_state(&self, nested_offset: f32) -> Result<()> {
+        let state = QuantState { codec: self.codec, dtype: self.dtype, shape: &self.tensor.shape, nested_offset };
         self.files.write(&quant_state_bytes(&state), self.offset(OutputKind::QuantState))
     }
 
     /// Puts `values` from entry `first` of an output on.
     fn floats(&mut self, values: &[f32], kind: OutputKind, first: u64) -> Result<()> {
-        self.encoded.clear();
-        self.encoded.extend(values.iter().flat_map(|value| value.to_le_bytes()));
-        self.files.write(self.encoded, self.offset(kind) + first * size_of::<f32>() as u64)
+        self.bytes.clear();
+        self.bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+        self.files.write(self.bytes, self.offset(kind) + first * size_of::<f32>() as u64)
     }
 
     fn offset(&self, kind: OutputKind) -> u64 {

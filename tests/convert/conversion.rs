@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
-use prequant::backend::Device;
+use prequant::backend::Cpu;
 use prequant::dtype::FloatDtype;
 use prequant::format::{BlockSize, FP4, NESTED_BLOCK_SIZE, NF4, Scales, dynamic_map, nf4};
 use prequant::kernel::block::nested;
@@ -39,7 +40,7 @@ struct How {
 }
 
 fn convert(source: &Path, destination: &Path, recipe: &Recipe, how: How) -> Manifest {
-    let options = Options { threads: how.threads, device: Device::Cpu(how.kernel), ..Options::default() };
+    let options = Options { threads: how.threads, device: Arc::new(Cpu::new(how.kernel)), ..Options::default() };
     let mut conversion = plan(source, recipe.clone(), options).unwrap();
     conversion.budget = conversion.budget.with_chunk_elements(how.chunk_elements);
     conversion.execute(destination, &Unseen).unwrap()

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use prequant::backend::Device;
+use prequant::backend::Cpu;
 use prequant::checkpoint::Source;
 use prequant::format::{FP4, MXFP4, NF4};
 use prequant::kernel::Kernel;
@@ -75,7 +75,7 @@ fn tensors_longer_than_any_chunk_are_what_one_pass_gives_in_any_memory() {
             (3, 14 << 20, Kernel::detect()), // room for one tensor's absmax at a time
         ] {
             let to = folder.beside(&format!("{double_quant}-{threads}"));
-            let options = Options { threads, memory, device: Device::Cpu(kernel), ..Options::default() };
+            let options = Options { threads, memory, device: Arc::new(Cpu::new(kernel)), ..Options::default() };
             plan(folder.source(), recipe.clone(), options).unwrap().execute(&to, &Unseen).unwrap();
             let files = contents(&to);
             let reference = reference.get_or_insert_with(|| {

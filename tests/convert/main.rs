@@ -6,6 +6,7 @@ mod support;
 
 mod conversion;
 mod dequantize;
+mod devices;
 mod files;
 mod group_configs;
 mod groups;

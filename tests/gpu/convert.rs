@@ -231,7 +231,7 @@ fn when_device_memory_runs_out_on_the_way_fewer_slots_do() {
 fn when_memory_runs_out_for_the_only_slot_it_is_an_error_that_can_be_gone_on_from() {
     let folder = Folder::llama();
     let to = folder.destination();
-    let flags = ["--device-memory", "300KiB"];
+    let flags = ["--device-memory", "200KiB"];
     for failure in ["cuMemAlloc:4:2", "cuMemHostAlloc:1:2", "cuLaunchKernel:1:2"] {
         let (call, _) = failure.split_once(':').unwrap();
         convert(&folder, &to, &flags, &[("FAKE_CUDA_FAIL", failure)]).fails(4, &[call, "OUT_OF_MEMORY"]);

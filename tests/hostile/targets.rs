@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use prequant::backend::Cpu;
 use prequant::checkpoint::{Config, Header, Index, Source, SourceFile};
 use prequant::format::{GroupSize, INT4, INT4_ASYM, Layout, MXFP4, NVFP4};
 use prequant::layout::ParsedQuantState;
@@ -93,8 +94,8 @@ pub fn plan(data: &[u8]) {
         let recipe = options.build().expect("options that go together");
         if let Ok(plan) = Plan::new(&source, recipe) {
             assert_eq!(plan.tensors.len(), plan.files.iter().map(|file| file.tensors.len()).sum::<usize>());
-            let limits = Limits { memory: 1 << 28, threads: 4, gpus: 0, device_memory: 0 };
-            let _ = Budget::new(&plan, limits);
+            let limits = Limits { memory: 1 << 28, threads: 4, device_memory: 0 };
+            let _ = Budget::new(&plan, limits, &Cpu::detect());
         }
     }
 }

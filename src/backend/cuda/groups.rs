@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use crate::backend::cuda::driver::{Context, Fault, Function, Module};
 use crate::backend::cuda::{THREADS, dtype_name};
+use crate::backend::row_len;
 use crate::dtype::FloatDtype;
-use crate::format::{Coding, ElementCode, ScaleCode, TensorScale};
+use crate::format::{Codec, Coding, ElementCode, ScaleCode, TensorScale};
 
 /// The kernels for groups, made from groups.cu as [`super::PTX`] is from kernels.cu.
 pub const GROUPS_PTX: &str = include_str!("groups.ptx");
@@ -65,6 +66,11 @@ impl GroupKernel {
             (ElementCode::E2m1, ScaleCode::E8m0(_)) if group == 32 => Some(GroupKernel::Mxfp4),
             _ => None,
         }
+    }
+
+    /// The kernel for a tensor's rows of `columns` elements, if there is one.
+    pub(super) fn of(codec: &Codec, columns: u64) -> Option<GroupKernel> {
+        GroupKernel::new(codec.coding(columns, None), row_len(codec, columns))
     }
 
     /// Its name for a dtype.

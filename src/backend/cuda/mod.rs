@@ -1,9 +1,8 @@
 //! NVIDIA GPUs, through the driver alone: no toolkit, no compiler.
 //!
 //! `kernels.cu` is [`crate::kernel::block`]'s scalar kernel in CUDA C, and `groups.cu` is [`crate::kernel::group`]'s; their PTX is committed beside
-//! them and compiled by the driver: the former's when a [`Gpu`] is opened, the latter's when it is first needed. A [`Slot`]
-//! holds what one piece of work needs; several of them, each used by one thread at a time, let copies to the device, kernels
-//! and copies back overlap.
+//! them and compiled by the driver: the former's when a [`Gpu`] is opened, the latter's when it is first needed. A lane is a
+//! `Slot`; several of them, each used by one thread at a time, let copies to the device, kernels and copies back overlap.
 
 mod driver;
 mod groups;
@@ -14,14 +13,15 @@ use std::ffi::CString;
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 
-pub use driver::Fault;
 pub use groups::{GROUPS_PTX, GroupKernel, tensor_factor};
-pub use slot::{Quantized, QuantizedGroups, Slot, SlotSize};
+use slot::{Slot, SlotSize};
 pub use tables::{codebook_table, dynamic_map_table};
 
+use super::{Backend, Devices, Kind, Lane, LaneSize};
 use crate::dtype::FloatDtype;
-use crate::format::{Codebook, fp4, nf4};
-use driver::{Context, DeviceBuffer, Function, Module};
+use crate::error::{Error, Result};
+use crate::format::{Codebook, Codec, Scales, fp4, nf4};
+use driver::{Context, DeviceBuffer, Fault, Function, Module};
 use groups::GroupModule;
 
 /// The kernels, as every driver of CUDA 11.8 and later takes them; made from kernels.cu by scripts/build-ptx.
@@ -40,8 +40,24 @@ pub fn thread_blocks(blocks: usize) -> u32 {
     all.min((all / 16).max(1024))
 }
 
+/// GPUs as `--device` names them.
+pub(super) const KIND: Kind = Kind {
+    name: "cuda",
+    open: |ordinals| {
+        let gpus = ordinals.iter().map(|&ordinal| Gpu::open(ordinal)).collect::<Result<_, _>>()?;
+        Ok(Arc::new(Cuda { gpus }))
+    },
+    first: |memory| Ok(Arc::new(Cuda { gpus: vec![first_usable(memory)?] })),
+};
+
+/// Slots that a GPU needs to copy to the device, run a kernel and copy back at the same time.
+const SLOTS: usize = 3;
+
+/// Threads that wait for GPUs while others read, hash and write.
+const WAITING: usize = 3;
+
 /// Bytes that a GPU's tables take at most, beside its slots.
-pub const TABLE_BYTES: u64 = 4096;
+const TABLE_BYTES: u64 = 4096;
 
 /// What the PTX was compiled for, and the oldest GPU that runs it: Turing.
 const MIN_CAPABILITY: (i32, i32) = (7, 5);
@@ -51,7 +67,7 @@ const MIN_VERSION: i32 = 12_000;
 
 /// A kernel of kernels.cu, in one of its three dtypes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BlockKernel {
+enum BlockKernel {
     /// Thresholds of which no two share a bin.
     Nf4,
     /// Those of FP4.
@@ -60,7 +76,7 @@ pub enum BlockKernel {
 
 impl BlockKernel {
     /// The kernel for a codebook, if there is one.
-    pub fn new(codebook: &Codebook) -> Option<BlockKernel> {
+    fn new(codebook: &Codebook) -> Option<BlockKernel> {
         match codebook {
             _ if *codebook == nf4::CODEBOOK => Some(BlockKernel::Nf4),
             _ if *codebook == fp4::CODEBOOK => Some(BlockKernel::Fp4),
@@ -69,8 +85,61 @@ impl BlockKernel {
     }
 }
 
+/// GPUs, at least one.
+#[derive(Debug)]
+struct Cuda {
+    gpus: Vec<Arc<Gpu>>,
+}
+
+impl Backend for Cuda {
+    /// As `cuda:0 (NVIDIA H200), cuda:1 (NVIDIA H200)`.
+    fn name(&self) -> String {
+        self.gpus.iter().map(|gpu| gpu.to_string()).collect::<Vec<_>>().join(", ")
+    }
+
+    fn driver(&self) -> Option<String> {
+        self.gpus.first().map(|gpu| format!("CUDA {} driver", Version(gpu.version)))
+    }
+
+    fn devices(&self) -> Option<Devices> {
+        Some(Devices { count: self.gpus.len(), lanes_each: SLOTS, waiting: WAITING, reserved: TABLE_BYTES })
+    }
+
+    fn quantizes(&self, codec: &Codec, columns: u64) -> bool {
+        match codec.scales {
+            Scales::Blocks { codebook, .. } => BlockKernel::new(codebook).is_some(),
+            Scales::Groups { .. } => GroupKernel::of(codec, columns).is_some(),
+        }
+    }
+
+    fn prepare(&self, codec: &Codec, memory: u64) -> Result<()> {
+        for gpu in &self.gpus {
+            let free = gpu.free_memory().map_err(|fault| gpu.fault(fault))?;
+            if free < memory {
+                let why = Unusable::LittleMemory { name: gpu.name.clone(), free, needed: memory };
+                return Err(Error::NoDevice { device: format!("cuda:{}", gpu.ordinal), why: why.into() });
+            }
+        }
+        if !codec.is_blocks() {
+            // Compiled before anything is written.
+            self.gpus.iter().try_for_each(|gpu| gpu.groups().map(|_| ()).map_err(|fault| gpu.fault(fault)))?;
+        }
+        Ok(())
+    }
+
+    fn lane_len(&self, size: &LaneSize) -> u64 {
+        SlotSize::from(size).total()
+    }
+
+    fn open_lane(&self, device: usize, size: &LaneSize) -> Result<Box<dyn Lane>, super::Fault> {
+        let gpu = &self.gpus[device];
+        let slot = Slot::new(gpu, size.into()).map_err(|fault| gpu.fault(fault))?;
+        Ok(Box::new(slot))
+    }
+}
+
 /// A GPU that is ready to quantize.
-pub struct Gpu {
+struct Gpu {
     ordinal: usize,
     name: String,
     version: i32,
@@ -86,7 +155,7 @@ pub struct Gpu {
 
 /// Why there is no GPU to be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Unusable {
+enum Unusable {
     /// The driver's library can't be loaded.
     #[error("no NVIDIA driver is installed (libcuda.so.1 can't be loaded)")]
     NoDriver,
@@ -139,9 +208,19 @@ impl fmt::Display for Version {
     }
 }
 
-/// The number of GPUs; at least one.
-pub fn count() -> Result<usize, Unusable> {
-    start().map(|(_, count)| count)
+/// The first GPU that can be used and has so much memory free; or why the first can't.
+fn first_usable(needed: u64) -> Result<Arc<Gpu>, Unusable> {
+    let open = |ordinal| {
+        let gpu = Gpu::open(ordinal)?;
+        match gpu.free_memory()? {
+            free if free < needed => Err(Unusable::LittleMemory { name: gpu.name.clone(), free, needed }),
+            _ => Ok(gpu),
+        }
+    };
+    let (_, count) = start()?;
+    let mut all = (0..count).map(open);
+    let first = all.next().unwrap_or(Err(Unusable::NoGpu));
+    first.or_else(|why| all.find_map(Result::ok).ok_or(why))
 }
 
 /// Starts the driver; returns the CUDA version it serves, and how many GPUs there are.
@@ -169,7 +248,7 @@ impl Gpu {
     ///
     /// # Errors
     /// When there is no driver or GPU, or it can't be used.
-    pub fn open(ordinal: usize) -> Result<Arc<Gpu>, Unusable> {
+    fn open(ordinal: usize) -> Result<Arc<Gpu>, Unusable> {
         let (version, count) = start()?;
         if ordinal >= count {
             return Err(Unusable::NoSuchGpu { ordinal, count });
@@ -201,34 +280,21 @@ impl Gpu {
     }
 
     /// Bytes of its memory that are free.
-    pub fn free_memory(&self) -> Result<u64, Fault> {
+    fn free_memory(&self) -> Result<u64, Fault> {
         Ok(self.context.memory()?.0)
     }
 
-    /// Its name, for people.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// Its number.
-    pub fn ordinal(&self) -> usize {
-        self.ordinal
-    }
-
-    /// The CUDA version that its driver serves, for people.
-    pub fn cuda_version(&self) -> String {
-        Version(self.version).to_string()
+    /// A fault of this GPU.
+    fn fault(&self, fault: Fault) -> super::Fault {
+        let is_out_of_memory = fault.is_out_of_memory();
+        super::Fault { device: self.to_string(), why: fault.into(), is_out_of_memory }
     }
 
     fn quantize_function(&self, kernel: BlockKernel, dtype: FloatDtype) -> Function {
         of_dtype(&self.functions[kernel as usize], dtype)
     }
 
-    /// Has the driver compile the kernels for groups, unless it has; else the first group's quantizing does.
-    pub fn load_groups(&self) -> Result<(), Fault> {
-        self.groups().map(|_| ())
-    }
-
+    /// The kernels for groups, which the driver compiles unless it has.
     fn groups(&self) -> Result<&GroupModule, Fault> {
         if let Some(groups) = self.groups.get() {
             return Ok(groups);

@@ -1,37 +1,33 @@
-//! A place for one piece of work on a GPU: pinned buffers here, buffers there, and a stream between them.
+//! A lane on a GPU: pinned buffers here, buffers there, and a stream between them.
 
 use std::sync::Arc;
 
 use crate::backend::cuda::driver::{Argument, DeviceBuffer, Fault, Launch, PinnedBuffer, Stream};
 use crate::backend::cuda::groups::{GroupKernel, tensor_factor};
 use crate::backend::cuda::{BlockKernel, Gpu, THREADS, thread_blocks};
+use crate::backend::{self, Encoded, Lane, LaneSize, Run, row_len};
 use crate::dtype::FloatDtype;
-use crate::format::{BlockSize, Coding, NESTED_BLOCK_SIZE};
+use crate::format::{BlockSize, Coding, NESTED_BLOCK_SIZE, Scales};
 use crate::kernel::BlockErrors;
 
 /// Bytes of a slot's buffers, on the device and here alike.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SlotSize {
+#[derive(Clone, Copy)]
+pub(super) struct SlotSize {
     source: usize,
     results: usize,
 }
 
-impl SlotSize {
-    /// Room for `elements` weights of `element` bytes, in whole blocks; and for `nested` absmax, if that is more.
-    pub fn new(elements: usize, element: usize, block_size: BlockSize, nested: usize) -> SlotSize {
-        let blocks = elements.div_ceil(block_size.get());
+impl From<&LaneSize> for SlotSize {
+    fn from(size: &LaneSize) -> SlotSize {
+        let results = size.packed + size.groups * (4 * size_of::<f32>() + size.group_len);
         SlotSize {
-            source: (elements * element).max(nested * size_of::<f32>()),
-            results: (results_len(elements, blocks)).max(nested_len(nested)),
+            source: size.source.max(size.absmax * size_of::<f32>()),
+            results: results.max(nested_len(size.absmax)),
         }
     }
+}
 
-    /// Room for `source` bytes of weights that become `packed` bytes of codes, in no more than `groups` groups.
-    pub fn for_groups(source: usize, packed: usize, groups: usize) -> SlotSize {
-        // Four figures, the scale, and a zero point.
-        SlotSize { source, results: packed + groups * (5 * size_of::<f32>() + 1) }
-    }
-
+impl SlotSize {
     /// Bytes on the device, which are as many as here.
     pub fn total(self) -> u64 {
         (self.source + self.results) as u64
@@ -92,30 +88,9 @@ pub struct Slot {
     gpu: Arc<Gpu>,
 }
 
-/// What quantizing gave, in a slot's pinned memory.
-pub struct Quantized<'a> {
-    /// Two codes a byte.
-    pub packed: &'a [u8],
-    /// One figure a block. A block with a NaN or an infinity has such an absmax, and its other results mean nothing.
-    pub figures: BlockErrors<'a>,
-}
-
-/// What quantizing in groups gave, in a slot's pinned memory; see [`crate::kernel::group::Groups`].
-pub struct QuantizedGroups<'a> {
-    /// Codes.
-    pub packed: &'a [u8],
-    /// One scale a group, as stored.
-    pub scales: &'a [u8],
-    /// One zero point a group, where groups have them.
-    pub zero_points: &'a [u8],
-    /// One figure a group. A group with a NaN or an infinity has NaN for an absmax, and its other results mean nothing;
-    /// an infinite absmax is a scale that overflowed.
-    pub figures: BlockErrors<'a>,
-}
-
 impl Slot {
     /// A slot on `gpu`.
-    pub fn new(gpu: &Arc<Gpu>, size: SlotSize) -> Result<Slot, Fault> {
+    pub(super) fn new(gpu: &Arc<Gpu>, size: SlotSize) -> Result<Slot, Fault> {
         Ok(Slot {
             stream: Stream::new(&gpu.context)?,
             source: PinnedBuffer::new(&gpu.context, size.source)?,
@@ -126,36 +101,18 @@ impl Slot {
         })
     }
 
-    /// The GPU it is on.
-    pub fn gpu(&self) -> &Arc<Gpu> {
-        &self.gpu
-    }
-
-    /// Where the first `len` bytes of what is to be quantized go.
-    ///
-    /// # Panics
-    /// When the slot is smaller.
-    pub fn source(&mut self, len: usize) -> &mut [u8] {
-        &mut self.source.bytes()[..len]
-    }
-
-    /// Quantizes the first `elements` elements of [`Slot::source`]; as [`crate::kernel::Kernel::quantize`] does, but for
-    /// how it tells of what isn't finite.
-    ///
-    /// # Panics
-    /// When the slot is smaller.
-    pub fn quantize(
+    /// Quantizes blocks of weights. A block with a NaN or an infinity gets such an absmax, and its other results mean nothing.
+    fn blocks(
         &mut self,
-        elements: usize,
-        dtype: FloatDtype,
+        run: &Run<'_>,
         kernel: BlockKernel,
         block_size: BlockSize,
-    ) -> Result<Quantized<'_>, Fault> {
-        let blocks = elements.div_ceil(block_size.get());
+    ) -> Result<Option<Encoded<'_>>, Fault> {
+        let (elements, blocks) = (run.elements(), run.groups());
         let results = self.device_results.address();
         let figure = |i: usize| Argument::Address(results + (i * blocks * size_of::<f32>()) as u64);
         let launch = Launch {
-            function: self.gpu.quantize_function(kernel, dtype),
+            function: self.gpu.quantize_function(kernel, run.dtype),
             grid: thread_blocks(blocks),
             threads: THREADS,
             arguments: &[
@@ -170,34 +127,27 @@ impl Slot {
                 figure(3),
             ],
         };
-        let source = &self.source.bytes()[..elements * dtype.size()];
+        let source = &self.source.bytes()[run.place.clone()];
         let bytes = &mut self.results.bytes()[..results_len(elements, blocks)];
         // SAFETY: these are the parameters in kernels.cu. The kernel reads `elements` elements of the source and the
         // table; it writes four figures a block and then the codes, which together are as long as `bytes`.
         unsafe { self.stream.run((source, &mut self.device_source), &launch, (&self.device_results, bytes))? };
         let (figures, packed) = bytes.split_at_mut(blocks * 4 * size_of::<f32>());
-        Ok(Quantized { packed, figures: as_figures(figures) })
+        let figures = as_figures(figures);
+        let finite = figures.absmax.iter().all(|absmax| absmax.is_finite());
+        Ok(finite.then_some(Encoded { packed, scales: &[], zero_points: &[], figures }))
     }
 
-    /// Quantizes the first `elements` elements of [`Slot::source`], whole rows of `columns`; as
-    /// [`crate::kernel::Kernel::quantize_groups`] does, but for how it tells of what isn't finite.
-    ///
-    /// # Panics
-    /// When the slot is smaller.
-    pub fn quantize_groups(
-        &mut self,
-        kernel: GroupKernel,
-        elements: usize,
-        dtype: FloatDtype,
-        columns: usize,
-        coding: Coding,
-    ) -> Result<QuantizedGroups<'_>, Fault> {
-        let len = GroupResults::new(elements, dtype, columns, coding);
+    /// Quantizes groups of weights. A group with a NaN or an infinity gets NaN for an absmax, and its other results mean
+    /// nothing; an infinite absmax is a scale that overflowed.
+    fn groups(&mut self, run: &Run<'_>, kernel: GroupKernel) -> Result<Option<Encoded<'_>>, Fault> {
+        let (columns, coding) = (row_len(run.codec, run.columns), run.coding());
+        let len = GroupResults::new(run.elements(), run.dtype, columns, coding);
         let figures = self.device_results.address();
         let packed = figures + len.figures() as u64;
         let scales = packed + len.packed as u64;
         let launch = Launch {
-            function: self.gpu.groups()?.function(kernel, dtype),
+            function: self.gpu.groups()?.function(kernel, run.dtype),
             grid: kernel.thread_blocks(len.groups),
             threads: THREADS,
             arguments: &[
@@ -211,7 +161,7 @@ impl Slot {
                 Argument::Address(figures),
             ],
         };
-        let source = &self.source.bytes()[..elements * dtype.size()];
+        let source = &self.source.bytes()[run.place.clone()];
         let bytes = &mut self.results.bytes()[..len.len()];
         // SAFETY: these are the parameters in groups.cu. The kernel reads `groups` groups of the source; it writes what
         // `GroupResults` says, which together is as long as `bytes`.
@@ -219,14 +169,12 @@ impl Slot {
         let (figures, rest) = bytes.split_at_mut(len.figures());
         let (packed, rest) = rest.split_at(len.packed);
         let (scales, zero_points) = rest.split_at(len.scales);
-        Ok(QuantizedGroups { packed, scales, zero_points, figures: as_figures(figures) })
+        let figures = as_figures(figures);
+        let finite = !figures.absmax.iter().any(|absmax| absmax.is_nan());
+        Ok(finite.then_some(Encoded { packed, scales, zero_points, figures }))
     }
 
-    /// Quantizes `absmax` less `offset`; returns the codes and the nested absmax, as [`crate::kernel::block::nested::quantize`].
-    ///
-    /// # Panics
-    /// When the slot is smaller.
-    pub fn quantize_absmax(&mut self, absmax: &[f32], offset: f32) -> Result<(&[u8], &[f32]), Fault> {
+    fn absmax(&mut self, absmax: &[f32], offset: f32) -> Result<(&[u8], &[f32]), Fault> {
         let blocks = absmax.len().div_ceil(NESTED_BLOCK_SIZE);
         let source = &mut self.source.bytes()[..size_of_val(absmax)];
         for (bytes, x) in source.chunks_exact_mut(4).zip(absmax) {
@@ -252,6 +200,33 @@ impl Slot {
         unsafe { self.stream.run((source, &mut self.device_source), &launch, (&self.device_results, bytes))? };
         let (nested_absmax, codes) = bytes.split_at_mut(blocks * size_of::<f32>());
         Ok((codes, as_floats(nested_absmax)))
+    }
+}
+
+impl Lane for Slot {
+    fn source(&mut self, len: usize) -> &mut [u8] {
+        &mut self.source.bytes()[..len]
+    }
+
+    fn quantize(&mut self, run: &Run<'_>) -> Result<Option<Encoded<'_>>, backend::Fault> {
+        let gpu = self.gpu.clone();
+        let no_kernel = || backend::Fault {
+            device: gpu.to_string(),
+            why: format!("there is no kernel for {}", run.codec.format.name).into(),
+            is_out_of_memory: false,
+        };
+        let encoded = match run.codec.scales {
+            Scales::Blocks { codebook, size, .. } => {
+                self.blocks(run, BlockKernel::new(codebook).ok_or_else(no_kernel)?, size)
+            }
+            Scales::Groups { .. } => self.groups(run, GroupKernel::of(run.codec, run.columns).ok_or_else(no_kernel)?),
+        };
+        encoded.map_err(|fault| gpu.fault(fault))
+    }
+
+    fn quantize_absmax(&mut self, absmax: &[f32], offset: f32) -> Result<(&[u8], &[f32]), backend::Fault> {
+        let gpu = self.gpu.clone();
+        self.absmax(absmax, offset).map_err(|fault| gpu.fault(fault))
     }
 }
 
@@ -289,7 +264,9 @@ mod tests {
             for dtype in [FloatDtype::Bfloat16, FloatDtype::Float32] {
                 let elements = 3 * columns;
                 let packed = 3 * coding.packed_row(columns);
-                let size = SlotSize::for_groups(elements * dtype.size(), packed, elements / group);
+                let group_len = coding.scale_size(dtype) + 1;
+                let (source, groups) = (elements * dtype.size(), elements / group);
+                let size = SlotSize::from(&LaneSize { source, packed, groups, group_len, absmax: 0 });
                 let needed = GroupResults::new(elements, dtype, columns, coding).len();
                 assert!(needed <= size.results, "{columns} {coding:?}: {needed} of {}", size.results);
             }

@@ -6,7 +6,6 @@
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub mod scalar;
-#[cfg(target_arch = "x86_64")]
 mod vector;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -72,6 +71,7 @@ impl Kernel {
     pub fn absmax(self, source: &[u8], dtype: FloatDtype) -> Result<f32, NonFinite> {
         match self.0 {
             Isa::Scalar => scalar::absmax(source, dtype),
+            Isa::Portable => vector::absmax(source, dtype),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => x86::absmax_avx2(source, dtype),
             #[cfg(target_arch = "x86_64")]
@@ -90,6 +90,7 @@ impl Kernel {
         groups.check_lengths();
         match self.0 {
             Isa::Scalar => scalar::quantize(groups),
+            Isa::Portable => vector::quantize(groups),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => x86::quantize_avx2(groups),
             #[cfg(target_arch = "x86_64")]

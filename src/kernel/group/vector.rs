@@ -1,6 +1,6 @@
 //! [`super::scalar`]'s arithmetic on arrays of 32 elements, in loops that compilers turn into vector instructions. The
-//! copies that are made for AVX2 and AVX-512 differ in nothing but the instructions. (bf16 has code of its own with AVX-512:
-//! [`super::avx512`].)
+//! copies that are made for AVX2, AVX-512 and what every processor of an architecture has (NEON, say) differ in nothing
+//! but the instructions. (bf16 has code of its own with AVX-512, in avx512/.)
 //!
 //! Groups are whole arrays, or one half (NVFP4's 16 columns); others are left to scalar.rs.
 

@@ -74,7 +74,7 @@ fn compare(conversion: &Conversion, checkpoint: &Checkpoint, options: Options<'_
 /// Converts into `outputs`.
 pub fn execute(conversion: &Conversion, outputs: &dyn Outputs, options: Options<'_>) -> Result<pipeline::Outcome> {
     let means = ExecutionContext {
-        device: &conversion.options.device,
+        device: &*conversion.options.device,
         budget: conversion.budget,
         hash_source: conversion.options.hash_source,
         interrupt: options.interrupt,
