@@ -23,8 +23,10 @@ pub fn compared() -> impl Iterator<Item = &'static str> {
 const GATE_UP: &[&str] = &["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"];
 const DOWN: &[&str] = &["mlp.experts.*.down_proj.weight"];
 
-const SPLIT: &str = "cut into several Linears when the model is loaded, which a 4-bit tensor can't be: kept";
-const CONV1D: &str = "Conv1D stores [in, out] and 4-bit modules store [out, in]: kept, as it isn't transposed here";
+const SPLIT: &str =
+    "split into several Linears when the model is loaded, which a 4-bit tensor can't be: kept in its dtype";
+const CONV1D: &str =
+    "Conv1D stores [in, out], 4-bit modules [out, in], and prequant doesn't transpose it: kept in its dtype";
 
 /// A family that isn't here is fully told by names and shapes, and has no experts that can be fused or taken apart.
 pub const FAMILIES: &[Family] = &[
@@ -252,7 +254,7 @@ pub const FAMILIES: &[Family] = &[
         model_types: &["falcon"],
         exceptions: &[not_exactly_linear(
             ".h.",
-            "FalconLinear, a subclass: transformers makes 4-bit modules of exact nn.Linear only, so kept",
+            "FalconLinear: transformers makes 4-bit modules of nn.Linear itself only, not of subclasses; kept in its dtype",
         )],
         ..PLAIN
     },
@@ -272,7 +274,7 @@ pub const FAMILIES: &[Family] = &[
         exceptions: &[keep(
             ".shared_transformer.",
             Role::Linear,
-            "tied between layers, which transformers' defaults keep out of 4-bit",
+            "tied between layers: transformers doesn't make it 4-bit by default",
         )],
         off_disk: &["lm_head", r"model\.layers\.\d+\.shared_transformer"],
         ..PLAIN
@@ -317,7 +319,7 @@ pub const FAMILIES: &[Family] = &[
         exceptions: &[keep(
             ".text_projection.",
             Role::OutputHead,
-            "projects into the shared space and is the model's last parameter, which transformers' defaults keep",
+            "the model's last parameter, which transformers doesn't make 4-bit by default",
         )],
         ..PLAIN
     },

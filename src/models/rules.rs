@@ -68,7 +68,7 @@ impl Rules {
     /// Decides about the tensor called `name`, with the shape that the source's header gives.
     pub fn classify(&self, name: &str, shape: &[u64]) -> Verdict {
         if shape.contains(&0) {
-            return Verdict::keep(Role::Unknown, false, "has no element: nothing to quantize");
+            return Verdict::keep(Role::Unknown, false, "has no elements: nothing to quantize");
         }
         match name.strip_suffix(".weight") {
             Some(module) => self.weight(module, shape.len()),
@@ -95,7 +95,7 @@ impl Rules {
     fn weight(&self, module: &str, rank: usize) -> Verdict {
         let name = ModuleName::new(module);
         if name.owner.is_empty() {
-            return Verdict::keep(Role::Unknown, false, "no module's name to tell by: kept in its dtype");
+            return Verdict::keep(Role::Unknown, false, "no module name to go by: kept in its dtype");
         }
         if name.is_norm() {
             return Verdict::keep(Role::Norm, false, "norm: kept in its dtype");
@@ -127,7 +127,11 @@ impl Rules {
     /// A 2-D `weight`, by the names of its module and the modules around it.
     fn matrix(&self, name: &ModuleName) -> Verdict {
         if name.is_shared_expert_gate() {
-            return Verdict::keep(Role::SharedExpertGate, true, "shared expert's gate: too small to gain, kept");
+            return Verdict::keep(
+                Role::SharedExpertGate,
+                true,
+                "shared expert gate: too small to be worth it, kept in its dtype",
+            );
         }
         if name.is_router() {
             return Verdict::keep(Role::Router, true, "router: decides which experts run, kept in its dtype");
@@ -142,14 +146,15 @@ impl Rules {
             return Verdict::keep(Role::Embedding, !self.compared, "embedding: kept in its dtype");
         }
         if name.is_convolution() {
-            return Verdict::keep(Role::Convolution, !self.compared, "convolution, by its name: kept in its dtype");
+            return Verdict::keep(Role::Convolution, !self.compared, "named like a convolution: kept in its dtype");
         }
         self.linear(name)
     }
 
     fn linear(&self, name: &ModuleName) -> Verdict {
         if name.is_attention_of_torch() {
-            let reason = "output of nn.MultiheadAttention, which reads the weight itself: kept in its dtype";
+            let reason =
+                "output projection of nn.MultiheadAttention, which reads the weight directly: kept in its dtype";
             return Verdict::keep(Role::Linear, false, reason);
         }
         if name.is_kept_by_transformers() {
@@ -157,21 +162,19 @@ impl Rules {
             return Verdict::keep(Role::Linear, true, reason);
         }
         if !self.has_model_type && name.may_be_conv1d() {
-            let reason = "GPT-2's name: may be a Conv1D, which stores [in, out]; kept, as no config.json tells";
+            let reason = "may be GPT-2's Conv1D, which stores [in, out]; kept, as there is no config.json to tell";
             return Verdict::keep(Role::Conv1d, true, reason);
         }
         if name.has("experts") {
-            return Verdict::quantize(Role::ExpertLinear, false, "matrix of one expert");
+            return Verdict::quantize(Role::ExpertLinear, false, "one expert's matrix");
         }
         if name.is_multi_token_prediction() {
-            let reason = "2-D weight of a Linear of the multi-token prediction layer, which plain transformers skips";
+            let reason = "2-D weight of a Linear in the multi-token prediction layer, which transformers doesn't load";
             return Verdict::quantize(Role::Linear, true, reason);
         }
         let reason = match self.compared {
             true => "2-D weight of a Linear",
-            false => {
-                "2-D weight, by its name and shape of a Linear: this architecture wasn't compared with transformers"
-            }
+            false => "2-D weight named like a Linear's; this architecture hasn't been compared with transformers",
         };
         Verdict::quantize(Role::Linear, true, reason)
     }
@@ -187,7 +190,7 @@ fn is_stacked(module: &str) -> bool {
 }
 
 fn fused_experts() -> Verdict {
-    Verdict::quantize(Role::FusedExperts, false, "matrices of all experts of the layer, 3-D")
+    Verdict::quantize(Role::FusedExperts, false, "3-D weight of all experts in the layer")
 }
 
 /// A tensor that isn't a module's `weight`: a bias, a bare parameter, a buffer.
@@ -196,11 +199,11 @@ fn bare_tensor(name: &str, rank: usize) -> Verdict {
     let name = ModuleName::new(module);
     let is_bias = leaf.ends_with("bias");
     match (name.has("experts"), is_bias) {
-        (true, true) => Verdict::keep(Role::ExpertBias, false, "bias of experts: kept in its dtype"),
+        (true, true) => Verdict::keep(Role::ExpertBias, false, "expert bias: kept in its dtype"),
         (true, false) if rank == 3 && is_fused_projection(leaf) => fused_experts(),
         (_, true) => Verdict::keep(Role::Bias, false, "bias: kept in its dtype"),
         _ if rank <= 1 => Verdict::keep(Role::OneDimensional, false, "has one dimension: kept in its dtype"),
-        _ => Verdict::keep(Role::Buffer, false, "bare parameter or buffer, no Linear's weight: kept in its dtype"),
+        _ => Verdict::keep(Role::Buffer, false, "parameter or buffer, not the weight of a Linear: kept in its dtype"),
     }
 }
 

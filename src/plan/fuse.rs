@@ -132,7 +132,7 @@ impl Group<'_> {
             read,
             role: Role::FusedExperts,
             decision: first.decision,
-            reason: "matrices of all experts of the layer, 3-D".into(),
+            reason: "3-D weight of all experts in the layer".into(),
             outputs: Vec::new(),
         })
     }

@@ -1,4 +1,4 @@
-//! Linears that clients put together when they load them: these must be quantized alike, and share NVFP4's global scale.
+//! Linears that clients merge when they load them must be quantized alike, and share NVFP4's global scale.
 
 use std::collections::HashMap;
 
@@ -34,7 +34,7 @@ pub fn scale_sets(tensors: &[PlannedTensor]) -> Vec<Vec<usize>> {
     sets
 }
 
-/// What is to be known before vLLM is given the checkpoint.
+/// What vLLM can't load of the checkpoint.
 pub fn warnings(recipe: &Recipe, model_types: &[&str], tensors: &[PlannedTensor]) -> Vec<String> {
     let codec = recipe.codec();
     if codec.is_blocks() {
@@ -45,11 +45,12 @@ pub fn warnings(recipe: &Recipe, model_types: &[&str], tensors: &[PlannedTensor]
     if families(model_types).any(|family| family.gpt_oss_layout)
         && tensors.iter().any(|t| quantized(t) && t.role == Role::ExpertLinear)
     {
-        let text = "vLLM (0.33) doesn't read a gpt_oss model's experts one by one; --format mxfp4 --layout gpt-oss is what it reads";
+        let text =
+            "vLLM (0.33) can't load one tensor per expert of a gpt_oss model; use --format mxfp4 --layout gpt-oss";
         warnings.push(text.to_owned());
     }
     if tensors.iter().any(|tensor| quantized(tensor) && tensor.role == Role::OutputHead) {
-        warnings.push("an output head is quantized: vLLM takes none in this layout".to_owned());
+        warnings.push("an output head is quantized, which vLLM can't load in this layout".to_owned());
     }
     warnings
 }
@@ -57,7 +58,7 @@ pub fn warnings(recipe: &Recipe, model_types: &[&str], tensors: &[PlannedTensor]
 /// In place of last names: the experts of a layer, which are loaded as one.
 const ALL_EXPERTS: &[&str] = &["experts"];
 
-/// The first weight that is kept among others, put together with it, that are quantized: of a layer's experts all are.
+/// The first weight that is kept while others that are merged with it, or other experts of its layer, are quantized.
 fn mixed(tensors: &[PlannedTensor]) -> Option<&PlannedTensor> {
     let mut found: HashMap<Merged, (bool, Option<&PlannedTensor>)> = HashMap::new();
     for tensor in tensors.iter().filter(|tensor| matches!(tensor.role, Role::Linear | Role::ExpertLinear)) {
@@ -77,10 +78,9 @@ fn mix_warning(codec: &Codec, kept: &PlannedTensor) -> String {
     let (name, dtype, columns) = (&kept.name, kept.dtype, kept.columns());
     let by_columns = codec.format.sharing == Sharing::Groups && !columns.is_multiple_of(codec.block_len(columns));
     let smaller = [64, 32].into_iter().find(|size| by_columns && columns.is_multiple_of(*size));
-    let hint = smaller.map_or(String::new(), |size| format!("; --group-size {size} takes it too"));
-    format!(
-        "{name:?} stays in {dtype} ({}), and others that vLLM puts together with it, or experts of its layer, are quantized: \
-         vLLM doesn't read such a mix{hint}",
-        kept.reason
-    )
+    let hint = smaller.map_or(String::new(), |size| format!(". Use --group-size {size}"));
+    let others =
+        if kept.role == Role::ExpertLinear { "other experts of its layer" } else { "Linears that vLLM merges with it" };
+    let reason = kept.reason.strip_suffix(": kept in its dtype").unwrap_or(&kept.reason);
+    format!("{name:?} stays {dtype} ({reason}) while {others} are quantized; vLLM can't load such a layer{hint}")
 }

@@ -194,7 +194,7 @@ fn a_dry_run_shows_each_decision_with_its_reason_and_writes_nothing() {
     let run = folder.convert(&["--dry-run", "--exclude", "q_proj"]).ok();
     let line = |name: &str| run.stdout.lines().find(|line| line.contains(name)).unwrap().to_owned();
     for (name, decision, reason) in [
-        ("experts.0.up_proj", "nf4 ", "matrix of one expert"),
+        ("experts.0.up_proj", "nf4 ", "one expert's matrix"),
         ("mlp.gate.", "keep", "router"),
         ("q_proj", "keep", "--exclude 'q_proj'"),
         (HEAD, "keep", "output head"),

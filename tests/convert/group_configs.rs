@@ -55,7 +55,7 @@ fn config_json_lists_exactly_the_linears_that_are_kept() {
         let of = |record: &&Value| record["sources"][0]["name"] == format!("{name}.weight");
         manifest["tensors"].as_array().unwrap().iter().find(of).unwrap().clone()
     };
-    assert_eq!(record(&odd)["reason"], "its 72 columns aren't whole groups of 128: kept in its dtype");
+    assert_eq!(record(&odd)["reason"], "72 columns aren't a multiple of group size 128: kept in its dtype");
     assert_eq!(manifest["recipe"]["group_size"], 128);
     assert!(!folder.destination().join("README.md").exists());
 }
