@@ -5,10 +5,9 @@ use super::scheduler::Done;
 use crate::backend::Encoded;
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Result};
-use crate::format::{Codec, NESTED_BLOCK_SIZE, Scales, dynamic_map};
+use crate::format::{Codec, NESTED_BLOCK_SIZE, dynamic_map};
 use crate::kernel::block::nested;
-use crate::layout::compressed_tensors::pack_zero_points;
-use crate::layout::{OutputKind, QuantState, ZERO_POINT_ROWS, quant_state_bytes, shape_bytes};
+use crate::layout::{NestedRun, QuantizedRun, Weight};
 use crate::plan::PlannedTensor;
 use crate::stats::{AbsmaxAccumulator, StatsAccumulator};
 
@@ -26,10 +25,11 @@ impl Results<'_, '_, '_> {
     /// A run that starts at an element: codes, scales and what is known without the weights.
     pub fn quantized(&mut self, first: u64, tensor_scale: Option<f32>, encoded: &Encoded<'_>) -> Result<Done> {
         let Encoded { packed, scales, zero_points, figures, .. } = encoded;
+        let weight = Weight { codec: self.codec, dtype: self.dtype, shape: &self.tensor.shape };
         let run = QuantizedRun { first, packed, scales, absmax: figures.absmax, zero_points, tensor_scale };
         for output in &self.tensor.outputs {
             let Some(kind) = output.kind else { continue };
-            if let Some((at, bytes)) = self.weight().encode(kind, &run, self.bytes)? {
+            if let Some((at, bytes)) = weight.encode(kind, &run, self.bytes)? {
                 self.files.write(bytes, output.offset + at)?;
             }
         }
@@ -55,10 +55,13 @@ impl Results<'_, '_, '_> {
                 "absmax of tensor {name:?} were to be quantized, by a recipe that doesn't"
             )));
         }
-        self.files.write(codes, self.offset(OutputKind::Absmax) + first as u64)?;
-        self.floats(nested_absmax, OutputKind::NestedAbsmax, (first / NESTED_BLOCK_SIZE) as u64)?;
-        if first == 0 {
-            self.quant_state(offset)?;
+        let weight = Weight { codec: self.codec, dtype: self.dtype, shape: &self.tensor.shape };
+        let run = NestedRun { first, codes, nested_absmax, offset };
+        for output in &self.tensor.outputs {
+            let Some(kind) = output.kind else { continue };
+            if let Some((at, bytes)) = weight.encode_nested(kind, &run, self.bytes) {
+                self.files.write(bytes, output.offset + at)?;
+            }
         }
         let map = dynamic_map();
         let mut error = AbsmaxAccumulator::default();
@@ -68,21 +71,5 @@ impl Results<'_, '_, '_> {
             error.add(absmax.iter().copied().zip(restored));
         }
         Ok(Done::Nested(error))
-    }
-
-    fn quant_state(&self, nested_offset: f32) -> Result<()> {
-        let state = QuantState { codec: self.codec, dtype: self.dtype, shape: &self.tensor.shape, nested_offset };
-        self.files.write(&quant_state_bytes(&state), self.offset(OutputKind::QuantState))
-    }
-
-    /// Puts `values` from entry `first` of an output on.
-    fn floats(&mut self, values: &[f32], kind: OutputKind, first: u64) -> Result<()> {
-        self.bytes.clear();
-        self.bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
-        self.files.write(self.bytes, self.offset(kind) + first * size_of::<f32>() as u64)
-    }
-
-    fn offset(&self, kind: OutputKind) -> u64 {
-        self.tensor.output(kind).offset
     }
 }
