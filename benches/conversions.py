@@ -2,6 +2,7 @@
 hashing with sha256sum.
 
     scripts/bench [--size 1GB] [--runs 5] [--no-bnb] [--no-llmc] [--check] [--synced-copy] [--out FILE]
+    scripts/bench --baseline PROGRAM [--runs 15]
 
 Makes target/bench/experts-SIZE once: bf16 expert matrices under Qwen3-MoE's names, 318 for 1 GB, in 4 shards. Both
 their sides are multiples of 128, which the group formats ask for. Then runs `cp -r` and prequant (nf4, nf4 with
@@ -9,6 +10,7 @@ double quantization, fp4 and the group formats) in turn, as often as --runs says
 and llm-compressor's model_free_ptq for each group format (--llmc-runs). Before each run the source is read into the
 page cache, the last output is deleted and the disk is left to settle. Prints tables of medians and ratios; --out
 writes them to a file too. --check fails where a group format misses the bars against llm-compressor.
+With --baseline, times nobody but another build of prequant: pairs of runs in turn, and the median of their ratios.
 
 GB/s are bf16 bytes of the source per second (1 GB = 10^9 bytes). Peak RSS is the kernel's figure for the process,
 mapped file pages included, and counts this script's own 18 MiB or so from before it starts the process. Needs Python
@@ -79,7 +81,6 @@ class Contender:
 def main() -> None:
     """Makes the source, runs everybody in turn, prints the table."""
     arguments = parse_arguments()
-    contenders, slow, peers = contenders_of(arguments)
     source = BENCH / f"experts-{arguments.size}"
     if not (source / "config.json").exists():
         # In a process of its own: a child's peak RSS starts at that of the process it is forked from.
@@ -90,7 +91,11 @@ def main() -> None:
         if maker.exitcode:
             sys.exit("could not make the source checkpoint")
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    if arguments.baseline:
+        write(against_baseline(arguments, source), arguments.out)
+        return
 
+    contenders, slow, peers = contenders_of(arguments)
     rounds = [(number, each) for number in range(arguments.runs) for each in contenders]
     rounds += [(number, each) for number in range(arguments.bnb_runs) for each in slow]
     rounds += [(number, each) for number in range(arguments.llmc_runs) for each in peers]
@@ -105,12 +110,43 @@ def main() -> None:
     if peers:
         table, missed = against_peers(contenders, peers, arguments)
         tables.append(table)
-    text = "\n\n".join([*tables, verifying(arguments)])
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+    write("\n\n".join([*tables, verifying(arguments)]), arguments.out)
     if missed and arguments.check:
         sys.exit("missed: " + "; ".join(missed))
+
+
+def write(text: str, out: Path | None) -> None:
+    """To standard output, and to the file if there is one."""
+    print(text)
+    if out:
+        out.write_text(text + "\n")
+
+
+def against_baseline(arguments: argparse.Namespace, source: Path) -> str:
+    """Every recipe with two builds in turn, and how much longer this one takes: medians over pairs."""
+    lines = [
+        f"Next to {arguments.baseline.name}: medians of {arguments.runs} pairs of runs",
+        machine(),
+        "",
+        "| | its wall s | wall s | ratio of a pair, median | its processor s | processor s | ratio |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for options in [["nf4"], ["nf4", "--double-quant"], ["fp4"], *([name] for name in GROUP_FORMATS)]:
+        words = ["convert", str(source), "DST", "--quiet", "--format", *options]
+        pair = [Contender(name, [str(each.resolve()), *words]) for name, each in (("its", arguments.baseline), ("ours", arguments.prequant))]
+        for number in range(arguments.runs):
+            for contender in pair if number % 2 else reversed(pair):  # neither always comes first
+                settle(source)
+                contender.run(BENCH / "output")
+        its, ours = pair
+        figures = []
+        for before, after in ((its.seconds, ours.seconds), (its.processor, ours.processor)):
+            ratio = statistics.median(b / a for a, b in zip(before, after, strict=True))
+            figures.append(f"{statistics.median(before):.3f} | {statistics.median(after):.3f} | {ratio:.3f}")
+        lines.append(f"| {' '.join(options)} | {' | '.join(figures)} |")
+        print(lines[-1], file=sys.stderr)
+    shutil.rmtree(BENCH / "output", ignore_errors=True)
+    return "\n".join(lines)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -125,6 +161,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="fail if a bar against llm-compressor is missed")
     parser.add_argument("--synced-copy", action="store_true", help="also time cp -r followed by sync of its files")
     parser.add_argument("--prequant", type=Path, help="the binary to time; default: build this checkout's")
+    parser.add_argument("--baseline", type=Path, help="another build of prequant: time it and this one in pairs, and nobody else")
     parser.add_argument("--out", type=Path, help="write the table to this file too")
     arguments = parser.parse_args()
     if arguments.runs < 1:

@@ -9,9 +9,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::format::{Codec, FormatSpec};
 use crate::layout::{OutputKind, OutputTensor, Stored, StoredFormat, StoredWeight};
 use crate::manifest::{DecisionRecord, Manifest, OutputRecord, TensorRecord};
-use crate::plan::MAX_EXPERTS;
-use crate::plan::input::{Input, as_stored, decoded, model_dtype};
-use crate::read::{Decode, Nested, Read, Span, Tensors};
+use crate::read::{Decode, Input, MAX_EXPERTS, Nested, Read, Span, Tensors};
 use crate::store::{ReadAt, read_exact_at};
 
 /// A checkpoint that prequant converted: its files hold the tensors that its manifest lists, and no others.
@@ -73,19 +71,19 @@ impl<'a> Converted<'a> {
         let first = record.outputs.first().ok_or_else(|| self.malformed("a tensor without outputs".to_owned()))?;
         let (codes, info) = self.tensor(&first.name)?;
         if record.decision == DecisionRecord::Keep {
-            return Ok(as_stored(info, codes));
+            return Ok(Input::as_stored(info, codes));
         }
         let suffix = self.codec.suffix(OutputKind::Packed).unwrap_or_default();
         let name = first.name.strip_suffix(&*suffix);
         let name = name.ok_or_else(|| self.malformed(format!("{:?} doesn't end in {suffix:?}", first.name)))?;
-        let (codec, model) = (self.codec, model_dtype(self.source.config.as_ref()));
+        let (codec, model) = (self.codec, self.source.model_dtype());
         let mut weight = Weight { name, tensors: codec.tensors(), converted: self };
         let stored = codec.read(&mut weight, model)?;
         let read = weight.decode(&stored)?;
         if stored.transposed && stored.shape[0] > MAX_EXPERTS {
             return Err(weight.malformed(format!("{} experts, expected {MAX_EXPERTS} at most", stored.shape[0])));
         }
-        let input = decoded(name.to_owned(), stored.shape, stored.dtype, read);
+        let input = Input::decoded(name.to_owned(), stored.shape, stored.dtype, read);
         Ok(if stored.transposed { input.transposed() } else { input })
     }
 

@@ -1,5 +1,5 @@
-//! The documentation: every relative link leads to a file that exists, and to a heading that it has; README stays short; formats
-//! are those that there are.
+//! The documentation is true: every relative link leads to a file that exists, and to a heading that it has; README stays
+//! short; formats are those that there are; imports point down the table of rooms in docs/architecture.md.
 
 use std::collections::HashSet;
 use std::fs;
@@ -53,6 +53,59 @@ fn links_lead_to_files_and_headings_that_exist() {
     }
     assert!(links > 20, "only {links} links found");
     assert!(broken.is_empty(), "links that lead nowhere:\n{}", broken.join("\n"));
+}
+
+#[test]
+fn imports_point_down_the_table_of_rooms() {
+    let page = fs::read_to_string(root().join("docs/architecture.md")).unwrap();
+    // What is in a row stands in its first column, as code.
+    let rows: Vec<Vec<&str>> = page
+        .lines()
+        .skip_while(|line| !line.starts_with("| room |"))
+        .skip(2)
+        .map_while(|line| line.strip_prefix("| "))
+        .map(|row| row.split(" | ").next().unwrap().split('`').skip(1).step_by(2).map(room).collect())
+        .collect();
+    assert!(rows.len() > 10, "{rows:?}");
+    let row_of = |room: &str| rows.iter().position(|row| row.contains(&room));
+    let (mut imports, mut wrong) = (0, Vec::new());
+    for file in source_files(&root().join("src")) {
+        let name = file.strip_prefix(root().join("src")).unwrap().display().to_string();
+        let own = room(&name).to_owned();
+        if own == "lib" {
+            continue;
+        }
+        let Some(row) = row_of(&own) else { panic!("src/{name}: its room isn't in docs/architecture.md's table") };
+        for used in imported_rooms(&fs::read_to_string(&file).unwrap()) {
+            imports += 1;
+            if used != own && row_of(&used).is_none_or(|below| below <= row) {
+                wrong.push(format!("src/{name} imports crate::{used}"));
+            }
+        }
+    }
+    assert!(imports > 100, "only {imports} imports found");
+    assert!(wrong.is_empty(), "imports that point up, or to the side:\n{}", wrong.join("\n"));
+}
+
+/// `ops` of `ops/verify/mod.rs`, `error` of `error.rs`.
+fn room(path: &str) -> &str {
+    path.split('/').next().unwrap().trim_end_matches(".rs")
+}
+
+fn source_files(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let files = entries.flat_map(|path| if path.is_dir() { source_files(&path) } else { vec![path] });
+    files.filter(|path| path.extension().is_some_and(|extension| extension == "rs")).collect()
+}
+
+/// The rooms that a file's code takes something from; its comments and its tests may name any.
+fn imported_rooms(text: &str) -> Vec<String> {
+    let code =
+        text.split("#[cfg(test)]\nmod tests {").next().unwrap().lines().filter(|line| !line.trim().starts_with("//"));
+    let code = code.collect::<Vec<_>>().join("\n");
+    let paths = code.split("crate::").skip(1);
+    let names = paths.map(|path| path.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap().to_owned());
+    names.map(|name| if ["Error", "Result"].contains(&&*name) { "error".to_owned() } else { name }).collect()
 }
 
 fn root() -> &'static Path {

@@ -6,6 +6,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
+use crate::dtype::FloatDtype;
 use crate::error::{Error, IoContext, Result};
 use crate::store::{Location, Sha256Hash};
 
@@ -59,6 +60,15 @@ impl Config {
             }
         }
         types
+    }
+
+    /// The dtype of the model's weights, `dtype` or `torch_dtype`, if it is one of those that are quantized.
+    pub fn dtype(&self) -> Option<FloatDtype> {
+        let of = |values: &Map<String, Value>| {
+            let name = ["dtype", "torch_dtype"].iter().find_map(|key| values.get(*key)?.as_str())?;
+            FloatDtype::from_torch_name(name)
+        };
+        of(&self.values).or_else(|| of(self.values.get("text_config")?.as_object()?))
     }
 
     /// The text with each value at its key, in place of what was there. All other values keep their spelling, and the keys

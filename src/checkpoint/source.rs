@@ -8,6 +8,7 @@ use std::thread;
 use super::index::Index;
 use super::side_files::{self, SideFile};
 use super::{CONFIG_NAME, Config, Header, INDEX_NAME, MANIFEST_NAME, TensorInfo};
+use crate::dtype::FloatDtype;
 use crate::error::{Error, IoContext, Result};
 use crate::store::{Identity, Kind, Location, ReadAt, Reader, Sha256Hash};
 
@@ -43,6 +44,11 @@ pub struct SourceFile {
 }
 
 impl Source {
+    /// The dtype that quantized weights are decoded to where they don't say: the model's, or bf16, as transformers does.
+    pub fn model_dtype(&self) -> FloatDtype {
+        self.config.as_ref().and_then(Config::dtype).unwrap_or(FloatDtype::Bfloat16)
+    }
+
     /// Opens a checkpoint's folder, or a single safetensors file; quantized or not.
     ///
     /// # Errors

@@ -14,7 +14,7 @@ use prequant::ops::recipe_of;
 use prequant::recipe::{ExpertLayout, NonFinitePolicy, Recipe, RecipeOptions};
 use prequant::units::Bytes;
 
-use super::output::{self, Outcome};
+use super::output::{self, Audience, Outcome};
 use super::progress::{Reporter, Style};
 use super::{device, dry_run, hints, interrupt, summary};
 
@@ -209,15 +209,6 @@ impl Arguments {
 /// Runs the command.
 pub fn run(arguments: &Arguments) -> ExitCode {
     output::finish(convert(arguments), arguments.json)
-}
-
-/// To whom a report is addressed.
-#[derive(Clone, Copy)]
-pub enum Audience {
-    People,
-    Machines,
-    /// `--quiet`.
-    Nobody,
 }
 
 fn convert(arguments: &Arguments) -> Result<Outcome, Error> {

@@ -10,9 +10,8 @@ use prequant::plan::{Plan, PlannedTensor};
 use prequant::units::Bytes;
 use serde_json::{Value, json};
 
-use super::convert::Audience;
 use super::hints;
-use super::output::{Outcome, error_json};
+use super::output::{Audience, Outcome, error_json};
 use super::summary::format_name;
 use super::words::count;
 

@@ -9,6 +9,15 @@ use serde_json::{Value, json};
 
 use super::{hints, interrupt};
 
+/// To whom a report is addressed.
+#[derive(Clone, Copy)]
+pub enum Audience {
+    People,
+    Machines,
+    /// `--quiet`.
+    Nobody,
+}
+
 /// What a command that came to its end has to say.
 pub struct Outcome {
     /// For standard output.

@@ -12,9 +12,8 @@ use prequant::stats::Statistics;
 use prequant::units::Bytes;
 use serde_json::{Value, json};
 
-use super::convert::Audience;
 use super::hints;
-use super::output::Outcome;
+use super::output::{Audience, Outcome};
 use super::words::{count, rate};
 
 /// A conversion that has come to its end.

@@ -2,6 +2,7 @@
 
 pub mod bitsandbytes;
 pub mod compressed_tensors;
+mod encode;
 pub mod gpt_oss;
 pub mod modelopt;
 mod output;
@@ -19,6 +20,7 @@ use crate::format::{Codec, Layout};
 
 pub use bitsandbytes::{ParsedQuantState, QuantState, quant_state_bytes, quant_state_len};
 pub use compressed_tensors::{ZERO_POINT_ROWS, shape_bytes};
+pub use encode::{NestedRun, QuantizedRun, Weight};
 pub use output::{OutputDtype, OutputKind, OutputTensor};
 pub use reader::{Stored, StoredWeight};
 pub use recognize::{FP8_METHOD, MXFP4_METHOD, SourceQuantization};

@@ -12,8 +12,8 @@ use crate::error::{Error, Result};
 use crate::manifest::Manifest;
 use crate::ops::quantize::{Conversion, Options};
 use crate::ops::relayout;
-use crate::plan::input::Input;
 use crate::plan::{Plan, split};
+use crate::read::Input;
 use crate::recipe::Recipe;
 use crate::store::Location;
 

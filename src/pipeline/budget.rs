@@ -1,15 +1,17 @@
 //! How much memory a plan takes, and how it is shared out.
 
-use super::scheduler::NESTED_CHUNK;
 use crate::backend::{Backend, Devices, LaneSize};
 use crate::error::{Error, Hint, Result};
-use crate::format::{BlockSize, Scales};
+use crate::format::{BlockSize, NESTED_BLOCK_SIZE, Scales};
 use crate::plan::{Plan, PlannedTensor};
 use crate::stats::GROUP;
 
 /// Every run of this many elements is whole blocks, and whole groups of blocks for the statistics; of formats with groups
 /// too, unless a chunk is whole rows.
 const CHUNK_STEP: usize = BlockSize::MAX * GROUP;
+
+/// Entries of absmax that are quantized at once: whole nested blocks.
+pub const NESTED_CHUNK: usize = 256 * NESTED_BLOCK_SIZE;
 
 /// The most elements in a chunk: 4 MiB of bf16. Fewer and larger writes cost the file system less, more than the cache
 /// that they miss.

@@ -5,10 +5,9 @@ use super::scheduler::Done;
 use crate::backend::Encoded;
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Result};
-use crate::format::{Codec, NESTED_BLOCK_SIZE, Scales, dynamic_map};
+use crate::format::{Codec, NESTED_BLOCK_SIZE, dynamic_map};
 use crate::kernel::block::nested;
-use crate::layout::compressed_tensors::pack_zero_points;
-use crate::layout::{OutputKind, QuantState, ZERO_POINT_ROWS, quant_state_bytes, shape_bytes};
+use crate::layout::{NestedRun, QuantizedRun, Weight};
 use crate::plan::PlannedTensor;
 use crate::stats::{AbsmaxAccumulator, StatsAccumulator};
 
@@ -25,62 +24,20 @@ pub struct Results<'x, 'j, 'a> {
 impl Results<'_, '_, '_> {
     /// A run that starts at an element: codes, scales and what is known without the weights.
     pub fn quantized(&mut self, first: u64, tensor_scale: Option<f32>, encoded: &Encoded<'_>) -> Result<Done> {
-        if first == 0 {
-            self.constants(tensor_scale)?;
-        }
-        let (codec, columns) = (self.codec, self.tensor.columns());
-        let before = codec.packed_len(first, columns);
-        self.files.write(encoded.packed, self.offset(OutputKind::Packed) + before)?;
-        let first_group = first / codec.block_len(columns);
-        let mut absmax = None;
-        if codec.double_quant() {
-            absmax = Some((first_group as usize, encoded.figures.absmax.to_vec()));
-        } else if codec.is_blocks() {
-            self.floats(encoded.figures.absmax, OutputKind::Absmax, first_group)?;
-        } else {
-            let scale_size = codec.scale_size(self.dtype) as u64;
-            self.files.write(encoded.scales, self.offset(OutputKind::Scale) + first_group * scale_size)?;
-        }
-        if codec.has_zero_points() {
-            self.zero_points(first, encoded.zero_points)?;
-        }
-        let mut gathering = Box::<StatsAccumulator>::default();
-        gathering.add(&encoded.figures);
-        Ok(Done::Quantized { gathering, absmax })
-    }
-
-    /// Zero points of whole rows that start at an element.
-    fn zero_points(&mut self, first: u64, points: &[u8]) -> Result<()> {
-        let columns = self.tensor.columns();
-        let per_row = columns / self.codec.block_len(columns);
-        pack_zero_points(points, per_row as usize, self.bytes);
-        let before = first / columns / ZERO_POINT_ROWS * per_row * 4;
-        self.files.write(self.bytes, self.offset(OutputKind::ZeroPoint) + before)
-    }
-
-    /// The outputs that are known without the weights.
-    fn constants(&mut self, tensor_scale: Option<f32>) -> Result<()> {
-        if let Scales::Blocks { codebook, double_quant, .. } = self.codec.scales {
-            self.floats(&codebook.values(), OutputKind::QuantMap, 0)?;
-            return match double_quant {
-                true => self.floats(dynamic_map().values(), OutputKind::NestedQuantMap, 0),
-                false => self.quant_state(0.0),
-            };
-        }
+        let Encoded { packed, scales, zero_points, figures, .. } = encoded;
+        let weight = Weight { codec: self.codec, dtype: self.dtype, shape: &self.tensor.shape };
+        let run = QuantizedRun { first, packed, scales, absmax: figures.absmax, zero_points, tensor_scale };
         for output in &self.tensor.outputs {
-            match (output.kind, tensor_scale) {
-                (Some(OutputKind::Shape), _) => self.files.write(&shape_bytes(&self.tensor.shape), output.offset)?,
-                (Some(OutputKind::GlobalScale), Some(scale)) => {
-                    self.files.write(&scale.to_le_bytes(), output.offset)?;
-                }
-                (Some(OutputKind::GlobalScale), None) => {
-                    let name = &self.tensor.name;
-                    return Err(Error::internal(format!("tensor {name:?} was quantized without its set's scale")));
-                }
-                _ => {}
+            let Some(kind) = output.kind else { continue };
+            if let Some((at, bytes)) = weight.encode(kind, &run, self.bytes)? {
+                self.files.write(bytes, output.offset + at)?;
             }
         }
-        Ok(())
+        let first_block = (first / self.codec.block_len(self.tensor.columns())) as usize;
+        let absmax = self.codec.double_quant().then(|| (first_block, figures.absmax.to_vec()));
+        let mut gathering = Box::<StatsAccumulator>::default();
+        gathering.add(figures);
+        Ok(Done::Quantized { gathering, absmax })
     }
 
     /// A run of quantized absmax that starts at entry `first`.
@@ -98,10 +55,13 @@ impl Results<'_, '_, '_> {
                 "absmax of tensor {name:?} were to be quantized, by a recipe that doesn't"
             )));
         }
-        self.files.write(codes, self.offset(OutputKind::Absmax) + first as u64)?;
-        self.floats(nested_absmax, OutputKind::NestedAbsmax, (first / NESTED_BLOCK_SIZE) as u64)?;
-        if first == 0 {
-            self.quant_state(offset)?;
+        let weight = Weight { codec: self.codec, dtype: self.dtype, shape: &self.tensor.shape };
+        let run = NestedRun { first, codes, nested_absmax, offset };
+        for output in &self.tensor.outputs {
+            let Some(kind) = output.kind else { continue };
+            if let Some((at, bytes)) = weight.encode_nested(kind, &run, self.bytes) {
+                self.files.write(bytes, output.offset + at)?;
+            }
         }
         let map = dynamic_map();
         let mut error = AbsmaxAccumulator::default();
@@ -111,21 +71,5 @@ impl Results<'_, '_, '_> {
             error.add(absmax.iter().copied().zip(restored));
         }
         Ok(Done::Nested(error))
-    }
-
-    fn quant_state(&self, nested_offset: f32) -> Result<()> {
-        let state = QuantState { codec: self.codec, dtype: self.dtype, shape: &self.tensor.shape, nested_offset };
-        self.files.write(&quant_state_bytes(&state), self.offset(OutputKind::QuantState))
-    }
-
-    /// Puts `values` from entry `first` of an output on.
-    fn floats(&mut self, values: &[f32], kind: OutputKind, first: u64) -> Result<()> {
-        self.bytes.clear();
-        self.bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
-        self.files.write(self.bytes, self.offset(kind) + first * size_of::<f32>() as u64)
-    }
-
-    fn offset(&self, kind: OutputKind) -> u64 {
-        self.tensor.output(kind).offset
     }
 }

@@ -7,17 +7,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::budget::chunk_elements;
+use super::budget::{NESTED_CHUNK, chunk_elements};
 use super::{ExecutionContext, FileOutcome, Outcome, TensorOutcome};
 use crate::error::{Error, Result};
-use crate::format::{NESTED_BLOCK_SIZE, Scales};
+use crate::format::Scales;
 use crate::plan::{Plan, PlannedTensor};
 use crate::stats::{AbsmaxAccumulator, StatsAccumulator};
 use crate::store::Sha256Hash;
 use sets::ScaleSet;
-
-/// Entries of absmax that one [`Task::Nested`] takes: whole nested blocks.
-pub const NESTED_CHUNK: usize = 256 * NESTED_BLOCK_SIZE;
 
 /// Something for a thread to do.
 #[derive(Clone, Debug)]

@@ -2,12 +2,12 @@
 
 use std::borrow::Cow;
 
-use super::input::{Input, MAX_EXPERTS};
 use super::split;
 use crate::checkpoint::Source;
 use crate::error::{Error, Hint, Result};
 use crate::format::{Codec, Layout};
 use crate::models::{Role, Verdict};
+use crate::read::{Input, MAX_EXPERTS};
 
 /// Keeps a weight that the format can't hold: its columns aren't a multiple of the group size, or its layout is for others.
 ///

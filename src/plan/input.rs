@@ -7,47 +7,16 @@ use std::collections::HashSet;
 
 use serde_json::Value;
 
-use crate::checkpoint::{Config, Source, TensorInfo};
+use crate::checkpoint::{Source, TensorInfo};
+use crate::dtype::Dtype;
 use crate::dtype::FloatDtype;
-use crate::dtype::{Dtype, byte_len};
 use crate::error::{Error, Hint, Result, Setting};
 use crate::format::{Coding, ElementCode, Highest, ScaleCode};
 use crate::layout::gpt_oss::{self, BLOCKS, SCALES};
 use crate::layout::recognize::{self, FP8_INPUT_SCALES, FP8_SCALE};
 use crate::layout::{FP8_METHOD, MXFP4_METHOD, SourceQuantization};
-use crate::read::{Decode, Read, Span, Tensors};
+use crate::read::{Decode, Input, MAX_EXPERTS, Read, Span, Tensors};
 use crate::recipe::Recipe;
-
-/// More experts than any model has: each becomes a part of its own, or several.
-pub const MAX_EXPERTS: u64 = 1 << 16;
-
-/// A tensor to be planned.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Input {
-    /// Its name.
-    pub name: String,
-    /// Its dtype, decoded.
-    pub dtype: Dtype,
-    /// Its shape, decoded.
-    pub shape: Vec<u64>,
-    /// Where its bytes come from.
-    pub read: Read,
-}
-
-impl Input {
-    /// With all experts' matrices transposed.
-    pub fn transposed(self) -> Input {
-        let &[experts, rows, columns] = &self.shape[..] else { return self };
-        let size = self.element_size();
-        let matrices = (0..experts).map(|expert| self.read.slice(expert, experts).transposed([rows, columns], size));
-        Input { shape: vec![experts, columns, rows], read: Read::concat(matrices), ..self }
-    }
-
-    /// Bytes of an element.
-    pub fn element_size(&self) -> usize {
-        self.dtype.bitsize() / 8
-    }
-}
 
 /// The fewest columns that share a scale: with fewer, scales would take more room than what they scale.
 const LEAST_FP8_BLOCK: u64 = 16;
@@ -97,7 +66,7 @@ pub fn has_mxfp4_experts(source: &Source) -> bool {
 /// When a coded tensor's scales are missing, or don't fit.
 pub fn inputs(source: &Source, recipe: &Recipe) -> Result<Vec<Input>> {
     let places = Tensors::new(source);
-    let dtype = model_dtype(source.config.as_ref());
+    let dtype = source.model_dtype();
     let mut beside: HashSet<(usize, usize)> = HashSet::new();
     let mut inputs = Vec::new();
     for (file, source_file) in source.files.iter().enumerate() {
@@ -133,7 +102,7 @@ pub fn inputs(source: &Source, recipe: &Recipe) -> Result<Vec<Input>> {
                     inputs.push(input);
                 }
                 Some(Err(why)) => return error(why),
-                None => inputs.push(as_stored(info, place)),
+                None => inputs.push(Input::as_stored(info, place)),
             }
         }
     }
@@ -141,22 +110,6 @@ pub fn inputs(source: &Source, recipe: &Recipe) -> Result<Vec<Input>> {
         input.read.is_decoded() || !input.read.spans().any(|span| beside.contains(&(span.file, span.tensor)))
     });
     Ok(inputs)
-}
-
-/// A tensor as it is stored.
-pub fn as_stored(info: &TensorInfo, place: Span) -> Input {
-    Input { name: info.name.clone(), dtype: info.dtype, shape: info.shape.clone(), read: Read::Bytes(place) }
-}
-
-/// The model's dtype by its config, which is what transformers decodes to; bf16 without one.
-pub fn model_dtype(config: Option<&Config>) -> FloatDtype {
-    let of = |values: &serde_json::Map<String, Value>| {
-        let name = ["dtype", "torch_dtype"].iter().find_map(|key| values.get(*key)?.as_str())?;
-        FloatDtype::from_torch_name(name)
-    };
-    let values = config.map(Config::values);
-    let nested = |values: &serde_json::Map<String, Value>| of(values.get("text_config")?.as_object()?);
-    values.and_then(|values| of(values).or_else(|| nested(values))).unwrap_or(FloatDtype::Bfloat16)
 }
 
 /// Rows and columns that share a scale, by config.json; DeepSeek-V3's where it doesn't say.
@@ -236,7 +189,7 @@ fn fp8(
         })
     };
     let all = (0..matrices).map(matrix).collect::<Result<Vec<_>, _>>()?;
-    Ok(decoded(info.name.clone(), info.shape.clone(), dtype, Read::concat(all)))
+    Ok(Input::decoded(info.name.clone(), info.shape.clone(), dtype, Read::concat(all)))
 }
 
 /// gpt-oss's experts: blocks `[experts, rows, groups, 16]` and scales `[experts, rows, groups]` decode to what transformers'
@@ -274,12 +227,5 @@ fn mxfp4(
         zero_points: None,
         nested: None,
     };
-    Ok(decoded(name.to_owned(), vec![experts, rows, columns], dtype, Read::decode(decode)?).transposed())
-}
-
-/// A tensor that is decoded to `dtype`.
-pub fn decoded(name: String, shape: Vec<u64>, dtype: FloatDtype, read: Read) -> Input {
-    let dtype = dtype.dtype();
-    debug_assert_eq!(byte_len(dtype, &shape), Some(read.len()), "{name}: decodes to its shape");
-    Input { name, dtype, shape, read }
+    Ok(Input::decoded(name.to_owned(), vec![experts, rows, columns], dtype, Read::decode(decode)?).transposed())
 }

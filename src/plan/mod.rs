@@ -16,7 +16,6 @@ use std::collections::HashSet;
 
 use serde_json::Value;
 
-pub use input::MAX_EXPERTS;
 pub use layout::{PlannedFile, PlannedOutput};
 
 use crate::checkpoint::{CONFIG_NAME, Source};
@@ -27,10 +26,10 @@ use crate::format::{Codec, Layout};
 use crate::layout::OutputKind;
 use crate::models::families::families;
 use crate::models::{Role, Rules, Verdict};
+use crate::read::Input;
 use crate::read::Read;
 use crate::recipe::Recipe;
 use decide::Selection;
-use input::Input;
 use split::Decided;
 
 /// What will be written, byte by byte.

@@ -3,7 +3,6 @@
 use std::collections::HashSet;
 
 use super::Decision;
-use super::input::{Input, MAX_EXPERTS};
 use crate::checkpoint::{MAX_HEADER_LEN, Source};
 use crate::dtype::byte_len;
 use crate::error::{Error, Hint, Result};
@@ -13,6 +12,7 @@ use crate::models::experts::{ExpertParameter, Orientation, Split};
 use crate::models::families::families;
 use crate::models::names::match_end;
 use crate::read::Read;
+use crate::read::{Input, MAX_EXPERTS};
 
 /// A tensor and the decision on it.
 pub type Decided = (Input, Verdict, Decision);

@@ -5,6 +5,7 @@
 
 mod decode;
 mod evaluate;
+mod input;
 mod tensors;
 #[cfg(test)]
 mod tests;
@@ -13,6 +14,7 @@ use std::sync::Arc;
 
 pub use decode::{Decode, Nested};
 pub use evaluate::{Evaluator, Fetch};
+pub use input::{Input, MAX_EXPERTS};
 pub use tensors::Tensors;
 
 /// Consecutive bytes of a source tensor.

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::x86::{CHUNK, Element, in_groups};
+use super::vector::{CHUNK, Element, in_groups};
 use crate::dtype::FloatDtype;
 use crate::format::Codebook;
 use crate::kernel::block::scalar::ABSMAX_FLOOR;

@@ -7,4 +7,6 @@ pub(crate) mod avx512;
 pub mod nested;
 pub mod scalar;
 #[cfg(target_arch = "x86_64")]
+mod vector;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod x86;

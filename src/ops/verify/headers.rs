@@ -12,7 +12,6 @@ use crate::layout::gpt_oss;
 use crate::manifest::{DecisionRecord, Manifest, OutputRecord, SourceTensorRecord, TensorRecord};
 use crate::models::Role;
 use crate::ops::verify::{Checkpoint, Options, Report, on_threads};
-use crate::plan::input::model_dtype;
 use crate::store::{Location, ReadAt, Reader, hash_range, read_exact_at};
 
 /// The manifest's tensors: by file, then by name.
@@ -144,7 +143,10 @@ impl Entry<'_> {
             "F16" => FloatDtype::Float16,
             "F32" => FloatDtype::Float32,
             // It was coded, and decoded to the model's.
-            _ => model_dtype(Config::read(&self.location.with_file_name(CONFIG_NAME)).ok().as_ref()),
+            _ => {
+                let config = Config::read(&self.location.with_file_name(CONFIG_NAME)).ok();
+                config.and_then(|config| config.dtype()).unwrap_or(FloatDtype::Bfloat16)
+            }
         };
         let codec = manifest.recipe.codec();
         let Scales::Blocks { size, double_quant, .. } = codec.scales else {
