@@ -35,10 +35,13 @@ struct Kind {
     /// What `--device` calls it, before a colon and a number.
     name: &'static str,
     /// Opens the devices of these numbers, at least one, as one backend.
-    open: fn(&[usize]) -> Result<Arc<dyn Backend>, Unusable>,
+    open: fn(&[usize]) -> Opened,
     /// Opens the first device that can be used and has so many bytes of memory free; or says why the first can't be used.
-    first: fn(u64) -> Result<Arc<dyn Backend>, Unusable>,
+    first: fn(u64) -> Opened,
 }
+
+/// A backend, or why there is none.
+type Opened = Result<Arc<dyn Backend>, Unusable>;
 
 /// Why a device can't be used, in words.
 pub type Unusable = Box<dyn StdError + Send + Sync>;

@@ -133,8 +133,8 @@ fn at_the_borders_between_scales() {
     elements.resize(elements.len().next_multiple_of(COLUMNS), 0.0);
     for dtype in DTYPES {
         let source = &encode(dtype, &elements)[..];
-        let nvfp4 = [1.0, 1.0 / 3.0, 0.0].map(|global_scale| codings::nvfp4(global_scale));
-        let modelopt = [1.0, 3.0, 1e30].map(|scale_2| codings::nvfp4_modelopt(scale_2));
+        let nvfp4 = [1.0, 1.0 / 3.0, 0.0].map(codings::nvfp4);
+        let modelopt = [1.0, 3.0, 1e30].map(codings::nvfp4_modelopt);
         for scheme in nvfp4.into_iter().chain(modelopt) {
             assert_equal(Rows { source, dtype, columns: COLUMNS, group: 16, scheme });
         }
