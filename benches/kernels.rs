@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
 use half::{bf16, f16};
-use prequant::dtype::FloatDtype;
-use prequant::format::{BlockSize, Codebook, Coding, ElementCode, fp4, nf4};
-use prequant::kernel::decode::{Row, decode};
-use prequant::kernel::group::Groups;
-use prequant::kernel::{BlockErrors, Blocks, Kernel};
+use prequant::internal::format::{Codebook, Coding, ElementCode, fp4, nf4};
+use prequant::internal::kernel::decode::{Row, decode};
+use prequant::internal::kernel::group::Groups;
+use prequant::internal::kernel::{BlockErrors, Blocks, Kernel};
+use prequant::{BlockSize, FloatDtype};
 
 #[path = "../tests/support/codings.rs"]
 mod codings;

@@ -13,10 +13,8 @@ use crate::read::{Decode, Input, MAX_EXPERTS, Nested, Read, Span, Tensors};
 use crate::store::{ReadAt, read_exact_at};
 
 /// A checkpoint that prequant converted: its files hold the tensors that its manifest lists, and no others.
-pub struct Converted<'a> {
+pub(crate) struct Converted<'a> {
     source: &'a Source,
-    /// Its manifest.
-    pub manifest: &'a Manifest,
     codec: Codec,
     tensors: Tensors<'a>,
     /// Files of weights, opened as they are needed.
@@ -28,10 +26,10 @@ impl<'a> Converted<'a> {
     ///
     /// # Errors
     /// When they differ.
-    pub fn new(source: &'a Source, manifest: &'a Manifest) -> Result<Converted<'a>> {
+    pub(crate) fn new(source: &'a Source, manifest: &'a Manifest) -> Result<Converted<'a>> {
         let files = source.files.iter().map(|_| None).collect();
         let (codec, tensors) = (manifest.recipe.codec(), Tensors::new(source));
-        let converted = Converted { source, manifest, codec, tensors, files };
+        let converted = Converted { source, codec, tensors, files };
         let mut recorded = HashSet::new();
         for output in manifest.tensors.iter().flat_map(|record| &record.outputs) {
             converted.check(output)?;
@@ -59,7 +57,7 @@ impl<'a> Converted<'a> {
     ///
     /// # Errors
     /// When there is none of this name.
-    pub fn tensor(&self, name: &str) -> Result<(Span, &'a TensorInfo)> {
+    pub(crate) fn tensor(&self, name: &str) -> Result<(Span, &'a TensorInfo)> {
         self.tensors.get(name).ok_or_else(|| self.malformed(format!("{name:?} is missing from the files")))
     }
 
@@ -67,7 +65,7 @@ impl<'a> Converted<'a> {
     ///
     /// # Errors
     /// When its tensors aren't what the recipe wants.
-    pub fn weight(&mut self, record: &TensorRecord) -> Result<Input> {
+    pub(crate) fn weight(&mut self, record: &TensorRecord) -> Result<Input> {
         let first = record.outputs.first().ok_or_else(|| self.malformed("a tensor without outputs".to_owned()))?;
         let (codes, info) = self.tensor(&first.name)?;
         if record.decision == DecisionRecord::Keep {
@@ -164,7 +162,7 @@ impl StoredWeight for Weight<'_, '_> {
 
 /// A weight of a checkpoint that any program may have written.
 #[derive(Debug)]
-pub struct FoundWeight<'a> {
+pub(crate) struct FoundWeight<'a> {
     /// Its name.
     pub name: &'a str,
     /// The number of the file that its codes are in.
@@ -178,7 +176,7 @@ pub struct FoundWeight<'a> {
 }
 
 /// All weights of a checkpoint, with their tensors put together; from headers only.
-pub fn weights(source: &Source) -> Vec<FoundWeight<'_>> {
+pub(crate) fn weights(source: &Source) -> Vec<FoundWeight<'_>> {
     let (tensors, formats) = (Tensors::new(source), StoredFormat::all());
     let find = |name: &str| tensors.get(name).map(|(_, info)| info);
     let found = source.tensors().map(|(file, codes)| {

@@ -6,12 +6,12 @@ use serde::{Deserialize, Serialize};
 pub use safetensors::Dtype;
 
 /// The dtype that headers call `name`.
-pub fn named(name: &str) -> Option<Dtype> {
+pub(crate) fn named(name: &str) -> Option<Dtype> {
     Dtype::deserialize(serde::de::value::StrDeserializer::<serde::de::value::Error>::new(name)).ok()
 }
 
 /// Bytes of a tensor of this dtype and `shape`; `None` past u64, or if it is not whole bytes.
-pub fn byte_len(dtype: Dtype, shape: &[u64]) -> Option<u64> {
+pub(crate) fn byte_len(dtype: Dtype, shape: &[u64]) -> Option<u64> {
     let elements = shape.iter().try_fold(1u64, |product, &dimension| product.checked_mul(dimension))?;
     let bits = elements.checked_mul(dtype.bitsize() as u64)?;
     bits.is_multiple_of(8).then_some(bits / 8)

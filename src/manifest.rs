@@ -17,7 +17,7 @@ use crate::stats::Statistics;
 use crate::store::Sha256Hash;
 
 /// The version of this schema; raised when a reader of the last one would misunderstand.
-pub const SCHEMA_VERSION: u32 = 2;
+pub(crate) const SCHEMA_VERSION: u32 = 2;
 
 /// A converted checkpoint's manifest.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -200,7 +200,7 @@ impl Manifest {
 }
 
 /// `SHA256SUMS`, as `sha256sum --check` takes it, by name.
-pub fn sha256_sums<'a>(files: impl Iterator<Item = (&'a str, Sha256Hash)>) -> String {
+pub(crate) fn sha256_sums<'a>(files: impl Iterator<Item = (&'a str, Sha256Hash)>) -> String {
     let by_name: BTreeMap<_, _> = files.collect();
     let line = |(name, hash): (&str, Sha256Hash)| match name.contains(['\\', '\n', '\r']) {
         // As sha256sum has it: a backslash says that the name is escaped.

@@ -1,12 +1,14 @@
 //! The documentation is true: every relative link leads to a file that exists, and to a heading that it has; README stays
-//! short; formats are those that there are; imports point down the table of rooms in docs/architecture.md.
+//! short; formats are those that there are; imports point down the table of rooms in docs/architecture.md; the library
+//! names no flag.
 
 use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 #[cfg(not(feature = "test-format"))]
-use prequant::format::{FORMATS, Sharing};
+use prequant::FORMATS;
+use prequant::internal::format::Sharing;
 
 /// README says what, why, and where the rest is.
 const README_LINES: usize = 200;
@@ -85,6 +87,21 @@ fn imports_point_down_the_table_of_rooms() {
     }
     assert!(imports > 100, "only {imports} imports found");
     assert!(wrong.is_empty(), "imports that point up, or to the side:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_library_names_no_flag_of_the_command() {
+    let is_flag =
+        |word: &str| word.strip_prefix("--").is_some_and(|name| name.starts_with(|c: char| c.is_ascii_lowercase()));
+    let mut found = Vec::new();
+    for file in source_files(&root().join("src")).iter().filter(|file| !file.starts_with(root().join("src/cli"))) {
+        for line in fs::read_to_string(file).unwrap().lines().filter(|line| !line.contains("sha256sum --check")) {
+            if line.split(|c: char| !c.is_alphanumeric() && c != '-').any(is_flag) {
+                found.push(format!("{}: {}", file.display(), line.trim()));
+            }
+        }
+    }
+    assert!(found.is_empty(), "flags belong into src/cli:\n{}", found.join("\n"));
 }
 
 /// `ops` of `ops/verify/mod.rs`, `error` of `error.rs`.

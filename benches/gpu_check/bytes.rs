@@ -5,10 +5,9 @@ use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use half::{bf16, f16};
-use prequant::backend::{Backend, Cpu, CpuLane, Encoded, Lane, LaneSize, Run};
-use prequant::dtype::FloatDtype;
-use prequant::format::{BlockSize, Codec, CodecOptions, FP4, FormatSpec, NESTED_BLOCK_SIZE, NF4, nf4};
-use prequant::units::Bytes;
+use prequant::internal::backend::{Backend, Cpu, CpuLane, Encoded, Lane, LaneSize, Run};
+use prequant::internal::format::{Codec, CodecOptions, FP4, NESTED_BLOCK_SIZE, NF4, nf4};
+use prequant::{BlockSize, Bytes, FloatDtype, FormatSpec};
 
 use super::{Report, groups};
 

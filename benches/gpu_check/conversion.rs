@@ -8,11 +8,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use prequant::backend::Backend;
-use prequant::ops::quantize::{Options, plan};
-use prequant::pipeline::Progress;
-use prequant::recipe::RecipeOptions;
-use prequant::units::Bytes;
+use prequant::internal::backend::Backend;
+use prequant::internal::ops::quantize::plan;
+use prequant::{Bytes, Options, Progress, RecipeOptions};
 
 use super::speed::free_memory;
 use super::{Arguments, Report};

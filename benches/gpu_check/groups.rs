@@ -1,8 +1,8 @@
 //! Group formats: what is compared.
 
-use prequant::dtype::FloatDtype;
-use prequant::format::{Codec, CodecOptions, GroupSize, INT4, INT4_ASYM, Layout, MXFP4, NVFP4, Sharing};
-use prequant::kernel::group::{scalar, tensor_scale};
+use prequant::internal::format::{Codec, CodecOptions, INT4, INT4_ASYM, MXFP4, NVFP4, Sharing};
+use prequant::internal::kernel::group::{scalar, tensor_scale};
+use prequant::{FloatDtype, GroupSize, Layout};
 
 /// The formats' names, for people.
 pub const SCHEMES: [&str; 5] = ["int4", "int4-asym", "nvfp4", "nvfp4 (ModelOpt)", "mxfp4"];

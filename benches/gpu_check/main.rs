@@ -16,8 +16,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use prequant::backend::DeviceChoice;
-use prequant::units::Bytes;
+use prequant::Bytes;
+use prequant::internal::backend::DeviceChoice;
 
 #[derive(Parser)]
 struct Arguments {

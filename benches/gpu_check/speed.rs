@@ -6,9 +6,11 @@ use std::ffi::{CString, c_void};
 
 use cudarc::driver::result::{self, DriverError, event, module, stream};
 use cudarc::driver::sys;
-use prequant::backend::cuda::{GROUPS_PTX, GroupKernel, PTX, THREADS, codebook_table, tensor_factor, thread_blocks};
-use prequant::dtype::FloatDtype;
-use prequant::format::{Coding, fp4, nf4};
+use prequant::FloatDtype;
+use prequant::internal::backend::cuda::{
+    GROUPS_PTX, GroupKernel, PTX, THREADS, codebook_table, tensor_factor, thread_blocks,
+};
+use prequant::internal::format::{Coding, fp4, nf4};
 
 use super::{Report, codings};
 

@@ -9,7 +9,7 @@
 mod choice;
 mod cpu;
 #[cfg(feature = "cuda")]
-pub mod cuda;
+pub(crate) mod cuda;
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -32,7 +32,7 @@ const KINDS: &[Kind] = &[
 
 /// A kind of devices, which are numbered from 0.
 struct Kind {
-    /// What `--device` calls it, before a colon and a number.
+    /// Its name in a choice, before a colon and a number.
     name: &'static str,
     /// Opens the devices of these numbers, at least one, as one backend.
     open: fn(&[usize]) -> Opened,
@@ -44,7 +44,7 @@ struct Kind {
 type Opened = Result<Arc<dyn Backend>, Unusable>;
 
 /// Why a device can't be used, in words.
-pub type Unusable = Box<dyn StdError + Send + Sync>;
+pub(crate) type Unusable = Box<dyn StdError + Send + Sync>;
 
 /// What quantizes; chosen once, and passed down.
 pub trait Backend: fmt::Debug + Send + Sync {

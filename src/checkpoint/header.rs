@@ -18,7 +18,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::store::{HashingReader, Sha256Hash};
 
 /// The longest header that is read: the safetensors library's own limit.
-pub const MAX_HEADER_LEN: u64 = 100_000_000;
+pub(crate) const MAX_HEADER_LEN: u64 = 100_000_000;
 
 /// Bytes before the JSON.
 const LENGTH_FIELD: u64 = 8;
@@ -245,7 +245,7 @@ fn known_dtype<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Dtype, D::E
 }
 
 /// A tensor to be written: name, dtype, shape.
-pub trait Described {
+pub(crate) trait Described {
     /// The tensor's name.
     fn name(&self) -> &str;
     /// Its dtype.
@@ -263,7 +263,7 @@ pub trait Described {
 }
 
 /// Puts tensors in the order that the safetensors library writes them in: by dtype, the widest first, then by name.
-pub fn sort_canonically<T: Described>(tensors: &mut [T]) {
+pub(crate) fn sort_canonically<T: Described>(tensors: &mut [T]) {
     tensors.sort_by(|a, b| b.dtype().cmp(&a.dtype()).then_with(|| a.name().cmp(b.name())));
 }
 
@@ -271,7 +271,7 @@ pub fn sort_canonically<T: Described>(tensors: &mut [T]) {
 ///
 /// # Panics
 /// When two have one name, or all together are past 2^64 bytes; a plan's don't and aren't.
-pub fn header_bytes<T: Described>(tensors: &[T]) -> Vec<u8> {
+pub(crate) fn header_bytes<T: Described>(tensors: &[T]) -> Vec<u8> {
     let mut position = 0;
     let entries = tensors.iter().map(|tensor| {
         let begin = position;

@@ -96,7 +96,7 @@ impl Index {
 }
 
 /// The name of output file `i` (from 0) of `count`, as the ecosystem has it.
-pub fn shard_name(i: usize, count: usize) -> String {
+pub(crate) fn shard_name(i: usize, count: usize) -> String {
     match count {
         1 => "model.safetensors".to_owned(),
         _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
@@ -107,7 +107,7 @@ pub fn shard_name(i: usize, count: usize) -> String {
 ///
 /// # Errors
 /// Those of `writer`.
-pub fn write_index<'a>(
+pub(crate) fn write_index<'a>(
     weight_map: impl Iterator<Item = (&'a str, &'a str)>,
     total_size: u64,
     mut writer: &mut dyn io::Write,

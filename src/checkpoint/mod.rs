@@ -12,20 +12,22 @@ mod source;
 mod staging;
 
 pub use config::Config;
-pub use header::{Described, Header, MAX_HEADER_LEN, TensorInfo, header_bytes, sort_canonically};
-pub use index::{Index, shard_name, write_index};
-pub use output::OutputFile;
-pub use side_files::SideFile;
+pub use header::Header;
+pub(crate) use header::{Described, MAX_HEADER_LEN, TensorInfo, header_bytes, sort_canonically};
+pub use index::Index;
+pub(crate) use index::{shard_name, write_index};
+pub(crate) use output::OutputFile;
+pub(crate) use side_files::SideFile;
 pub use source::{Source, SourceFile};
-pub use staging::{STAGING_NAME, Staging, free_space};
+pub(crate) use staging::{STAGING_NAME, Staging, free_space};
 
 /// The index beside the shards.
-pub const INDEX_NAME: &str = "model.safetensors.index.json";
+pub(crate) const INDEX_NAME: &str = "model.safetensors.index.json";
 /// The model's configuration.
-pub const CONFIG_NAME: &str = "config.json";
+pub(crate) const CONFIG_NAME: &str = "config.json";
 /// What says beside config.json how weights are quantized, in some layouts; it goes with the weights it is of.
-pub const QUANT_CONFIG_NAME: &str = "hf_quant_config.json";
+pub(crate) const QUANT_CONFIG_NAME: &str = "hf_quant_config.json";
 /// Our manifest.
-pub const MANIFEST_NAME: &str = "prequant.json";
+pub(crate) const MANIFEST_NAME: &str = "prequant.json";
 /// Checksums as `sha256sum -c` takes them.
-pub const SUMS_NAME: &str = "SHA256SUMS";
+pub(crate) const SUMS_NAME: &str = "SHA256SUMS";

@@ -6,35 +6,35 @@ use crate::error::{IoContext, Result};
 use crate::store::{Location, ReadAt, WriteAt, write_all_at};
 
 /// A file with room for all that goes into it.
-pub struct OutputFile {
+pub(crate) struct OutputFile {
     file: Box<dyn WriteAt>,
     location: Location,
 }
 
 impl OutputFile {
     /// Creates the file, `len` bytes long; what an earlier run left under that name is overwritten.
-    pub fn create(location: Location, len: u64) -> Result<OutputFile> {
+    pub(crate) fn create(location: Location, len: u64) -> Result<OutputFile> {
         let file = location.create(len).at(location.path(), "create it")?;
         Ok(OutputFile { file, location })
     }
 
     /// Writes all of `bytes` at `offset`.
-    pub fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
+    pub(crate) fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
         write_all_at(&*self.file, bytes, offset).at(self.path(), "write it")
     }
 
     /// The file, for reading back.
-    pub fn file(&self) -> &dyn ReadAt {
+    pub(crate) fn file(&self) -> &dyn ReadAt {
         &*self.file
     }
 
     /// Where it is.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.location.path()
     }
 
     /// Waits until the file's bytes are on the disk.
-    pub fn sync(&self) -> Result<()> {
+    pub(crate) fn sync(&self) -> Result<()> {
         self.file.sync().at(self.path(), "sync it")
     }
 }

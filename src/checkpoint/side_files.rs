@@ -46,13 +46,13 @@ pub struct SideFile {
 }
 
 /// Whether a file of this name holds weights (or indexes them).
-pub fn is_weight_file(name: &str) -> bool {
+pub(crate) fn is_weight_file(name: &str) -> bool {
     WEIGHT_SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
 }
 
 /// All side files below `root`, sorted by name. Hidden files and folders are left out, and so are links to folders and
 /// what this tool wrote.
-pub fn find(root: &Location) -> Result<Vec<SideFile>> {
+pub(crate) fn find(root: &Location) -> Result<Vec<SideFile>> {
     let mut walk = Walk { parts: parts_of_pipeline(root)?, files: Vec::new() };
     walk.folder(root, "", 0)?;
     walk.files.sort_by(|a, b| a.name.cmp(&b.name));

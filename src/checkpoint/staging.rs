@@ -23,7 +23,7 @@ use crate::error::{Error, Hint, IoContext, Result};
 use crate::store::{HashingWriter, Location, Sha256Hash};
 
 /// The folder inside the destination that holds what isn't finished.
-pub const STAGING_NAME: &str = ".prequant-staging";
+pub(crate) const STAGING_NAME: &str = ".prequant-staging";
 
 /// The staging folder's name once it has served.
 const DONE_NAME: &str = ".prequant-done";
@@ -44,7 +44,7 @@ const MARKS: [&str; 4] = [MANIFEST_NAME, CONFIG_NAME, INDEX_NAME, SUMS_NAME];
 
 /// A destination being filled.
 #[derive(Debug)]
-pub struct Staging {
+pub(crate) struct Staging {
     /// Where files of weights are written through.
     place: Location,
     destination: PathBuf,
@@ -61,7 +61,7 @@ impl Staging {
     ///
     /// # Errors
     /// When it is a file, is `source`, lies in it or holds it, or has something in it already and `force` isn't set.
-    pub fn check(destination: &Location, source: &Location, force: bool) -> Result<()> {
+    pub(crate) fn check(destination: &Location, source: &Location, force: bool) -> Result<()> {
         let place = &resolve(local(destination)?)?;
         let source = match source.local() {
             Some(path) => Some(path.canonicalize().at(path, "open it")?),
@@ -103,7 +103,7 @@ impl Staging {
     ///
     /// # Errors
     /// When another process is at it.
-    pub fn take(destination: &Location, source: &Location, force: bool) -> Result<Staging> {
+    pub(crate) fn take(destination: &Location, source: &Location, force: bool) -> Result<Staging> {
         Self::check(destination, source, force)?;
         let path = resolve(local(destination)?)?;
         let (place, destination) = (destination.at(path.clone()), &path);
@@ -121,27 +121,27 @@ impl Staging {
     }
 
     /// Removes what a run left that was killed in its very last step. Best effort: nothing looks at it.
-    pub fn tidy(destination: &Location) {
+    pub(crate) fn tidy(destination: &Location) {
         let _ = destination.local().map(|folder| fs::remove_dir_all(folder.join(DONE_NAME)));
     }
 
     /// The folder that is being filled.
-    pub fn destination(&self) -> &Location {
+    pub(crate) fn destination(&self) -> &Location {
         &self.place
     }
 
     /// The staging folder itself.
-    pub fn folder(&self) -> &Path {
+    pub(crate) fn folder(&self) -> &Path {
         &self.folder
     }
 
     /// Where the finished file called `name` waits to be moved.
-    pub fn ready(&self, name: &str) -> Location {
+    pub(crate) fn ready(&self, name: &str) -> Location {
         self.place.at(self.path(name))
     }
 
     /// Where the file called `name` is written.
-    pub fn partial(&self, name: &str) -> Location {
+    pub(crate) fn partial(&self, name: &str) -> Location {
         self.place.at(self.partial_path(name))
     }
 
@@ -162,7 +162,7 @@ impl Staging {
     ///
     /// # Errors
     /// When a folder stands where one of them goes.
-    pub fn check_names<'a>(&self, mut names: impl Iterator<Item = &'a str>) -> Result<()> {
+    pub(crate) fn check_names<'a>(&self, mut names: impl Iterator<Item = &'a str>) -> Result<()> {
         match names.find(|name| self.destination.join(name).is_dir()) {
             Some(name) => {
                 let why = "a folder stands where a file of that name goes; move it away";
@@ -173,12 +173,12 @@ impl Staging {
     }
 
     /// What an earlier run said it was making, if there was one.
-    pub fn job(&self) -> Result<Option<Vec<u8>>> {
+    pub(crate) fn job(&self) -> Result<Option<Vec<u8>>> {
         read_if_there(&self.folder.join(JOB_NAME))
     }
 
     /// Forgets what an earlier run left, and says what this one is making.
-    pub fn begin(&self, job: &[u8]) -> Result<()> {
+    pub(crate) fn begin(&self, job: &[u8]) -> Result<()> {
         for entry in fs::read_dir(&self.folder).at(&self.folder, "list it")? {
             let path = entry.at(&self.folder, "list it")?.path();
             if path.is_dir() {
@@ -200,7 +200,7 @@ impl Staging {
     }
 
     /// Takes back what an earlier run had moved to the destination before it was stopped.
-    pub fn unpublish<'a>(&self, names: impl Iterator<Item = &'a str>) -> Result<()> {
+    pub(crate) fn unpublish<'a>(&self, names: impl Iterator<Item = &'a str>) -> Result<()> {
         self.make_folders()?;
         let marker = self.folder.join(PUBLISHING_NAME);
         if !marker.exists() {
@@ -224,7 +224,7 @@ impl Staging {
     }
 
     /// Writes and syncs a file in one go; returns its size and its hash.
-    pub fn write(
+    pub(crate) fn write(
         &self,
         name: &str,
         content: impl FnOnce(&mut dyn Write) -> io::Result<()>,
@@ -235,17 +235,17 @@ impl Staging {
     }
 
     /// The record of a sealed file, if there is one.
-    pub fn sealed(&self, name: &str) -> Result<Option<Vec<u8>>> {
+    pub(crate) fn sealed(&self, name: &str) -> Result<Option<Vec<u8>>> {
         read_if_there(&self.sealed_path(name))
     }
 
     /// Writes the record of a file that is written, synced and hashed; its name comes next.
-    pub fn write_sealed(&self, name: &str, record: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
+    pub(crate) fn write_sealed(&self, name: &str, record: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
         write(&self.sealed_path(name), record).map(|_| ())
     }
 
     /// Puts a file that is written and sealed where it waits to be moved.
-    pub fn name_finished(&self, name: &str) -> Result<()> {
+    pub(crate) fn name_finished(&self, name: &str) -> Result<()> {
         let to = self.path(name);
         fs::rename(self.partial_path(name), &to).at(&to, "give the finished file its name")
     }
@@ -253,7 +253,7 @@ impl Staging {
     /// Moves the files called `names` to the destination, what marks it as whole last.
     ///
     /// With `force`, what marks the old checkpoint as whole goes first, and its weights that aren't replaced go too.
-    pub fn publish(self, names: &[String]) -> Result<()> {
+    pub(crate) fn publish(self, names: &[String]) -> Result<()> {
         self.check_names(names.iter().map(String::as_str))?;
         write(&self.folder.join(PUBLISHING_NAME), |_| Ok(()))?;
         sync_folder(&self.folder)?;
@@ -282,7 +282,7 @@ impl Staging {
 
     /// After a failure: keeps sealed files for the next run, and nothing else. Best effort, since the error that led here
     /// is what the user must see. Returns the number of files kept.
-    pub fn abandon(self) -> usize {
+    pub(crate) fn abandon(self) -> usize {
         self.remove_partial();
         let sealed = count_sealed(&self.folder);
         if sealed > 0 {
@@ -294,7 +294,7 @@ impl Staging {
     }
 
     /// Removes files that were never finished, so that their room is free. Best effort: they'd be overwritten anyway.
-    pub fn remove_partial(&self) {
+    pub(crate) fn remove_partial(&self) {
         for entry in fs::read_dir(self.folder.join(PARTIAL_FOLDER)).into_iter().flatten().flatten() {
             let _ = fs::remove_file(entry.path());
         }
@@ -372,7 +372,7 @@ fn remove_if_there(path: &Path) -> Result<()> {
 }
 
 /// Waits until the names in a folder are on the disk.
-pub fn sync_folder(folder: &Path) -> Result<()> {
+pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
     File::open(folder).and_then(|folder| folder.sync_all()).at(folder, "sync it")
 }
 
@@ -404,7 +404,7 @@ fn resolve(path: &Path) -> Result<PathBuf> {
 
 /// Bytes that may still be written there, or at its nearest ancestor that exists; `None` where the file system keeps
 /// no count.
-pub fn free_space(place: &Location) -> Result<Option<u64>> {
+pub(crate) fn free_space(place: &Location) -> Result<Option<u64>> {
     let place = resolve(local(place)?)?;
     let there = place.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("/"));
     let status = rustix::fs::statvfs(there).at(there, "ask for its free space")?;

@@ -7,12 +7,10 @@ use std::time::Instant;
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
-use prequant::Error;
-use prequant::format::{BlockSize, FORMATS, FormatSpec, GroupSize, Layout};
-use prequant::ops::quantize::{Options, plan};
-use prequant::ops::recipe_of;
-use prequant::recipe::{ExpertLayout, NonFinitePolicy, Recipe, RecipeOptions};
-use prequant::units::Bytes;
+use prequant::{
+    BlockSize, Bytes, Error, ExpertLayout, FORMATS, FormatSpec, GroupSize, Layout, NonFinitePolicy, Options, Recipe,
+    RecipeOptions, plan, recipe_of,
+};
 
 use super::output::{self, Audience, Outcome};
 use super::progress::{Reporter, Style};

@@ -6,10 +6,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Args;
-use prequant::Error;
-use prequant::ops::dequantize::plan;
-use prequant::ops::quantize::Options;
-use prequant::units::Bytes;
+use prequant::{Bytes, Error, Options, plan_dequantize};
 use serde_json::json;
 
 use super::output::{self, Outcome};
@@ -76,7 +73,7 @@ fn dequantize(arguments: &Arguments) -> Result<Outcome, Error> {
         restart: arguments.restart,
         ..default
     };
-    let conversion = plan(&arguments.source, arguments.max_shard_size.0, options)?;
+    let conversion = plan_dequantize(&arguments.source, arguments.max_shard_size.0, options)?;
     let style = if arguments.quiet { Style::Silent } else { Style::of_stderr() };
     if !arguments.quiet {
         conversion.plan.warnings.iter().for_each(|warning| eprintln!("warning: {}", hints::warning(warning)));

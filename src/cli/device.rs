@@ -3,9 +3,7 @@
 use std::sync::Arc;
 
 use clap::Args;
-use prequant::Error;
-use prequant::backend::{Backend, DeviceChoice};
-use prequant::units::Bytes;
+use prequant::{Backend, Bytes, DeviceChoice, Error};
 
 #[derive(Args)]
 #[group(skip)]

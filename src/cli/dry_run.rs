@@ -3,11 +3,7 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use prequant::Error;
-use prequant::checkpoint::free_space;
-use prequant::ops::quantize::Conversion;
-use prequant::plan::{Plan, PlannedTensor};
-use prequant::units::Bytes;
+use prequant::{Bytes, Conversion, Error, Plan, PlannedTensor};
 use serde_json::{Value, json};
 
 use super::hints;
@@ -17,7 +13,7 @@ use super::words::count;
 
 /// The plan, and the obstacle to it if there is one.
 pub fn report(conversion: &Conversion, destination: &Path, device: &str, audience: Audience) -> Outcome {
-    let (free, obstacle) = match (free_space(&destination.into()), conversion.check_destination(destination)) {
+    let (free, obstacle) = match (conversion.disk_free(destination), conversion.check_destination(destination)) {
         (Ok(free), checked) => (free, checked.err()),
         (Err(error), _) => (None, Some(error)),
     };
@@ -60,7 +56,7 @@ fn decisions(plan: &Plan) -> String {
 
 /// Sizes, disk space and memory of the whole conversion.
 fn totals(conversion: &Conversion, destination: &Path, device: &str, free: Option<u64>) -> Vec<String> {
-    let Conversion { source, plan, budget, .. } = conversion;
+    let Conversion { plan, budget, .. } = conversion;
     let decisions = conversion.decisions();
     let quantized = decisions.quantized().count();
     let free = free.map_or("an unknown amount".to_owned(), |free| Bytes(free).to_string());
@@ -80,14 +76,14 @@ fn totals(conversion: &Conversion, destination: &Path, device: &str, free: Optio
     if decoded > 0 {
         lines.push(format!("{} quantized in the source, decoded while reading", count(decoded, "tensor")));
     }
-    let stored: u64 = source.tensors().map(|(_, info)| info.len).sum();
+    let (weight_files, side_files) = conversion.source_files();
     lines.extend([
-        format!("source:  {} of tensors in {}", Bytes(stored), count(source.files.len(), "file")),
+        format!("source:  {} of tensors in {}", Bytes(conversion.stored_len()), count(weight_files, "file")),
         format!(
             "output:  {} in {} and {}; {:.2} bits per quantized weight, {:.2} per weight overall",
             Bytes(plan.output_len()),
             count(plan.files.len(), "weight file"),
-            count(source.side_files.len(), "side file"),
+            count(side_files, "side file"),
             decisions.bits_per_quantized_weight(),
             decisions.bits_per_weight(),
         ),

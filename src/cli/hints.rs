@@ -1,7 +1,6 @@
 //! Errors and warnings in words: the library's hints as the options that they stand for.
 
-use prequant::Error;
-use prequant::error::{Hint, Setting, Warning};
+use prequant::{Error, Hint, Setting, Warning};
 
 use super::words::Limit;
 

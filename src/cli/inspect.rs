@@ -6,10 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
-use prequant::Error;
-use prequant::checkpoint::Source;
-use prequant::converted::{self, FoundWeight};
-use prequant::units::Bytes;
+use prequant::{Bytes, Contents, Error, StoredWeight, inspect};
 use serde_json::{Value, json};
 
 use super::output::{self, Outcome};
@@ -28,41 +25,13 @@ pub struct Arguments {
     json: bool,
 }
 
-/// A weight with all tensors that belong to it.
-struct Weight<'a> {
-    name: &'a str,
-    file: &'a str,
-    /// Its dtype, or its 4-bit format.
-    format: String,
-    shape: Vec<u64>,
-    /// Elements, where they are known.
-    elements: u64,
-    bytes: u64,
-}
-
 /// Runs the command.
 pub fn run(arguments: &Arguments) -> ExitCode {
-    let result = Source::open(&arguments.path).map(|source| {
-        let weights = weights(&source);
-        let output = if arguments.json { format!("{}\n", json(&source, &weights)) } else { text(&source, &weights) };
+    let result = inspect(&arguments.path).map(|contents| {
+        let output = if arguments.json { format!("{}\n", json(&contents)) } else { text(&contents) };
         Outcome { output, error: None::<Error>, code: 0 }
     });
     output::finish(result, arguments.json)
-}
-
-/// Puts the parts of 4-bit weights together.
-fn weights(source: &Source) -> Vec<Weight<'_>> {
-    let found = converted::weights(source).into_iter();
-    let weights = found.map(|FoundWeight { name, file, format, codes, beside }| Weight {
-        name,
-        file: &source.files[file].name,
-        format: format.map_or_else(|| codes.dtype.to_string(), |format| format.name.to_owned()),
-        shape: codes.shape.clone(),
-        // Two codes a byte; whether the last ones are a pad, only what stands beside them knows.
-        elements: if format.is_some() { 2 * codes.len } else { codes.shape.iter().product() },
-        bytes: codes.len + beside.iter().map(|info| info.len).sum::<u64>(),
-    });
-    weights.collect()
 }
 
 fn bits(bytes: u64, elements: u64) -> f64 {
@@ -70,7 +39,7 @@ fn bits(bytes: u64, elements: u64) -> f64 {
 }
 
 /// Formats with their weights, elements and bytes.
-fn by_format<'a>(weights: &'a [Weight<'_>]) -> BTreeMap<&'a str, (usize, u64, u64)> {
+fn by_format(weights: &[StoredWeight]) -> BTreeMap<&str, (usize, u64, u64)> {
     let mut totals: BTreeMap<&str, (usize, u64, u64)> = BTreeMap::new();
     for weight in weights {
         let total = totals.entry(&weight.format).or_default();
@@ -79,10 +48,10 @@ fn by_format<'a>(weights: &'a [Weight<'_>]) -> BTreeMap<&'a str, (usize, u64, u6
     totals
 }
 
-fn text(source: &Source, weights: &[Weight<'_>]) -> String {
+fn text(Contents { files, weights, .. }: &Contents) -> String {
     let mut text = String::new();
     let name_width = weights.iter().map(|weight| weight.name.len()).max().unwrap_or(0).min(72);
-    let shapes: Vec<String> = weights.iter().map(|weight| format!("{:?}", weight.shape)).collect();
+    let shapes: Vec<String> = weights.iter().map(|weight| format!("{:?}", weight.stored_shape)).collect();
     let shape_width = shapes.iter().map(String::len).max().unwrap_or(0);
     for (weight, shape) in weights.iter().zip(&shapes) {
         let (bytes, bits) = (Bytes(weight.bytes).to_string(), bits(weight.bytes, weight.elements));
@@ -102,24 +71,23 @@ fn text(source: &Source, weights: &[Weight<'_>]) -> String {
         );
     }
     let (elements, bytes) = weights.iter().fold((0, 0), |(e, b), weight| (e + weight.elements, b + weight.bytes));
-    let files = source.files.len();
     let _ = writeln!(
         text,
         "all       {} in {}, {:.2} bits per weight",
         Bytes(bytes),
-        words::count(files, "file"),
+        words::count(files.len(), "file"),
         bits(bytes, elements)
     );
     text
 }
 
-fn json(source: &Source, weights: &[Weight<'_>]) -> Value {
-    let weight = |weight: &Weight<'_>| {
+fn json(Contents { path, model_type, files, weights }: &Contents) -> Value {
+    let weight = |weight: &StoredWeight| {
         json!({
             "name": weight.name,
             "file": weight.file,
             "format": weight.format,
-            "stored_shape": weight.shape,
+            "stored_shape": weight.stored_shape,
             "bytes": weight.bytes,
             "bits_per_weight": bits(weight.bytes, weight.elements),
         })
@@ -132,9 +100,9 @@ fn json(source: &Source, weights: &[Weight<'_>]) -> Value {
         .collect::<serde_json::Map<_, _>>()
         .into();
     json!({
-        "path": source.location.path().display().to_string(),
-        "model_type": source.config.as_ref().and_then(|config| config.model_types().first().map(|&name| name.to_owned())),
-        "files": source.files.iter().map(|file| json!({"name": file.name, "size": file.identity.len})).collect::<Vec<_>>(),
+        "path": path.display().to_string(),
+        "model_type": model_type,
+        "files": files.iter().map(|(name, size)| json!({"name": name, "size": size})).collect::<Vec<_>>(),
         "formats": formats,
         "tensors": weights.iter().map(weight).collect::<Vec<_>>(),
     })

@@ -3,8 +3,7 @@
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use prequant::Error;
-use prequant::error::ErrorKind;
+use prequant::{Error, ErrorKind};
 use serde_json::{Value, json};
 
 use super::{hints, interrupt};

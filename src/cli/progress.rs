@@ -6,9 +6,7 @@ use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use prequant::ops::quantize::Conversion;
-use prequant::pipeline::Progress;
-use prequant::units::Bytes;
+use prequant::{Bytes, Conversion, Progress};
 
 use super::words::count;
 

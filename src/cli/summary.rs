@@ -4,12 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::Duration;
 
-use prequant::format::{GroupSize, Layout, Scales};
-use prequant::manifest::Manifest;
-use prequant::ops::quantize::Conversion;
-use prequant::recipe::Recipe;
-use prequant::stats::Statistics;
-use prequant::units::Bytes;
+use prequant::{Bytes, Conversion, GroupSize, Layout, Manifest, Recipe, Statistics, Weights};
 use serde_json::{Value, json};
 
 use super::hints;
@@ -102,17 +97,21 @@ impl Done<'_> {
 
 /// The format and its options, in a few words.
 pub fn format_name(recipe: &Recipe) -> String {
-    let codec = recipe.codec();
-    let mut name = match codec.scales {
-        Scales::Blocks { size, .. } => format!("{} (block {size}", codec.format.name),
-        Scales::Groups { size: GroupSize::Channel, .. } => format!("{} (one scale per row", codec.format.name),
-        Scales::Groups { size, .. } => format!("{} (group {size}", codec.format.name),
-    };
-    if codec.double_quant() {
-        name += ", double quantization";
-    }
-    if let Some(layout) = codec.layout().filter(|layout| *layout != Layout::CompressedTensors) {
-        name = format!("{name}, {}'s layout", layout.name());
+    let mut name = recipe.format().name.to_owned();
+    match recipe.weights {
+        Weights::Blocks { block_size, double_quant, .. } => {
+            name += &format!(" (block {block_size}");
+            name += if double_quant { ", double quantization" } else { "" };
+        }
+        Weights::Groups { group_size, layout, .. } => {
+            name += &match group_size {
+                GroupSize::Channel => " (one scale per row".to_owned(),
+                size => format!(" (group {size}"),
+            };
+            if layout != Layout::CompressedTensors {
+                name += &format!(", {}'s layout", layout.name());
+            }
+        }
     }
     name + ")"
 }

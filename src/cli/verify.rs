@@ -7,11 +7,7 @@ use std::time::Instant;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use prequant::Error;
-use prequant::backend::DeviceChoice;
-use prequant::ops::quantize;
-use prequant::ops::verify::{Options, Report, against, verify};
-use prequant::units::Bytes;
+use prequant::{Bytes, DeviceChoice, Error, Options, Report, VerifyOptions, verify, verify_against};
 use serde_json::json;
 
 use super::output::{self, Outcome};
@@ -72,18 +68,22 @@ pub fn run(arguments: &Arguments) -> ExitCode {
 }
 
 fn check(arguments: &Arguments) -> Result<Report, Error> {
-    let convert = quantize::Options::default();
+    let convert = Options::default();
     let threads = arguments.threads.map_or(convert.threads, std::num::NonZeroUsize::get);
     let progress = progress(arguments);
-    let options =
-        Options { quick: arguments.quick, threads, interrupt: interrupt::flag(), hashed: &|bytes| progress.inc(bytes) };
+    let options = VerifyOptions {
+        quick: arguments.quick,
+        threads,
+        interrupt: interrupt::flag(),
+        hashed: &|bytes| progress.inc(bytes),
+    };
     let report = match &arguments.against {
         Some(source) => {
             let opened = device::open(&arguments.device, convert.device_memory)?;
             if !arguments.quiet && !arguments.json {
                 progress.suspend(|| eprintln!("{}", opened.line));
             }
-            against(&arguments.folder, source, quantize::Options { threads, device: opened.device, ..convert }, options)
+            verify_against(&arguments.folder, source, Options { threads, device: opened.device, ..convert }, options)
         }
         None => verify(&arguments.folder, options),
     };

@@ -1,7 +1,7 @@
 //! 8-bit floats, as f32; exact.
 
 /// [`e4m3_value`] of every byte, for where there are many.
-pub static E4M3_VALUES: [f32; 256] = {
+pub(crate) static E4M3_VALUES: [f32; 256] = {
     let mut values = [0.0; 256];
     let mut byte = 0;
     while byte < 256 {
@@ -13,7 +13,7 @@ pub static E4M3_VALUES: [f32; 256] = {
 
 /// The value of an E4M3 float: subnormal numbers count 512ths, there are no infinities, and all ones are NaN.
 #[inline(always)]
-pub const fn e4m3_value(byte: u8) -> f32 {
+pub(crate) const fn e4m3_value(byte: u8) -> f32 {
     let magnitude = (byte & 0x7f) as u32;
     let number = match magnitude {
         0..8 => magnitude as f32 / 512.0,
@@ -25,6 +25,6 @@ pub const fn e4m3_value(byte: u8) -> f32 {
 
 /// The value of an E8M0 float, 2^(byte - 127); 2^128, which 255 would be, is infinite.
 #[inline(always)]
-pub fn power_of_two(byte: u8) -> f32 {
+pub(crate) fn power_of_two(byte: u8) -> f32 {
     if byte == 0 { f32::from_bits(1 << 22) } else { f32::from_bits(u32::from(byte) << 23) }
 }

@@ -3,10 +3,10 @@
 //! The `scalar` modules of [`block`] and [`group`] are the specification. Every other kernel gives the same bytes and the same figures, faster. The choice is
 //! made once, as a value ([`Kernel`]), and passed down.
 
-pub mod block;
-pub mod decode;
+pub(crate) mod block;
+pub(crate) mod decode;
 mod float8;
-pub mod group;
+pub(crate) mod group;
 
 use crate::dtype::FloatDtype;
 use crate::format::{BlockSize, Codebook};
@@ -118,7 +118,7 @@ impl Kernel {
     }
 }
 
-/// Quantizes a run of blocks even if they hold NaN or infinities; see [`block::scalar::quantize_any`].
+/// Quantizes a run of blocks even if they hold NaN or infinities; see `block::scalar::quantize_any`.
 ///
 /// # Panics
 /// When a slice's length is not what [`Blocks`] says.

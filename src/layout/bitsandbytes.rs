@@ -16,15 +16,15 @@ use crate::layout::{OutputDtype, OutputKind, OutputTensor, Stored, StoredWeight}
 const OFFSET_WIDTH: usize = 24;
 
 /// The end of the name of a weight's absmax.
-pub const ABSMAX: &str = ".absmax";
+pub(crate) const ABSMAX: &str = ".absmax";
 /// What stands between a weight's name and its format's in the name of its quant_state.
-pub const QUANT_STATE: &str = ".quant_state.bitsandbytes__";
+pub(crate) const QUANT_STATE: &str = ".quant_state.bitsandbytes__";
 
 /// The longest quant_state that is read: real ones have a hundred or two hundred bytes.
-pub const MAX_QUANT_STATE: u64 = 1 << 16;
+pub(crate) const MAX_QUANT_STATE: u64 = 1 << 16;
 
 /// The tensors that a weight of `shape` becomes, for a dtype and codec.
-pub fn output_tensors(codec: &Codec, dtype: FloatDtype, shape: &[u64]) -> Vec<OutputTensor> {
+pub(crate) fn output_tensors(codec: &Codec, dtype: FloatDtype, shape: &[u64]) -> Vec<OutputTensor> {
     let elements: u64 = shape.iter().product();
     let blocks = elements.div_ceil(codec.block_len(elements));
     let tensor = |kind, suffix, is_f32, shape| {
@@ -51,7 +51,7 @@ pub fn output_tensors(codec: &Codec, dtype: FloatDtype, shape: &[u64]) -> Vec<Ou
 ///
 /// # Errors
 /// When it can't be read, or says what can't be.
-pub fn read(codec: &Codec, weight: &mut dyn StoredWeight) -> Result<Stored> {
+pub(crate) fn read(codec: &Codec, weight: &mut dyn StoredWeight) -> Result<Stored> {
     let json = weight.bytes(OutputKind::QuantState, MAX_QUANT_STATE)?;
     let state = ParsedQuantState::parse(&json);
     let state = state.map_err(|error| weight.malformed(format!("its quant_state: {error}")))?;
@@ -120,7 +120,7 @@ impl ParsedQuantState {
 }
 
 /// The length of [`quant_state_bytes`], whatever `nested_offset` turns out to be.
-pub fn quant_state_len(codec: &Codec, dtype: FloatDtype, shape: &[u64]) -> usize {
+pub(crate) fn quant_state_len(codec: &Codec, dtype: FloatDtype, shape: &[u64]) -> usize {
     let widest = "0".repeat(OFFSET_WIDTH);
     quant_state_json(&QuantState { codec, dtype, shape, nested_offset: 0.0 }, &widest).len()
 }
@@ -163,7 +163,7 @@ fn python_float(x: f32) -> String {
 ///
 /// `compute_dtype` is the dtype that matrix products run in; `skip_modules` are the Linear modules left unquantized,
 /// which must be all of them: a given list replaces the client's own defaults.
-pub fn quantization_config(codec: &Codec, compute_dtype: FloatDtype, skip_modules: &[String]) -> Value {
+pub(crate) fn quantization_config(codec: &Codec, compute_dtype: FloatDtype, skip_modules: &[String]) -> Value {
     json!({
         "quant_method": "bitsandbytes",
         "load_in_4bit": true,

@@ -12,13 +12,13 @@ use crate::layout::reader::number;
 use crate::layout::{OutputDtype, OutputKind, OutputTensor, Stored, StoredWeight};
 
 /// The end of the codes' name, after the weight's.
-pub const CODES: &str = "_packed";
+pub(crate) const CODES: &str = "_packed";
 
 /// Rows whose zero points share an i32.
-pub const ZERO_POINT_ROWS: u64 = 8;
+pub(crate) const ZERO_POINT_ROWS: u64 = 8;
 
 /// The tensors that a weight `[rows, columns]`, of whole groups, becomes.
-pub fn output_tensors(codec: &Codec, shape: &[u64]) -> Vec<OutputTensor> {
+pub(crate) fn output_tensors(codec: &Codec, shape: &[u64]) -> Vec<OutputTensor> {
     let &[rows, columns] = shape else { unreachable!("only matrices are quantized in groups") };
     let groups = columns / codec.block_len(columns);
     let tensor = |kind, suffix, dtype, shape| OutputTensor { kind, suffix: Cow::Borrowed(suffix), dtype, shape };
@@ -59,7 +59,7 @@ pub fn output_tensors(codec: &Codec, shape: &[u64]) -> Vec<OutputTensor> {
 ///
 /// # Errors
 /// When one is missing, or isn't what the others want.
-pub fn read(codec: &Codec, weight: &mut dyn StoredWeight) -> Result<Stored> {
+pub(crate) fn read(codec: &Codec, weight: &mut dyn StoredWeight) -> Result<Stored> {
     let (codes, scale) = (weight.info(OutputKind::Packed)?, weight.info(OutputKind::Scale)?);
     let &[rows, packed] = &codes.shape[..] else {
         return Err(weight.malformed(format!("{:?} has the shape {:?}", codes.name, codes.shape)));
@@ -81,18 +81,18 @@ pub fn read(codec: &Codec, weight: &mut dyn StoredWeight) -> Result<Stored> {
 }
 
 /// Whether codes are integers, whose number in a row is in a tensor of its own.
-pub fn is_integer(codec: &Codec) -> bool {
+pub(crate) fn is_integer(codec: &Codec) -> bool {
     matches!(codec.format.element, ElementCode::Int { .. })
 }
 
 /// The content of [`OutputKind::Shape`].
-pub fn shape_bytes(shape: &[u64]) -> Vec<u8> {
+pub(crate) fn shape_bytes(shape: &[u64]) -> Vec<u8> {
     shape.iter().flat_map(|dimension| dimension.to_le_bytes()).collect()
 }
 
 /// Zero points of rows of `per_row` groups, as they are stored: integers that hold those of eight rows, the first one's in the
 /// lowest bits.
-pub fn pack_zero_points(points: &[u8], per_row: usize, into: &mut Vec<u8>) {
+pub(crate) fn pack_zero_points(points: &[u8], per_row: usize, into: &mut Vec<u8>) {
     into.clear();
     for rows in points.chunks(per_row * ZERO_POINT_ROWS as usize) {
         into.extend((0..per_row).flat_map(|group| {
@@ -103,7 +103,7 @@ pub fn pack_zero_points(points: &[u8], per_row: usize, into: &mut Vec<u8>) {
 }
 
 /// The inverse of [`pack_zero_points`]: appends those of the `rows` rows from `first` on.
-pub fn unpack_zero_points(packed: &[u8], per_row: usize, first: u64, rows: u64, into: &mut Vec<u8>) {
+pub(crate) fn unpack_zero_points(packed: &[u8], per_row: usize, first: u64, rows: u64, into: &mut Vec<u8>) {
     for row in first..first + rows {
         let words = packed[(row / ZERO_POINT_ROWS) as usize * per_row * 4..].chunks_exact(4).take(per_row);
         // Four rows' nibbles lie in two bytes.
@@ -113,7 +113,7 @@ pub fn unpack_zero_points(packed: &[u8], per_row: usize, first: u64, rows: u64, 
 }
 
 /// config.json's `quantization_config`; `ignore` are the Linear modules left unquantized, by whole names or `re:` patterns.
-pub fn quantization_config(codec: &Codec, ignore: &[String]) -> Value {
+pub(crate) fn quantization_config(codec: &Codec, ignore: &[String]) -> Value {
     let format = match (codec.format.element, codec.format.scale) {
         (ElementCode::Int { .. }, _) => "pack-quantized",
         (_, ScaleCode::E4m3) => "nvfp4-pack-quantized",

@@ -8,7 +8,7 @@ use crate::format::{Codec, NESTED_BLOCK_SIZE, Scales, dynamic_map};
 
 /// A weight that is quantized.
 #[derive(Clone, Copy, Debug)]
-pub struct Weight<'w> {
+pub(crate) struct Weight<'w> {
     /// How.
     pub codec: &'w Codec,
     /// Its dtype.
@@ -19,7 +19,7 @@ pub struct Weight<'w> {
 
 /// What quantizing a run of it gave: whole blocks, groups or rows.
 #[derive(Clone, Copy, Debug)]
-pub struct QuantizedRun<'r> {
+pub(crate) struct QuantizedRun<'r> {
     /// The run's first element in the weight.
     pub first: u64,
     /// Codes.
@@ -36,7 +36,7 @@ pub struct QuantizedRun<'r> {
 
 /// What quantizing a run of its absmax gave.
 #[derive(Clone, Copy, Debug)]
-pub struct NestedRun<'r> {
+pub(crate) struct NestedRun<'r> {
     /// The run's first entry.
     pub first: usize,
     /// One byte an entry.
@@ -48,7 +48,7 @@ pub struct NestedRun<'r> {
 }
 
 /// Bytes for a tensor, and where in it they start.
-pub type Placed<'b> = (u64, &'b [u8]);
+pub(crate) type Placed<'b> = (u64, &'b [u8]);
 
 impl Weight<'_> {
     /// What a run gives to the weight's tensor of a kind. What doesn't depend on the weights' values comes with the first run,
@@ -56,7 +56,7 @@ impl Weight<'_> {
     ///
     /// # Errors
     /// When the scale of all scales is missing; that is a defect.
-    pub fn encode<'b>(
+    pub(crate) fn encode<'b>(
         &self,
         kind: OutputKind,
         run: &QuantizedRun<'b>,
@@ -109,7 +109,7 @@ impl Weight<'_> {
     }
 
     /// The same of a run of absmax, with double quantization.
-    pub fn encode_nested<'b>(
+    pub(crate) fn encode_nested<'b>(
         &self,
         kind: OutputKind,
         run: &NestedRun<'b>,

@@ -11,12 +11,12 @@ use crate::format::Codec;
 use crate::layout::{OutputDtype, OutputKind, OutputTensor, Stored, StoredWeight};
 
 /// The end of the blocks' name, after the experts'.
-pub const BLOCKS: &str = "_blocks";
+pub(crate) const BLOCKS: &str = "_blocks";
 /// The same of the scales' name.
-pub const SCALES: &str = "_scales";
+pub(crate) const SCALES: &str = "_scales";
 
 /// The tensors that experts `[experts, rows, columns]` become; columns are what products sum over.
-pub fn output_tensors(codec: &Codec, shape: &[u64]) -> Vec<OutputTensor> {
+pub(crate) fn output_tensors(codec: &Codec, shape: &[u64]) -> Vec<OutputTensor> {
     let &[experts, rows, columns] = shape else { unreachable!("only fused experts are quantized in this layout") };
     let group = codec.block_len(columns);
     let tensor =
@@ -28,7 +28,7 @@ pub fn output_tensors(codec: &Codec, shape: &[u64]) -> Vec<OutputTensor> {
 }
 
 /// Experts, rows and columns that blocks and scales of these shapes are of, if they fit each other.
-pub fn shape_of(blocks: &[u64], scales: &[u64]) -> Option<[u64; 3]> {
+pub(crate) fn shape_of(blocks: &[u64], scales: &[u64]) -> Option<[u64; 3]> {
     match *blocks {
         [experts, rows, groups, 16] if *scales == [experts, rows, groups] => {
             Some([experts, rows, groups.checked_mul(32)?])
@@ -41,7 +41,7 @@ pub fn shape_of(blocks: &[u64], scales: &[u64]) -> Option<[u64; 3]> {
 ///
 /// # Errors
 /// When one is missing, or they don't fit each other.
-pub fn read(codec: &Codec, weight: &mut dyn StoredWeight, model: FloatDtype) -> Result<Stored> {
+pub(crate) fn read(codec: &Codec, weight: &mut dyn StoredWeight, model: FloatDtype) -> Result<Stored> {
     let (blocks, scales) = (&weight.info(OutputKind::Packed)?.shape, &weight.info(OutputKind::Scale)?.shape);
     let shape = shape_of(blocks, scales).ok_or_else(|| {
         weight.malformed(format!("the shapes of its blocks and scales don't fit: {blocks:?} and {scales:?}"))
@@ -51,6 +51,6 @@ pub fn read(codec: &Codec, weight: &mut dyn StoredWeight, model: FloatDtype) -> 
 }
 
 /// config.json's `quantization_config`; `kept` are the modules left unquantized.
-pub fn quantization_config(kept: &[String]) -> Value {
+pub(crate) fn quantization_config(kept: &[String]) -> Value {
     json!({"modules_to_not_convert": kept, "quant_method": "mxfp4"})
 }

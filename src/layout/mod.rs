@@ -1,13 +1,13 @@
 //! What a quantized weight is on disk: the tensors it becomes, their names and shapes, and config.json's part.
 
-pub mod bitsandbytes;
-pub mod compressed_tensors;
+pub(crate) mod bitsandbytes;
+pub(crate) mod compressed_tensors;
 mod encode;
-pub mod gpt_oss;
-pub mod modelopt;
+pub(crate) mod gpt_oss;
+pub(crate) mod modelopt;
 mod output;
 mod reader;
-pub mod recognize;
+pub(crate) mod recognize;
 mod stored;
 
 use std::borrow::Cow;
@@ -18,13 +18,12 @@ use crate::dtype::FloatDtype;
 use crate::error::Result;
 use crate::format::{Codec, Layout};
 
-pub use bitsandbytes::{ParsedQuantState, QuantState, quant_state_bytes, quant_state_len};
-pub use compressed_tensors::{ZERO_POINT_ROWS, shape_bytes};
-pub use encode::{NestedRun, QuantizedRun, Weight};
-pub use output::{OutputDtype, OutputKind, OutputTensor};
-pub use reader::{Stored, StoredWeight};
-pub use recognize::{FP8_METHOD, MXFP4_METHOD, SourceQuantization};
-pub use stored::StoredFormat;
+pub use bitsandbytes::{ParsedQuantState, QuantState, quant_state_bytes};
+pub(crate) use encode::{NestedRun, QuantizedRun, Weight};
+pub(crate) use output::{OutputDtype, OutputKind, OutputTensor};
+pub(crate) use reader::{Stored, StoredWeight};
+pub(crate) use recognize::{FP8_METHOD, MXFP4_METHOD, SourceQuantization};
+pub(crate) use stored::StoredFormat;
 
 impl Codec {
     /// The tensors that a weight of `shape` becomes; of whole groups, for formats of groups.

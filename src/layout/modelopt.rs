@@ -11,15 +11,15 @@ use crate::layout::reader::number;
 use crate::layout::{OutputDtype, OutputKind, OutputTensor, Stored, StoredWeight};
 
 /// The file beside config.json that says how weights are quantized.
-pub const CONFIG_NAME: &str = "hf_quant_config.json";
+pub(crate) const CONFIG_NAME: &str = "hf_quant_config.json";
 
 /// The end of the name of the scales, after the weight's.
-pub const SCALE: &str = "_scale";
+pub(crate) const SCALE: &str = "_scale";
 /// The same of the scale of all scales.
-pub const TENSOR_SCALE: &str = "_scale_2";
+pub(crate) const TENSOR_SCALE: &str = "_scale_2";
 
 /// The tensors that a weight `[rows, columns]`, of whole groups, becomes; the codes keep its name.
-pub fn output_tensors(codec: &Codec, shape: &[u64]) -> Vec<OutputTensor> {
+pub(crate) fn output_tensors(codec: &Codec, shape: &[u64]) -> Vec<OutputTensor> {
     let &[rows, columns] = shape else { unreachable!("only matrices are quantized in groups") };
     let tensor = |kind, suffix, dtype, shape| OutputTensor { kind, suffix: Cow::Borrowed(suffix), dtype, shape };
     let groups = columns / codec.block_len(columns);
@@ -34,7 +34,7 @@ pub fn output_tensors(codec: &Codec, shape: &[u64]) -> Vec<OutputTensor> {
 ///
 /// # Errors
 /// When one is missing, or isn't what the others want.
-pub fn read(codec: &Codec, weight: &mut dyn StoredWeight, model: FloatDtype) -> Result<Stored> {
+pub(crate) fn read(codec: &Codec, weight: &mut dyn StoredWeight, model: FloatDtype) -> Result<Stored> {
     let codes = weight.info(OutputKind::Packed)?;
     let &[rows, packed] = &codes.shape[..] else {
         return Err(weight.malformed(format!("{:?} has the shape {:?}", codes.name, codes.shape)));
@@ -49,7 +49,7 @@ pub fn read(codec: &Codec, weight: &mut dyn StoredWeight, model: FloatDtype) -> 
 const QUANT_ALGO: &str = "NVFP4";
 
 /// config.json's `quantization_config`; `ignore` are the modules left unquantized.
-pub fn quantization_config(codec: &Codec, ignore: &[String]) -> Value {
+pub(crate) fn quantization_config(codec: &Codec, ignore: &[String]) -> Value {
     let weights = json!({"dynamic": false, "num_bits": 4, "type": "float", "group_size": codec.block_len(0)});
     json!({
         "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
@@ -61,7 +61,7 @@ pub fn quantization_config(codec: &Codec, ignore: &[String]) -> Value {
 }
 
 /// The content of [`CONFIG_NAME`].
-pub fn config_text(codec: &Codec, ignore: &[String]) -> String {
+pub(crate) fn config_text(codec: &Codec, ignore: &[String]) -> String {
     let quantization = json!({
         "quant_algo": QUANT_ALGO,
         "kv_cache_quant_algo": null,

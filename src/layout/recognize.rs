@@ -7,14 +7,14 @@ use crate::dtype::Dtype;
 use crate::layout::{bitsandbytes, compressed_tensors, gpt_oss, modelopt};
 
 /// DeepSeek-V3's, as names give it away.
-pub const FP8_METHOD: &str = "FP8 in blocks";
+pub(crate) const FP8_METHOD: &str = "FP8 in blocks";
 /// gpt-oss's, likewise.
-pub const MXFP4_METHOD: &str = "MXFP4 (gpt-oss)";
+pub(crate) const MXFP4_METHOD: &str = "MXFP4 (gpt-oss)";
 
 /// The end of the name of an FP8 weight's scales, after the weight's.
-pub const FP8_SCALE: &str = "_scale_inv";
+pub(crate) const FP8_SCALE: &str = "_scale_inv";
 /// What may stand beside an FP8 weight for products with FP8 inputs; it has no meaning once the weight is decoded.
-pub const FP8_INPUT_SCALES: [&str; 2] = [".activation_scale", ".input_scale"];
+pub(crate) const FP8_INPUT_SCALES: [&str; 2] = [".activation_scale", ".input_scale"];
 
 /// How names end that a method's checkpoints have and others don't: in two parts, the second a layout's own.
 const ENDS: &[(&str, &str, &str)] = &[
@@ -33,7 +33,7 @@ const ENDS: &[(&str, &str, &str)] = &[
 
 /// How a checkpoint is quantized.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SourceQuantization {
+pub(crate) struct SourceQuantization {
     /// The method's name.
     pub method: String,
     /// What gave it away.
@@ -46,19 +46,19 @@ impl SourceQuantization {
     }
 
     /// The method that config.json names, and where it names it.
-    pub fn in_config(config: &Config) -> Option<SourceQuantization> {
+    pub(crate) fn in_config(config: &Config) -> Option<SourceQuantization> {
         in_config(config)
     }
 
     /// The method that a tensor of this name belongs to.
-    pub fn by_name(name: &str) -> Option<&'static str> {
+    pub(crate) fn by_name(name: &str) -> Option<&'static str> {
         let is_end = |before: &str, end: &str| name.strip_suffix(end).is_some_and(|name| name.ends_with(before));
         ENDS.iter().find(|(before, end, _)| is_end(before, end)).map(|(.., method)| *method)
     }
 }
 
 /// How a checkpoint is quantized, and the file that says so, if a config or a tensor says that it is.
-pub fn of(source: &Source) -> Option<(PathBuf, SourceQuantization)> {
+pub(crate) fn of(source: &Source) -> Option<(PathBuf, SourceQuantization)> {
     let path = || source.location.join(CONFIG_NAME).path().to_owned();
     let config = source.config.as_ref().and_then(in_config).map(|found| (path(), found));
     let in_file = |file: &SourceFile| Some((file.location.path().to_owned(), in_tensors(&file.tensors)?));

@@ -5,7 +5,7 @@ use crate::checkpoint::TensorInfo;
 use crate::format::{CodecOptions, FORMATS, FormatSpec, Layout};
 
 /// A format in one of its layouts, as files have it.
-pub struct StoredFormat {
+pub(crate) struct StoredFormat {
     /// The format.
     pub format: &'static FormatSpec,
     tensors: Vec<OutputTensor>,
@@ -13,7 +13,7 @@ pub struct StoredFormat {
 
 impl StoredFormat {
     /// Every format in every layout, with double quantization and without.
-    pub fn all() -> Vec<StoredFormat> {
+    pub(crate) fn all() -> Vec<StoredFormat> {
         let layouts =
             |format: &FormatSpec| if format.layouts.is_empty() { &[Layout::CompressedTensors] } else { format.layouts };
         let all = FORMATS.iter().flat_map(|&format| layouts(format).iter().map(move |&layout| (format, layout)));
@@ -27,7 +27,7 @@ impl StoredFormat {
 
     /// The weight whose codes this tensor is, and all that is beside them; `None` if its name or dtype is another, or its scales are
     /// missing. `find` gives a checkpoint's tensors by name.
-    pub fn parts<'a>(
+    pub(crate) fn parts<'a>(
         &self,
         codes: &'a TensorInfo,
         find: impl Fn(&str) -> Option<&'a TensorInfo>,

@@ -10,7 +10,7 @@ use crate::models::names::match_end;
 
 /// One of the model's parameters for all experts of a layer. Names are ends of tensors' names, after a dot.
 #[derive(Debug)]
-pub struct ExpertParameter {
+pub(crate) struct ExpertParameter {
     /// The model's name for it.
     pub parameter: &'static str,
     /// The names of one expert's matrices, `*` being its number, in the order of their rows in the parameter. Empty if
@@ -26,7 +26,7 @@ pub struct ExpertParameter {
 
 /// What the hub's checkpoints have.
 #[derive(Debug)]
-pub enum Hub {
+pub(crate) enum Hub {
     /// A tensor per expert and projection.
     PerExpert,
     /// The model's own parameter.
@@ -37,7 +37,7 @@ pub enum Hub {
 
 /// What the last two dimensions of a tensor of all experts are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Orientation {
+pub(crate) enum Orientation {
     /// Rows and columns, as in an `nn.Linear`.
     Rows,
     /// Columns and rows.
@@ -48,7 +48,7 @@ pub enum Orientation {
 
 /// The shape of a model's parameter, by the config's numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Shape {
+pub(crate) enum Shape {
     /// `[experts, 2 * moe_intermediate_size, hidden_size]`.
     GateUp,
     /// `[experts, hidden_size, moe_intermediate_size]`.
@@ -57,7 +57,7 @@ pub enum Shape {
 
 /// How a parameter is made of the hub's tensors.
 #[derive(Clone, Copy, Debug)]
-pub struct Fusion {
+pub(crate) struct Fusion {
     /// The tensors on disk. Those with a `*` are one expert's matrix `[rows, columns]`, others all experts'
     /// `[experts, rows, columns]`; several are concatenated along the rows, expert by expert.
     pub sources: &'static [&'static str],
@@ -69,7 +69,7 @@ pub struct Fusion {
 
 /// How a tensor of all experts is taken apart.
 #[derive(Clone, Copy, Debug)]
-pub struct Split {
+pub(crate) struct Split {
     /// The tensor of all experts.
     pub fused: &'static str,
     /// What stands in its name for one expert's matrices.
@@ -81,19 +81,19 @@ pub struct Split {
 }
 
 /// Experts that the hub has one by one: the tensors of one expert, and the model's parameter.
-pub const fn one_by_one(per_expert: &'static [&'static str], parameter: &'static str) -> ExpertParameter {
+pub(crate) const fn one_by_one(per_expert: &'static [&'static str], parameter: &'static str) -> ExpertParameter {
     let (hub, orientation) = (Hub::PerExpert, Orientation::Rows);
     ExpertParameter { parameter, per_expert, hub, orientation, interleaved: false }
 }
 
 /// Experts that the hub has as the model does, and what one expert's matrices are called.
-pub const fn fused(parameter: &'static str, per_expert: &'static [&'static str]) -> ExpertParameter {
+pub(crate) const fn fused(parameter: &'static str, per_expert: &'static [&'static str]) -> ExpertParameter {
     let (hub, orientation) = (Hub::Parameter, Orientation::Rows);
     ExpertParameter { parameter, per_expert, hub, orientation, interleaved: false }
 }
 
 /// Experts that the hub has in tensors of all experts, but not the model's.
-pub const fn stacked(
+pub(crate) const fn stacked(
     names: &'static [&'static str],
     parameter: &'static str,
     per_expert: &'static [&'static str],
@@ -104,18 +104,18 @@ pub const fn stacked(
 
 impl ExpertParameter {
     /// The same with matrices that lie so.
-    pub const fn lying(self, orientation: Orientation) -> ExpertParameter {
+    pub(crate) const fn lying(self, orientation: Orientation) -> ExpertParameter {
         ExpertParameter { orientation, ..self }
     }
 
     /// The same with rows that alternate between the matrices.
-    pub const fn interleaved(self) -> ExpertParameter {
+    pub(crate) const fn interleaved(self) -> ExpertParameter {
         ExpertParameter { interleaved: true, ..self }
     }
 
     /// Towards the model. Biases are left alone: they aren't quantized, and where experts have some the hub has them as the model
     /// does.
-    pub fn fusion(&'static self) -> Option<Fusion> {
+    pub(crate) fn fusion(&'static self) -> Option<Fusion> {
         let sources = match self.hub {
             Hub::PerExpert => self.per_expert,
             Hub::Parameter => std::slice::from_ref(&self.parameter),
@@ -129,7 +129,7 @@ impl ExpertParameter {
     }
 
     /// Towards a tensor per expert and projection.
-    pub fn split(&self) -> Option<Split> {
+    pub(crate) fn split(&self) -> Option<Split> {
         let fused = match self.hub {
             Hub::PerExpert | Hub::Parameter => self.parameter,
             Hub::Stacked([name]) => name,
@@ -143,7 +143,7 @@ impl ExpertParameter {
 impl Fusion {
     /// What `name` is of the sources: what comes before the part that is replaced, which source, and which expert's (none
     /// if it is all experts').
-    pub fn source_of<'n>(&self, name: &'n str) -> Option<(&'n str, usize, Option<usize>)> {
+    pub(crate) fn source_of<'n>(&self, name: &'n str) -> Option<(&'n str, usize, Option<usize>)> {
         self.sources.iter().enumerate().find_map(|(i, pattern)| {
             let (prefix, expert) = match_end(name, pattern)?;
             Some((prefix, i, expert))
@@ -153,7 +153,7 @@ impl Fusion {
 
 impl Shape {
     /// Whether a fused tensor of this `shape` has rows and columns exchanged, by the config's numbers.
-    pub fn is_transposed(self, config: Option<&Config>, shape: &[u64]) -> Result<bool, String> {
+    pub(crate) fn is_transposed(self, config: Option<&Config>, shape: &[u64]) -> Result<bool, String> {
         let number = |key: &str| {
             let values = config?.values();
             let nested = values.get("text_config").and_then(|text| text.get(key));

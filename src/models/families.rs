@@ -11,12 +11,12 @@ use crate::models::names::{NO_RENAMES, Renames};
 use crate::models::roles::Role;
 
 /// The rows of the families that these `model_type`s are of, in their order.
-pub fn families(model_types: &[&str]) -> impl Iterator<Item = &'static Family> {
+pub(crate) fn families(model_types: &[&str]) -> impl Iterator<Item = &'static Family> {
     model_types.iter().filter_map(|name| FAMILIES.iter().find(|family| family.model_types.contains(name)))
 }
 
 /// Outermost `model_type`s whose every tensor was compared with transformers.
-pub fn compared() -> impl Iterator<Item = &'static str> {
+pub(crate) fn compared() -> impl Iterator<Item = &'static str> {
     include_str!("data/compared.txt").lines()
 }
 
@@ -29,7 +29,7 @@ const CONV1D: &str =
     "Conv1D stores [in, out], 4-bit modules [out, in], and prequant doesn't transpose it: kept in its dtype";
 
 /// A family that isn't here is fully told by names and shapes, and has no experts that can be fused or taken apart.
-pub const FAMILIES: &[Family] = &[
+pub(crate) const FAMILIES: &[Family] = &[
     // Mixtures of experts.
     Family {
         model_types: &[

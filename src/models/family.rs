@@ -6,7 +6,7 @@ use crate::models::roles::Role;
 
 /// Where a family departs from what names and shapes tell by themselves.
 #[derive(Debug)]
-pub struct Family {
+pub(crate) struct Family {
     /// config.json's `model_type`s that the row is for, of the model or of one nested in it.
     pub model_types: &'static [&'static str],
     /// The model's parameters for a layer's experts.
@@ -26,7 +26,7 @@ pub struct Family {
 }
 
 /// The family that needs no row: what the rows leave out.
-pub const PLAIN: Family = Family {
+pub(crate) const PLAIN: Family = Family {
     model_types: &[],
     experts: &[],
     exceptions: &[],
@@ -38,7 +38,7 @@ pub const PLAIN: Family = Family {
 
 /// A part of a module's name, and what a 2-D weight with it in its name is.
 #[derive(Debug)]
-pub struct Exception {
+pub(crate) struct Exception {
     /// Looked for in `.module.name.`, so that dots stand for the borders of the parts; empty matches everything.
     pub part: &'static str,
     /// What the tensor is.
@@ -52,16 +52,16 @@ pub struct Exception {
 }
 
 /// A Linear, or what its role says, that stays in its dtype.
-pub const fn keep(part: &'static str, role: Role, reason: &'static str) -> Exception {
+pub(crate) const fn keep(part: &'static str, role: Role, reason: &'static str) -> Exception {
     Exception { part, role, keep: true, linear: true, reason }
 }
 
 /// A subclass of `nn.Linear`, which clients don't make 4-bit.
-pub const fn not_exactly_linear(part: &'static str, reason: &'static str) -> Exception {
+pub(crate) const fn not_exactly_linear(part: &'static str, reason: &'static str) -> Exception {
     Exception { part, role: Role::Linear, keep: true, linear: false, reason }
 }
 
 /// A Linear that looks like something else.
-pub const fn quantize(part: &'static str, reason: &'static str) -> Exception {
+pub(crate) const fn quantize(part: &'static str, reason: &'static str) -> Exception {
     Exception { part, role: Role::Linear, keep: false, linear: true, reason }
 }

@@ -15,12 +15,12 @@ const COMMON: &[&[&str]] = &[
 ];
 
 /// All sets of names.
-pub fn sets() -> impl Iterator<Item = &'static [&'static str]> {
+pub(crate) fn sets() -> impl Iterator<Item = &'static [&'static str]> {
     COMMON.iter().chain(FAMILIES.iter().flat_map(|family| family.merged_linears)).copied()
 }
 
 /// The set that a module of this last name is merged with.
-pub fn set_of(name: &str) -> Option<&'static [&'static str]> {
+pub(crate) fn set_of(name: &str) -> Option<&'static [&'static str]> {
     sets().find(|names| names.contains(&name))
 }
 

@@ -4,16 +4,16 @@
 //! [`families`]: its experts' names on the hub, renames, exceptions, merged Linears, tied heads. Tables that
 //! `scripts/make` takes from transformers and vLLM are in `data/`, and `tests/` compares every row with them.
 
-pub mod experts;
-pub mod families;
-pub mod family;
-pub mod merged_linears;
-pub mod names;
-pub mod roles;
-pub mod rules;
+pub(crate) mod experts;
+pub(crate) mod families;
+pub(crate) mod family;
+pub(crate) mod merged_linears;
+pub(crate) mod names;
+pub(crate) mod roles;
+pub(crate) mod rules;
 
 #[cfg(test)]
 mod tests;
 
 pub use roles::Role;
-pub use rules::{Rules, Verdict};
+pub(crate) use rules::{Rules, Verdict};

@@ -2,7 +2,7 @@
 
 /// Steps from a tensor's module on disk to the model's modules, as transformers' conversion mapping takes them.
 #[derive(Debug)]
-pub struct Renames {
+pub(crate) struct Renames {
     /// At most one is applied: the first that the name starts with. A pair of equals guards against the next ones.
     pub starts: &'static [(&'static str, &'static str)],
     /// All are applied, in order, to `.module.name.`
@@ -14,11 +14,11 @@ pub struct Renames {
 }
 
 /// Modules are called as their tensors are.
-pub const NO_RENAMES: Renames = Renames { starts: &[], parts: &[], splits: &[], also: &[] };
+pub(crate) const NO_RENAMES: Renames = Renames { starts: &[], parts: &[], splits: &[], also: &[] };
 
 impl Renames {
     /// The modules that `module`, as a tensor on disk names it, is in the loaded model.
-    pub fn modules(&self, module: &str) -> Vec<String> {
+    pub(crate) fn modules(&self, module: &str) -> Vec<String> {
         let mut dotted = format!("{module}.");
         if let Some((from, to)) = self.starts.iter().find(|(from, _)| dotted.starts_with(from)) {
             dotted.replace_range(..from.len(), to);
@@ -38,7 +38,7 @@ impl Renames {
 }
 
 /// Whether `name` ends with `pattern`, part by part: what comes before it, and the number in place of its `*`.
-pub fn match_end<'n>(name: &'n str, pattern: &str) -> Option<(&'n str, Option<usize>)> {
+pub(crate) fn match_end<'n>(name: &'n str, pattern: &str) -> Option<(&'n str, Option<usize>)> {
     let (mut rest, mut expert) = (name, None);
     for expected in pattern.rsplit('.') {
         let part = rest.rsplit('.').next()?;
@@ -55,7 +55,8 @@ pub fn match_end<'n>(name: &'n str, pattern: &str) -> Option<(&'n str, Option<us
 
 /// Whether transformers takes `entry` of `llm_int8_skip_modules`, a plain module's name, to mean `module` too: it
 /// does for what is inside, and for every name that ends like it (`classifier` skips `pre_classifier`).
-pub fn skip_entry_matches(entry: &str, module: &str) -> bool {
+#[cfg(test)]
+pub(crate) fn skip_entry_matches(entry: &str, module: &str) -> bool {
     let inside = |rest: &str| rest.is_empty() || rest.starts_with('.');
     module.ends_with(entry) || module.strip_prefix(entry).is_some_and(inside)
 }

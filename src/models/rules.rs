@@ -15,7 +15,7 @@ use crate::models::roles::{ModuleName, Role, is_fused_projection};
 
 /// The decision about one tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Verdict {
+pub(crate) struct Verdict {
     /// What the tensor is.
     pub role: Role,
     /// Whether it is quantized; otherwise it is kept in its dtype.
@@ -39,7 +39,7 @@ impl Verdict {
 
 /// The rules for one checkpoint.
 #[derive(Clone, Debug)]
-pub struct Rules {
+pub(crate) struct Rules {
     families: Vec<&'static Family>,
     /// The family of the outermost `model_type`: the only one whose renames hold for whole names.
     outermost: Option<&'static Family>,
@@ -50,7 +50,7 @@ pub struct Rules {
 impl Rules {
     /// Rules for config.json's `model_type` and those of the configs nested in it, outermost first; empty when there
     /// is no config.
-    pub fn new(model_types: &[&str]) -> Rules {
+    pub(crate) fn new(model_types: &[&str]) -> Rules {
         let outermost = model_types.first();
         Rules {
             families: families(model_types).collect(),
@@ -61,12 +61,12 @@ impl Rules {
     }
 
     /// Whether the architecture was compared, tensor by tensor, with what transformers makes of it.
-    pub fn is_compared(&self) -> bool {
+    pub(crate) fn is_compared(&self) -> bool {
         self.compared
     }
 
     /// Decides about the tensor called `name`, with the shape that the source's header gives.
-    pub fn classify(&self, name: &str, shape: &[u64]) -> Verdict {
+    pub(crate) fn classify(&self, name: &str, shape: &[u64]) -> Verdict {
         if shape.contains(&0) {
             return Verdict::keep(Role::Unknown, false, "has no elements: nothing to quantize");
         }
@@ -78,14 +78,14 @@ impl Rules {
 
     /// The names of the modules that the tensor belongs to, as the loaded model calls them: the spelling that
     /// `llm_int8_skip_modules` needs. More than one if the tensor is cut when loaded, or if classes nest it differently.
-    pub fn module_names(&self, tensor: &str) -> Vec<String> {
+    pub(crate) fn module_names(&self, tensor: &str) -> Vec<String> {
         let module = tensor.strip_suffix(".weight").unwrap_or(tensor);
         self.outermost.map_or_else(|| vec![module.to_owned()], |family| family.renames.modules(module))
     }
 
     /// Entries of `llm_int8_skip_modules` for Linears that may have no tensor on disk, as their weight is another's
     /// (a tied head). An entry that matches no module does no harm.
-    pub fn off_disk_modules(&self) -> Vec<&'static str> {
+    pub(crate) fn off_disk_modules(&self) -> Vec<&'static str> {
         match self.outermost {
             Some(family) if !family.off_disk.is_empty() => family.off_disk.to_vec(),
             _ => ["lm_head"].into_iter().chain(self.families.iter().flat_map(|row| row.off_disk).copied()).collect(),

@@ -1,10 +1,11 @@
 //! What the tool does: each operation opens, plans, executes and seals.
 
-pub mod dequantize;
-pub mod job;
+pub(crate) mod dequantize;
+pub(crate) mod inspect;
+pub(crate) mod job;
 mod model_card;
-pub mod quantize;
+pub(crate) mod quantize;
 mod relayout;
-pub mod verify;
+pub(crate) mod verify;
 
-pub use relayout::recipe_of;
+pub(crate) use relayout::recipe_of;

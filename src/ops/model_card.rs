@@ -5,7 +5,7 @@ use crate::error::{IoContext, Result};
 use crate::plan::Plan;
 
 /// The file's name.
-pub const NAME: &str = "README.md";
+pub(crate) const NAME: &str = "README.md";
 
 /// What is written after the source's own text where experts are 4-bit.
 const EXPERTS: &str = r#"
@@ -36,7 +36,7 @@ fn experts_in_0_1_0() -> String {
 ///
 /// # Errors
 /// When the source's own can't be read.
-pub fn changed(source: &Source, plan: &Plan, is_decoded: bool) -> Result<Option<Vec<u8>>> {
+pub(crate) fn changed(source: &Source, plan: &Plan, is_decoded: bool) -> Result<Option<Vec<u8>>> {
     let adds = plan.needs_loader() && source.config.is_some();
     if !adds && !is_decoded {
         return Ok(None);
@@ -59,7 +59,7 @@ fn without_addition(card: &[u8]) -> Option<&[u8]> {
 }
 
 /// Whether what was found says what `card` does, be it in the words of an earlier version.
-pub fn says_the_same(found: &[u8], card: &[u8]) -> bool {
+pub(crate) fn says_the_same(found: &[u8], card: &[u8]) -> bool {
     let own = without_addition(found);
     own.is_some() && own == without_addition(card)
 }

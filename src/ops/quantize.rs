@@ -1,6 +1,7 @@
 //! Converting a checkpoint: open, plan, execute, seal.
 
 use std::io::{self, Read};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread;
@@ -68,7 +69,7 @@ impl Default for Options {
 #[derive(Debug)]
 pub struct Conversion {
     /// What is converted.
-    pub source: Source,
+    pub(crate) source: Source,
     /// What will be written.
     pub plan: Plan,
     /// The memory it takes.
@@ -84,7 +85,7 @@ pub struct Conversion {
 /// Opens `source` and plans its conversion; reads headers only, and writes nothing.
 ///
 /// If `source` is a converted checkpoint itself and `recipe` is its own but for the layout of its experts, these are laid
-/// out anew: bytes are copied, and nothing is quantized. [`recipe_of`](crate::ops::recipe_of) gives its recipe.
+/// out anew: bytes are copied, and nothing is quantized. [`recipe_of`](crate::recipe_of) gives its recipe.
 ///
 /// # Errors
 /// When the source is no checkpoint or damaged, or the recipe doesn't fit it; or a device has too little memory free.
@@ -130,6 +131,24 @@ impl Conversion {
         self.relay.as_ref().map(|relay| relay.from)
     }
 
+    /// How many files of weights the source has, and how many others.
+    pub fn source_files(&self) -> (usize, usize) {
+        (self.source.files.len(), self.source.side_files.len())
+    }
+
+    /// Bytes of the source's tensors as they are stored.
+    pub fn stored_len(&self) -> u64 {
+        self.source.tensors().map(|(_, info)| info.len).sum()
+    }
+
+    /// Bytes that are free at `destination`; `None` if the file system keeps no count.
+    ///
+    /// # Errors
+    /// When the system refuses to tell.
+    pub fn disk_free(&self, destination: impl AsRef<Path>) -> Result<Option<u64>> {
+        free_space(&destination.as_ref().into())
+    }
+
     /// Bytes that the destination must have room for: weights, side files, and the manifest by estimate.
     pub fn disk_needed(&self) -> u64 {
         let side_files: u64 = self.source.side_files.iter().map(|file| file.len).sum();
@@ -139,8 +158,8 @@ impl Conversion {
     }
 
     /// Whether the conversion can be written to `destination`: it is a place for it, and there is room.
-    pub fn check_destination(&self, destination: impl Into<Location>) -> Result<()> {
-        let destination = &destination.into();
+    pub fn check_destination(&self, destination: impl AsRef<Path>) -> Result<()> {
+        let destination = &destination.as_ref().into();
         self.check_place(destination)?;
         self.check_space(destination, &[])
     }
@@ -174,8 +193,8 @@ impl Conversion {
 
     /// The manifest in `destination`, if it is of this very conversion, finished: same tool, recipe, config.json and
     /// source, by the sizes and headers of its files. Nothing more is looked at; `verify` does that.
-    pub fn finished(&self, destination: impl Into<Location>) -> Option<Manifest> {
-        let destination = &destination.into();
+    pub fn finished(&self, destination: impl AsRef<Path>) -> Option<Manifest> {
+        let destination = &Location::from(destination.as_ref());
         if destination.join(STAGING_NAME).exists() {
             return None;
         }
@@ -200,7 +219,7 @@ impl Conversion {
 
     /// Writes the checkpoint to `destination` and returns its manifest; goes on where an earlier run was stopped. Until all
     /// of it is written, synced and hashed, nothing there can be taken for a checkpoint.
-    pub fn execute(&self, destination: impl Into<Location>, progress: &dyn Progress) -> Result<Manifest> {
+    pub fn execute(&self, destination: impl AsRef<Path>, progress: &dyn Progress) -> Result<Manifest> {
         self.execute_until(&AtomicBool::new(false), destination, progress)
     }
 
@@ -211,10 +230,21 @@ impl Conversion {
     pub fn execute_until(
         &self,
         interrupt: &AtomicBool,
-        destination: impl Into<Location>,
+        destination: impl AsRef<Path>,
         progress: &dyn Progress,
     ) -> Result<Manifest> {
-        self.carry_out(interrupt, &destination.into(), progress, |staging, files, outcome| {
+        self.execute_at(interrupt, &destination.as_ref().into(), progress)
+    }
+
+    /// The same, whatever store the destination is in.
+    #[doc(hidden)]
+    pub fn execute_at(
+        &self,
+        interrupt: &AtomicBool,
+        destination: &Location,
+        progress: &dyn Progress,
+    ) -> Result<Manifest> {
+        self.carry_out(interrupt, destination, progress, |staging, files, outcome| {
             let manifest = self.finish(staging, files, outcome)?;
             Ok((published_names(&manifest), manifest))
         })
@@ -227,10 +257,21 @@ impl Conversion {
     pub fn dequantize_until(
         &self,
         interrupt: &AtomicBool,
-        destination: impl Into<Location>,
+        destination: impl AsRef<Path>,
         progress: &dyn Progress,
     ) -> Result<Vec<FileRecord>> {
-        self.carry_out(interrupt, &destination.into(), progress, |staging, files, _| {
+        self.dequantize_at(interrupt, &destination.as_ref().into(), progress)
+    }
+
+    /// The same, whatever store the destination is in.
+    #[doc(hidden)]
+    pub fn dequantize_at(
+        &self,
+        interrupt: &AtomicBool,
+        destination: &Location,
+        progress: &dyn Progress,
+    ) -> Result<Vec<FileRecord>> {
+        self.carry_out(interrupt, destination, progress, |staging, files, _| {
             write_sums(staging, files.iter())?;
             let names = files.iter().map(|file| file.name.clone()).chain([SUMS_NAME.to_owned()]).collect();
             Ok((names, files))

@@ -25,7 +25,7 @@ use crate::store::{Identity, Location};
 
 /// A converted checkpoint and what it becomes.
 #[derive(Debug)]
-pub struct Relayout {
+pub(crate) struct Relayout {
     /// Its manifest.
     pub manifest: Manifest,
     /// How its experts are laid out.
@@ -42,7 +42,7 @@ pub struct Relayout {
 ///
 /// # Errors
 /// When its manifest can't be read, or is of a newer version.
-pub fn recipe_of(place: impl Into<Location>) -> Result<Option<Recipe>> {
+pub(crate) fn recipe_of(place: impl Into<Location>) -> Result<Option<Recipe>> {
     let place = place.into();
     // A config that can't be read is an error of opening the source.
     let config = Config::read(&place.join(CONFIG_NAME)).ok();
@@ -54,7 +54,7 @@ pub fn recipe_of(place: impl Into<Location>) -> Result<Option<Recipe>> {
 }
 
 /// The manifest of the converted checkpoint at `place`; none if there is no such file.
-pub fn manifest_of(place: &Location) -> Result<Option<Manifest>> {
+pub(crate) fn manifest_of(place: &Location) -> Result<Option<Manifest>> {
     let location = place.join(MANIFEST_NAME);
     if location.is_file() { Manifest::read(&location).map(Some) } else { Ok(None) }
 }
@@ -65,7 +65,7 @@ impl Relayout {
     /// # Errors
     /// When `recipe` asks for more than another layout or other shards, blocks straddle experts, or the files aren't what
     /// the manifest says.
-    pub fn new(converted: &Source, manifest: Manifest, recipe: Recipe) -> Result<(Plan, Relayout)> {
+    pub(crate) fn new(converted: &Source, manifest: Manifest, recipe: Recipe) -> Result<(Plan, Relayout)> {
         let path = converted.location.path();
         let from = if manifest.recipe.fuses_experts() { ExpertLayout::Fuse } else { ExpertLayout::Keep };
         check_recipe(path, &manifest.recipe, &recipe)?;
@@ -97,7 +97,7 @@ impl Relayout {
 
     /// What came of executing the copying plan, as the outcome of the other. Statistics are known of tensors that didn't
     /// change, and of all together.
-    pub fn outcome(&self, copied: Outcome) -> Outcome {
+    pub(crate) fn outcome(&self, copied: Outcome) -> Outcome {
         let mut hashes = copied.tensors.into_iter().flat_map(|tensor| tensor.sha256);
         let tensors = self.plan.tensors.iter().zip(&self.unchanged);
         let tensors = tensors
@@ -112,7 +112,7 @@ impl Relayout {
 }
 
 /// Checks what was read of a converted checkpoint against its manifest.
-pub fn check_source(converted: &Source, manifest: &Manifest, outcome: &Outcome) -> Result<()> {
+pub(crate) fn check_source(converted: &Source, manifest: &Manifest, outcome: &Outcome) -> Result<()> {
     for (file, sha256) in converted.files.iter().zip(outcome.source_files.iter().flatten()) {
         if !manifest.files.iter().any(|record| record.name == file.name && record.sha256 == *sha256) {
             let why = format!(

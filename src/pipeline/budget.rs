@@ -11,7 +11,7 @@ use crate::stats::GROUP;
 const CHUNK_STEP: usize = BlockSize::MAX * GROUP;
 
 /// Entries of absmax that are quantized at once: whole nested blocks.
-pub const NESTED_CHUNK: usize = 256 * NESTED_BLOCK_SIZE;
+pub(crate) const NESTED_CHUNK: usize = 256 * NESTED_BLOCK_SIZE;
 
 /// The most elements in a chunk: 4 MiB of bf16. Fewer and larger writes cost the file system less, more than the cache
 /// that they miss.
@@ -173,7 +173,7 @@ fn element_size(plan: &Plan) -> usize {
 }
 
 /// Room for chunks of `chunk` elements at most, and for runs of absmax if there will be any.
-pub fn lane_size(plan: &Plan, chunk: usize) -> LaneSize {
+pub(crate) fn lane_size(plan: &Plan, chunk: usize) -> LaneSize {
     let codec = plan.recipe.codec();
     let element = element_size(plan);
     let group_len = if codec.is_blocks() { 0 } else { element + 1 };
@@ -190,7 +190,7 @@ pub fn lane_size(plan: &Plan, chunk: usize) -> LaneSize {
 }
 
 /// Elements of `tensor` in a chunk, where buffers hold `most`.
-pub fn chunk_elements(plan: &Plan, tensor: &PlannedTensor, most: usize) -> usize {
+pub(crate) fn chunk_elements(plan: &Plan, tensor: &PlannedTensor, most: usize) -> usize {
     let unit = chunk_unit(plan, tensor);
     most / unit * unit
 }

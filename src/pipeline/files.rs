@@ -13,7 +13,7 @@ use crate::store::{ReadAt, read_exact_at};
 const READ_AHEAD: u64 = 16 << 20;
 
 /// Open files, kept open from task to task.
-pub struct Files<'j, 'a> {
+pub(crate) struct Files<'j, 'a> {
     job: &'j Job<'a>,
     source: SourceFiles<'j, 'a>,
     output: Option<(usize, Arc<dyn Output + 'a>)>,
@@ -27,12 +27,12 @@ struct SourceFiles<'j, 'a> {
 }
 
 impl<'j, 'a> Files<'j, 'a> {
-    pub fn new(job: &'j Job<'a>) -> Files<'j, 'a> {
+    pub(crate) fn new(job: &'j Job<'a>) -> Files<'j, 'a> {
         Files { job, source: SourceFiles { job, open: None }, output: None, evaluator: Evaluator::default() }
     }
 
     /// Turns to an output file, the plan's `file`th; what is written goes there.
-    pub fn open_output(&mut self, file: usize) -> Result<Arc<dyn Output + 'a>> {
+    pub(crate) fn open_output(&mut self, file: usize) -> Result<Arc<dyn Output + 'a>> {
         if let Some((_, output)) = self.output.as_ref().filter(|(opened, _)| *opened == file) {
             return Ok(output.clone());
         }
@@ -42,12 +42,12 @@ impl<'j, 'a> Files<'j, 'a> {
     }
 
     /// Lets go of the output file.
-    pub fn close_output(&mut self) {
+    pub(crate) fn close_output(&mut self) {
         self.output = None;
     }
 
     /// Puts `bytes` at `offset` of the output file.
-    pub fn write(&self, bytes: &[u8], offset: u64) -> Result<()> {
+    pub(crate) fn write(&self, bytes: &[u8], offset: u64) -> Result<()> {
         match &self.output {
             Some((_, output)) => output.write_at(bytes, offset),
             None => Err(Error::internal(format!("{} bytes for an output file that isn't open", bytes.len()))),
@@ -55,13 +55,13 @@ impl<'j, 'a> Files<'j, 'a> {
     }
 
     /// Fills `into` with `tensor`'s bytes from `offset` on.
-    pub fn read(&mut self, tensor: &PlannedTensor, offset: u64, into: &mut [u8]) -> Result<()> {
+    pub(crate) fn read(&mut self, tensor: &PlannedTensor, offset: u64, into: &mut [u8]) -> Result<()> {
         let Files { source, evaluator, .. } = self;
         evaluator.read(&tensor.read, offset, into, &mut |span, bytes| source.read_at(span.file, span.offset, bytes))
     }
 
     /// Fills `into` with the bytes at `position` of a file of the source.
-    pub fn read_at(&mut self, file: usize, position: u64, into: &mut [u8]) -> Result<()> {
+    pub(crate) fn read_at(&mut self, file: usize, position: u64, into: &mut [u8]) -> Result<()> {
         self.source.read_at(file, position, into)
     }
 }

@@ -11,7 +11,7 @@ use crate::backend::{Backend, Fault, Lane, LaneSize};
 use crate::error::{Error, Result};
 
 /// Lanes, at most so many, over all devices.
-pub struct LanePool<'a> {
+pub(crate) struct LanePool<'a> {
     backend: &'a dyn Backend,
     size: LaneSize,
     state: Mutex<State>,
@@ -62,13 +62,13 @@ impl From<Failed> for Error {
 
 impl<'a> LanePool<'a> {
     /// Lanes on at least one device.
-    pub fn new(backend: &'a dyn Backend, budget: LaneBudget) -> LanePool<'a> {
+    pub(crate) fn new(backend: &'a dyn Backend, budget: LaneBudget) -> LanePool<'a> {
         let state = State { free: VecDeque::new(), made: vec![0; budget.devices.count], limit: budget.count };
         LanePool { backend, size: budget.size, state: Mutex::new(state), changed: Condvar::new() }
     }
 
     /// Does `work` in a lane, once one is free; again, in another one, while memory runs out and lanes can be given up.
-    pub fn with<T>(&self, mut work: impl FnMut(&mut dyn Lane) -> Result<T, Failed>) -> Result<T> {
+    pub(crate) fn with<T>(&self, mut work: impl FnMut(&mut dyn Lane) -> Result<T, Failed>) -> Result<T> {
         loop {
             let mut held = Held { pool: self, lane: Some(self.take()?) };
             let Some(opened) = &mut held.lane else { continue };

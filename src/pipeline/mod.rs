@@ -21,7 +21,7 @@ use std::thread;
 
 use serde::{Deserialize, Serialize};
 
-pub use budget::{Budget, LaneBudget, Limits};
+pub use budget::{Budget, Limits};
 
 use crate::backend::Backend;
 use crate::checkpoint::{Source, SourceFile};
@@ -47,9 +47,18 @@ pub trait Progress: Sync {
     fn kept(&self, files: usize);
 }
 
+/// Tells no one.
+impl Progress for () {
+    fn found(&self, _: usize, _: usize) {}
+    fn resumed(&self, _: usize, _: u64) {}
+    fn advanced(&self, _: &str, _: u64) {}
+    fn sealed(&self, _: &str, _: u64) {}
+    fn kept(&self, _: usize) {}
+}
+
 /// What a plan is executed with; it decides nothing about the bytes.
 #[derive(Clone, Copy)]
-pub struct ExecutionContext<'a> {
+pub(crate) struct ExecutionContext<'a> {
     /// What quantizes.
     pub device: &'a dyn Backend,
     /// Threads and buffers.
@@ -64,7 +73,7 @@ pub struct ExecutionContext<'a> {
 
 /// What is known once a plan is executed.
 #[derive(Debug)]
-pub struct Outcome {
+pub(crate) struct Outcome {
     /// Of each tensor of the plan.
     pub tensors: Vec<TensorOutcome>,
     /// SHA-256 of each file of the plan.
@@ -77,7 +86,7 @@ pub struct Outcome {
 
 /// What is known of a tensor once it is written.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct TensorOutcome {
+pub(crate) struct TensorOutcome {
     /// SHA-256 of each of its outputs, in the plan's order.
     pub sha256: Vec<Sha256Hash>,
     /// What quantizing it cost; `None` if it was kept.
@@ -86,7 +95,7 @@ pub struct TensorOutcome {
 
 /// What is known of a file once it is written: all that is needed to go on without it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct FileOutcome {
+pub(crate) struct FileOutcome {
     /// SHA-256 of the file.
     pub sha256: Sha256Hash,
     /// Of each of its tensors, in the plan's order.
@@ -98,7 +107,7 @@ pub struct FileOutcome {
 }
 
 /// Where the files of a plan go, or are.
-pub trait Outputs: Sync {
+pub(crate) trait Outputs: Sync {
     /// A file to be written.
     fn open(&self, file: &PlannedFile) -> Result<Arc<dyn Output + '_>>;
     /// `file` is written, hashed and synced.
@@ -108,7 +117,7 @@ pub trait Outputs: Sync {
 }
 
 /// A file of a plan.
-pub trait Output: Send + Sync {
+pub(crate) trait Output: Send + Sync {
     /// Puts all of `bytes` at `offset`.
     fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()>;
     /// Waits until the file is on the disk.
@@ -137,7 +146,7 @@ struct Job<'a> {
 ///
 /// # Panics
 /// When a thread of it does; that is a defect.
-pub fn run(
+pub(crate) fn run(
     source: &Source,
     plan: &Plan,
     outputs: &dyn Outputs,

@@ -8,7 +8,7 @@ use crate::kernel::block::scalar::decode;
 
 /// Reads all `len` bytes of the tensor called `name` again, through `buffer`, and says what is in it; `None` if all of it is
 /// finite.
-pub fn describe(
+pub(crate) fn describe(
     path: &Path,
     name: &str,
     len: u64,

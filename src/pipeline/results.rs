@@ -12,7 +12,7 @@ use crate::plan::PlannedTensor;
 use crate::stats::{AbsmaxAccumulator, StatsAccumulator};
 
 /// One tensor's places in the output file that is open.
-pub struct Results<'x, 'j, 'a> {
+pub(crate) struct Results<'x, 'j, 'a> {
     pub files: &'x Files<'j, 'a>,
     pub codec: &'x Codec,
     pub tensor: &'x PlannedTensor,
@@ -23,7 +23,7 @@ pub struct Results<'x, 'j, 'a> {
 
 impl Results<'_, '_, '_> {
     /// A run that starts at an element: codes, scales and what is known without the weights.
-    pub fn quantized(&mut self, first: u64, tensor_scale: Option<f32>, encoded: &Encoded<'_>) -> Result<Done> {
+    pub(crate) fn quantized(&mut self, first: u64, tensor_scale: Option<f32>, encoded: &Encoded<'_>) -> Result<Done> {
         let Encoded { packed, scales, zero_points, figures, .. } = encoded;
         let weight = Weight { codec: self.codec, dtype: self.dtype, shape: &self.tensor.shape };
         let run = QuantizedRun { first, packed, scales, absmax: figures.absmax, zero_points, tensor_scale };
@@ -41,7 +41,7 @@ impl Results<'_, '_, '_> {
     }
 
     /// A run of quantized absmax that starts at entry `first`.
-    pub fn nested(
+    pub(crate) fn nested(
         &mut self,
         first: usize,
         absmax: &[f32],

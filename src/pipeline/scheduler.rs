@@ -18,7 +18,7 @@ use sets::ScaleSet;
 
 /// Something for a thread to do.
 #[derive(Clone, Debug)]
-pub enum Task {
+pub(crate) enum Task {
     /// Read, quantize (or keep) and write a run of a tensor's bytes.
     Chunk { tensor: usize, offset: u64, len: usize, tensor_scale: Option<f32> },
     /// Read tensors that share a scale, all at once; find that, quantize and write these of them.
@@ -39,7 +39,7 @@ pub enum Task {
 
 /// What came of a task.
 #[derive(Debug)]
-pub enum Done {
+pub(crate) enum Done {
     /// Nothing that must be told.
     Written,
     /// A chunk's figures; its absmax too, if double quantization still needs them.
@@ -58,7 +58,7 @@ pub enum Done {
 ///
 /// Chunks go in the plan's order, so that the source is read from front to back. Whatever finishes an output file goes
 /// before them, so that it happens while the file is still in the page cache.
-pub struct Scheduler<'a> {
+pub(crate) struct Scheduler<'a> {
     plan: &'a Plan,
     /// The output file of each tensor.
     file_of: Vec<usize>,
@@ -117,7 +117,7 @@ struct FileState {
 }
 
 impl<'a> Scheduler<'a> {
-    pub fn new(
+    pub(crate) fn new(
         plan: &'a Plan,
         source_files: usize,
         sealed: Vec<Option<FileOutcome>>,
@@ -152,12 +152,12 @@ impl<'a> Scheduler<'a> {
     }
 
     /// The output file that `tensor` goes to.
-    pub fn file_of(&self, tensor: usize) -> usize {
+    pub(crate) fn file_of(&self, tensor: usize) -> usize {
         self.file_of[tensor]
     }
 
     /// Waits for the next task; `None` once there is none any more.
-    pub fn next(&self) -> Option<Task> {
+    pub(crate) fn next(&self) -> Option<Task> {
         let mut state = self.lock();
         loop {
             self.heed_interrupt(&mut state);
@@ -173,7 +173,7 @@ impl<'a> Scheduler<'a> {
     }
 
     /// Takes the result of a task that [`Scheduler::next`] gave out.
-    pub fn finish(&self, task: Task, done: Done) {
+    pub(crate) fn finish(&self, task: Task, done: Done) {
         let mut state = self.lock();
         state.running -= 1;
         match (task, done) {
@@ -206,13 +206,13 @@ impl<'a> Scheduler<'a> {
     }
 
     /// Notes that `file` is on the disk.
-    pub fn synced(&self, file: usize) {
+    pub(crate) fn synced(&self, file: usize) {
         let mut state = self.lock();
         self.finish_step(&mut state, file);
     }
 
     /// Waits for the next file to be synced; `None` once there is none any more.
-    pub fn next_to_sync(&self) -> Option<usize> {
+    pub(crate) fn next_to_sync(&self) -> Option<usize> {
         let mut state = self.lock();
         loop {
             self.heed_interrupt(&mut state);
@@ -227,7 +227,7 @@ impl<'a> Scheduler<'a> {
     }
 
     /// Has all threads stop. Of several failures, the one that is first in the plan's order is kept.
-    pub fn fail(&self, tensor: usize, error: Error) {
+    pub(crate) fn fail(&self, tensor: usize, error: Error) {
         let mut state = self.lock();
         let stopped_only = matches!(error, Error::Stopped);
         if state.failure.as_ref().is_none_or(|(first, _)| tensor < *first && !stopped_only) {
@@ -238,12 +238,12 @@ impl<'a> Scheduler<'a> {
     }
 
     /// Whether threads should stop what they are doing.
-    pub fn stopped(&self) -> bool {
+    pub(crate) fn stopped(&self) -> bool {
         self.stopped.load(Ordering::Relaxed) || self.means.interrupt.load(Ordering::Relaxed)
     }
 
     /// All results, once every thread is done.
-    pub fn into_outcome(self) -> Result<Outcome> {
+    pub(crate) fn into_outcome(self) -> Result<Outcome> {
         let state = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, error)) = state.failure {
             return Err(error);

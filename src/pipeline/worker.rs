@@ -18,7 +18,7 @@ use crate::plan::{Decision, PlannedTensor};
 use crate::store::{ReadAt, Sha256Hash, hash_range};
 
 /// A thread with its lane on the processor and the files it has in hand.
-pub struct Worker<'j, 'a> {
+pub(crate) struct Worker<'j, 'a> {
     job: &'j Job<'a>,
     codec: Codec,
     files: Files<'j, 'a>,
@@ -29,7 +29,7 @@ pub struct Worker<'j, 'a> {
 }
 
 impl<'j, 'a> Worker<'j, 'a> {
-    pub fn new(job: &'j Job<'a>) -> Worker<'j, 'a> {
+    pub(crate) fn new(job: &'j Job<'a>) -> Worker<'j, 'a> {
         Worker {
             job,
             codec: job.plan.recipe.codec(),
@@ -40,7 +40,7 @@ impl<'j, 'a> Worker<'j, 'a> {
     }
 
     /// Takes tasks until there is none any more.
-    pub fn work(mut self, scheduler: &Scheduler<'_>) {
+    pub(crate) fn work(mut self, scheduler: &Scheduler<'_>) {
         let _guard = StopOnPanic(scheduler);
         while let Some(task) = scheduler.next() {
             match self.perform(&task, scheduler) {

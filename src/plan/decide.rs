@@ -7,7 +7,7 @@ use crate::models::{Rules, Verdict};
 use crate::recipe::Recipe;
 
 /// Decides tensor by tensor: `exclude` before `include` before `only_experts` before the rules.
-pub struct Selection {
+pub(crate) struct Selection {
     rules: Rules,
     only_experts: bool,
     include: Vec<Pattern>,
@@ -27,7 +27,7 @@ struct Pattern {
 impl Selection {
     /// # Errors
     /// When a pattern is no regular expression.
-    pub fn new(recipe: &Recipe, rules: Rules) -> Result<Selection> {
+    pub(crate) fn new(recipe: &Recipe, rules: Rules) -> Result<Selection> {
         let compile = |setting, texts: &[String]| -> Result<Vec<Pattern>> {
             texts.iter().map(|text| Pattern::new(setting, text)).collect()
         };
@@ -40,7 +40,7 @@ impl Selection {
     }
 
     /// The verdict on one tensor.
-    pub fn decide(&mut self, name: &str, shape: &[u64]) -> Verdict {
+    pub(crate) fn decide(&mut self, name: &str, shape: &[u64]) -> Verdict {
         let mut verdict = self.rules.classify(name, shape);
         let matrix = matches!(shape.len(), 2 | 3) && !shape.contains(&0);
         let excluded = first_match(&mut self.exclude, name, true);
@@ -59,7 +59,7 @@ impl Selection {
 
     /// # Errors
     /// When a pattern matched no tensor, or none that could be quantized: it can't be what was meant.
-    pub fn check_patterns(&self) -> Result<()> {
+    pub(crate) fn check_patterns(&self) -> Result<()> {
         let error = |pattern: &Pattern, why: &str, hint| {
             let (setting, pattern, why) = (pattern.setting, pattern.text.clone(), why.to_owned());
             Err(Error::Pattern { setting, pattern, why, hint })

@@ -17,7 +17,7 @@ use crate::read::Read;
 ///
 /// # Errors
 /// When the expert layout isn't known, an expert is missing, or they differ in shape, dtype or decision.
-pub fn fuse(
+pub(crate) fn fuse(
     source: &Source,
     model_types: &[&str],
     tensors: Vec<PlannedTensor>,

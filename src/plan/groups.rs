@@ -13,7 +13,13 @@ use crate::read::{Input, MAX_EXPERTS};
 ///
 /// # Errors
 /// When the layout is gpt-oss's and not all experts fit it.
-pub fn check(source: &Source, model_types: &[&str], input: &Input, codec: &Codec, verdict: &mut Verdict) -> Result<()> {
+pub(crate) fn check(
+    source: &Source,
+    model_types: &[&str],
+    input: &Input,
+    codec: &Codec,
+    verdict: &mut Verdict,
+) -> Result<()> {
     let keep = |verdict: &mut Verdict, reason: Cow<'static, str>| {
         (verdict.quantize, verdict.reason) = (false, reason);
         Ok(())

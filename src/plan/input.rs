@@ -23,7 +23,7 @@ const LEAST_FP8_BLOCK: u64 = 16;
 
 /// # Errors
 /// When the source is quantized, and not as FP8 blocks; or as gpt-oss's experts, and the recipe doesn't have it decoded.
-pub fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
+pub(crate) fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
     let Some((path, SourceQuantization { method, evidence })) = recognize::of(source) else {
         return if recipe.dequantize_source {
             let (setting, why) = (Setting::DequantizeSource, "has no effect: the source isn't quantized".to_owned());
@@ -54,7 +54,7 @@ pub fn check_quantization(source: &Source, recipe: &Recipe) -> Result<()> {
 }
 
 /// Whether experts are in MXFP4, as gpt-oss's.
-pub fn has_mxfp4_experts(source: &Source) -> bool {
+pub(crate) fn has_mxfp4_experts(source: &Source) -> bool {
     let is = |name: &str, end| name.strip_suffix(end).is_some_and(|name| name.ends_with("_proj"));
     let has = |end| source.tensors().any(|(_, info)| is(&info.name, end));
     has(BLOCKS) && has(SCALES)
@@ -64,7 +64,7 @@ pub fn has_mxfp4_experts(source: &Source) -> bool {
 ///
 /// # Errors
 /// When a coded tensor's scales are missing, or don't fit.
-pub fn inputs(source: &Source, recipe: &Recipe) -> Result<Vec<Input>> {
+pub(crate) fn inputs(source: &Source, recipe: &Recipe) -> Result<Vec<Input>> {
     let places = Tensors::new(source);
     let dtype = source.model_dtype();
     let mut beside: HashSet<(usize, usize)> = HashSet::new();

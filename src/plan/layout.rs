@@ -34,13 +34,13 @@ pub struct PlannedFile {
     /// Which of the plan's tensors it holds.
     pub tensors: Range<usize>,
     /// Its first bytes.
-    pub header: Vec<u8>,
+    pub(crate) header: Vec<u8>,
     /// Its size in bytes.
     pub len: u64,
 }
 
 /// What a tensor becomes; offsets are set by [`lay_out`].
-pub fn outputs(tensor: &PlannedTensor, codec: &Codec) -> Vec<PlannedOutput> {
+pub(crate) fn outputs(tensor: &PlannedTensor, codec: &Codec) -> Vec<PlannedOutput> {
     let Decision::Quantize(dtype) = tensor.decision else {
         let (dtype, shape, len) = (tensor.dtype, tensor.shape.clone(), tensor.source_len());
         return vec![PlannedOutput { kind: None, suffix: Cow::Borrowed(""), dtype, shape, len, offset: 0 }];
@@ -58,7 +58,7 @@ pub fn outputs(tensor: &PlannedTensor, codec: &Codec) -> Vec<PlannedOutput> {
 /// Divides tensors among files, in their order, and gives every output its offset.
 ///
 /// A file is closed before the tensor that would take it past `max_shard_size`.
-pub fn lay_out(tensors: &mut [PlannedTensor], max_shard_size: u64) -> Vec<PlannedFile> {
+pub(crate) fn lay_out(tensors: &mut [PlannedTensor], max_shard_size: u64) -> Vec<PlannedFile> {
     let ranges = shard_ranges(tensors, max_shard_size);
     let count = ranges.len();
     let files = ranges.into_iter().enumerate();

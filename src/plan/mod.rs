@@ -5,18 +5,19 @@
 mod decide;
 mod fuse;
 mod groups;
-pub mod input;
-pub mod kept_modules;
+pub(crate) mod input;
+pub(crate) mod kept_modules;
 mod layout;
 mod scale_sets;
-pub mod split;
+pub(crate) mod split;
 
 use std::borrow::Cow;
 use std::collections::HashSet;
 
 use serde_json::Value;
 
-pub use layout::{PlannedFile, PlannedOutput};
+pub use layout::PlannedFile;
+pub(crate) use layout::PlannedOutput;
 
 use crate::checkpoint::{CONFIG_NAME, Source};
 use crate::dtype::Dtype;
@@ -44,11 +45,11 @@ pub struct Plan {
     /// The files of weights to be written. Each holds the next run of `tensors`.
     pub files: Vec<PlannedFile>,
     /// Tensors that share a global scale, for formats that have one; each tensor is in one set at most.
-    pub scale_sets: Vec<Vec<usize>>,
+    pub(crate) scale_sets: Vec<Vec<usize>>,
     /// The new config.json's text, if the source has one.
-    pub config: Option<String>,
+    pub(crate) config: Option<String>,
     /// Files that the format has beside config.json: name and content.
-    pub side_files: Vec<(String, String)>,
+    pub(crate) side_files: Vec<(String, String)>,
     /// What the user should know before using the output.
     pub warnings: Vec<Warning>,
 }
@@ -63,7 +64,7 @@ pub struct PlannedTensor {
     /// Its shape in the output, before quantizing.
     pub shape: Vec<u64>,
     /// Where its bytes come from.
-    pub read: Read,
+    pub(crate) read: Read,
     /// What the tensor is.
     pub role: Role,
     /// Keep or quantize.
@@ -71,7 +72,7 @@ pub struct PlannedTensor {
     /// Why; a short sentence for people.
     pub reason: Cow<'static, str>,
     /// What is written for it.
-    pub outputs: Vec<PlannedOutput>,
+    pub(crate) outputs: Vec<PlannedOutput>,
 }
 
 /// Keep or quantize.

@@ -21,7 +21,7 @@ fn merged(tensor: &PlannedTensor) -> Option<Merged<'_>> {
 
 /// The quantized tensors by what shares a global scale, in the order of each set's first: of an expert or a dense MLP, gate and
 /// up; of attention, query, key and value; all others alone.
-pub fn scale_sets(tensors: &[PlannedTensor]) -> Vec<Vec<usize>> {
+pub(crate) fn scale_sets(tensors: &[PlannedTensor]) -> Vec<Vec<usize>> {
     let mut sets: Vec<Vec<usize>> = Vec::new();
     let mut places: HashMap<Merged, usize> = HashMap::new();
     for (i, tensor) in tensors.iter().enumerate().filter(|(_, tensor)| tensor.decision != Decision::Keep) {
@@ -36,7 +36,7 @@ pub fn scale_sets(tensors: &[PlannedTensor]) -> Vec<Vec<usize>> {
 }
 
 /// What vLLM can't load of the checkpoint.
-pub fn warnings(recipe: &Recipe, model_types: &[&str], tensors: &[PlannedTensor]) -> Vec<Warning> {
+pub(crate) fn warnings(recipe: &Recipe, model_types: &[&str], tensors: &[PlannedTensor]) -> Vec<Warning> {
     let codec = recipe.codec();
     if codec.is_blocks() {
         return Vec::new();

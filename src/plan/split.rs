@@ -15,13 +15,13 @@ use crate::read::Read;
 use crate::read::{Input, MAX_EXPERTS};
 
 /// A tensor and the decision on it.
-pub type Decided = (Input, Verdict, Decision);
+pub(crate) type Decided = (Input, Verdict, Decision);
 
 /// Splits a layer's fused experts wherever one of them is quantized and leaves all other tensors unchanged.
 ///
 /// # Errors
 /// When their layout isn't known.
-pub fn split_experts(source: &Source, model_types: &[&str], tensors: Vec<Decided>) -> Result<Vec<Decided>> {
+pub(crate) fn split_experts(source: &Source, model_types: &[&str], tensors: Vec<Decided>) -> Result<Vec<Decided>> {
     let splits = Splits::new(model_types);
     let mut layers: HashSet<String> = HashSet::new();
     for (input, verdict, decision) in &tensors {
@@ -48,14 +48,20 @@ pub fn split_experts(source: &Source, model_types: &[&str], tensors: Vec<Decided
 ///
 /// # Errors
 /// When their layout isn't known.
-pub fn columns(source: &Source, model_types: &[&str], input: &Input) -> Result<u64> {
+pub(crate) fn columns(source: &Source, model_types: &[&str], input: &Input) -> Result<u64> {
     let splits = Splits::new(model_types);
     let (_, split) = splits.of(&input.name).ok_or_else(|| unknown(source, model_types, input))?;
     split.layout(source, input).map(|layout| layout.columns)
 }
 
 /// Joins the matrices that a fused tensor was split into, if they follow each other in it.
-pub fn join(source: &Source, model_types: &[&str], name: &str, shape: &[u64], matrices: &[Input]) -> Option<Input> {
+pub(crate) fn join(
+    source: &Source,
+    model_types: &[&str],
+    name: &str,
+    shape: &[u64],
+    matrices: &[Input],
+) -> Option<Input> {
     let splits = Splits::new(model_types);
     let (prefix, split) = splits.of(name)?;
     let dtype = matrices.first()?.dtype;

@@ -150,7 +150,7 @@ pub(super) struct Codes {
 
 impl Codes {
     /// Fills `into` with what `matrix` decodes to from byte `offset` on.
-    pub fn read(&mut self, matrix: &Decode, offset: u64, into: &mut [u8], fetch: &mut Fetch<'_>) -> Result<()> {
+    pub(crate) fn read(&mut self, matrix: &Decode, offset: u64, into: &mut [u8], fetch: &mut Fetch<'_>) -> Result<()> {
         let size = matrix.dtype.size();
         let (first, skipped) = (offset / size as u64, (offset % size as u64) as usize);
         // Of an element at either end, what is in `into`.

@@ -8,14 +8,14 @@ use crate::error::Result;
 const TILE: usize = 128 << 10;
 
 /// Fills a slice with the source's bytes, all of a span.
-pub type Fetch<'f> = dyn FnMut(Span, &mut [u8]) -> Result<()> + 'f;
+pub(crate) type Fetch<'f> = dyn FnMut(Span, &mut [u8]) -> Result<()> + 'f;
 
 /// What evaluates expressions; keeps its buffers from one to the next.
 ///
 /// It holds a tile of [`TILE`] bytes for each transpose within another, and codes and scales of at most the run that is
 /// asked for.
 #[derive(Default)]
-pub struct Evaluator {
+pub(crate) struct Evaluator {
     tiles: Vec<Vec<u8>>,
     codes: Codes,
 }
@@ -28,7 +28,7 @@ impl Evaluator {
     ///
     /// # Panics
     /// When it gives fewer bytes; that is a defect.
-    pub fn read(&mut self, read: &Read, offset: u64, into: &mut [u8], fetch: &mut Fetch<'_>) -> Result<()> {
+    pub(crate) fn read(&mut self, read: &Read, offset: u64, into: &mut [u8], fetch: &mut Fetch<'_>) -> Result<()> {
         if into.is_empty() {
             return Ok(());
         }

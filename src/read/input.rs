@@ -5,7 +5,7 @@ use crate::checkpoint::TensorInfo;
 use crate::dtype::{Dtype, FloatDtype, byte_len};
 
 /// More experts than any model has: each becomes a part of its own, or several.
-pub const MAX_EXPERTS: u64 = 1 << 16;
+pub(crate) const MAX_EXPERTS: u64 = 1 << 16;
 
 /// A tensor to be converted.
 #[derive(Clone, Debug, PartialEq)]

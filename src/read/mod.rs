@@ -12,10 +12,10 @@ mod tests;
 
 use std::sync::Arc;
 
-pub use decode::{Decode, Nested};
-pub use evaluate::{Evaluator, Fetch};
-pub use input::{Input, MAX_EXPERTS};
-pub use tensors::Tensors;
+pub(crate) use decode::{Decode, Nested};
+pub(crate) use evaluate::{Evaluator, Fetch};
+pub(crate) use input::{Input, MAX_EXPERTS};
+pub(crate) use tensors::Tensors;
 
 /// Consecutive bytes of a source tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

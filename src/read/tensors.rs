@@ -7,11 +7,11 @@ use crate::checkpoint::{Source, TensorInfo};
 
 /// All tensors of a checkpoint by name: where their bytes are, and what headers say of them.
 #[derive(Debug)]
-pub struct Tensors<'a>(HashMap<&'a str, (Span, &'a TensorInfo)>);
+pub(crate) struct Tensors<'a>(HashMap<&'a str, (Span, &'a TensorInfo)>);
 
 impl<'a> Tensors<'a> {
     /// Those of an opened checkpoint.
-    pub fn new(source: &'a Source) -> Tensors<'a> {
+    pub(crate) fn new(source: &'a Source) -> Tensors<'a> {
         let in_file = |(file, tensors): (usize, &'a [TensorInfo])| {
             let each = tensors.iter().enumerate();
             each.map(move |(tensor, info)| {
@@ -23,12 +23,12 @@ impl<'a> Tensors<'a> {
     }
 
     /// The one with this name.
-    pub fn get(&self, name: &str) -> Option<(Span, &'a TensorInfo)> {
+    pub(crate) fn get(&self, name: &str) -> Option<(Span, &'a TensorInfo)> {
         self.0.get(name).copied()
     }
 
     /// All names.
-    pub fn names(&self) -> impl Iterator<Item = &'a str> {
+    pub(crate) fn names(&self) -> impl Iterator<Item = &'a str> {
         self.0.keys().copied()
     }
 }

@@ -9,7 +9,7 @@ const DIGITS: usize = (1074 + 1024) / 32 + 3;
 
 /// A sum of non-negative finite f64s, held as one long integer in units of 2^-1074 (Kulisch's accumulator).
 #[derive(Clone)]
-pub struct ExactSum {
+pub(crate) struct ExactSum {
     /// Base 2^32, least significant first, each with 32 bits of room for carries.
     digits: Box<[u64; DIGITS]>,
     /// Additions since the carries were last passed on.
@@ -21,7 +21,7 @@ impl ExactSum {
     ///
     /// # Panics
     /// When `x` is negative (-0.0, too), infinite or NaN.
-    pub fn add(&mut self, x: f64) {
+    pub(crate) fn add(&mut self, x: f64) {
         let bits = x.to_bits();
         assert!(bits < f64::INFINITY.to_bits(), "{x}: only non-negative finite terms");
         let (exponent, fraction) = ((bits >> 52) as usize, bits & ((1 << 52) - 1));
@@ -35,7 +35,7 @@ impl ExactSum {
     }
 
     /// Adds another sum.
-    pub fn merge(&mut self, other: &ExactSum) {
+    pub(crate) fn merge(&mut self, other: &ExactSum) {
         let mut other = other.clone();
         other.carry();
         for (digit, more) in self.digits.iter_mut().zip(other.digits.iter()) {
@@ -45,7 +45,7 @@ impl ExactSum {
     }
 
     /// The sum, rounded to nearest, ties to even.
-    pub fn value(&self) -> f64 {
+    pub(crate) fn value(&self) -> f64 {
         let mut sum = self.clone();
         sum.carry();
         let Some(top) = sum.digits.iter().rposition(|&digit| digit != 0) else { return 0.0 };

@@ -12,7 +12,7 @@ use crate::kernel::BlockErrors;
 use exact_sum::ExactSum;
 
 /// Blocks whose figures are added in order. What is handed in at once is whole groups, except at a tensor's end.
-pub const GROUP: usize = 16;
+pub(crate) const GROUP: usize = 16;
 
 /// Groups that are added side by side. NVFP4 has as many blocks as 16 weights, and their statistics are to cost little.
 const GROUPS: usize = 8;
@@ -62,7 +62,7 @@ pub struct AbsmaxError {
 
 /// Statistics in the making.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct StatsAccumulator {
+pub(crate) struct StatsAccumulator {
     signal: ExactSum,
     noise: ExactSum,
     absmax: ExactSum,
@@ -92,7 +92,7 @@ impl Default for StatsAccumulator {
 
 impl StatsAccumulator {
     /// Adds a run of blocks that starts at a multiple of [`GROUP`] blocks.
-    pub fn add(&mut self, figures: &BlockErrors<'_>) {
+    pub(crate) fn add(&mut self, figures: &BlockErrors<'_>) {
         let BlockErrors { absmax, signal, noise, worst } = figures;
         let all: [&[f32]; 4] = [absmax, signal, noise, worst];
         for start in (0..absmax.len()).step_by(GROUPS * GROUP) {
@@ -165,7 +165,7 @@ impl StatsAccumulator {
     }
 
     /// Adds what was gathered elsewhere.
-    pub fn merge(&mut self, other: &StatsAccumulator) {
+    pub(crate) fn merge(&mut self, other: &StatsAccumulator) {
         self.signal.merge(&other.signal);
         self.noise.merge(&other.noise);
         self.absmax.merge(&other.absmax);
@@ -178,13 +178,13 @@ impl StatsAccumulator {
     }
 
     /// The mean of absmax; 0 if there is none.
-    pub fn mean_absmax(&self) -> f64 {
+    pub(crate) fn mean_absmax(&self) -> f64 {
         let blocks = self.blocks - self.nonfinite_blocks;
         if blocks == 0 { 0.0 } else { self.absmax.value() / blocks as f64 }
     }
 
     /// The statistics so far.
-    pub fn finish(&self) -> Statistics {
+    pub(crate) fn finish(&self) -> Statistics {
         let error = ratio(&self.noise, &self.signal);
         Statistics {
             blocks: self.blocks,
@@ -201,7 +201,7 @@ impl StatsAccumulator {
 
 /// An [`AbsmaxError`] in the making.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct AbsmaxAccumulator {
+pub(crate) struct AbsmaxAccumulator {
     squares: ExactSum,
     squared_errors: ExactSum,
     worst: f64,
@@ -209,7 +209,7 @@ pub struct AbsmaxAccumulator {
 
 impl AbsmaxAccumulator {
     /// Adds a nested block: true absmax and what they are restored to, summed in order.
-    pub fn add(&mut self, block: impl Iterator<Item = (f32, f32)>) {
+    pub(crate) fn add(&mut self, block: impl Iterator<Item = (f32, f32)>) {
         let (mut squares, mut squared_errors) = (0.0, 0.0);
         for (absmax, restored) in block {
             let (absmax, error) = (f64::from(absmax), f64::from(absmax) - f64::from(restored));
@@ -222,14 +222,14 @@ impl AbsmaxAccumulator {
     }
 
     /// Adds what was gathered elsewhere.
-    pub fn merge(&mut self, other: &AbsmaxAccumulator) {
+    pub(crate) fn merge(&mut self, other: &AbsmaxAccumulator) {
         self.squares.merge(&other.squares);
         self.squared_errors.merge(&other.squared_errors);
         self.worst = self.worst.max(other.worst);
     }
 
     /// The error so far.
-    pub fn finish(&self) -> AbsmaxError {
+    pub(crate) fn finish(&self) -> AbsmaxError {
         AbsmaxError {
             relative_squared_error: ratio(&self.squared_errors, &self.squares),
             max_absolute_error: self.worst,

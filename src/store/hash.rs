@@ -27,7 +27,7 @@ impl Sha256Hash {
 ///
 /// # Errors
 /// The system's; `UnexpectedEof` if the file ends before.
-pub fn hash_range(
+pub(crate) fn hash_range(
     file: &dyn ReadAt,
     offset: u64,
     len: u64,
@@ -49,7 +49,7 @@ pub fn hash_range(
 }
 
 /// Counts and hashes what it passes on.
-pub struct HashingWriter<W> {
+pub(crate) struct HashingWriter<W> {
     inner: W,
     len: u64,
     hasher: Sha256,
@@ -57,12 +57,12 @@ pub struct HashingWriter<W> {
 
 impl<W> HashingWriter<W> {
     /// Passes on to `inner`.
-    pub fn new(inner: W) -> Self {
+    pub(crate) fn new(inner: W) -> Self {
         HashingWriter { inner, len: 0, hasher: Sha256::new() }
     }
 
     /// Length and hash of what was written so far.
-    pub fn finish(&self) -> (u64, Sha256Hash) {
+    pub(crate) fn finish(&self) -> (u64, Sha256Hash) {
         (self.len, Sha256Hash(self.hasher.clone().finalize().into()))
     }
 }
@@ -81,7 +81,7 @@ impl<W: io::Write> io::Write for HashingWriter<W> {
 }
 
 /// Counts and hashes what is read through it.
-pub struct HashingReader<R> {
+pub(crate) struct HashingReader<R> {
     inner: R,
     len: u64,
     hasher: Sha256,
@@ -89,12 +89,12 @@ pub struct HashingReader<R> {
 
 impl<R> HashingReader<R> {
     /// Reads from `inner`.
-    pub fn new(inner: R) -> Self {
+    pub(crate) fn new(inner: R) -> Self {
         HashingReader { inner, len: 0, hasher: Sha256::new() }
     }
 
     /// Length and hash of what was read so far.
-    pub fn finish(&self) -> (u64, Sha256Hash) {
+    pub(crate) fn finish(&self) -> (u64, Sha256Hash) {
         (self.len, Sha256Hash(self.hasher.clone().finalize().into()))
     }
 }

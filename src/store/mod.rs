@@ -18,7 +18,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 pub use faulty::{Fault, FaultyStore};
-pub use hash::{HashingReader, HashingWriter, Sha256Hash, hash_range};
+pub use hash::Sha256Hash;
+pub(crate) use hash::{HashingReader, HashingWriter, hash_range};
 pub use local::LocalStore;
 pub use location::Location;
 pub use memory::MemoryStore;
@@ -114,7 +115,7 @@ pub struct Listing {
 }
 
 /// Reads all of `buffer`; `UnexpectedEof` if the file ends before.
-pub fn read_exact_at(file: &dyn ReadAt, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+pub(crate) fn read_exact_at(file: &dyn ReadAt, buffer: &mut [u8], offset: u64) -> io::Result<()> {
     let mut done = 0;
     while done < buffer.len() {
         match file.read_at(&mut buffer[done..], offset + done as u64) {
@@ -128,7 +129,7 @@ pub fn read_exact_at(file: &dyn ReadAt, buffer: &mut [u8], offset: u64) -> io::R
 }
 
 /// Writes all of `bytes`.
-pub fn write_all_at(file: &dyn WriteAt, bytes: &[u8], offset: u64) -> io::Result<()> {
+pub(crate) fn write_all_at(file: &dyn WriteAt, bytes: &[u8], offset: u64) -> io::Result<()> {
     let mut done = 0;
     while done < bytes.len() {
         match file.write_at(&bytes[done..], offset + done as u64) {
@@ -142,14 +143,14 @@ pub fn write_all_at(file: &dyn WriteAt, bytes: &[u8], offset: u64) -> io::Result
 }
 
 /// Reads an open file from its beginning to its end.
-pub struct Reader<'a> {
+pub(crate) struct Reader<'a> {
     file: &'a dyn ReadAt,
     position: u64,
 }
 
 impl<'a> Reader<'a> {
     /// At the beginning of `file`.
-    pub fn new(file: &'a dyn ReadAt) -> Reader<'a> {
+    pub(crate) fn new(file: &'a dyn ReadAt) -> Reader<'a> {
         Reader { file, position: 0 }
     }
 }

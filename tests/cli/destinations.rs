@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Command;
 
-use prequant::manifest::Summary;
+use prequant::Summary;
 use safetensors::tensor::Dtype;
 use serde_json::Value;
 

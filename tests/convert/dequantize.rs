@@ -8,10 +8,9 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use half::bf16;
-use prequant::ops::dequantize::plan;
-use prequant::ops::quantize::Options;
-use prequant::pipeline::Progress;
-use prequant::store::{Fault, FaultyStore, LocalStore, Location};
+use prequant::internal::ops::dequantize::plan;
+use prequant::internal::store::{Fault, FaultyStore, LocalStore, Location};
+use prequant::{Options, Progress};
 use safetensors::tensor::Dtype;
 use serde_json::json;
 
@@ -362,7 +361,7 @@ fn files_that_a_stopped_run_finished_are_kept() {
     let conversion = plan(folder.destination(), 9000, options).unwrap();
     let ready = destination.join(".prequant-staging/ready");
     let full = Location::new(full_for_the_last_file(ready.clone()), &*destination);
-    let stopped = conversion.dequantize_until(&AtomicBool::new(false), full, &Silent);
+    let stopped = conversion.dequantize_at(&AtomicBool::new(false), &full, &Silent);
     assert!(stopped.unwrap_err().to_string().contains("make room"));
     let sealed = file_names(&ready);
     let sealed: Vec<_> = sealed.iter().filter(|name| name.ends_with(".safetensors")).collect();

@@ -7,14 +7,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread;
 
-use prequant::backend::{Backend, Cpu, Devices, Encoded, Fault, Lane, LaneSize, Run};
-use prequant::error::{ErrorKind, Hint, Result};
-use prequant::format::{Codec, FP4, GroupSize, INT4, INT4_ASYM, Layout, MXFP4, NF4, NVFP4};
-use prequant::kernel::{BlockErrors, Kernel};
-use prequant::manifest::Manifest;
-use prequant::ops::quantize::{Options, plan};
-use prequant::pipeline::Progress;
-use prequant::recipe::{NonFinitePolicy, Recipe, RecipeOptions};
+use prequant::internal::backend::{Backend, Cpu, Devices, Encoded, Fault, Lane, LaneSize, Run};
+use prequant::internal::format::{Codec, FP4, INT4, INT4_ASYM, MXFP4, NF4, NVFP4};
+use prequant::internal::kernel::{BlockErrors, Kernel};
+use prequant::internal::ops::quantize::plan;
+use prequant::{
+    ErrorKind, GroupSize, Hint, Layout, Manifest, NonFinitePolicy, Options, Progress, Recipe, RecipeOptions, Result,
+};
 use safetensors::tensor::Dtype;
 
 use crate::support::{Folder, LINEAR, Tensor, contents, serialize};

@@ -9,16 +9,14 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use prequant::backend::Cpu;
-use prequant::checkpoint::Source;
-use prequant::format::{FP4, MXFP4, NF4};
-use prequant::kernel::Kernel;
-use prequant::manifest::{DecisionRecord, Manifest};
-use prequant::ops::quantize::{Options, plan};
-use prequant::ops::{dequantize, verify};
-use prequant::pipeline::Progress;
-use prequant::recipe::{Recipe, RecipeOptions};
-use prequant::store::{Location, MemoryStore};
+use prequant::internal::backend::Cpu;
+use prequant::internal::checkpoint::Source;
+use prequant::internal::format::{FP4, MXFP4, NF4};
+use prequant::internal::kernel::Kernel;
+use prequant::internal::ops::quantize::plan;
+use prequant::internal::ops::{dequantize, verify};
+use prequant::internal::store::{Location, MemoryStore};
+use prequant::{DecisionRecord, Manifest, Options, Progress, Recipe, RecipeOptions};
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
 
@@ -352,7 +350,11 @@ fn a_checkpoint_in_memory_gives_the_bytes_that_one_in_a_folder_gives() {
         }
         assert!(contents(&here) == contents(&there), "{format:?}");
     }
-    let nowhere = plan(&source, Recipe::default(), Options::default()).unwrap().execute(&source, &Unseen);
+    let nowhere = plan(&source, Recipe::default(), Options::default()).unwrap().execute_at(
+        &AtomicBool::new(false),
+        &source,
+        &Unseen,
+    );
     assert!(
         nowhere.unwrap_err().to_string().contains("model: a checkpoint can be written to a folder of the file system")
     );

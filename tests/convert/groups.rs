@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
-use prequant::dtype::FloatDtype;
-use prequant::kernel::Kernel;
-use prequant::kernel::group::scalar;
+use prequant::FloatDtype;
+use prequant::internal::kernel::Kernel;
+use prequant::internal::kernel::group::scalar;
 use safetensors::tensor::Dtype;
 use serde_json::Value;
 

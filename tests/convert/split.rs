@@ -1,7 +1,7 @@
 //! Fused experts in formats that want them one by one: the right rows of the right experts under the right names.
 
-use prequant::dtype::FloatDtype;
-use prequant::kernel::Kernel;
+use prequant::FloatDtype;
+use prequant::internal::kernel::Kernel;
 use safetensors::tensor::Dtype;
 use serde_json::Value;
 

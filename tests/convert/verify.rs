@@ -4,7 +4,8 @@ use std::fs;
 use std::process::Command;
 use std::sync::atomic::AtomicBool;
 
-use prequant::ops::verify::{Options, Report, verify};
+use prequant::Report;
+use prequant::internal::ops::verify::{Options, verify};
 use safetensors::tensor::Dtype;
 use serde_json::Value;
 

@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use prequant::dtype::FloatDtype;
-use prequant::format::{BlockSize, FP4, FormatSpec, NESTED_BLOCK_SIZE, NF4, dynamic_map};
-use prequant::kernel::block::nested;
-use prequant::kernel::{BlockErrors, Blocks, Kernel, quantize_any};
+use prequant::internal::format::{FP4, NESTED_BLOCK_SIZE, NF4, dynamic_map};
+use prequant::internal::kernel::block::nested;
+use prequant::internal::kernel::{BlockErrors, Blocks, Kernel, quantize_any};
+use prequant::{BlockSize, FloatDtype, FormatSpec};
 use safetensors::SafeTensors;
 
 const DTYPES: [(&str, FloatDtype); 3] =

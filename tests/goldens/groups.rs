@@ -4,10 +4,10 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use prequant::dtype::FloatDtype;
-use prequant::format::{Coding, ScaleCode};
-use prequant::kernel::Kernel;
-use prequant::kernel::group::scalar;
+use prequant::FloatDtype;
+use prequant::internal::format::{Coding, ScaleCode};
+use prequant::internal::kernel::Kernel;
+use prequant::internal::kernel::group::scalar;
 use safetensors::SafeTensors;
 use sha2::{Digest, Sha256};
 

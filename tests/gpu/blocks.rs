@@ -4,10 +4,10 @@ use std::sync::LazyLock;
 use std::time::Instant;
 
 use half::{bf16, f16};
-use prequant::backend::cuda::{PTX, THREADS};
-use prequant::dtype::FloatDtype;
-use prequant::format::nf4::CODEBOOK as NF4;
-use prequant::format::{Codebook, dynamic_map};
+use prequant::FloatDtype;
+use prequant::internal::backend::cuda::{PTX, THREADS};
+use prequant::internal::format::nf4::CODEBOOK as NF4;
+use prequant::internal::format::{Codebook, dynamic_map};
 
 use super::launch::{Kernels, kernel_name};
 use crate::support::weights::*;

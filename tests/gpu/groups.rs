@@ -3,9 +3,9 @@
 use std::sync::LazyLock;
 
 use half::{bf16, f16};
-use prequant::backend::cuda::{GROUPS_PTX, GroupKernel, THREADS};
-use prequant::dtype::FloatDtype;
-use prequant::format::{Coding, ElementCode};
+use prequant::FloatDtype;
+use prequant::internal::backend::cuda::{GROUPS_PTX, GroupKernel, THREADS};
+use prequant::internal::format::{Coding, ElementCode};
 
 use super::launch::Kernels;
 use super::launch_groups::{Rows, schemes};

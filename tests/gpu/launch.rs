@@ -1,11 +1,11 @@
 //! The GPU's kernels on the CPU: a module's entry points, launched with buffers exactly as large as they must be, and
 //! held to the specification.
 
-use prequant::backend::cuda::{THREADS, codebook_table, dynamic_map_table, thread_blocks};
-use prequant::dtype::FloatDtype;
-use prequant::format::{BlockSize, Codebook, NESTED_BLOCK_SIZE, dynamic_map, fp4, nf4};
-use prequant::kernel::block::nested;
-use prequant::kernel::{BlockErrors, Blocks, Kernel, quantize_any};
+use prequant::internal::backend::cuda::{THREADS, codebook_table, dynamic_map_table, thread_blocks};
+use prequant::internal::format::{Codebook, NESTED_BLOCK_SIZE, dynamic_map, fp4, nf4};
+use prequant::internal::kernel::block::nested;
+use prequant::internal::kernel::{BlockErrors, Blocks, Kernel, quantize_any};
+use prequant::{BlockSize, FloatDtype};
 use ptx_interpreter::{Entry, Fault, Memory, Module};
 
 use crate::support::weights::{self, Output};

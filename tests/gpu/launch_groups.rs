@@ -1,10 +1,10 @@
 //! The GPU's kernels for groups on the CPU, held to the specification.
 
-use prequant::backend::cuda::{GroupKernel, THREADS, tensor_factor};
-use prequant::dtype::FloatDtype;
-use prequant::format::Coding;
-use prequant::kernel::Kernel;
-use prequant::kernel::group::scalar;
+use prequant::FloatDtype;
+use prequant::internal::backend::cuda::{GroupKernel, THREADS, tensor_factor};
+use prequant::internal::format::Coding;
+use prequant::internal::kernel::Kernel;
+use prequant::internal::kernel::group::scalar;
 use ptx_interpreter::{Fault, Memory};
 
 use super::launch::{Kernels, upload, words};

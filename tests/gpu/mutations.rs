@@ -6,9 +6,9 @@ use std::ops::Range;
 
 use regex::Regex;
 
-use prequant::backend::cuda::{GROUPS_PTX, GroupKernel, PTX};
-use prequant::dtype::FloatDtype;
-use prequant::format::{Codebook, Coding, dynamic_map};
+use prequant::FloatDtype;
+use prequant::internal::backend::cuda::{GROUPS_PTX, GroupKernel, PTX};
+use prequant::internal::format::{Codebook, Coding, dynamic_map};
 
 use super::block_faults::{MUTATIONS, Mutation};
 use super::group_faults::GROUP_MUTATIONS;

@@ -4,7 +4,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs::File;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use prequant::checkpoint::Source;
+use prequant::internal::checkpoint::Source;
 
 use crate::support::{Folder, with_header};
 

@@ -3,15 +3,13 @@
 
 use std::path::Path;
 
-use prequant::backend::Cpu;
-use prequant::checkpoint::{Config, Header, Index, Source, SourceFile};
-use prequant::format::{GroupSize, INT4, INT4_ASYM, Layout, MXFP4, NVFP4};
-use prequant::layout::ParsedQuantState;
-use prequant::manifest::Manifest;
-use prequant::pipeline::{Budget, Limits};
-use prequant::plan::Plan;
-use prequant::recipe::{ExpertLayout, RecipeOptions};
-use prequant::store::Identity;
+use prequant::internal::backend::Cpu;
+use prequant::internal::checkpoint::{Config, Header, Index, Source, SourceFile};
+use prequant::internal::format::{INT4, INT4_ASYM, MXFP4, NVFP4};
+use prequant::internal::layout::ParsedQuantState;
+use prequant::internal::pipeline::Limits;
+use prequant::internal::store::Identity;
+use prequant::{Budget, ExpertLayout, GroupSize, Layout, Manifest, Plan, RecipeOptions};
 
 /// What a fuzzer calls with whatever it makes up.
 pub type Target = fn(&[u8]);

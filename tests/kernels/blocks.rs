@@ -1,10 +1,10 @@
 //! Every kernel against the specification, `Kernel::SCALAR`: the same bytes, and figures the same to the bit.
 
 use half::{bf16, f16};
-use prequant::dtype::FloatDtype;
-use prequant::format::Codebook;
-use prequant::format::nf4::CODEBOOK as NF4;
-use prequant::kernel::{Kernel, NonFinite};
+use prequant::FloatDtype;
+use prequant::internal::format::Codebook;
+use prequant::internal::format::nf4::CODEBOOK as NF4;
+use prequant::internal::kernel::{Kernel, NonFinite};
 use proptest::prelude::*;
 
 use crate::support::weights::*;

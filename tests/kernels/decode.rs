@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use half::{bf16, f16};
-use prequant::dtype::FloatDtype;
-use prequant::format::{Codebook, Coding, ElementCode, FP4, FormatSpec, Highest, NF4, ScaleCode};
-use prequant::kernel::Kernel;
-use prequant::kernel::decode::{Row, decode, restore_absmax};
+use prequant::internal::format::{Codebook, Coding, ElementCode, FP4, Highest, NF4, ScaleCode};
+use prequant::internal::kernel::Kernel;
+use prequant::internal::kernel::decode::{Row, decode, restore_absmax};
+use prequant::{FloatDtype, FormatSpec};
 use proptest::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 

@@ -1,9 +1,9 @@
 //! Every kernel for groups against the specification: the same bytes, and figures the same to the bit.
 
-use prequant::dtype::FloatDtype;
-use prequant::format::{Coding, ElementCode};
-use prequant::kernel::group::scalar;
-use prequant::kernel::{Kernel, NonFinite};
+use prequant::FloatDtype;
+use prequant::internal::format::{Coding, ElementCode};
+use prequant::internal::kernel::group::scalar;
+use prequant::internal::kernel::{Kernel, NonFinite};
 
 use crate::support::codings;
 use crate::support::groups::{self, quantize};

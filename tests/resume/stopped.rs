@@ -10,12 +10,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use prequant::Error;
-use prequant::manifest::Manifest;
-use prequant::ops::quantize::{Conversion, Options, plan};
-use prequant::pipeline::Progress;
-use prequant::recipe::{Recipe, RecipeOptions};
-use prequant::store::{Fault, FaultyStore, LocalStore, Location};
+use prequant::internal::ops::quantize::plan;
+use prequant::internal::store::{Fault, FaultyStore, LocalStore, Location};
+use prequant::{Conversion, Error, Manifest, Options, Progress, Recipe, RecipeOptions};
 use safetensors::tensor::Dtype;
 
 use crate::support::{Folder, Tensor, contents, file_names, serialize};
@@ -92,7 +89,7 @@ struct Failing {
 
 impl Failing {
     fn execute(&self, watch: &Watch) -> prequant::Result<Manifest> {
-        self.conversion.execute(&self.destination, watch)
+        self.conversion.execute_at(&AtomicBool::new(false), &self.destination, watch)
     }
 }
 
@@ -329,7 +326,7 @@ fn a_killed_run_is_gone_on_with() {
     let run = folder.convert(&["--max-shard-size", "1MB"]).ok();
     assert!(run.stderr.contains("verified, skipping"), "{}", run.stderr);
     let again = folder.beside("again");
-    prequant::ops::quantize::plan(
+    prequant::internal::ops::quantize::plan(
         folder.source(),
         Recipe { max_shard_size: 1_000_000, ..Recipe::default() },
         Options::default(),

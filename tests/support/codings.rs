@@ -1,8 +1,8 @@
 //! How each format codes groups, for kernels alone.
 #![allow(dead_code, reason = "each test has use for some")]
 
-use prequant::dtype::FloatDtype;
-use prequant::format::{Codebook, Coding, ElementCode, Highest, ScaleCode, TensorScale};
+use prequant::FloatDtype;
+use prequant::internal::format::{Codebook, Coding, ElementCode, Highest, ScaleCode, TensorScale};
 
 pub const INT4: Coding = Coding::new(ElementCode::Int { zero_point: false }, ScaleCode::SourceFloat, 32);
 pub const INT4_ASYM: Coding = Coding::new(ElementCode::Int { zero_point: true }, ScaleCode::SourceFloat, 32);

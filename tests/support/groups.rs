@@ -1,9 +1,9 @@
 //! Rows to quantize in groups, and what a kernel makes of them.
 
-use prequant::dtype::FloatDtype;
-use prequant::format::Coding;
-use prequant::kernel::group::Groups;
-use prequant::kernel::{BlockErrors, Kernel, NonFinite};
+use prequant::FloatDtype;
+use prequant::internal::format::Coding;
+use prequant::internal::kernel::group::Groups;
+use prequant::internal::kernel::{BlockErrors, Kernel, NonFinite};
 
 const TINY: f32 = f32::from_bits(1);
 

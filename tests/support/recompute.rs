@@ -2,13 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use prequant::dtype::FloatDtype;
-use prequant::format::{NESTED_BLOCK_SIZE, Scales, dynamic_map};
-use prequant::kernel::block::{nested, scalar};
-use prequant::kernel::{BlockErrors, Blocks, Kernel};
-use prequant::layout::{QuantState, quant_state_bytes};
-use prequant::recipe::Recipe;
-use prequant::stats::Statistics;
+use prequant::internal::format::{NESTED_BLOCK_SIZE, Scales, dynamic_map};
+use prequant::internal::kernel::block::{nested, scalar};
+use prequant::internal::kernel::{BlockErrors, Blocks, Kernel};
+use prequant::internal::layout::{QuantState, quant_state_bytes};
+use prequant::{FloatDtype, Recipe, Statistics};
 use safetensors::tensor::Dtype;
 
 use super::{Stored, Tensor};

@@ -1,9 +1,9 @@
 //! Weights to quantize, many of them awkward, and what a kernel makes of them.
 
 use half::{bf16, f16};
-use prequant::dtype::FloatDtype;
-use prequant::format::{BlockSize, Codebook, fp4, nf4};
-use prequant::kernel::{BlockErrors, Blocks, Kernel, NonFinite};
+use prequant::internal::format::{Codebook, fp4, nf4};
+use prequant::internal::kernel::{BlockErrors, Blocks, Kernel, NonFinite};
+use prequant::{BlockSize, FloatDtype};
 
 pub const DTYPES: [FloatDtype; 3] = [FloatDtype::Bfloat16, FloatDtype::Float16, FloatDtype::Float32];
 pub const CODEBOOKS: [&Codebook; 2] = [&nf4::CODEBOOK, &fp4::CODEBOOK];

@@ -10,7 +10,7 @@ use cudarc::driver::sys;
 /// A call into the driver that failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{call} failed: {name} ({code}): {text}")]
-pub struct Fault {
+pub(crate) struct Fault {
     /// The driver's function.
     pub call: &'static str,
     /// The driver's number for what went wrong.
@@ -23,7 +23,7 @@ pub struct Fault {
 
 impl Fault {
     /// Whether memory ran out, on the device or for pinned buffers.
-    pub fn is_out_of_memory(&self) -> bool {
+    pub(crate) fn is_out_of_memory(&self) -> bool {
         self.code == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY as u32
     }
 }
@@ -43,13 +43,13 @@ impl<T> Named<T> for Result<T, DriverError> {
 }
 
 /// Whether the driver's library is there. Every other call panics without it.
-pub fn is_present() -> bool {
+pub(crate) fn is_present() -> bool {
     // SAFETY: loading the library runs its initializers, which are the driver's own.
     unsafe { sys::is_culib_present() }
 }
 
 /// Starts the driver; returns the CUDA version that it serves, as major · 1000 + minor · 10.
-pub fn init() -> Result<i32, Fault> {
+pub(crate) fn init() -> Result<i32, Fault> {
     let mut version = 0;
     // SAFETY: writes one i32; needs no initialization.
     unsafe { sys::cuDriverGetVersion(&mut version) }.result().in_call("cuDriverGetVersion")?;
@@ -58,13 +58,13 @@ pub fn init() -> Result<i32, Fault> {
 }
 
 /// The number of GPUs.
-pub fn device_count() -> Result<usize, Fault> {
+pub(crate) fn device_count() -> Result<usize, Fault> {
     Ok(result::device::get_count().in_call("cuDeviceGetCount")?.max(0) as usize)
 }
 
 /// A GPU's primary context.
 #[derive(Debug)]
-pub struct Context {
+pub(crate) struct Context {
     device: sys::CUdevice,
     context: sys::CUcontext,
     /// What went wrong first: of a GPU that is lost, every later call fails too.
@@ -78,7 +78,7 @@ unsafe impl Sync for Context {}
 
 impl Context {
     /// That of the GPU with this number; `init` must have been called.
-    pub fn new(ordinal: usize) -> Result<Arc<Context>, Fault> {
+    pub(crate) fn new(ordinal: usize) -> Result<Arc<Context>, Fault> {
         let device = result::device::get(ordinal as i32).in_call("cuDeviceGet")?;
         // SAFETY: the device comes from the driver; what is retained is released on drop.
         let context = unsafe { result::primary_ctx::retain(device) }.in_call("cuDevicePrimaryCtxRetain")?;
@@ -86,12 +86,12 @@ impl Context {
     }
 
     /// The GPU's name.
-    pub fn name(&self) -> Result<String, Fault> {
+    pub(crate) fn name(&self) -> Result<String, Fault> {
         result::device::get_name(self.device).in_call("cuDeviceGetName")
     }
 
     /// Major and minor compute capability.
-    pub fn compute_capability(&self) -> Result<(i32, i32), Fault> {
+    pub(crate) fn compute_capability(&self) -> Result<(i32, i32), Fault> {
         use sys::CUdevice_attribute::{
             CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
             CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
@@ -102,7 +102,7 @@ impl Context {
     }
 
     /// Bytes of device memory that are free, and all.
-    pub fn memory(&self) -> Result<(u64, u64), Fault> {
+    pub(crate) fn memory(&self) -> Result<(u64, u64), Fault> {
         self.make_current()?;
         let (free, total) = result::mem_get_info().in_call("cuMemGetInfo")?;
         Ok((free as u64, total as u64))
@@ -131,14 +131,14 @@ impl Drop for Context {
 
 /// Kernels compiled for a GPU.
 #[derive(Debug)]
-pub struct Module {
+pub(crate) struct Module {
     context: Arc<Context>,
     module: sys::CUmodule,
 }
 
 /// A kernel of a [`Module`], which must outlive it.
 #[derive(Clone, Copy, Debug)]
-pub struct Function(sys::CUfunction);
+pub(crate) struct Function(sys::CUfunction);
 
 // SAFETY: handles of the driver, which is free-threaded.
 unsafe impl Send for Module {}
@@ -151,7 +151,7 @@ unsafe impl Sync for Function {}
 
 impl Module {
     /// Has the driver compile `ptx`.
-    pub fn load(context: &Arc<Context>, ptx: &CStr) -> Result<Module, Fault> {
+    pub(crate) fn load(context: &Arc<Context>, ptx: &CStr) -> Result<Module, Fault> {
         context.make_current()?;
         // SAFETY: a PTX image is text that ends in a zero byte.
         let module = unsafe { result::module::load_data(ptx.as_ptr().cast()) }.in_call("cuModuleLoadData")?;
@@ -159,7 +159,7 @@ impl Module {
     }
 
     /// The kernel of that name.
-    pub fn function(&self, name: &str) -> Result<Function, Fault> {
+    pub(crate) fn function(&self, name: &str) -> Result<Function, Fault> {
         let name = CString::new(name).unwrap_or_default();
         // SAFETY: the module is loaded.
         let function = unsafe { result::module::get_function(self.module, name) };
@@ -178,7 +178,7 @@ impl Drop for Module {
 
 /// Memory on a GPU.
 #[derive(Debug)]
-pub struct DeviceBuffer {
+pub(crate) struct DeviceBuffer {
     context: Arc<Context>,
     address: sys::CUdeviceptr,
     len: usize,
@@ -186,7 +186,7 @@ pub struct DeviceBuffer {
 
 impl DeviceBuffer {
     /// `len` bytes, at least one; not initialized.
-    pub fn new(context: &Arc<Context>, len: usize) -> Result<DeviceBuffer, Fault> {
+    pub(crate) fn new(context: &Arc<Context>, len: usize) -> Result<DeviceBuffer, Fault> {
         context.make_current()?;
         // SAFETY: freed on drop.
         let address = unsafe { result::malloc_sync(len) }.in_call("cuMemAlloc");
@@ -195,7 +195,7 @@ impl DeviceBuffer {
     }
 
     /// A buffer that holds `words`.
-    pub fn with_words(context: &Arc<Context>, words: &[u32]) -> Result<DeviceBuffer, Fault> {
+    pub(crate) fn with_words(context: &Arc<Context>, words: &[u32]) -> Result<DeviceBuffer, Fault> {
         let buffer = DeviceBuffer::new(context, size_of_val(words))?;
         // SAFETY: the buffer is that long; the copy is over when the call returns.
         unsafe { result::memcpy_htod_sync(buffer.address, words) }.in_call("cuMemcpyHtoD")?;
@@ -203,12 +203,12 @@ impl DeviceBuffer {
     }
 
     /// The device's address of its first byte.
-    pub fn address(&self) -> u64 {
+    pub(crate) fn address(&self) -> u64 {
         self.address
     }
 
     /// Its length in bytes.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.len
     }
 }
@@ -224,7 +224,7 @@ impl Drop for DeviceBuffer {
 
 /// Memory of this machine that stays where it is, so that a GPU can read and write it itself.
 #[derive(Debug)]
-pub struct PinnedBuffer {
+pub(crate) struct PinnedBuffer {
     context: Arc<Context>,
     start: NonNull<u8>,
     len: usize,
@@ -235,7 +235,7 @@ unsafe impl Send for PinnedBuffer {}
 
 impl PinnedBuffer {
     /// `len` zeros, aligned to a page.
-    pub fn new(context: &Arc<Context>, len: usize) -> Result<PinnedBuffer, Fault> {
+    pub(crate) fn new(context: &Arc<Context>, len: usize) -> Result<PinnedBuffer, Fault> {
         context.make_current()?;
         // SAFETY: freed on drop. The flags ask for portable (1), cached memory: the CPU reads results back from it.
         let start = unsafe { result::malloc_host(len, 1) }.in_call("cuMemHostAlloc");
@@ -250,7 +250,7 @@ impl PinnedBuffer {
     }
 
     /// Its bytes.
-    pub fn bytes(&mut self) -> &mut [u8] {
+    pub(crate) fn bytes(&mut self) -> &mut [u8] {
         // SAFETY: `len` initialized bytes, borrowed as `self` is; `Stream::run` returns only when no copy is under way.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
     }
@@ -267,7 +267,7 @@ impl Drop for PinnedBuffer {
 
 /// An argument of a kernel.
 #[derive(Clone, Copy, Debug)]
-pub enum Argument {
+pub(crate) enum Argument {
     /// An address on the device.
     Address(u64),
     /// An unsigned integer.
@@ -277,7 +277,7 @@ pub enum Argument {
 }
 
 /// A kernel, its grid and its arguments.
-pub struct Launch<'a> {
+pub(crate) struct Launch<'a> {
     /// The kernel.
     pub function: Function,
     /// Thread blocks.
@@ -290,7 +290,7 @@ pub struct Launch<'a> {
 
 /// Work done by a GPU in order, beside other streams; and the event that tells of its end.
 #[derive(Debug)]
-pub struct Stream {
+pub(crate) struct Stream {
     context: Arc<Context>,
     stream: sys::CUstream,
     done: sys::CUevent,
@@ -301,7 +301,7 @@ unsafe impl Send for Stream {}
 
 impl Stream {
     /// A stream that waits for no other.
-    pub fn new(context: &Arc<Context>) -> Result<Stream, Fault> {
+    pub(crate) fn new(context: &Arc<Context>) -> Result<Stream, Fault> {
         context.make_current()?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking).in_call("cuStreamCreate");
         let stream = stream.map_err(|fault| context.first(fault))?;
@@ -321,7 +321,7 @@ impl Stream {
     /// # Safety
     /// The arguments must be what the kernel takes, and all it reads or writes must lie in buffers that live and that
     /// nothing else uses meanwhile.
-    pub unsafe fn run(
+    pub(crate) unsafe fn run(
         &self,
         source: (&[u8], &mut DeviceBuffer),
         launch: &Launch<'_>,

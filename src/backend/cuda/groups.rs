@@ -118,7 +118,7 @@ pub(super) struct GroupModule {
 
 impl GroupModule {
     /// Has the driver compile it.
-    pub fn load(context: &Arc<Context>) -> Result<GroupModule, Fault> {
+    pub(crate) fn load(context: &Arc<Context>) -> Result<GroupModule, Fault> {
         let module = Module::load(context, &CString::new(GROUPS_PTX).unwrap_or_default())?;
         let functions = GroupKernel::ALL.iter().map(|kernel| {
             let function = |dtype| module.function(&kernel.name(dtype));
@@ -127,7 +127,7 @@ impl GroupModule {
         Ok(GroupModule { functions: functions.collect::<Result<_, Fault>>()?, _module: module })
     }
 
-    pub fn function(&self, kernel: GroupKernel, dtype: FloatDtype) -> Function {
+    pub(crate) fn function(&self, kernel: GroupKernel, dtype: FloatDtype) -> Function {
         super::of_dtype(&self.functions[kernel as usize], dtype)
     }
 }

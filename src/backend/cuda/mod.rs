@@ -40,7 +40,7 @@ pub fn thread_blocks(blocks: usize) -> u32 {
     all.min((all / 16).max(1024))
 }
 
-/// GPUs as `--device` names them.
+/// GPUs, named `cuda:N`.
 pub(super) const KIND: Kind = Kind {
     name: "cuda",
     open: |ordinals| {

@@ -29,7 +29,7 @@ impl From<&LaneSize> for SlotSize {
 
 impl SlotSize {
     /// Bytes on the device, which are as many as here.
-    pub fn total(self) -> u64 {
+    pub(crate) fn total(self) -> u64 {
         (self.source + self.results) as u64
     }
 }
@@ -79,7 +79,7 @@ impl GroupResults {
 
 /// Pinned buffers, device buffers and a stream.
 #[derive(Debug)]
-pub struct Slot {
+pub(crate) struct Slot {
     stream: Stream,
     source: PinnedBuffer,
     results: PinnedBuffer,

@@ -264,7 +264,7 @@ fn max_bits<E: Element>(a: __m512i, b: __m512i) -> __m512i {
 ///
 /// Lane `i` of the result is block `i`'s. Each step halves the lanes of a block and the number of vectors.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub fn tree(blocks: &[__m512; GROUP], fold: impl Fn(__m512, __m512) -> __m512) -> __m512 {
+pub(crate) fn tree(blocks: &[__m512; GROUP], fold: impl Fn(__m512, __m512) -> __m512) -> __m512 {
     let to_8 = |a, b| fold(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
     let to_4 = |a, b| fold(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
     let to_2 = |a, b| fold(_mm512_shuffle_ps::<0x44>(a, b), _mm512_shuffle_ps::<0xee>(a, b));

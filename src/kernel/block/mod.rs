@@ -4,8 +4,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
-pub mod nested;
-pub mod scalar;
+pub(crate) mod nested;
+pub(crate) mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod vector;
 #[cfg(target_arch = "x86_64")]

@@ -13,7 +13,7 @@ use crate::format::Codebook;
 use crate::kernel::{BlockErrors, Blocks, NonFinite};
 
 /// bitsandbytes divides by no less than this, so that the reciprocal of a subnormal absmax stays finite.
-pub const ABSMAX_FLOOR: f32 = 1e-38;
+pub(crate) const ABSMAX_FLOOR: f32 = 1e-38;
 
 /// Lanes of the figures' sums.
 pub(crate) const LANES: usize = 32;
@@ -33,7 +33,7 @@ pub(crate) fn quantize(blocks: Blocks<'_>) -> Result<(), NonFinite> {
 /// Quantizes a run of blocks whatever is in them, as bitsandbytes does: the absmax of a block with a NaN is NaN, that of
 /// one with an infinity infinite. In the first all codes are the highest value's; in the second the infinities' are, and
 /// finite elements have the code of 0.0. Their figures are zeros.
-pub fn quantize_any(blocks: Blocks<'_>) {
+pub(crate) fn quantize_any(blocks: Blocks<'_>) {
     let size = blocks.block_size.get();
     let BlockErrors { absmax, signal, noise, worst } = blocks.figures;
     let sources = blocks.source.chunks(size * blocks.dtype.size());
@@ -120,7 +120,7 @@ pub(crate) struct Lanes {
 }
 
 impl Lanes {
-    pub fn add(&mut self, lane: usize, t: f32, value: f32) {
+    pub(crate) fn add(&mut self, lane: usize, t: f32, value: f32) {
         let error = t - value;
         self.signal[lane] = t.mul_add(t, self.signal[lane]);
         self.noise[lane] = error.mul_add(error, self.noise[lane]);
@@ -128,7 +128,7 @@ impl Lanes {
     }
 
     /// Signal, noise and worst.
-    pub fn finish(self) -> (f32, f32, f32) {
+    pub(crate) fn finish(self) -> (f32, f32, f32) {
         (tree_sum(self.signal), tree_sum(self.noise), self.worst)
     }
 }

@@ -31,12 +31,12 @@ macro_rules! by_dtype_and_block_size {
 }
 
 /// Whether this processor runs [`quantize_avx2`].
-pub fn avx2_available() -> bool {
+pub(crate) fn avx2_available() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
 }
 
 /// Whether this processor runs [`quantize_avx512`].
-pub fn avx512_available() -> bool {
+pub(crate) fn avx512_available() -> bool {
     is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
@@ -44,14 +44,14 @@ pub fn avx512_available() -> bool {
 }
 
 /// [`super::Kernel::quantize`] with AVX2, FMA and F16C.
-pub fn quantize_avx2(blocks: Blocks<'_>) -> Result<(), NonFinite> {
+pub(crate) fn quantize_avx2(blocks: Blocks<'_>) -> Result<(), NonFinite> {
     assert!(avx2_available());
     // SAFETY: the processor has the features, as just asserted.
     unsafe { by_dtype_and_block_size!(avx2::quantize, blocks) }
 }
 
 /// [`super::Kernel::quantize`] with AVX-512 F, BW, DQ and VL.
-pub fn quantize_avx512(blocks: Blocks<'_>) -> Result<(), NonFinite> {
+pub(crate) fn quantize_avx512(blocks: Blocks<'_>) -> Result<(), NonFinite> {
     assert!(avx512_available());
     // SAFETY: the processor has the features, as just asserted.
     unsafe { by_dtype_and_block_size!(avx512::quantize, blocks) }

@@ -4,7 +4,7 @@ use crate::format::Codebook;
 
 /// The values of the sixteen codes in a block with this absmax.
 #[inline(always)]
-pub fn values(codebook: &Codebook, absmax: f32) -> [f32; 16] {
+pub(crate) fn values(codebook: &Codebook, absmax: f32) -> [f32; 16] {
     let mut values = codebook.values();
     if let Some(code) = codebook.negative_zero {
         values[usize::from(code)] = -0.0;

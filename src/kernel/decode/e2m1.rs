@@ -10,7 +10,7 @@ const VALUES: [f32; 16] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -
 
 /// The values of the sixteen codes in the `i`th group.
 #[inline(always)]
-pub fn values(scales: Scales<'_>, i: usize) -> [f32; 16] {
+pub(crate) fn values(scales: Scales<'_>, i: usize) -> [f32; 16] {
     if scales.is_two_to_128(i) {
         // transformers adds to the number's exponent (ldexp), so that only products overflow, not the power itself.
         return VALUES.map(|value| value * power_of_two(254) * 2.0);

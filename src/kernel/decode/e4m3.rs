@@ -9,7 +9,7 @@ use crate::kernel::float8::E4M3_VALUES;
 
 /// Decodes blocks of codes.
 #[inline(always)]
-pub fn decode<const SIZE: usize>(run: Run<'_, SIZE>, scales: Scales<'_>, round: impl Fn(f32) -> [u8; SIZE]) {
+pub(crate) fn decode<const SIZE: usize>(run: Run<'_, SIZE>, scales: Scales<'_>, round: impl Fn(f32) -> [u8; SIZE]) {
     let groups = run.groups();
     let Run { mut codes, mut into, .. } = run;
     for (i, columns) in groups.enumerate() {

@@ -6,7 +6,7 @@ use super::Run;
 ///
 /// `EVEN_HIGH` says which half of a byte the element of an even column is in.
 #[inline(always)]
-pub fn decode<const SIZE: usize, const EVEN_HIGH: bool>(
+pub(crate) fn decode<const SIZE: usize, const EVEN_HIGH: bool>(
     run: Run<'_, SIZE>,
     values: impl Fn(usize) -> [f32; 16],
     round: impl Fn(f32) -> [u8; SIZE],

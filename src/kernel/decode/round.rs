@@ -5,7 +5,7 @@ const INFINITY: u32 = 0x7f80_0000;
 
 /// bfloat16: the upper half of the rounded bits.
 #[inline(always)]
-pub fn bfloat16(x: f32) -> [u8; 2] {
+pub(crate) fn bfloat16(x: f32) -> [u8; 2] {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
     let half = if is_nan(bits) { 0x7fc0 } else { rounded };
@@ -14,7 +14,7 @@ pub fn bfloat16(x: f32) -> [u8; 2] {
 
 /// IEEE half precision.
 #[inline(always)]
-pub fn float16(x: f32) -> [u8; 2] {
+pub(crate) fn float16(x: f32) -> [u8; 2] {
     let bits = x.to_bits();
     let magnitude = bits & 0x7fff_ffff;
     // The exponent's bias is 112 less; a carry out of the mantissa raises it, up to infinity.
@@ -29,7 +29,7 @@ pub fn float16(x: f32) -> [u8; 2] {
 
 /// IEEE single precision.
 #[inline(always)]
-pub fn float32(x: f32) -> [u8; 4] {
+pub(crate) fn float32(x: f32) -> [u8; 4] {
     let bits = x.to_bits();
     let plain = if is_nan(bits) { 0x7fc0_0000 } else { bits };
     plain.to_le_bytes()

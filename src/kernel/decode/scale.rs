@@ -7,7 +7,7 @@ use crate::kernel::float8::{e4m3_value, power_of_two};
 
 /// The scales of a run's groups.
 #[derive(Clone, Copy)]
-pub struct Scales<'a> {
+pub(crate) struct Scales<'a> {
     pub coding: Coding,
     /// The dtype decoded to.
     pub dtype: FloatDtype,
@@ -17,7 +17,7 @@ pub struct Scales<'a> {
 impl Scales<'_> {
     /// The `i`th as f32; exact but for the division by a [`TensorScale::Divisor`], and its like.
     #[inline(always)]
-    pub fn of(self, i: usize) -> f32 {
+    pub(crate) fn of(self, i: usize) -> f32 {
         let Scales { coding, dtype, bytes } = self;
         match (coding.scale, coding.tensor_scale) {
             (ScaleCode::Float(FloatDtype::Float32), _) => f32::from_le_bytes(bytes.as_chunks().0[i]),
@@ -35,7 +35,7 @@ impl Scales<'_> {
 
     /// Whether the `i`th is 2^128, which is no f32, and not infinite.
     #[inline(always)]
-    pub fn is_two_to_128(self, i: usize) -> bool {
+    pub(crate) fn is_two_to_128(self, i: usize) -> bool {
         self.coding.scale == ScaleCode::E8m0(Highest::Finite) && self.bytes[i] == 255
     }
 }

@@ -5,7 +5,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-pub mod scalar;
+pub(crate) mod scalar;
 mod vector;
 #[cfg(target_arch = "x86_64")]
 mod x86;

@@ -112,7 +112,7 @@ pub(super) enum Stored {
 
 impl Stored {
     #[inline(always)]
-    pub fn write(&self, dtype: FloatDtype, into: &mut [u8]) {
+    pub(crate) fn write(&self, dtype: FloatDtype, into: &mut [u8]) {
         match (*self, dtype) {
             (Stored::Byte(byte), _) => into[0] = byte,
             (Stored::Float(x), FloatDtype::Bfloat16) => into.copy_from_slice(&bf16::from_f32(x).to_le_bytes()),
@@ -125,7 +125,7 @@ impl Stored {
 impl Chosen {
     /// The scale for elements of this extent; `round` rounds to `dtype`.
     #[inline(always)]
-    pub fn new(extent: Extent, dtype: FloatDtype, coding: Coding, round: impl Fn(f32) -> f32) -> Chosen {
+    pub(crate) fn new(extent: Extent, dtype: FloatDtype, coding: Coding, round: impl Fn(f32) -> f32) -> Chosen {
         let Extent { absmax, least, greatest } = extent;
         let largest = coding.element.largest();
         match (coding.scale, coding.tensor_scale) {

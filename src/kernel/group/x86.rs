@@ -6,7 +6,7 @@ use crate::kernel::NonFinite;
 use crate::kernel::block::x86;
 
 /// [`crate::kernel::Kernel::quantize_groups`] with AVX2, FMA and F16C.
-pub fn quantize_avx2(groups: Groups<'_>) -> Result<(), NonFinite> {
+pub(crate) fn quantize_avx2(groups: Groups<'_>) -> Result<(), NonFinite> {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn quantize(groups: Groups<'_>) -> Result<(), NonFinite> {
         vector::quantize(groups)
@@ -17,14 +17,14 @@ pub fn quantize_avx2(groups: Groups<'_>) -> Result<(), NonFinite> {
 }
 
 /// [`crate::kernel::Kernel::quantize_groups`] with AVX-512 F, BW, DQ and VL.
-pub fn quantize_avx512(groups: Groups<'_>) -> Result<(), NonFinite> {
+pub(crate) fn quantize_avx512(groups: Groups<'_>) -> Result<(), NonFinite> {
     assert!(x86::avx512_available());
     // SAFETY: the processor has the features, as just asserted.
     unsafe { avx512::quantize(groups) }
 }
 
 /// [`Kernel::absmax`](crate::kernel::Kernel::absmax) with AVX2.
-pub fn absmax_avx2(source: &[u8], dtype: FloatDtype) -> Result<f32, NonFinite> {
+pub(crate) fn absmax_avx2(source: &[u8], dtype: FloatDtype) -> Result<f32, NonFinite> {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn absmax(source: &[u8], dtype: FloatDtype) -> Result<f32, NonFinite> {
         vector::absmax(source, dtype)
@@ -35,7 +35,7 @@ pub fn absmax_avx2(source: &[u8], dtype: FloatDtype) -> Result<f32, NonFinite> {
 }
 
 /// [`Kernel::absmax`](crate::kernel::Kernel::absmax) with AVX-512 F, BW, DQ and VL.
-pub fn absmax_avx512(source: &[u8], dtype: FloatDtype) -> Result<f32, NonFinite> {
+pub(crate) fn absmax_avx512(source: &[u8], dtype: FloatDtype) -> Result<f32, NonFinite> {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     fn absmax(source: &[u8], dtype: FloatDtype) -> Result<f32, NonFinite> {
         vector::absmax(source, dtype)

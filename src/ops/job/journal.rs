@@ -14,7 +14,7 @@ use crate::store::{Identity, Sha256Hash};
 
 /// What is being made, and of what.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Job {
+pub(crate) struct Job {
     tool: Tool,
     recipe: Recipe,
     /// Whether the source is decoded rather than quantized.
@@ -40,7 +40,7 @@ struct SourceMark {
 
 impl Job {
     /// The conversion of `source` by `recipe`, or its decoding.
-    pub fn new(source: &Source, recipe: &Recipe, dequantize: bool) -> Job {
+    pub(crate) fn new(source: &Source, recipe: &Recipe, dequantize: bool) -> Job {
         let mark = |file: &SourceFile| SourceMark {
             name: file.name.clone(),
             identity: file.identity.clone(),
@@ -60,7 +60,7 @@ impl Job {
     ///
     /// # Errors
     /// When another job was begun there and `restart` isn't set.
-    pub fn take_up(&self, staging: &Staging, restart: bool) -> Result<bool> {
+    pub(crate) fn take_up(&self, staging: &Staging, restart: bool) -> Result<bool> {
         if let Some(begun) = staging.job()?.filter(|_| !restart) {
             let changed = |what| Err(Error::JobChanged { path: staging.folder().to_owned(), what });
             match (serde_json::from_slice::<Job>(&begun), serde_json::from_slice::<Begun>(&begun)) {
@@ -131,7 +131,7 @@ fn recipe_difference(then: &Recipe, now: &Recipe) -> Option<String> {
 }
 
 /// Notes down the hash of a file of the source; if an earlier run had noted another one, the source has changed.
-pub fn check_source_hash(staging: &Staging, file: &SourceFile, sha256: Sha256Hash) -> Result<()> {
+pub(crate) fn check_source_hash(staging: &Staging, file: &SourceFile, sha256: Sha256Hash) -> Result<()> {
     let name = format!("{}.source-sha256", file.name);
     match staging.sealed(&name)? {
         Some(noted) if noted != sha256.0 => {
@@ -144,11 +144,11 @@ pub fn check_source_hash(staging: &Staging, file: &SourceFile, sha256: Sha256Has
 }
 
 /// Notes down what is known of a finished file.
-pub fn write_sealed(staging: &Staging, name: &str, outcome: &FileOutcome) -> Result<()> {
+pub(crate) fn write_sealed(staging: &Staging, name: &str, outcome: &FileOutcome) -> Result<()> {
     staging.write_sealed(name, |file| serde_json::to_writer(file, outcome).map_err(Into::into))
 }
 
 /// What was noted down of a finished file; `None` if nothing was, or not to its end.
-pub fn read_sealed(staging: &Staging, name: &str) -> Result<Option<FileOutcome>> {
+pub(crate) fn read_sealed(staging: &Staging, name: &str) -> Result<Option<FileOutcome>> {
     Ok(staging.sealed(name)?.and_then(|record| serde_json::from_slice(&record).ok()))
 }

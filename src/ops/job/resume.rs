@@ -15,7 +15,11 @@ use crate::store::hash_range;
 const BUFFER: usize = 1 << 20;
 
 /// The outcome of each of the plan's files that an earlier run sealed and that still is what it was then, by its hash.
-pub fn sealed_files(staging: &Staging, plan: &Plan, means: ExecutionContext<'_>) -> Result<Vec<Option<FileOutcome>>> {
+pub(crate) fn sealed_files(
+    staging: &Staging,
+    plan: &Plan,
+    means: ExecutionContext<'_>,
+) -> Result<Vec<Option<FileOutcome>>> {
     let noted = plan.files.iter().map(|file| journal::read_sealed(staging, &file.name)).collect::<Result<Vec<_>>>()?;
     let found = noted.iter().flatten().count();
     if found > 0 {

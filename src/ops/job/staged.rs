@@ -11,7 +11,7 @@ use crate::plan::PlannedFile;
 use crate::store::{ReadAt, Sha256Hash};
 
 /// The files of a staging folder: under temporary names until they are sealed.
-pub struct Staged<'a> {
+pub(crate) struct Staged<'a> {
     /// The folder.
     pub staging: &'a Staging,
 }

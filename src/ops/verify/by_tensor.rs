@@ -22,7 +22,7 @@ use crate::store::{Identity, Location, ReadAt, Sha256Hash, read_exact_at};
 ///
 /// # Errors
 /// Those of reading and converting.
-pub fn compare(
+pub(crate) fn compare(
     conversion: &Conversion,
     checkpoint: &Checkpoint,
     options: Options<'_>,

@@ -12,7 +12,7 @@ use crate::ops::verify::{BUFFER, Checkpoint, Options, Report, on_threads};
 use crate::store::{Kind, hash_range};
 
 /// SHA256SUMS must say of every file what the manifest says, and of the manifest what it is.
-pub fn check_sums(checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
+pub(crate) fn check_sums(checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
     let files = checkpoint.manifest.files.iter().map(|file| (file.name.as_str(), file.sha256));
     let expected = sha256_sums(files.chain([(MANIFEST_NAME, checkpoint.manifest_sha256)]));
     let location = checkpoint.folder.join(SUMS_NAME);
@@ -47,7 +47,7 @@ pub fn check_sums(checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
 }
 
 /// Every file's name must stay inside the folder, and no weights may be there that the manifest doesn't know.
-pub fn check_names(checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
+pub(crate) fn check_names(checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
     let known: HashSet<&str> = checkpoint.manifest.files.iter().map(|file| file.name.as_str()).collect();
     for name in known.iter().filter(|name| !is_inside(name)) {
         report.differ(MANIFEST_NAME, None, format!("names a file outside of its folder: {name:?}"));
@@ -70,7 +70,7 @@ fn is_inside(name: &str) -> bool {
 }
 
 /// Every file must be there, with its size and (but for `quick`) its hash.
-pub fn check_contents(checkpoint: &Checkpoint, options: Options<'_>, report: &mut Report) -> Result<()> {
+pub(crate) fn check_contents(checkpoint: &Checkpoint, options: Options<'_>, report: &mut Report) -> Result<()> {
     // The largest first, so that no thread is left with one of them at the end.
     let mut files: Vec<&FileRecord> = checkpoint.manifest.files.iter().collect();
     files.sort_by_key(|file| std::cmp::Reverse(file.size));

@@ -18,7 +18,7 @@ use crate::store::{Location, ReadAt, Reader, hash_range, read_exact_at};
 type ByFile<'a> = BTreeMap<&'a str, HashMap<&'a str, (&'a OutputRecord, &'a TensorRecord)>>;
 
 /// Every tensor of the manifest must stand in its file's header, and no other, and (but for `quick`) have its hash.
-pub fn check(checkpoint: &Checkpoint, options: Options<'_>, report: &mut Report) -> Result<()> {
+pub(crate) fn check(checkpoint: &Checkpoint, options: Options<'_>, report: &mut Report) -> Result<()> {
     let mut by_file = ByFile::new();
     for tensor in &checkpoint.manifest.tensors {
         for output in &tensor.outputs {

@@ -38,6 +38,16 @@ pub struct Options<'a> {
     pub hashed: &'a (dyn Fn(u64) + Sync),
 }
 
+static NEVER: AtomicBool = AtomicBool::new(false);
+
+impl Default for Options<'_> {
+    /// All of it, on all cores, in silence.
+    fn default() -> Self {
+        let threads = thread::available_parallelism().map_or(1, usize::from);
+        Options { quick: false, threads, interrupt: &NEVER, hashed: &|_| () }
+    }
+}
+
 /// Something that is not as it should be.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Difference {

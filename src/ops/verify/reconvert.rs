@@ -72,7 +72,11 @@ fn compare(conversion: &Conversion, checkpoint: &Checkpoint, options: Options<'_
 }
 
 /// Converts into `outputs`.
-pub fn execute(conversion: &Conversion, outputs: &dyn Outputs, options: Options<'_>) -> Result<pipeline::Outcome> {
+pub(crate) fn execute(
+    conversion: &Conversion,
+    outputs: &dyn Outputs,
+    options: Options<'_>,
+) -> Result<pipeline::Outcome> {
     let means = ExecutionContext {
         device: &*conversion.options.device,
         budget: conversion.budget,
@@ -85,7 +89,7 @@ pub fn execute(conversion: &Conversion, outputs: &dyn Outputs, options: Options<
 }
 
 /// The hashes of what lies beside the source's weights and is copied as it is: all but the model card, if that changes.
-pub fn hash_side_files(conversion: &Conversion) -> Result<Vec<(String, Sha256Hash)>> {
+pub(crate) fn hash_side_files(conversion: &Conversion) -> Result<Vec<(String, Sha256Hash)>> {
     let mut buffer = vec![0; 1 << 16];
     let card = model_card::changed(&conversion.source, &conversion.plan, false)?;
     let sides = conversion.source.side_files.iter().filter(|side| card.is_none() || side.name != model_card::NAME);

@@ -9,7 +9,7 @@ use crate::models::{Role, Rules};
 use crate::plan::{Decision, PlannedTensor};
 
 /// The Linear modules that are kept: whole names, or a pattern for all experts of a layer if none is quantized.
-pub fn list(rules: &Rules, tensors: &[PlannedTensor], linear: &[bool], layout: Layout) -> Vec<String> {
+pub(crate) fn list(rules: &Rules, tensors: &[PlannedTensor], linear: &[bool], layout: Layout) -> Vec<String> {
     let container = |module: &str| module.find(".experts.").map(|at| module[..at + ".experts".len()].to_owned());
     let quantized = tensors.iter().filter(|tensor| tensor.decision != Decision::Keep);
     let quantized: HashSet<String> = quantized.flat_map(|tensor| names(rules, tensor)).collect();
@@ -53,7 +53,7 @@ fn pattern(container: &str) -> String {
 }
 
 /// An entry of [`list`] that clients would take to mean a quantized weight's module, and that module.
-pub fn clash(rules: &Rules, layout: Layout, entries: &[&str], quantized: &[&str]) -> Option<(String, String)> {
+pub(crate) fn clash(rules: &Rules, layout: Layout, entries: &[&str], quantized: &[&str]) -> Option<(String, String)> {
     let modules: Vec<String> = quantized.iter().flat_map(|weight| rules.module_names(weight)).collect();
     entries.iter().find_map(|entry| {
         let pattern = match (entry.strip_prefix("re:"), layout) {

@@ -1,4 +1,4 @@
 //! The Linear modules that stay unquantized, as config.json lists them for clients.
 
-pub mod bitsandbytes;
-pub mod compressed_tensors;
+pub(crate) mod bitsandbytes;
+pub(crate) mod compressed_tensors;
