@@ -87,6 +87,7 @@ impl Recipe {
     }
 
     /// The part that decides a quantized tensor's bytes.
+    #[doc(hidden)]
     pub fn codec(&self) -> Codec {
         match self.weights {
             Weights::Blocks { format, block_size, double_quant, .. } => {

@@ -4,7 +4,7 @@
 use super::{ElementCode, FormatSpec, Highest, Layout, ScaleCode, Sharing};
 
 /// Integers from -8 to 7 with powers of two for scales.
-pub static MXINT4: FormatSpec = FormatSpec {
+pub(crate) static MXINT4: FormatSpec = FormatSpec {
     name: "mxint4",
     about: "Integers with a power of two for each 32 columns; for tests only",
     library_name: "MXINT4A16",

@@ -18,10 +18,13 @@ pub struct FormatSpec {
     /// The name that its library has for it: `quant_type` of bitsandbytes, the preset of compressed-tensors.
     pub library_name: &'static str,
     /// What codes stand for.
+    #[doc(hidden)]
     pub element: ElementCode,
     /// What scales are stored as.
+    #[doc(hidden)]
     pub scale: ScaleCode,
     /// Which elements share a scale.
+    #[doc(hidden)]
     pub sharing: Sharing,
     /// The layouts it can be written in, the default first. Empty for formats of blocks, whose layout is bitsandbytes'.
     pub layouts: &'static [Layout],
