@@ -26,9 +26,9 @@ pub(crate) struct QuantizedRun<'r> {
     pub packed: &'r [u8],
     /// As stored; of groups only.
     pub scales: &'r [u8],
-    /// One a block or group.
+    /// One per block or group.
     pub absmax: &'r [f32],
-    /// One a group, for formats that have them.
+    /// One per group, for formats that have them.
     pub zero_points: &'r [u8],
     /// The scale of all scales, for formats that have it.
     pub tensor_scale: Option<f32>,

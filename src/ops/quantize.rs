@@ -76,7 +76,7 @@ pub struct Conversion {
     pub budget: Budget,
     /// How it is done.
     pub options: Options,
-    /// What it comes to, if the source is a converted checkpoint whose experts are laid out anew.
+    /// The relayout, if the source is a converted checkpoint whose experts are rewritten.
     relay: Option<Relayout>,
     /// The manifest of the source, if it is a converted checkpoint that is decoded.
     dequantized: Option<Manifest>,
@@ -120,13 +120,13 @@ impl Conversion {
         Ok(Conversion { source, plan, budget, options, relay: None, dequantized: Some(manifest) })
     }
 
-    /// The tensors of the source and what becomes of them. It is `plan`, unless that only copies a converted checkpoint's
+    /// The tensors of the source and the decision for each. It is `plan`, unless that only copies a converted checkpoint's
     /// parts to their new places.
     pub fn decisions(&self) -> &Plan {
         self.relay.as_ref().map_or(&self.plan, |relay| &relay.plan)
     }
 
-    /// The layout that a converted checkpoint's experts have, if they are laid out anew.
+    /// The layout that a converted checkpoint's experts have, if they are rewritten.
     pub fn relaid_from(&self) -> Option<ExpertLayout> {
         self.relay.as_ref().map(|relay| relay.from)
     }
@@ -217,7 +217,7 @@ impl Conversion {
         same.then_some(manifest)
     }
 
-    /// Writes the checkpoint to `destination` and returns its manifest; goes on where an earlier run was stopped. Until all
+    /// Writes the checkpoint to `destination` and returns its manifest; resumes where an earlier run was stopped. Until all
     /// of it is written, synced and hashed, nothing there can be taken for a checkpoint.
     pub fn execute(&self, destination: impl AsRef<Path>, progress: &dyn Progress) -> Result<Manifest> {
         self.execute_until(&AtomicBool::new(false), destination, progress)

@@ -38,7 +38,7 @@ pub(crate) struct Relayout {
     unchanged: Vec<Option<usize>>,
 }
 
-/// The recipe of the converted checkpoint at `path`, if that is what it is, and its experts can be laid out anew.
+/// The recipe of the converted checkpoint at `path`, if that is what it is, and its experts can be rewritten.
 ///
 /// # Errors
 /// When its manifest can't be read, or is of a newer version.

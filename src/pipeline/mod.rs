@@ -93,7 +93,7 @@ pub(crate) struct TensorOutcome {
     pub statistics: Option<Statistics>,
 }
 
-/// What is known of a file once it is written: all that is needed to go on without it.
+/// What is known of a file once it is written: all that the manifest needs of it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct FileOutcome {
     /// SHA-256 of the file.

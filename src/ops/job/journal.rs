@@ -1,4 +1,4 @@
-//! What a conversion notes down as it goes, so that one that was stopped can be gone on with.
+//! The records a conversion keeps, so that one that was stopped can be resumed.
 //!
 //! Everything here lies in the staging folder and goes with it; nothing of it is part of a checkpoint.
 
@@ -55,7 +55,7 @@ impl Job {
         }
     }
 
-    /// Takes up this job in `staging`: goes on with it if it was begun there, and begins it if nothing was. Returns
+    /// Takes up this job in `staging`: resumes it if it was begun there, and begins it if nothing was. Returns
     /// whether it was begun.
     ///
     /// # Errors

@@ -142,7 +142,7 @@ fn compare_manifests(conversion: &Conversion, outcome: pipeline::Outcome, found:
     let files = found.files.iter().filter(|file| !weights.contains(&file.name.as_str())).cloned().collect();
     let mut expected = conversion.manifest(files, outcome);
     let mut found = found.clone();
-    // What was laid out anew has no statistics of its own.
+    // Tensors rewritten in another layout have no statistics of their own.
     let relaid = found.relaid_from.is_some();
     let statistics = |expected: &TensorRecord, found: &TensorRecord| match &found.statistics {
         None if relaid => None,
