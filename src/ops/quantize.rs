@@ -18,7 +18,7 @@ use crate::manifest::{
     SourceTensorRecord, Summary, TensorRecord, Tool, sha256_sums,
 };
 use crate::ops::job::Staged;
-use crate::ops::job::journal::Job;
+use crate::ops::job::journal::JobFingerprint;
 use crate::ops::job::resume;
 use crate::ops::model_card;
 use crate::ops::relayout;
@@ -293,8 +293,8 @@ impl Conversion {
         }
         let staging = Staging::take(destination, &self.source.location, force)?;
         let device = &**device;
-        let means = ExecutionContext { device, budget: self.budget, hash_source, interrupt, progress };
-        let files = self.write_files(&staging, means);
+        let context = ExecutionContext { device, budget: self.budget, hash_source, interrupt, progress };
+        let files = self.write_files(&staging, context);
         match files.and_then(|(files, outcome)| finish(&staging, files, outcome)) {
             Ok((names, result)) => {
                 staging.publish(&names)?;
@@ -311,9 +311,9 @@ impl Conversion {
     }
 
     /// Weights, side files, config.json and index, in the staging folder.
-    fn write_files(&self, staging: &Staging, means: ExecutionContext<'_>) -> Result<(Vec<FileRecord>, Outcome)> {
+    fn write_files(&self, staging: &Staging, context: ExecutionContext<'_>) -> Result<(Vec<FileRecord>, Outcome)> {
         let (source, plan) = (&self.source, &self.plan);
-        let job = Job::new(source, &plan.recipe, self.dequantized.is_some());
+        let job = JobFingerprint::new(source, &plan.recipe, self.dequantized.is_some());
         let resumed = job.take_up(staging, self.options.restart)?;
         staging.remove_partial();
         let weights = plan.files.iter().map(|file| file.name.as_str());
@@ -327,14 +327,14 @@ impl Conversion {
             SUMS_NAME,
         ]))?;
         let sealed = match resumed {
-            true => resume::sealed_files(staging, plan, means)?,
+            true => resume::sealed_files(staging, plan, context)?,
             false => vec![None; plan.files.len()],
         };
         self.check_space(staging.destination(), &sealed)?;
         let (outcome, side_files) = thread::scope(|scope| {
             let side_files = scope.spawn(|| copy_side_files(self, staging));
             let outputs = Staged { staging };
-            let outcome = pipeline::run(source, plan, &outputs, sealed, means);
+            let outcome = pipeline::run(source, plan, &outputs, sealed, context);
             (outcome, side_files.join().unwrap_or(Err(Error::Stopped)))
         });
         let outcome = outcome?;

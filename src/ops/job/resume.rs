@@ -18,12 +18,12 @@ const BUFFER: usize = 1 << 20;
 pub(crate) fn sealed_files(
     staging: &Staging,
     plan: &Plan,
-    means: ExecutionContext<'_>,
+    context: ExecutionContext<'_>,
 ) -> Result<Vec<Option<FileOutcome>>> {
     let noted = plan.files.iter().map(|file| journal::read_sealed(staging, &file.name)).collect::<Result<Vec<_>>>()?;
     let found = noted.iter().flatten().count();
     if found > 0 {
-        means.progress.found(found, plan.files.len());
+        context.progress.found(found, plan.files.len());
     }
     let trusted = Mutex::new(vec![None; plan.files.len()]);
     let next = AtomicUsize::new(0);
@@ -31,7 +31,7 @@ pub(crate) fn sealed_files(
         let mut buffer = vec![0; BUFFER];
         while let Some(i) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&i| i < noted.len()) {
             if let Some(outcome) = &noted[i]
-                && is_unchanged(staging, &plan.files[i], outcome, means, &mut buffer)?
+                && is_unchanged(staging, &plan.files[i], outcome, context, &mut buffer)?
             {
                 trusted.lock().unwrap_or_else(PoisonError::into_inner)[i] = Some(outcome.clone());
             }
@@ -39,14 +39,14 @@ pub(crate) fn sealed_files(
         Ok(())
     };
     thread::scope(|scope| {
-        let threads: Vec<_> = (0..means.budget.threads.min(found)).map(|_| scope.spawn(check)).collect();
+        let threads: Vec<_> = (0..context.budget.threads.min(found)).map(|_| scope.spawn(check)).collect();
         threads.into_iter().try_for_each(|thread| thread.join().unwrap_or(Err(Error::Stopped)))
     })?;
     let trusted = trusted.into_inner().unwrap_or_else(PoisonError::into_inner);
     if found > 0 {
         let kept = || plan.files.iter().zip(&trusted).filter(|(_, outcome)| outcome.is_some());
         let tensors = kept().flat_map(|(file, _)| &plan.tensors[file.tensors.clone()]);
-        means.progress.resumed(kept().count(), tensors.map(|tensor| tensor.source_len()).sum());
+        context.progress.resumed(kept().count(), tensors.map(|tensor| tensor.source_len()).sum());
     }
     Ok(trusted)
 }
@@ -55,7 +55,7 @@ fn is_unchanged(
     staging: &Staging,
     planned: &PlannedFile,
     outcome: &FileOutcome,
-    means: ExecutionContext<'_>,
+    context: ExecutionContext<'_>,
     buffer: &mut [u8],
 ) -> Result<bool> {
     let location = staging.ready(&planned.name);
@@ -65,7 +65,7 @@ fn is_unchanged(
     if len != planned.len || outcome.tensors.len() != planned.tensors.len() {
         return Ok(false);
     }
-    let keep_going = || !means.interrupt.load(Ordering::Relaxed);
+    let keep_going = || !context.interrupt.load(Ordering::Relaxed);
     let hash = hash_range(&*file, 0, len, buffer, keep_going).at(path, "read it back")?;
     hash.map(|hash| hash == outcome.sha256).ok_or(Error::Interrupted)
 }
