@@ -82,9 +82,10 @@ impl Weight<'_> {
             OutputKind::QuantState if codec.double_quant() => return Ok(None),
             _ if run.first > 0 => return Ok(None),
             OutputKind::QuantMap => {
-                if let Scales::Blocks { codebook, .. } = codec.scales {
-                    put(&codebook.values(), buffer);
-                }
+                let Scales::Blocks { codebook, .. } = codec.scales else {
+                    return Err(Error::internal("a weight of groups has a codebook among its tensors".to_owned()));
+                };
+                put(&codebook.values(), buffer);
                 0
             }
             OutputKind::NestedQuantMap => {

@@ -199,7 +199,7 @@ impl<'a> Scheduler<'a> {
                 self.finish_step(&mut state, self.file_of[tensor]);
             }
             (Task::HashSource { file }, Done::Hashed(hashes)) => state.source_hashes[file] = hashes.first().copied(),
-            (Task::Seal { .. }, _) => state.files_left -= 1,
+            (Task::Seal { .. }, Done::Written) => state.files_left -= 1,
             (task, done) => unreachable!("{task:?} doesn't give {done:?}"),
         }
         self.check_finished(&mut state);
@@ -351,13 +351,18 @@ impl<'a> Scheduler<'a> {
     }
 
     fn finish_chunk(&self, state: &mut State, tensor: usize, done: Done) {
-        let Some(open) = state.open.get_mut(&tensor) else { return };
+        let is_quantized = self.plan.tensors[tensor].quantized_from().is_some();
+        let open = open_tensor(state, tensor);
         open.tasks_left -= 1;
-        if let Done::Quantized { accumulator, absmax } = done {
-            open.accumulator.merge(&accumulator);
-            if let Some((first, absmax)) = absmax {
-                open.absmax[first..][..absmax.len()].copy_from_slice(&absmax);
+        match done {
+            Done::Quantized { accumulator, absmax } if is_quantized => {
+                open.accumulator.merge(&accumulator);
+                if let Some((first, absmax)) = absmax {
+                    open.absmax[first..][..absmax.len()].copy_from_slice(&absmax);
+                }
             }
+            Done::Written if !is_quantized => {}
+            done => unreachable!("a chunk of tensor {tensor} doesn't give {done:?}"),
         }
         if open.tasks_left > 0 {
             return;
@@ -371,7 +376,7 @@ impl<'a> Scheduler<'a> {
 
     /// All absmax of the tensor are there, and so is their mean: they can be quantized.
     fn queue_nested(&self, state: &mut State, tensor: usize) {
-        let Some(open) = state.open.get_mut(&tensor) else { return };
+        let open = open_tensor(state, tensor);
         let offset = open.accumulator.mean_absmax() as f32;
         let absmax = Arc::new(std::mem::take(&mut open.absmax));
         let starts = (0..absmax.len()).step_by(NESTED_CHUNK);
@@ -384,7 +389,7 @@ impl<'a> Scheduler<'a> {
     }
 
     fn finish_nested(&self, state: &mut State, tensor: usize, error: &AbsmaxAccumulator) {
-        let Some(open) = state.open.get_mut(&tensor) else { return };
+        let open = open_tensor(state, tensor);
         open.tasks_left -= 1;
         open.absmax_error.merge(error);
         if open.tasks_left == 0 {
@@ -440,4 +445,12 @@ impl<'a> Scheduler<'a> {
             self.changed.notify_all();
         }
     }
+}
+
+/// A tensor that tasks are under way for.
+///
+/// # Panics
+/// When there are none: a task ended that was never given out.
+fn open_tensor(state: &mut State, tensor: usize) -> &mut OpenTensor {
+    state.open.get_mut(&tensor).expect("tasks are of tensors that were opened for them")
 }

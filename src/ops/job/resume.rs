@@ -1,4 +1,4 @@
-//! Going on with a conversion that was stopped: which of its finished files can be kept.
+//! Resuming a conversion that was stopped: which of its finished files can be kept.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -7,8 +7,8 @@ use std::thread;
 use crate::checkpoint::Staging;
 use crate::error::{Error, IoContext, Result};
 use crate::ops::job::journal;
-use crate::pipeline::{ExecutionContext, FileOutcome};
-use crate::plan::{Plan, PlannedFile};
+use crate::pipeline::{ExecutionContext, FileOutcome, TensorOutcome};
+use crate::plan::{Plan, PlannedTensor};
 use crate::store::hash_range;
 
 /// Bytes of a sealed file that are read at once.
@@ -31,7 +31,7 @@ pub(crate) fn sealed_files(
         let mut buffer = vec![0; BUFFER];
         while let Some(i) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&i| i < noted.len()) {
             if let Some(outcome) = &noted[i]
-                && is_unchanged(staging, &plan.files[i], outcome, context, &mut buffer)?
+                && is_unchanged(staging, plan, i, outcome, context, &mut buffer)?
             {
                 trusted.lock().unwrap_or_else(PoisonError::into_inner)[i] = Some(outcome.clone());
             }
@@ -53,16 +53,26 @@ pub(crate) fn sealed_files(
 
 fn is_unchanged(
     staging: &Staging,
-    planned: &PlannedFile,
+    plan: &Plan,
+    file: usize,
     outcome: &FileOutcome,
     context: ExecutionContext<'_>,
     buffer: &mut [u8],
 ) -> Result<bool> {
+    let planned = &plan.files[file];
+    let tensors = &plan.tensors[planned.tensors.clone()];
     let location = staging.ready(&planned.name);
     let path = location.path();
     let Ok(file) = location.open() else { return Ok(false) };
     let len = file.identity().at(path, "look at it")?.len;
-    if len != planned.len || outcome.tensors.len() != planned.tensors.len() {
+    let is_whole = |(tensor, outcome): (&PlannedTensor, &TensorOutcome)| {
+        let has_statistics = outcome.statistics.is_some() == tensor.quantized_from().is_some();
+        outcome.sha256.len() == tensor.outputs.len() && has_statistics
+    };
+    if len != planned.len
+        || outcome.tensors.len() != tensors.len()
+        || !tensors.iter().zip(&outcome.tensors).all(is_whole)
+    {
         return Ok(false);
     }
     let keep_going = || !context.interrupt.load(Ordering::Relaxed);
