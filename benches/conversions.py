@@ -198,7 +198,7 @@ def contenders_of(arguments: argparse.Namespace) -> tuple[list[Contender], list[
     if arguments.bnb_runs:
         slow.append(Contender("bitsandbytes nf4 loop", [*python("client", "bitsandbytes_loop"), source, "DST"]))
     if arguments.llmc_runs:
-        # A worker a core, one thread each: on two cores faster than one worker of two threads, or four workers.
+        # One worker per core, one thread each: on two cores faster than one worker of two threads, or four workers.
         command = ["env", "OMP_NUM_THREADS=1", *python("compressed", "model_free_ptq"), source, "DST"]
         peers += [Contender(scheme, [*command, scheme, cores()]) for scheme in GROUP_FORMATS.values()]
     return contenders, slow, peers

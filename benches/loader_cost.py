@@ -190,7 +190,7 @@ def read_all(folder: Path) -> int:
 
 
 def measure(folder: Path, runs: int) -> dict[str, Cost]:
-    """The median of each way's loads, and their largest memory; ways take turns."""
+    """The median of each way's loads, and their largest memory; the ways alternate."""
     costs: dict[str, list[Cost]] = {way: [] for way in WAYS}
     for _ in range(runs):
         for way, (name, _) in WAYS.items():

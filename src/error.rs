@@ -66,7 +66,7 @@ pub enum Error {
         /// What else can be done, if anything.
         hint: Option<Hint>,
     },
-    /// The source is a converted checkpoint that can't be laid out anew.
+    /// The source is a converted checkpoint whose experts can't be rewritten in the other layout.
     #[error("{}: {why}", path.display())]
     Relayout {
         /// Its folder.

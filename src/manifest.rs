@@ -34,7 +34,7 @@ pub struct Manifest {
     pub recipe: Recipe,
     /// What it was made from.
     pub source: SourceRecord,
-    /// The layout its experts had before they were laid out anew. Statistics are those of then; tensors that
+    /// The layout its experts had before they were rewritten. Statistics are those of then; tensors that
     /// changed have none.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub relaid_from: Option<ExpertLayout>,
@@ -131,7 +131,7 @@ pub struct TensorRecord {
     pub reason: String,
     /// What was written for it.
     pub outputs: Vec<OutputRecord>,
-    /// What quantizing it cost; absent if it was kept, or laid out anew.
+    /// What quantizing it cost; absent if it was kept, or rewritten in another layout.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub statistics: Option<Statistics>,
 }

@@ -1,4 +1,4 @@
-"""Kills conversions at random instants and holds what the next run makes of them against an uninterrupted one.
+"""Kills conversions at random instants and compares what the next run makes of them with an uninterrupted one.
 
     scripts/crash-test [PREQUANT] [--kills 100] [--seed 1]
 

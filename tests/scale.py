@@ -1,4 +1,4 @@
-"""Holds prequant to its memory promise on large checkpoints, and times a plan.
+"""Checks that prequant stays within its memory limit on large checkpoints, and times a plan.
 
     scripts/check-scale [PREQUANT]
 

@@ -123,7 +123,7 @@ impl Timer {
     }
 }
 
-/// Times every kernel on `len` bytes of weights; returns the link's bytes a second, host to device.
+/// Times every kernel on `len` bytes of weights; returns the link's bytes per second, host to device.
 pub fn check(ordinal: usize, len: usize, report_only: bool, report: &mut Report) -> Result<f64, DriverError> {
     // SAFETY: every address is of a buffer as long as is copied or as the kernel's parameters say; all of it lives until
     // the end of the process.

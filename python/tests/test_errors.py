@@ -85,7 +85,7 @@ def test_a_statistic_of_another_size(editable: Callable[..., Path]) -> None:
 def test_codes_of_another_size(editable: Callable[..., Path]) -> None:
     folder = editable("qwen3_moe", *FUSE)
     rewrite(folder, lambda tensors: tensors.update({FUSED: tensors[FUSED][:-1].clone()}))
-    fails(folder, FUSED, "two a byte")
+    fails(folder, FUSED, "two per byte")
 
 
 def test_a_damaged_quant_state(editable: Callable[..., Path]) -> None:

@@ -29,7 +29,7 @@ SAME_NUMERICS = Version(bitsandbytes.__version__) >= Version("0.50")
 """Before, bitsandbytes on the CPU had other FP4 codes and another table for double quantization than prequant writes."""
 
 EXCEPTIONS = {(name, layout) for name in architectures.FLAGS for layout in LAYOUTS} | {("qwen3_vl_moe-hub", "keep")}
-"""Whose blocks aren't those that bitsandbytes makes of the model's parameter, or not in whole rows: only held against
+"""Whose blocks aren't those that bitsandbytes makes of the model's parameter, or not in whole rows: only compared with
 decoded tensors."""
 
 

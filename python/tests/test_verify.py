@@ -64,7 +64,8 @@ def test_missing_longer_and_shorter_files_are_found(editable: Callable[..., Path
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"schema_version": 2}, "schema_version"),
+        ({"schema_version": 3}, "schema_version"),
+        ({"schema_version": None}, "schema_version"),
         ({"files": [{"name": "../secret", "size": 1, "sha256": ""}]}, "own folder"),
         ({"files": [{}]}, "can't be read"),
     ],

@@ -177,11 +177,11 @@ fn row_len(codec: &Codec, columns: u64) -> usize {
 pub struct Encoded<'a> {
     /// Codes.
     pub packed: &'a [u8],
-    /// One scale a group, as stored; none for blocks, whose absmax are their scales.
+    /// One scale per group, as stored; none for blocks, whose absmax are their scales.
     pub scales: &'a [u8],
-    /// One zero point a group, 0 to 15; none for formats without them.
+    /// One zero point per group, 0 to 15; none for formats without them.
     pub zero_points: &'a [u8],
-    /// One figure a block or group.
+    /// One figure per block or group.
     pub figures: BlockErrors<'a>,
 }
 

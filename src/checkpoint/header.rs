@@ -107,10 +107,11 @@ impl Header {
         entries.sort_by_key(|(_, entry)| entry.data_offsets);
         // The library says whether a header is valid; what is wrong with it, and where, is ours to tell.
         let checked = Metadata::new(None, entries.clone());
-        if !checked.as_ref().is_ok_and(|metadata| data_start + metadata.data_len() as u64 == file_len) {
+        let end = |metadata: &Metadata| data_start.checked_add(metadata.data_len() as u64);
+        if !checked.as_ref().is_ok_and(|metadata| end(metadata) == Some(file_len)) {
             let why = defect(&entries, data_start, file_len);
             let why = why.or_else(|| Some(checked.err()?.to_string()));
-            return Err(Error::malformed(path, why.unwrap_or_default()));
+            return Err(Error::malformed(path, why.unwrap_or_else(|| "its tensors don't fill the file".to_owned())));
         }
         let tensors = entries.into_iter().map(|(name, entry)| TensorInfo {
             name,

@@ -11,7 +11,7 @@
 //!    the folder, the manifest. The staging folder gets another name, and goes.
 //!
 //! Killed before 5, the destination holds nothing but the staging folder. Killed in 6, it has no manifest and (but for an
-//! instant) no config.json. Either way the same command goes on: sealed files are hashed again and kept, files moved
+//! instant) no config.json. Either way the same command resumes: sealed files are hashed again and kept, files moved
 //! already are taken back, the rest is made anew.
 
 use std::fs::{self, File, TryLockError};
@@ -98,7 +98,7 @@ impl Staging {
         }
     }
 
-    /// Takes the destination, after [`Staging::check`]: makes it and the staging folder in it, or goes on with those of
+    /// Takes the destination, after [`Staging::check`]: makes it and the staging folder in it, or resumes with those of
     /// an earlier run.
     ///
     /// # Errors

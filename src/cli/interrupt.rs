@@ -1,4 +1,4 @@
-//! SIGINT and SIGTERM: the first has the work stop where it can be gone on with, the second ends the process at once.
+//! SIGINT and SIGTERM: the first stops the work where it can be resumed, the second ends the process at once.
 
 use std::io;
 use std::process::ExitCode;

@@ -23,9 +23,9 @@ pub struct Blocks<'a> {
     pub block_size: BlockSize,
     /// The sixteen values and their thresholds.
     pub codebook: &'static Codebook,
-    /// Out: two codes a byte, the even element's in the high nibble; `ceil(elements / 2)` bytes.
+    /// Out: two codes per byte, the even element's in the high nibble; `ceil(elements / 2)` bytes.
     pub packed: &'a mut [u8],
-    /// Out: one figure a block; each slice has one entry a block.
+    /// Out: one figure per block; each slice has one entry per block.
     pub figures: BlockErrors<'a>,
 }
 

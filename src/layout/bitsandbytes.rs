@@ -62,7 +62,10 @@ pub(crate) fn read(codec: &Codec, weight: &mut dyn StoredWeight) -> Result<Store
     let Some(columns @ 1..) = elements else {
         return Err(weight.malformed(format!("its quant_state: a shape of {shape:?}")));
     };
-    let nested_offset = codec.double_quant().then(|| state.nested_offset.unwrap_or(0.0) as f32);
+    let nested_offset = match (codec.double_quant(), state.nested_offset) {
+        (true, None) => return Err(weight.malformed("its quant_state has no nested_offset".to_owned())),
+        (is_nested, offset) => offset.filter(|_| is_nested).map(|offset| offset as f32),
+    };
     // Blocks run through the whole weight.
     let (rows, coding) = (1, codec.coding(columns, None));
     Ok(Stored { shape, dtype, coding, rows, columns, nested_offset, transposed: false })

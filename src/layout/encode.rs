@@ -26,9 +26,9 @@ pub(crate) struct QuantizedRun<'r> {
     pub packed: &'r [u8],
     /// As stored; of groups only.
     pub scales: &'r [u8],
-    /// One a block or group.
+    /// One per block or group.
     pub absmax: &'r [f32],
-    /// One a group, for formats that have them.
+    /// One per group, for formats that have them.
     pub zero_points: &'r [u8],
     /// The scale of all scales, for formats that have it.
     pub tensor_scale: Option<f32>,
@@ -82,9 +82,10 @@ impl Weight<'_> {
             OutputKind::QuantState if codec.double_quant() => return Ok(None),
             _ if run.first > 0 => return Ok(None),
             OutputKind::QuantMap => {
-                if let Scales::Blocks { codebook, .. } = codec.scales {
-                    put(&codebook.values(), buffer);
-                }
+                let Scales::Blocks { codebook, .. } = codec.scales else {
+                    return Err(Error::internal("a weight of groups has a codebook among its tensors".to_owned()));
+                };
+                put(&codebook.values(), buffer);
                 0
             }
             OutputKind::NestedQuantMap => {

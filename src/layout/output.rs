@@ -7,9 +7,9 @@ use crate::dtype::{Dtype, FloatDtype};
 /// Which part of a quantized weight an output tensor is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OutputKind {
-    /// The codes, two a byte.
+    /// The codes, two per byte.
     Packed,
-    /// One f32 a block; with double quantization its 8-bit code.
+    /// One f32 per block; with double quantization its 8-bit code.
     Absmax,
     /// The codebook's sixteen values.
     QuantMap,
@@ -19,7 +19,7 @@ pub enum OutputKind {
     NestedQuantMap,
     /// JSON, as bytes.
     QuantState,
-    /// One scale a group.
+    /// One scale per group.
     Scale,
     /// One for all groups' scales.
     GlobalScale,

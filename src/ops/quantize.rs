@@ -18,7 +18,7 @@ use crate::manifest::{
     SourceTensorRecord, Summary, TensorRecord, Tool, sha256_sums,
 };
 use crate::ops::job::Staged;
-use crate::ops::job::journal::Job;
+use crate::ops::job::journal::JobFingerprint;
 use crate::ops::job::resume;
 use crate::ops::model_card;
 use crate::ops::relayout;
@@ -76,7 +76,7 @@ pub struct Conversion {
     pub budget: Budget,
     /// How it is done.
     pub options: Options,
-    /// What it comes to, if the source is a converted checkpoint whose experts are laid out anew.
+    /// The relayout, if the source is a converted checkpoint whose experts are rewritten.
     relay: Option<Relayout>,
     /// The manifest of the source, if it is a converted checkpoint that is decoded.
     dequantized: Option<Manifest>,
@@ -120,13 +120,13 @@ impl Conversion {
         Ok(Conversion { source, plan, budget, options, relay: None, dequantized: Some(manifest) })
     }
 
-    /// The tensors of the source and what becomes of them. It is `plan`, unless that only copies a converted checkpoint's
+    /// The tensors of the source and the decision for each. It is `plan`, unless that only copies a converted checkpoint's
     /// parts to their new places.
     pub fn decisions(&self) -> &Plan {
         self.relay.as_ref().map_or(&self.plan, |relay| &relay.plan)
     }
 
-    /// The layout that a converted checkpoint's experts have, if they are laid out anew.
+    /// The layout that a converted checkpoint's experts have, if they are rewritten.
     pub fn relaid_from(&self) -> Option<ExpertLayout> {
         self.relay.as_ref().map(|relay| relay.from)
     }
@@ -217,7 +217,7 @@ impl Conversion {
         same.then_some(manifest)
     }
 
-    /// Writes the checkpoint to `destination` and returns its manifest; goes on where an earlier run was stopped. Until all
+    /// Writes the checkpoint to `destination` and returns its manifest; resumes where an earlier run was stopped. Until all
     /// of it is written, synced and hashed, nothing there can be taken for a checkpoint.
     pub fn execute(&self, destination: impl AsRef<Path>, progress: &dyn Progress) -> Result<Manifest> {
         self.execute_until(&AtomicBool::new(false), destination, progress)
@@ -293,8 +293,8 @@ impl Conversion {
         }
         let staging = Staging::take(destination, &self.source.location, force)?;
         let device = &**device;
-        let means = ExecutionContext { device, budget: self.budget, hash_source, interrupt, progress };
-        let files = self.write_files(&staging, means);
+        let context = ExecutionContext { device, budget: self.budget, hash_source, interrupt, progress };
+        let files = self.write_files(&staging, context);
         match files.and_then(|(files, outcome)| finish(&staging, files, outcome)) {
             Ok((names, result)) => {
                 staging.publish(&names)?;
@@ -311,9 +311,9 @@ impl Conversion {
     }
 
     /// Weights, side files, config.json and index, in the staging folder.
-    fn write_files(&self, staging: &Staging, means: ExecutionContext<'_>) -> Result<(Vec<FileRecord>, Outcome)> {
+    fn write_files(&self, staging: &Staging, context: ExecutionContext<'_>) -> Result<(Vec<FileRecord>, Outcome)> {
         let (source, plan) = (&self.source, &self.plan);
-        let job = Job::new(source, &plan.recipe, self.dequantized.is_some());
+        let job = JobFingerprint::new(source, &plan.recipe, self.dequantized.is_some());
         let resumed = job.take_up(staging, self.options.restart)?;
         staging.remove_partial();
         let weights = plan.files.iter().map(|file| file.name.as_str());
@@ -327,14 +327,14 @@ impl Conversion {
             SUMS_NAME,
         ]))?;
         let sealed = match resumed {
-            true => resume::sealed_files(staging, plan, means)?,
+            true => resume::sealed_files(staging, plan, context)?,
             false => vec![None; plan.files.len()],
         };
         self.check_space(staging.destination(), &sealed)?;
         let (outcome, side_files) = thread::scope(|scope| {
             let side_files = scope.spawn(|| copy_side_files(self, staging));
             let outputs = Staged { staging };
-            let outcome = pipeline::run(source, plan, &outputs, sealed, means);
+            let outcome = pipeline::run(source, plan, &outputs, sealed, context);
             (outcome, side_files.join().unwrap_or(Err(Error::Stopped)))
         });
         let outcome = outcome?;

@@ -38,7 +38,7 @@ pub(crate) struct Relayout {
     unchanged: Vec<Option<usize>>,
 }
 
-/// The recipe of the converted checkpoint at `path`, if that is what it is, and its experts can be laid out anew.
+/// The recipe of the converted checkpoint at `path`, if that is what it is, and its experts can be rewritten.
 ///
 /// # Errors
 /// When its manifest can't be read, or is of a newer version.
@@ -156,14 +156,19 @@ fn origin(converted: &Source, manifest: &Manifest) -> Result<Source> {
         let identity = Identity { len: file.size, version: String::new(), sha256: file.sha256 };
         files.push(SourceFile { name, location, identity, header_sha256, tensors: Vec::new() });
     }
+    let mut total = 0u64;
     for tensor in manifest.tensors.iter().flat_map(|record| &record.sources) {
         let error = |what: &str| Error::malformed(path, format!("tensor {:?} of the source: {what}", tensor.name));
         let file = files.iter_mut().find(|file| file.name == tensor.file);
         let file = file.ok_or_else(|| error("its file isn't among the source's"))?;
         let dtype = dtype::named(&tensor.dtype).ok_or_else(|| error("a dtype that safetensors doesn't have"))?;
         let len = byte_len(dtype, &tensor.shape).ok_or_else(|| error("a shape past all bounds"))?;
+        // Half of what there is: the plan adds what it writes beside them.
+        total = total
+            .checked_add(len)
+            .filter(|&total| total <= u64::MAX / 2)
+            .ok_or_else(|| error("a shape past all bounds"))?;
         let offset = file.tensors.last().map_or(0, |last| last.offset + last.len);
-        offset.checked_add(len).ok_or_else(|| error("a shape past all bounds"))?;
         let (name, shape) = (tensor.name.clone(), tensor.shape.clone());
         file.tensors.push(TensorInfo { name, dtype, shape, offset, len });
     }

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use super::{Job, Output};
+use super::{Execution, Output};
 use crate::error::{Error, IoContext, Result};
 use crate::plan::PlannedTensor;
 use crate::read::Evaluator;
@@ -14,7 +14,7 @@ const READ_AHEAD: u64 = 16 << 20;
 
 /// Open files, kept open from task to task.
 pub(crate) struct Files<'j, 'a> {
-    job: &'j Job<'a>,
+    execution: &'j Execution<'a>,
     source: SourceFiles<'j, 'a>,
     output: Option<(usize, Arc<dyn Output + 'a>)>,
     evaluator: Evaluator,
@@ -22,13 +22,18 @@ pub(crate) struct Files<'j, 'a> {
 
 /// The source's file that was read last, open.
 struct SourceFiles<'j, 'a> {
-    job: &'j Job<'a>,
+    execution: &'j Execution<'a>,
     open: Option<(usize, Box<dyn ReadAt>)>,
 }
 
 impl<'j, 'a> Files<'j, 'a> {
-    pub(crate) fn new(job: &'j Job<'a>) -> Files<'j, 'a> {
-        Files { job, source: SourceFiles { job, open: None }, output: None, evaluator: Evaluator::default() }
+    pub(crate) fn new(execution: &'j Execution<'a>) -> Files<'j, 'a> {
+        Files {
+            execution,
+            source: SourceFiles { execution, open: None },
+            output: None,
+            evaluator: Evaluator::default(),
+        }
     }
 
     /// Turns to an output file, the plan's `file`th; what is written goes there.
@@ -36,7 +41,7 @@ impl<'j, 'a> Files<'j, 'a> {
         if let Some((_, output)) = self.output.as_ref().filter(|(opened, _)| *opened == file) {
             return Ok(output.clone());
         }
-        let output = self.job.output(file)?;
+        let output = self.execution.output(file)?;
         self.output = Some((file, output.clone()));
         Ok(output)
     }
@@ -74,13 +79,13 @@ impl SourceFiles<'_, '_> {
         }
         match &mut self.open {
             Some((_, file)) => Ok(&**file),
-            none => Ok(&*none.insert((file, self.job.source.files[file].reopen()?)).1),
+            none => Ok(&*none.insert((file, self.execution.source.files[file].reopen()?)).1),
         }
     }
 
     /// Fills `into` with the bytes at `position` of a file of the source.
     fn read_at(&mut self, file: usize, position: u64, into: &mut [u8]) -> Result<()> {
-        let source = &self.job.source.files[file];
+        let source = &self.execution.source.files[file];
         let (path, source_len, len) = (source.location.path(), source.identity.len, into.len() as u64);
         let file = self.open(file)?;
         let ahead = position + READ_AHEAD;

@@ -93,7 +93,7 @@ pub(crate) struct TensorOutcome {
     pub statistics: Option<Statistics>,
 }
 
-/// What is known of a file once it is written: all that is needed to go on without it.
+/// What is known of a file once it is written: all that the manifest needs of it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct FileOutcome {
     /// SHA-256 of the file.
@@ -129,11 +129,11 @@ pub(crate) trait Output: Send + Sync {
 }
 
 /// What every thread works from.
-struct Job<'a> {
+struct Execution<'a> {
     source: &'a Source,
     plan: &'a Plan,
     outputs: &'a dyn Outputs,
-    means: ExecutionContext<'a>,
+    context: ExecutionContext<'a>,
     /// The lanes on devices, if there are any.
     lanes: Option<LanePool<'a>>,
     open: Vec<Mutex<Option<Arc<dyn Output + 'a>>>>,
@@ -151,22 +151,22 @@ pub(crate) fn run(
     plan: &Plan,
     outputs: &dyn Outputs,
     sealed: Vec<Option<FileOutcome>>,
-    means: ExecutionContext<'_>,
+    context: ExecutionContext<'_>,
 ) -> Result<Outcome> {
     let open = plan.files.iter().map(|_| Mutex::default()).collect();
-    let lanes = means.budget.lanes.map(|budget| LanePool::new(means.device, budget));
-    let job = Job { source, plan, outputs, means, lanes, open };
-    let scheduler = Scheduler::new(plan, source.files.len(), sealed, means);
+    let lanes = context.budget.lanes.map(|budget| LanePool::new(context.device, budget));
+    let execution = Execution { source, plan, outputs, context, lanes, open };
+    let scheduler = Scheduler::new(plan, source.files.len(), sealed, context);
     thread::scope(|scope| {
-        for _ in 0..means.budget.threads {
-            scope.spawn(|| Worker::new(&job).work(&scheduler));
+        for _ in 0..context.budget.threads {
+            scope.spawn(|| Worker::new(&execution).work(&scheduler));
         }
-        scope.spawn(|| job.sync_finished_files(&scheduler));
+        scope.spawn(|| execution.sync_finished_files(&scheduler));
     });
     scheduler.into_outcome()
 }
 
-impl<'a> Job<'a> {
+impl<'a> Execution<'a> {
     /// The output file, opened if it isn't yet.
     fn output(&self, file: usize) -> Result<Arc<dyn Output + 'a>> {
         let mut slot = self.open[file].lock().unwrap_or_else(PoisonError::into_inner);
@@ -183,7 +183,7 @@ impl<'a> Job<'a> {
         let planned = &self.plan.files[file];
         self.open[file].lock().unwrap_or_else(PoisonError::into_inner).take();
         self.outputs.seal(planned, outcome)?;
-        self.means.progress.sealed(&planned.name, planned.len);
+        self.context.progress.sealed(&planned.name, planned.len);
         Ok(())
     }
 

@@ -35,9 +35,9 @@ impl Results<'_, '_, '_> {
         }
         let first_block = (first / self.codec.block_len(self.tensor.columns())) as usize;
         let absmax = self.codec.double_quant().then(|| (first_block, figures.absmax.to_vec()));
-        let mut gathering = Box::<StatsAccumulator>::default();
-        gathering.add(figures);
-        Ok(Done::Quantized { gathering, absmax })
+        let mut accumulator = Box::<StatsAccumulator>::default();
+        accumulator.add(figures);
+        Ok(Done::Quantized { accumulator, absmax })
     }
 
     /// A run of quantized absmax that starts at entry `first`.

@@ -43,7 +43,7 @@ pub(crate) enum Done {
     /// Nothing that must be told.
     Written,
     /// A chunk's figures; its absmax too, if double quantization still needs them.
-    Quantized { gathering: Box<StatsAccumulator>, absmax: Option<(usize, Vec<f32>)> },
+    Quantized { accumulator: Box<StatsAccumulator>, absmax: Option<(usize, Vec<f32>)> },
     /// The figures of tensors that were quantized at once.
     Set(Vec<(usize, Box<StatsAccumulator>)>),
     /// The largest magnitude in a run.
@@ -64,7 +64,7 @@ pub(crate) struct Scheduler<'a> {
     file_of: Vec<usize>,
     /// The set that each tensor shares a global scale with.
     set_of: Vec<Option<usize>>,
-    means: ExecutionContext<'a>,
+    context: ExecutionContext<'a>,
     source_files: usize,
     state: Mutex<State>,
     changed: Condvar,
@@ -99,7 +99,7 @@ struct State {
 #[derive(Default)]
 struct OpenTensor {
     tasks_left: usize,
-    gathering: StatsAccumulator,
+    accumulator: StatsAccumulator,
     absmax: Vec<f32>,
     absmax_error: AbsmaxAccumulator,
 }
@@ -121,7 +121,7 @@ impl<'a> Scheduler<'a> {
         plan: &'a Plan,
         source_files: usize,
         sealed: Vec<Option<FileOutcome>>,
-        means: ExecutionContext<'a>,
+        context: ExecutionContext<'a>,
     ) -> Scheduler<'a> {
         let file_of =
             plan.files.iter().enumerate().flat_map(|(i, file)| file.tensors.clone().map(move |_| i)).collect();
@@ -146,7 +146,7 @@ impl<'a> Scheduler<'a> {
             state.files.push(FileState { was_sealed: true, sha256, total, total_absmax, ..FileState::default() });
         }
         let (state, changed, stopped) = (Mutex::new(state), Condvar::new(), AtomicBool::new(false));
-        let scheduler = Scheduler { plan, file_of, set_of, means, source_files, state, changed, stopped };
+        let scheduler = Scheduler { plan, file_of, set_of, context, source_files, state, changed, stopped };
         scheduler.check_finished(&mut scheduler.lock());
         scheduler
     }
@@ -179,8 +179,8 @@ impl<'a> Scheduler<'a> {
         match (task, done) {
             (Task::Chunk { tensor, .. }, done) => self.finish_chunk(&mut state, tensor, done),
             (Task::Set { .. }, Done::Set(tensors)) => {
-                for (tensor, gathering) in tensors {
-                    self.finish_chunk(&mut state, tensor, Done::Quantized { gathering, absmax: None });
+                for (tensor, accumulator) in tensors {
+                    self.finish_chunk(&mut state, tensor, Done::Quantized { accumulator, absmax: None });
                 }
             }
             (Task::Measure { tensor, .. }, Done::Measured(absmax)) => {
@@ -199,7 +199,7 @@ impl<'a> Scheduler<'a> {
                 self.finish_step(&mut state, self.file_of[tensor]);
             }
             (Task::HashSource { file }, Done::Hashed(hashes)) => state.source_hashes[file] = hashes.first().copied(),
-            (Task::Seal { .. }, _) => state.files_left -= 1,
+            (Task::Seal { .. }, Done::Written) => state.files_left -= 1,
             (task, done) => unreachable!("{task:?} doesn't give {done:?}"),
         }
         self.check_finished(&mut state);
@@ -239,7 +239,7 @@ impl<'a> Scheduler<'a> {
 
     /// Whether threads should stop what they are doing.
     pub(crate) fn stopped(&self) -> bool {
-        self.stopped.load(Ordering::Relaxed) || self.means.interrupt.load(Ordering::Relaxed)
+        self.stopped.load(Ordering::Relaxed) || self.context.interrupt.load(Ordering::Relaxed)
     }
 
     /// All results, once every thread is done.
@@ -262,7 +262,7 @@ impl<'a> Scheduler<'a> {
         Ok(Outcome {
             tensors: state.tensors,
             files: all(state.files.iter().map(|file| file.sha256).collect())?,
-            source_files: self.means.hash_source.then(|| all(state.source_hashes)).transpose()?,
+            source_files: self.context.hash_source.then(|| all(state.source_hashes)).transpose()?,
             total,
         })
     }
@@ -274,7 +274,7 @@ impl<'a> Scheduler<'a> {
     }
 
     fn heed_interrupt(&self, state: &mut State) {
-        if self.means.interrupt.load(Ordering::Relaxed) && state.failure.is_none() && !state.finished {
+        if self.context.interrupt.load(Ordering::Relaxed) && state.failure.is_none() && !state.finished {
             state.failure = Some((0, Error::Interrupted));
             self.changed.notify_all();
         }
@@ -293,7 +293,7 @@ impl<'a> Scheduler<'a> {
             .tensors
             .get(state.next.0)
             .map_or(self.source_files, |tensor| tensor.read.spans().next().map_or(0, |span| span.file + 1));
-        if self.means.hash_source && state.next_source_hash < reading.min(self.source_files) {
+        if self.context.hash_source && state.next_source_hash < reading.min(self.source_files) {
             state.next_source_hash += 1;
             return Some(Task::HashSource { file: state.next_source_hash - 1 });
         }
@@ -320,7 +320,7 @@ impl<'a> Scheduler<'a> {
         };
         if offset == 0 {
             let absmax = self.absmax_len(planned);
-            if state.absmax_held > 0 && state.absmax_held + absmax > self.means.budget.absmax {
+            if state.absmax_held > 0 && state.absmax_held + absmax > self.context.budget.absmax {
                 return None;
             }
             state.absmax_held += absmax;
@@ -335,7 +335,7 @@ impl<'a> Scheduler<'a> {
 
     /// Bytes of the source in one chunk of `tensor`.
     fn chunk_len(&self, tensor: &PlannedTensor) -> u64 {
-        let elements = chunk_elements(self.plan, tensor, self.means.budget.chunk_elements);
+        let elements = chunk_elements(self.plan, tensor, self.context.budget.chunk_elements);
         // A kept tensor's bytes go through the same buffer, which holds this many elements of at least two bytes.
         (elements * tensor.quantized_from().map_or(2, |dtype| dtype.size())) as u64
     }
@@ -351,13 +351,18 @@ impl<'a> Scheduler<'a> {
     }
 
     fn finish_chunk(&self, state: &mut State, tensor: usize, done: Done) {
-        let Some(open) = state.open.get_mut(&tensor) else { return };
+        let is_quantized = self.plan.tensors[tensor].quantized_from().is_some();
+        let open = open_tensor(state, tensor);
         open.tasks_left -= 1;
-        if let Done::Quantized { gathering, absmax } = done {
-            open.gathering.merge(&gathering);
-            if let Some((first, absmax)) = absmax {
-                open.absmax[first..][..absmax.len()].copy_from_slice(&absmax);
+        match done {
+            Done::Quantized { accumulator, absmax } if is_quantized => {
+                open.accumulator.merge(&accumulator);
+                if let Some((first, absmax)) = absmax {
+                    open.absmax[first..][..absmax.len()].copy_from_slice(&absmax);
+                }
             }
+            Done::Written if !is_quantized => {}
+            done => unreachable!("a chunk of tensor {tensor} doesn't give {done:?}"),
         }
         if open.tasks_left > 0 {
             return;
@@ -371,8 +376,8 @@ impl<'a> Scheduler<'a> {
 
     /// All absmax of the tensor are there, and so is their mean: they can be quantized.
     fn queue_nested(&self, state: &mut State, tensor: usize) {
-        let Some(open) = state.open.get_mut(&tensor) else { return };
-        let offset = open.gathering.mean_absmax() as f32;
+        let open = open_tensor(state, tensor);
+        let offset = open.accumulator.mean_absmax() as f32;
         let absmax = Arc::new(std::mem::take(&mut open.absmax));
         let starts = (0..absmax.len()).step_by(NESTED_CHUNK);
         open.tasks_left = starts.len();
@@ -384,7 +389,7 @@ impl<'a> Scheduler<'a> {
     }
 
     fn finish_nested(&self, state: &mut State, tensor: usize, error: &AbsmaxAccumulator) {
-        let Some(open) = state.open.get_mut(&tensor) else { return };
+        let open = open_tensor(state, tensor);
         open.tasks_left -= 1;
         open.absmax_error.merge(error);
         if open.tasks_left == 0 {
@@ -398,13 +403,13 @@ impl<'a> Scheduler<'a> {
         if let Some(open) = state.open.remove(&tensor)
             && self.plan.tensors[tensor].quantized_from().is_some()
         {
-            let mut statistics = open.gathering.finish();
+            let mut statistics = open.accumulator.finish();
             if self.plan.recipe.codec().double_quant() {
                 statistics.double_quantization = Some(open.absmax_error.finish());
             }
             state.tensors[tensor].statistics = Some(statistics);
             let file = &mut state.files[self.file_of[tensor]];
-            file.total.merge(&open.gathering);
+            file.total.merge(&open.accumulator);
             file.total_absmax.merge(&open.absmax_error);
         }
         let file = self.file_of[tensor];
@@ -434,10 +439,18 @@ impl<'a> Scheduler<'a> {
     }
 
     fn check_finished(&self, state: &mut State) {
-        let hashing = self.means.hash_source && state.next_source_hash < self.source_files;
+        let hashing = self.context.hash_source && state.next_source_hash < self.source_files;
         if state.files_left == 0 && state.running == 0 && !hashing {
             state.finished = true;
             self.changed.notify_all();
         }
     }
+}
+
+/// A tensor that tasks are under way for.
+///
+/// # Panics
+/// When there are none: a task ended that was never given out.
+fn open_tensor(state: &mut State, tensor: usize) -> &mut OpenTensor {
+    state.open.get_mut(&tensor).expect("tasks are of tensors that were opened for them")
 }

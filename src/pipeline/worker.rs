@@ -8,7 +8,7 @@ use super::files::Files;
 use super::lane_pool::Failed;
 use super::results::Results;
 use super::scheduler::{Done, Scheduler, Task};
-use super::{Job, nonfinite};
+use super::{Execution, nonfinite};
 use crate::backend::{CpuLane, Lane, Run};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, IoContext, Result};
@@ -19,7 +19,7 @@ use crate::store::{ReadAt, Sha256Hash, hash_range};
 
 /// A thread with its lane on the processor and the files it has in hand.
 pub(crate) struct Worker<'j, 'a> {
-    job: &'j Job<'a>,
+    execution: &'j Execution<'a>,
     codec: Codec,
     files: Files<'j, 'a>,
     /// What is copied and hashed goes through its room, too.
@@ -29,12 +29,16 @@ pub(crate) struct Worker<'j, 'a> {
 }
 
 impl<'j, 'a> Worker<'j, 'a> {
-    pub(crate) fn new(job: &'j Job<'a>) -> Worker<'j, 'a> {
+    pub(crate) fn new(execution: &'j Execution<'a>) -> Worker<'j, 'a> {
         Worker {
-            job,
-            codec: job.plan.recipe.codec(),
-            files: Files::new(job),
-            lane: job.means.device.cpu().lane(&lane_size(job.plan, job.means.budget.chunk_elements)),
+            execution,
+            codec: execution.plan.recipe.codec(),
+            files: Files::new(execution),
+            lane: execution
+                .context
+                .device
+                .cpu()
+                .lane(&lane_size(execution.plan, execution.context.budget.chunk_elements)),
             bytes: Vec::new(),
         }
     }
@@ -45,7 +49,7 @@ impl<'j, 'a> Worker<'j, 'a> {
         while let Some(task) = scheduler.next() {
             match self.perform(&task, scheduler) {
                 Ok(done) => scheduler.finish(task, done),
-                Err(error) => scheduler.fail(task.place(self.job), error),
+                Err(error) => scheduler.fail(task.place(self.execution), error),
             }
         }
     }
@@ -54,36 +58,37 @@ impl<'j, 'a> Worker<'j, 'a> {
         match task {
             Task::Chunk { tensor, offset, len, tensor_scale } => {
                 self.files.open_output(scheduler.file_of(*tensor))?;
-                self.chunk(&self.job.plan.tensors[*tensor], *offset, *len, *tensor_scale)
+                self.chunk(&self.execution.plan.tensors[*tensor], *offset, *len, *tensor_scale)
             }
             Task::Set { set, tensors } => self.set(*set, tensors, scheduler),
-            Task::Measure { tensor, offset, len } => self.measure(&self.job.plan.tensors[*tensor], *offset, *len),
+            Task::Measure { tensor, offset, len } => self.measure(&self.execution.plan.tensors[*tensor], *offset, *len),
             Task::Nested { tensor, absmax, offset, first, len } => {
                 self.files.open_output(scheduler.file_of(*tensor))?;
-                self.nested(&self.job.plan.tensors[*tensor], &absmax[*first..][..*len], *first, *offset)
+                self.nested(&self.execution.plan.tensors[*tensor], &absmax[*first..][..*len], *first, *offset)
             }
             Task::HashFile { file } => {
                 let output = self.files.open_output(*file)?;
-                let hash = self.hash(output.file(), output.path(), 0, self.job.plan.files[*file].len, scheduler)?;
+                let hash =
+                    self.hash(output.file(), output.path(), 0, self.execution.plan.files[*file].len, scheduler)?;
                 Ok(Done::Hashed(vec![hash]))
             }
             Task::HashTensor { tensor } => {
                 let output = self.files.open_output(scheduler.file_of(*tensor))?;
-                let outputs = self.job.plan.tensors[*tensor].outputs.iter();
+                let outputs = self.execution.plan.tensors[*tensor].outputs.iter();
                 let hashes =
                     outputs.map(|part| self.hash(output.file(), output.path(), part.offset, part.len, scheduler));
                 Ok(Done::Hashed(hashes.collect::<Result<_>>()?))
             }
             Task::HashSource { file } => {
-                let source = &self.job.source.files[*file];
+                let source = &self.execution.source.files[*file];
                 let file = source.reopen()?;
                 let hash = self.hash(&*file, source.location.path(), 0, source.identity.len, scheduler)?;
-                self.job.outputs.source_hashed(source, hash)?;
+                self.execution.outputs.source_hashed(source, hash)?;
                 Ok(Done::Hashed(vec![hash]))
             }
             Task::Seal { file, outcome } => {
                 self.files.close_output();
-                self.job.seal(*file, outcome)?;
+                self.execution.seal(*file, outcome)?;
                 Ok(Done::Written)
             }
         }
@@ -103,14 +108,15 @@ impl<'j, 'a> Worker<'j, 'a> {
                 Done::Written
             }
         };
-        self.job.means.progress.advanced(&tensor.name, len as u64);
+        self.execution.context.progress.advanced(&tensor.name, len as u64);
         Ok(done)
     }
 
     /// Reads and quantizes a run: on a device, if there is one that has a kernel for it.
     fn quantize(&mut self, piece: &Piece<'_>) -> Result<Done> {
-        let (job, tensor, len) = (self.job, piece.tensor, piece.place.len());
-        let lanes = job.lanes.as_ref().filter(|_| job.means.device.quantizes(&self.codec, tensor.columns()));
+        let (execution, tensor, len) = (self.execution, piece.tensor, piece.place.len());
+        let lanes =
+            execution.lanes.as_ref().filter(|_| execution.context.device.quantizes(&self.codec, tensor.columns()));
         let Some(lanes) = lanes else {
             self.files.read(tensor, piece.offset(), self.lane.source(len))?;
             return self.quantize_here(piece);
@@ -137,7 +143,7 @@ impl<'j, 'a> Worker<'j, 'a> {
 
     /// Does what the recipe says with a run that holds a NaN or an infinity, and is in the thread's own lane.
     fn quantize_nonfinite(&mut self, piece: &Piece<'_>) -> Result<Done> {
-        if self.job.plan.recipe.keeps_nonfinite() {
+        if self.execution.plan.recipe.keeps_nonfinite() {
             let (lane, mut results) = self.parts(piece);
             if let Some(encoded) = lane.quantize_any(&piece.run(results.codec)) {
                 return results.quantized(piece.first, piece.tensor_scale, &encoded);
@@ -154,7 +160,7 @@ impl<'j, 'a> Worker<'j, 'a> {
 
     /// Reads tensors that share a scale one after the other into the thread's lane, and quantizes there `written` of them.
     fn set(&mut self, set: usize, written: &[usize], scheduler: &Scheduler<'_>) -> Result<Done> {
-        let plan = self.job.plan;
+        let plan = self.execution.plan;
         let (mut absmax, mut end, mut places) = (0f32, 0, Vec::new());
         for &i in &plan.scale_sets[set] {
             let tensor = &plan.tensors[i];
@@ -175,10 +181,10 @@ impl<'j, 'a> Worker<'j, 'a> {
             self.files.open_output(scheduler.file_of(i))?;
             let piece = Piece { tensor, dtype, first: 0, place, tensor_scale };
             match self.quantize_here(&piece)? {
-                Done::Quantized { gathering, .. } => done.push((i, gathering)),
+                Done::Quantized { accumulator, .. } => done.push((i, accumulator)),
                 other => return Err(Error::internal(format!("tensor {:?} gave {other:?}", tensor.name))),
             }
-            self.job.means.progress.advanced(&tensor.name, tensor.source_len());
+            self.execution.context.progress.advanced(&tensor.name, tensor.source_len());
         }
         Ok(Done::Set(done))
     }
@@ -195,14 +201,14 @@ impl<'j, 'a> Worker<'j, 'a> {
 
     /// Quantizes a run of absmax that starts at entry `first`.
     fn nested(&mut self, tensor: &PlannedTensor, absmax: &[f32], first: usize, offset: f32) -> Result<Done> {
-        let (job, dtype) = (self.job, quantized_from(tensor)?);
+        let (execution, dtype) = (self.execution, quantized_from(tensor)?);
         let Worker { files, codec, lane, bytes, .. } = self;
         let mut results = Results { files, codec, tensor, dtype, bytes };
         let mut quantize = |lane: &mut dyn Lane| {
             let (codes, nested_absmax) = lane.quantize_absmax(absmax, offset)?;
             Ok(results.nested(first, absmax, offset, codes, nested_absmax)?)
         };
-        match job.lanes.as_ref().filter(|_| job.means.device.quantizes(codec, tensor.columns())) {
+        match execution.lanes.as_ref().filter(|_| execution.context.device.quantizes(codec, tensor.columns())) {
             Some(lanes) => lanes.with(quantize),
             None => quantize(lane).map_err(Failed::into),
         }
@@ -223,14 +229,14 @@ impl<'j, 'a> Worker<'j, 'a> {
     fn describe_nonfinite(&mut self, tensor: &PlannedTensor, dtype: FloatDtype) -> Error {
         let buffer = self.lane.buffer();
         if tensor.is_decoded() {
-            let path = self.job.source.files[tensor.read.first_file()].location.path().to_owned();
+            let path = self.execution.source.files[tensor.read.first_file()].location.path().to_owned();
             let read = |offset, bytes: &mut [u8]| self.files.read(tensor, offset, bytes);
             return nonfinite::describe(&path, &tensor.name, tensor.source_len(), dtype, buffer, read)
                 .unwrap_or_else(Some)
                 .unwrap_or_else(|| no_longer(path, tensor));
         }
         // Where they are in the source, of which the tensor may have another order.
-        let source = self.job.source;
+        let source = self.execution.source;
         for span in tensor.read.spans() {
             let (path, info) = (source.files[span.file].location.path(), &source.files[span.file].tensors[span.tensor]);
             let read = |offset, bytes: &mut [u8]| self.files.read_at(span.file, info.offset + offset, bytes);
@@ -291,13 +297,13 @@ impl Piece<'_> {
 
 impl Task {
     /// A tensor that the task belongs to: its place in the plan's order.
-    fn place(&self, job: &Job<'_>) -> usize {
+    fn place(&self, execution: &Execution<'_>) -> usize {
         match self {
             Task::Chunk { tensor, .. } | Task::Measure { tensor, .. } => *tensor,
-            Task::Set { set, .. } => job.plan.scale_sets[*set].iter().copied().min().unwrap_or_default(),
+            Task::Set { set, .. } => execution.plan.scale_sets[*set].iter().copied().min().unwrap_or_default(),
             Task::Nested { tensor, .. } | Task::HashTensor { tensor } => *tensor,
-            Task::HashFile { file } | Task::Seal { file, .. } => job.plan.files[*file].tensors.start,
-            Task::HashSource { .. } => job.plan.tensors.len(),
+            Task::HashFile { file } | Task::Seal { file, .. } => execution.plan.files[*file].tensors.start,
+            Task::HashSource { .. } => execution.plan.tensors.len(),
         }
     }
 }

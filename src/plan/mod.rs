@@ -1,4 +1,4 @@
-//! What becomes of every tensor, and where it goes: a pure function of headers, config and recipe.
+//! Decides how each tensor is converted and where it is written: a pure function of headers, config and recipe.
 //!
 //! Once a [`Plan`] stands, every output byte has its file and offset; executing it decides nothing any more.
 
@@ -54,7 +54,7 @@ pub struct Plan {
     pub warnings: Vec<Warning>,
 }
 
-/// A tensor and what becomes of it.
+/// A tensor and how it is converted.
 #[derive(Clone, Debug)]
 pub struct PlannedTensor {
     /// Its name in the output.
@@ -225,7 +225,7 @@ impl Plan {
     }
 }
 
-/// What becomes of each tensor, with fused experts taken apart where the format wants it.
+/// Decides for each tensor, with fused experts taken apart where the format wants it.
 fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules) -> Result<Vec<Decided>> {
     let codec = recipe.codec();
     if codec.layout() == Some(Layout::GptOss) && !families(model_types).any(|family| family.gpt_oss_layout) {

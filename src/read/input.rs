@@ -29,7 +29,7 @@ impl Input {
     /// A tensor that is decoded to `dtype`.
     pub fn decoded(name: String, shape: Vec<u64>, dtype: FloatDtype, read: Read) -> Input {
         let dtype = dtype.dtype();
-        debug_assert_eq!(byte_len(dtype, &shape), Some(read.len()), "{name}: decodes to its shape");
+        assert_eq!(byte_len(dtype, &shape), Some(read.len()), "{name}: decodes to its shape");
         Input { name, dtype, shape, read }
     }
 

@@ -33,7 +33,7 @@ pub struct Span {
 impl Span {
     /// `len` of these bytes, from byte `start` on.
     pub fn part(self, start: u64, len: u64) -> Span {
-        debug_assert!(start + len <= self.len, "{len} bytes from {start} on of {}", self.len);
+        assert!(start + len <= self.len, "{len} bytes from {start} on of {}", self.len);
         Span { offset: self.offset + start, len, ..self }
     }
 }

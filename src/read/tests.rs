@@ -26,7 +26,19 @@ fn fetch(span: Span, into: &mut [u8]) -> crate::error::Result<()> {
 enum Words {
     Bytes(u64, u64),
     Literal(Vec<u8>),
-    Decode { kind: u8, rows: u64, columns: u64, f32: bool, at: u64 },
+    Decode {
+        kind: u8,
+        rows: u64,
+        columns: u64,
+        f32: bool,
+        at: u64,
+    },
+    /// The same with blocks enough for several nested ones.
+    LongDecode {
+        kind: u8,
+        columns: u64,
+        f32: bool,
+    },
     Rows(Box<Words>, [u64; 4]),
     Transposed(Box<Words>, [u64; 2]),
     Slice(Box<Words>, [u64; 2]),
@@ -40,7 +52,8 @@ fn words() -> impl Strategy<Value = Words> {
         (0u8..7, 1u64..12, 1u64..5, any::<bool>(), 0u64..1000)
             .prop_map(|(kind, rows, columns, f32, at)| Words::Decode { kind, rows, columns, f32, at }),
     ];
-    leaf.prop_recursive(5, 24, 4, |inner| {
+    // Small: a byte from within choices of choices may take all that they choose from.
+    let small = leaf.prop_recursive(4, 12, 3, |inner| {
         let of = inner.clone().prop_map(Box::new);
         prop_oneof![
             (of.clone(), any::<[u64; 4]>()).prop_map(|(of, numbers)| Words::Rows(of, numbers)),
@@ -48,7 +61,11 @@ fn words() -> impl Strategy<Value = Words> {
             (of, any::<[u64; 2]>()).prop_map(|(of, numbers)| Words::Slice(of, numbers)),
             prop::collection::vec(inner, 1..4).prop_map(Words::Concat),
         ]
-    })
+    });
+    let long = (0u8..2, 10u64..40, any::<bool>());
+    let long = long.prop_map(|(kind, columns, f32)| Words::LongDecode { kind, columns, f32 });
+    let slice = (long, any::<[u64; 2]>()).prop_map(|(of, numbers)| Words::Slice(Box::new(of), numbers));
+    prop_oneof![7 => small, 1 => slice]
 }
 
 /// One of the numbers that divide `all`.
@@ -67,6 +84,10 @@ fn build(words: &Words) -> (Read, Vec<u8>) {
         Words::Literal(bytes) => (Read::Literal(bytes.clone().into()), bytes.clone()),
         Words::Decode { kind, rows, columns, f32, at } => {
             let decode = coded(*kind, *rows, *columns, *f32, *at);
+            (Read::decode(decode).unwrap(), decoded(&decode))
+        }
+        Words::LongDecode { kind, columns, f32 } => {
+            let decode = coded(*kind, 139, *columns, *f32, 0);
             (Read::decode(decode).unwrap(), decoded(&decode))
         }
         Words::Rows(of, [len, first, step, count]) => {
@@ -108,7 +129,7 @@ fn coded(kind: u8, rows: u64, columns: u64, f32: bool, at: u64) -> Decode {
     let scale = if f32 { ScaleCode::Float(FloatDtype::Float32) } else { ScaleCode::E8m0(Highest::Infinite) };
     let (coding, rows, columns, row_len) = match kind {
         0 | 1 => {
-            let elements = rows * columns * 977 + 3;
+            let elements = rows * columns * 7 + 3;
             (NF4.codec(CodecOptions::default()).coding(elements, None), 1, elements, elements.div_ceil(2))
         }
         2 | 3 => (
@@ -124,7 +145,7 @@ fn coded(kind: u8, rows: u64, columns: u64, f32: bool, at: u64) -> Decode {
     let (nested, has_points, group_rows) = (kind == 1, kind == 3, if kind == 6 { 3 } else { 1 });
     let per_row = columns.div_ceil(coding.group as u64);
     let scale_len = if nested { 1 } else { coding.scale_size(dtype) as u64 };
-    let span = |tensor: usize, len: u64| Span { file: 0, tensor, offset: at + 10_000 * tensor as u64, len };
+    let span = |tensor: usize, len: u64| Span { file: 0, tensor, offset: at + 100_000 * tensor as u64, len };
     Decode {
         coding,
         dtype,

@@ -154,7 +154,11 @@ impl RecipeOptions {
             return Ok(());
         }
         let names: Vec<&str> = FORMATS.iter().filter(|format| has(format)).map(|format| format.name).collect();
-        let why = format!("applies to {} only", names.join(" and "));
+        let names = match &names[..] {
+            [all @ .., before, last] => [all, &[&*format!("{before} and {last}")]].concat().join(", "),
+            names => names.concat(),
+        };
+        let why = format!("applies to {names} only");
         let hint = Some(Hint::RemoveFor(self.format.unwrap_or(&NF4).name));
         Err(Error::Options { setting, value, why, hint })
     }

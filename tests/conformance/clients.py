@@ -1,4 +1,4 @@
-"""Holds what prequant writes against what the real libraries make of the same checkpoint.
+"""Compares what prequant writes with what the real libraries make of the same checkpoint.
 
     scripts/conformance clients [-k WORD]
 

@@ -1,4 +1,4 @@
-"""What prequant writes in compressed-tensors' layout, held against llm-compressor, transformers and vLLM's expectations.
+"""What prequant writes in compressed-tensors' layout, checked against llm-compressor, transformers and vLLM's expectations.
 
     scripts/conformance compressed [FORMAT]...    such as int4 "int4-asym channel"; all of FORMATS without one
 

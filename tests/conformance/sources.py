@@ -1,4 +1,4 @@
-"""Sources that are quantized themselves, and gpt-oss's layout, held against transformers.
+"""Sources that are quantized themselves, and gpt-oss's layout, checked against transformers.
 
     scripts/conformance sources
 

@@ -1,4 +1,4 @@
-"""Holds converted checkpoints against what vLLM's weight loader expects: src/models/data/vllm.json, made from its source.
+"""Checks converted checkpoints against what vLLM's weight loader expects: src/models/data/vllm.json, made from its source.
 
     scripts/conformance vllm CHECKPOINT...                exit code 1 if vLLM could not load one of them, or would load it wrongly
     scripts/conformance vllm --self-test CHECKPOINT...    they are fine, and damaged copies are refused

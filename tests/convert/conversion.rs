@@ -1,4 +1,4 @@
-//! What a conversion writes: held against a plain recomputation, and the same bytes however it is done.
+//! What a conversion writes: equal to a plain recomputation, and the same bytes however it is done.
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -367,7 +367,7 @@ fn files_that_a_stopped_run_finished_are_kept() {
     let sealed: Vec<_> = sealed.iter().filter(|name| name.ends_with(".safetensors")).collect();
     assert!(!sealed.is_empty() && sealed.len() < 8, "{sealed:?}");
     assert!(!destination.join("config.json").exists() && !destination.join("SHA256SUMS").exists());
-    // Others' work isn't gone on with.
+    // Another job's work isn't resumed.
     let mut command = Command::new(env!("CARGO_BIN_EXE_prequant"));
     let other = Run::of(command.arg("convert").arg(folder.source()).arg(&destination).args(["--format", "nvfp4"]));
     other.fails(3, &["unfinished conversion of something else"]);

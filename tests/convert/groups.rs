@@ -169,6 +169,23 @@ fn weights_that_are_put_together_share_a_global_scale() {
     }
 }
 
+/// In the least memory a set's bytes could fit a thread's room for weights while its elements are more than the room for codes.
+#[test]
+fn weights_of_several_dtypes_that_share_a_scale_are_the_same_in_any_memory() {
+    let folder = Folder::new("llama");
+    let name = |module: &str| format!("model.layers.0.self_attn.{module}.weight");
+    folder.write_shards(&[vec![
+        Tensor::random(&name("q_proj"), Dtype::BF16, &[250, 368]),
+        Tensor::random(&name("k_proj"), Dtype::F32, &[50, 368]),
+    ]]);
+    let mut all = Vec::new();
+    for flags in [&[][..], &["--threads", "1", "--memory", "12.5MiB"]] {
+        folder.convert(&[&["--format", "nvfp4", "--force"], flags].concat()).ok();
+        all.push(contents(&folder.destination()));
+    }
+    assert!(all[0] == all[1]);
+}
+
 /// More than one chunk of a tensor, and its last one short: in rows, in groups, and with zero points of eight rows in one.
 #[test]
 fn large_weights_are_what_the_kernel_makes_of_them() {

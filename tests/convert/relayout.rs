@@ -213,6 +213,17 @@ fn what_is_not_as_its_manifest_says_is_refused() {
     refused(&["prequant.json", "dtype"]);
     with(&|m| m["tensors"][0]["sources"][0]["shape"] = json!([u64::MAX, u64::MAX]));
     refused(&["prequant.json", "shape"]);
+    with(&|m| {
+        // In no file too much, but in both together.
+        let mut other = m["source"]["files"][0].clone();
+        other["name"] = json!("other.safetensors");
+        m["source"]["files"].as_array_mut().unwrap().push(other);
+        for (i, file) in [(0, "model.safetensors"), (1, "other.safetensors"), (2, "other.safetensors")] {
+            let source = &mut m["tensors"][i]["sources"][0];
+            (source["dtype"], source["shape"], source["file"]) = (json!("U8"), json!([1u64 << 62]), json!(file));
+        }
+    });
+    refused(&["prequant.json", "shape"]);
     with(&|m| m["tensors"][0]["sources"][0]["file"] = json!("../other"));
     refused(&["prequant.json", "file"]);
     with(&|m| m["tensors"][0]["sources"][0]["shape"] = json!([2, 2]));

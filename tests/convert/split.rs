@@ -16,7 +16,7 @@ struct Layout {
     tensors: &'static [Fused],
 }
 
-/// Fused name, shape, and what it becomes; whether the last two dimensions are exchanged, and whether rows take turns.
+/// Fused name, shape, and what it becomes; whether the last two dimensions are exchanged, and whether rows are interleaved.
 type Fused = (&'static str, [usize; 3], &'static [&'static str], bool, bool);
 
 const LAYOUTS: &[Layout] = &[

@@ -107,7 +107,7 @@ impl Stored<'_> {
     }
 }
 
-/// Byte for byte; NaN is held against NaN, since the references' bits are the processor's.
+/// Byte for byte; NaN is compared with NaN, since the references' bits are the processor's.
 fn same(found: &[u8], expected: &[u8], dtype: FloatDtype) -> bool {
     let is_nan = |bytes: &[u8]| match dtype {
         FloatDtype::Bfloat16 => bf16::from_le_bytes([bytes[0], bytes[1]]).is_nan(),

@@ -1,5 +1,5 @@
 //! Every output is what it was: the hashes of what each format, layout, arrangement of experts and kind of source comes to, and of
-//! what `--dry-run` says beforehand, held against `tests/data/net.json`.
+//! what `--dry-run` says beforehand, compared with `tests/data/net.json`.
 //!
 //! Where outputs change on purpose, write the file anew, look at its difference and say in the changelog whose bytes changed:
 //!

@@ -1,4 +1,4 @@
-//! Conversions that are stopped, and gone on with.
+//! Conversions that are stopped, and resumed.
 
 #[path = "../support/mod.rs"]
 mod support;

@@ -1,5 +1,5 @@
 //! Conversions that are stopped: by failing disks, signals and kills. What is left is never taken for a checkpoint, and
-//! the same command goes on to the very same bytes.
+//! the same command resumes to the very same bytes.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

@@ -1,6 +1,6 @@
 """Where versions of transformers differ: the only module that knows.
 
-Held against transformers 5.14.1 and 5.23.0.
+Compared with transformers 5.14.1 and 5.23.0.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ class _Part:
         tensor: QuantizedTensor = made.sources[source][i]
         self._codes = parts[""][source][i].flatten()
         self.absmax = parts["absmax"][source][i]
-        """One a block, in f32."""
+        """One per block, in f32."""
         if tensor.nested_block_size is not None:
             # As bitsandbytes does it, without its cost a call: there are thousands of matrices.
             scales = parts["nested_absmax"][source][i].repeat_interleave(tensor.nested_block_size)

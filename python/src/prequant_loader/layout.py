@@ -173,7 +173,7 @@ def _quantized(codes: StoredTensor, parts: dict[str, StoredTensor]) -> Quantized
         expected["nested_quant_map"] = (FLOATS, 256)
     if codes.size != -(-math.prod(shape) // 2):
         found = f"it is {codes.dtype} {list(codes.shape)}, {codes.size} bytes"
-        raise _broken(codes, found, f"the codes of {list(shape)}, two a byte, as its quant_state says")
+        raise _broken(codes, found, f"the codes of {list(shape)}, two per byte, as its quant_state says")
     for part, (dtypes, count) in expected.items():
         if part not in parts:
             raise _missing(codes, part, f"{', '.join(sorted(parts))} only")

@@ -1,4 +1,4 @@
-"""What becomes of each 4-bit tensor of a checkpoint in a model, decided and checked before anything is loaded."""
+"""Decides how each 4-bit tensor of a checkpoint is loaded into a model, and checks it before anything is loaded."""
 
 from __future__ import annotations
 

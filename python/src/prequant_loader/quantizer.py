@@ -59,7 +59,7 @@ class PrequantQuantizer(Bnb4BitHfQuantizer):
         return with_twins(weight_conversions, loading.plan, self) + list(own)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        """Whether a parameter is in 4 bits: its codes have another shape, and half a byte an element."""
+        """Whether a parameter is in 4 bits: its codes have another shape, and half a byte per element."""
         if self._loading is not None and param_name in self._loading.plan.parameters:
             return True
         return bool(super().param_needs_quantization(model, param_name, **kwargs))

@@ -15,7 +15,8 @@ MANIFEST = "prequant.json"
 VARIABLE = "PREQUANT_VERIFY"
 """Set to 1, every load of a folder with a manifest verifies it first."""
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSIONS = (1, 2)
+"""What is read of a manifest is the same in both."""
 DOWNLOAD_AGAIN = "download or convert it again"
 
 
@@ -67,8 +68,9 @@ def _records(folder: Path) -> dict[str, tuple[int, str]]:
         records = {file["name"]: (int(file["size"]), str(file["sha256"])) for file in manifest["files"]}
     except (ValueError, KeyError, TypeError) as error:
         raise PrequantError(path, "", f"it can't be read ({error})", "a manifest", DOWNLOAD_AGAIN) from None
-    if version != SCHEMA_VERSION:
-        raise PrequantError(path, "", f"its schema_version is {version}", f"{SCHEMA_VERSION}", "update prequant-loader")
+    if version not in SCHEMA_VERSIONS:
+        expected = " or ".join(map(str, SCHEMA_VERSIONS))
+        raise PrequantError(path, "", f"its schema_version is {version}", expected, "update prequant-loader")
     for name in records:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise PrequantError(path, "", f"it names {name!r}", "files of its own folder", DOWNLOAD_AGAIN)

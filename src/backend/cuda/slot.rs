@@ -34,7 +34,7 @@ impl SlotSize {
     }
 }
 
-/// Four figures a block, then the codes: what a `quantize_*` kernel leaves behind. The codes start at a multiple of 16.
+/// Four figures per block, then the codes: what a `quantize_*` kernel leaves behind. The codes start at a multiple of 16.
 fn results_len(elements: usize, blocks: usize) -> usize {
     blocks * 4 * size_of::<f32>() + elements.div_ceil(2)
 }
@@ -44,7 +44,7 @@ fn nested_len(count: usize) -> usize {
     count.div_ceil(NESTED_BLOCK_SIZE) * size_of::<f32>() + count
 }
 
-/// Where the results of a kernel for groups lie, one after the other: four figures a group, codes, scales, zero points.
+/// Where the results of a kernel for groups lie, one after the other: four figures per group, codes, scales, zero points.
 /// All but zero points start at multiples of 4.
 struct GroupResults {
     groups: usize,
@@ -130,7 +130,7 @@ impl Slot {
         let source = &self.source.bytes()[run.place.clone()];
         let bytes = &mut self.results.bytes()[..results_len(elements, blocks)];
         // SAFETY: these are the parameters in kernels.cu. The kernel reads `elements` elements of the source and the
-        // table; it writes four figures a block and then the codes, which together are as long as `bytes`.
+        // table; it writes four figures per block and then the codes, which together are as long as `bytes`.
         unsafe { self.stream.run((source, &mut self.device_source), &launch, (&self.device_results, bytes))? };
         let (figures, packed) = bytes.split_at_mut(blocks * 4 * size_of::<f32>());
         let figures = as_figures(figures);
@@ -230,7 +230,7 @@ impl Lane for Slot {
     }
 }
 
-/// Four figures a block or a group, each figure's one after the other.
+/// Four figures per block or group, each figure's one after the other.
 fn as_figures(bytes: &mut [u8]) -> BlockErrors<'_> {
     let floats = as_floats(bytes);
     let count = floats.len() / 4;

@@ -124,7 +124,7 @@ fn halve([low, high]: [[__m256; 2]; 2]) -> __m256 {
     _mm256_add_ps(_mm256_add_ps(low[0], low[1]), _mm256_add_ps(high[0], high[1]))
 }
 
-/// The vectors of a group whose lanes are still to be folded, one a block.
+/// The vectors of a group whose lanes are still to be folded, one per block.
 struct Lanes {
     largest: [__m256; GROUP],
     signal: [__m256; GROUP],
@@ -197,7 +197,7 @@ impl Lookup {
         (append(bits, fourth), _mm256_blendv_ps(below_it, above_it, fourth))
     }
 
-    /// The codes of ranks, two a byte.
+    /// The codes of ranks, two per byte.
     #[target_feature(enable = "avx2,fma,f16c")]
     fn codes(&self, ranks: __m128i) -> __m128i {
         let nibble = _mm_set1_epi8(0x0f);

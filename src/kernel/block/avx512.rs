@@ -112,7 +112,7 @@ fn halve([even, odd]: [__m512; 2]) -> __m512 {
     _mm512_add_ps(even, odd)
 }
 
-/// The vectors of a group whose lanes are still to be folded, one a block.
+/// The vectors of a group whose lanes are still to be folded, one per block.
 struct Lanes {
     largest: [__m512; GROUP],
     signal: [__m512; GROUP],

@@ -33,13 +33,13 @@ pub struct Groups<'a> {
     pub columns: usize,
     /// How they are coded; the length of groups divides `columns`.
     pub coding: Coding,
-    /// Out: codes, the first element's in the lowest bits; [`Coding::packed_row`] bytes a row.
+    /// Out: codes, the first element's in the lowest bits; [`Coding::packed_row`] bytes per row.
     pub packed: &'a mut [u8],
-    /// Out: one scale a group, as stored: the source's dtype, E4M3 or E8M0.
+    /// Out: one scale per group, as stored: the source's dtype, E4M3 or E8M0.
     pub scales: &'a mut [u8],
-    /// Out, where groups have them: one zero point a group, 0 to 15; else empty.
+    /// Out, where groups have them: one zero point per group, 0 to 15; else empty.
     pub zero_points: &'a mut [u8],
-    /// Out: one figure a group; absmax is the scale that decoding multiplies by, and `t` an element over it.
+    /// Out: one figure per group; absmax is the scale that decoding multiplies by, and `t` an element over it.
     pub figures: BlockErrors<'a>,
 }
 

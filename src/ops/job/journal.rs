@@ -1,4 +1,4 @@
-//! What a conversion notes down as it goes, so that one that was stopped can be gone on with.
+//! The records a conversion keeps, so that one that was stopped can be resumed.
 //!
 //! Everything here lies in the staging folder and goes with it; nothing of it is part of a checkpoint.
 
@@ -14,7 +14,7 @@ use crate::store::{Identity, Sha256Hash};
 
 /// What is being made, and of what.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Job {
+pub(crate) struct JobFingerprint {
     tool: Tool,
     recipe: Recipe,
     /// Whether the source is decoded rather than quantized.
@@ -38,15 +38,15 @@ struct SourceMark {
     header_sha256: Sha256Hash,
 }
 
-impl Job {
+impl JobFingerprint {
     /// The conversion of `source` by `recipe`, or its decoding.
-    pub(crate) fn new(source: &Source, recipe: &Recipe, dequantize: bool) -> Job {
+    pub(crate) fn new(source: &Source, recipe: &Recipe, dequantize: bool) -> JobFingerprint {
         let mark = |file: &SourceFile| SourceMark {
             name: file.name.clone(),
             identity: file.identity.clone(),
             header_sha256: file.header_sha256,
         };
-        Job {
+        JobFingerprint {
             tool: Tool::this(),
             recipe: recipe.clone(),
             dequantize,
@@ -55,7 +55,7 @@ impl Job {
         }
     }
 
-    /// Takes up this job in `staging`: goes on with it if it was begun there, and begins it if nothing was. Returns
+    /// Takes up this job in `staging`: resumes it if it was begun there, and begins it if nothing was. Returns
     /// whether it was begun.
     ///
     /// # Errors
@@ -63,7 +63,7 @@ impl Job {
     pub(crate) fn take_up(&self, staging: &Staging, restart: bool) -> Result<bool> {
         if let Some(begun) = staging.job()?.filter(|_| !restart) {
             let changed = |what| Err(Error::JobChanged { path: staging.folder().to_owned(), what });
-            match (serde_json::from_slice::<Job>(&begun), serde_json::from_slice::<Begun>(&begun)) {
+            match (serde_json::from_slice::<JobFingerprint>(&begun), serde_json::from_slice::<Begun>(&begun)) {
                 (Ok(begun), _) => return begun.difference(self).map_or(Ok(true), changed),
                 (Err(_), Ok(Begun { tool })) => {
                     return changed(format!(
@@ -82,7 +82,7 @@ impl Job {
     }
 
     /// What the job `now` has otherwise than this one, in words.
-    fn difference(&self, now: &Job) -> Option<String> {
+    fn difference(&self, now: &JobFingerprint) -> Option<String> {
         if self.tool.version != now.tool.version {
             return Some(format!("it was begun by version {}, and this is {}", self.tool.version, now.tool.version));
         }
@@ -95,7 +95,7 @@ impl Job {
         if self.config_sha256 != now.config_sha256 {
             return Some("the source's config.json has changed".to_owned());
         }
-        let names = |job: &Job| job.source_files.iter().map(|file| file.name.clone()).collect::<Vec<_>>();
+        let names = |job: &JobFingerprint| job.source_files.iter().map(|file| file.name.clone()).collect::<Vec<_>>();
         if names(self) != names(now) {
             return Some("the source has other files".to_owned());
         }

@@ -1,4 +1,4 @@
-//! Going on with a conversion that was stopped: which of its finished files can be kept.
+//! Resuming a conversion that was stopped: which of its finished files can be kept.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -7,8 +7,8 @@ use std::thread;
 use crate::checkpoint::Staging;
 use crate::error::{Error, IoContext, Result};
 use crate::ops::job::journal;
-use crate::pipeline::{ExecutionContext, FileOutcome};
-use crate::plan::{Plan, PlannedFile};
+use crate::pipeline::{ExecutionContext, FileOutcome, TensorOutcome};
+use crate::plan::{Plan, PlannedTensor};
 use crate::store::hash_range;
 
 /// Bytes of a sealed file that are read at once.
@@ -18,12 +18,12 @@ const BUFFER: usize = 1 << 20;
 pub(crate) fn sealed_files(
     staging: &Staging,
     plan: &Plan,
-    means: ExecutionContext<'_>,
+    context: ExecutionContext<'_>,
 ) -> Result<Vec<Option<FileOutcome>>> {
     let noted = plan.files.iter().map(|file| journal::read_sealed(staging, &file.name)).collect::<Result<Vec<_>>>()?;
     let found = noted.iter().flatten().count();
     if found > 0 {
-        means.progress.found(found, plan.files.len());
+        context.progress.found(found, plan.files.len());
     }
     let trusted = Mutex::new(vec![None; plan.files.len()]);
     let next = AtomicUsize::new(0);
@@ -31,7 +31,7 @@ pub(crate) fn sealed_files(
         let mut buffer = vec![0; BUFFER];
         while let Some(i) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&i| i < noted.len()) {
             if let Some(outcome) = &noted[i]
-                && is_unchanged(staging, &plan.files[i], outcome, means, &mut buffer)?
+                && is_unchanged(staging, plan, i, outcome, context, &mut buffer)?
             {
                 trusted.lock().unwrap_or_else(PoisonError::into_inner)[i] = Some(outcome.clone());
             }
@@ -39,33 +39,43 @@ pub(crate) fn sealed_files(
         Ok(())
     };
     thread::scope(|scope| {
-        let threads: Vec<_> = (0..means.budget.threads.min(found)).map(|_| scope.spawn(check)).collect();
+        let threads: Vec<_> = (0..context.budget.threads.min(found)).map(|_| scope.spawn(check)).collect();
         threads.into_iter().try_for_each(|thread| thread.join().unwrap_or(Err(Error::Stopped)))
     })?;
     let trusted = trusted.into_inner().unwrap_or_else(PoisonError::into_inner);
     if found > 0 {
         let kept = || plan.files.iter().zip(&trusted).filter(|(_, outcome)| outcome.is_some());
         let tensors = kept().flat_map(|(file, _)| &plan.tensors[file.tensors.clone()]);
-        means.progress.resumed(kept().count(), tensors.map(|tensor| tensor.source_len()).sum());
+        context.progress.resumed(kept().count(), tensors.map(|tensor| tensor.source_len()).sum());
     }
     Ok(trusted)
 }
 
 fn is_unchanged(
     staging: &Staging,
-    planned: &PlannedFile,
+    plan: &Plan,
+    file: usize,
     outcome: &FileOutcome,
-    means: ExecutionContext<'_>,
+    context: ExecutionContext<'_>,
     buffer: &mut [u8],
 ) -> Result<bool> {
+    let planned = &plan.files[file];
+    let tensors = &plan.tensors[planned.tensors.clone()];
     let location = staging.ready(&planned.name);
     let path = location.path();
     let Ok(file) = location.open() else { return Ok(false) };
     let len = file.identity().at(path, "look at it")?.len;
-    if len != planned.len || outcome.tensors.len() != planned.tensors.len() {
+    let is_whole = |(tensor, outcome): (&PlannedTensor, &TensorOutcome)| {
+        let has_statistics = outcome.statistics.is_some() == tensor.quantized_from().is_some();
+        outcome.sha256.len() == tensor.outputs.len() && has_statistics
+    };
+    if len != planned.len
+        || outcome.tensors.len() != tensors.len()
+        || !tensors.iter().zip(&outcome.tensors).all(is_whole)
+    {
         return Ok(false);
     }
-    let keep_going = || !means.interrupt.load(Ordering::Relaxed);
+    let keep_going = || !context.interrupt.load(Ordering::Relaxed);
     let hash = hash_range(&*file, 0, len, buffer, keep_going).at(path, "read it back")?;
     hash.map(|hash| hash == outcome.sha256).ok_or(Error::Interrupted)
 }

@@ -139,7 +139,9 @@ fn open(folder: &Location, report: &mut Report) -> Result<Option<Checkpoint>> {
     if !path.is_file() {
         let why = match folder.join(STAGING_NAME).is_folder() {
             true => "its conversion was never finished; run the command it was begun with again",
-            false => "it has no prequant.json: give the folder of a checkpoint that prequant made",
+            false => {
+                "not converted by prequant (no prequant.json); verify takes a folder written by `prequant convert`"
+            }
         };
         return Err(Error::NotACheckpoint { path: folder.path().to_owned(), why: why.to_owned() });
     }

@@ -77,7 +77,7 @@ pub(crate) fn execute(
     outputs: &dyn Outputs,
     options: Options<'_>,
 ) -> Result<pipeline::Outcome> {
-    let means = ExecutionContext {
+    let context = ExecutionContext {
         device: &*conversion.options.device,
         budget: conversion.budget,
         hash_source: conversion.options.hash_source,
@@ -85,7 +85,7 @@ pub(crate) fn execute(
         progress: &Told { hashed: options.hashed },
     };
     let sealed = vec![None; conversion.plan.files.len()];
-    pipeline::run(&conversion.source, &conversion.plan, outputs, sealed, means)
+    pipeline::run(&conversion.source, &conversion.plan, outputs, sealed, context)
 }
 
 /// The hashes of what lies beside the source's weights and is copied as it is: all but the model card, if that changes.
@@ -142,7 +142,7 @@ fn compare_manifests(conversion: &Conversion, outcome: pipeline::Outcome, found:
     let files = found.files.iter().filter(|file| !weights.contains(&file.name.as_str())).cloned().collect();
     let mut expected = conversion.manifest(files, outcome);
     let mut found = found.clone();
-    // What was laid out anew has no statistics of its own.
+    // Tensors rewritten in another layout have no statistics of their own.
     let relaid = found.relaid_from.is_some();
     let statistics = |expected: &TensorRecord, found: &TensorRecord| match &found.statistics {
         None if relaid => None,

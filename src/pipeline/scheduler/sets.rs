@@ -6,7 +6,6 @@
 use std::collections::VecDeque;
 
 use super::{OpenTensor, Scheduler, State, Task};
-use crate::dtype::FloatDtype;
 use crate::kernel::group;
 use crate::plan::PlannedTensor;
 
@@ -20,9 +19,8 @@ impl Scheduler<'_> {
     /// Whether a thread's buffer takes all of a set.
     pub(super) fn fits(&self, set: usize) -> bool {
         let tensors = self.plan.scale_sets[set].iter().map(|&tensor| &self.plan.tensors[tensor]);
-        let element = tensors.clone().filter_map(|tensor| tensor.quantized_from()).map(FloatDtype::size).max();
-        let room = self.means.budget.chunk_elements * element.unwrap_or(2);
-        self.means.budget.lanes.is_none() && tensors.map(PlannedTensor::source_len).sum::<u64>() <= room as u64
+        let elements = tensors.map(PlannedTensor::elements).sum::<u64>();
+        self.context.budget.lanes.is_none() && elements <= self.context.budget.chunk_elements as u64
     }
 
     /// All tensors of a set that aren't written yet.

@@ -4,9 +4,9 @@
     scripts/make goldens --check    makes them anew and compares byte for byte
 
 input-DTYPE.safetensors           CASE                 the elements, in DTYPE
-FORMAT-DTYPE.safetensors          CASE/bSIZE/packed    codes, two a byte, U8
-                                  CASE/bSIZE/absmax    F32, one a block
-double-quant.safetensors          CASE/absmax          F32, one a block: the true ones
+FORMAT-DTYPE.safetensors          CASE/bSIZE/packed    codes, two per byte, U8
+                                  CASE/bSIZE/absmax    F32, one per block
+double-quant.safetensors          CASE/absmax          F32, one per block: the true ones
                                   CASE/codes           U8, absmax's 8-bit codes
                                   CASE/nested_absmax   F32
                                   CASE/nested_offset   F32, one element
@@ -140,7 +140,7 @@ def near_thresholds(dtype: torch.dtype) -> torch.Tensor:
 
 
 def quantized(values: torch.Tensor, block_size: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed codes and absmax by bitsandbytes, held against the rule in plain numpy."""
+    """Packed codes and absmax by bitsandbytes, compared with the rule in plain numpy."""
     packed, state = functional.quantize_4bit(values, blocksize=block_size, quant_type=name)
     packed = packed.reshape(-1)
     expected_packed, expected_absmax = by_rule(values.float().numpy(), block_size, name)

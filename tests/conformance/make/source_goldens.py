@@ -4,7 +4,7 @@
     scripts/make source-goldens --check    makes them anew and compares byte for byte
 
 fp8.safetensors      CASE/weight             F8_E4M3 [rows, columns]
-                     CASE/SCALES/scale       F32, BF16, F8_E8M0 or U8 (the last two powers of two), one a block
+                     CASE/SCALES/scale       F32, BF16, F8_E8M0 or U8 (the last two powers of two), one per block
                      CASE/SCALES/DTYPE       what Fp8Dequantize gives, [rows, columns] in DTYPE
 mxfp4.safetensors    blocks                  U8 [experts, rows, groups, 16], as gpt-oss stores it: all codes in each group
                      scales                  U8 [experts, rows, groups]: every byte

@@ -3,7 +3,7 @@
     scripts/make vllm FOLDER [--out FILE]     from the folder that holds vllm/
     scripts/make vllm FOLDER --check          compares with the file that is there
 
-vLLM needs a GPU, so it can't load what we write in a test; scripts/conformance vllm holds checkpoints against this list instead.
+vLLM needs a GPU, so it can't load what we write in a test; scripts/conformance vllm checks checkpoints against this list instead.
 Nothing of vLLM is imported or run: facts are taken from the syntax tree, and a fact that isn't where it was is an error.
 
 formats   which quantization_config selects the format ("select"), and the tensors beside a Linear's and an expert's name, with

@@ -295,7 +295,7 @@ struct Running<'a> {
     in_grid: u32,
 }
 
-/// Where a thread goes on.
+/// Where a thread continues.
 enum Step {
     Next,
     To(usize),
