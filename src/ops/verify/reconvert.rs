@@ -17,7 +17,7 @@ use crate::pipeline::{ExecutionContext, FileOutcome, Output, Outputs, Progress};
 use crate::plan::PlannedFile;
 use crate::store::{Location, ReadAt, Sha256Hash, hash_range, read_exact_at};
 
-/// Holds the checkpoint in `folder` against its manifest, and against what converting `source` by the manifest's recipe
+/// Checks the checkpoint in `folder` against its manifest, and against what converting `source` by the manifest's recipe
 /// gives: every byte, or every tensor if another version wrote it. Memory is bounded as a conversion's is.
 ///
 /// # Errors
