@@ -118,14 +118,14 @@ pub struct Summary {
     pub statistics: Statistics,
 }
 
-/// A tensor of the source, and what became of it.
+/// A tensor of the source, and how it was converted.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct TensorRecord {
     /// The tensors of the source that it is made of: scales of coded ones too.
     pub sources: Vec<SourceTensorRecord>,
     /// What the tensor is.
     pub role: Role,
-    /// What became of it.
+    /// Kept or quantized.
     pub decision: DecisionRecord,
     /// Why.
     pub reason: String,

@@ -69,7 +69,7 @@ impl Index {
         self.weight_map.get(tensor).map(String::as_str)
     }
 
-    /// Holds the index against what the files' headers say: each tensor is where the index has it, and nowhere else.
+    /// Checks the index against the files' headers: each tensor is where the index says, and nowhere else.
     pub fn check<'a>(&self, path: &Path, files: impl Iterator<Item = (&'a str, &'a [TensorInfo])>) -> Result<()> {
         let mut found = BTreeSet::new();
         for (file, tensors) in files {

@@ -87,7 +87,7 @@ impl Staging {
                 if force || moving || entries.all(is_left_over) {
                     return Ok(());
                 }
-                let why = "it exists and isn't empty; choose another destination".to_owned();
+                let why = "it exists and isn't empty".to_owned();
                 Err(Error::Destination { path: destination.to_owned(), why, hint: Some(Hint::Replace) })
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),

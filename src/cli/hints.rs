@@ -54,7 +54,7 @@ fn advice(hint: Hint) -> String {
         Hint::RemoveFor(format) => return format!("remove it for --format {format}"),
         Hint::ListTensors => "use --dry-run to see every tensor's name and decision",
         Hint::ListAllTensors => "use --dry-run without --only-experts to see every tensor",
-        Hint::Replace => "use --force to replace what is there",
+        Hint::Replace => "choose another destination, or replace what is there with --force",
         Hint::ReplaceOther => {
             "keep it (`prequant verify --against` compares it with what this version makes), or use --force to replace it"
         }

@@ -118,13 +118,16 @@ fn text(arguments: &Arguments, report: &Report, seconds: f64) -> String {
         format!("written by {version}: compared tensor by tensor with what this version ({this}) makes of the source")
     }));
     let folder = arguments.folder.display();
-    let how = if arguments.against.is_some() { "compared with the source" } else { "verified" };
+    let bytes = match (&arguments.against, arguments.quick) {
+        (_, true) => "sizes and headers".to_owned(),
+        (Some(_), _) => format!("{} compared with the source", Bytes(report.bytes)),
+        (None, _) => format!("{} verified", Bytes(report.bytes)),
+    };
     lines.push(match differences {
         0 => format!(
-            "{folder}: OK: {}, {}, {} {how} in {seconds:.2} s{}",
+            "{folder}: OK: {}, {}, {bytes} in {seconds:.2} s{}",
             count(report.files, "file"),
             count(report.tensors, "tensor"),
-            Bytes(report.bytes),
             rate(report.bytes, seconds)
         ),
         _ => format!("{folder}: {}", count(differences, "difference")),

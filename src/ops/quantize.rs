@@ -77,7 +77,7 @@ pub struct Conversion {
     /// How it is done.
     pub options: Options,
     /// The relayout, if the source is a converted checkpoint whose experts are rewritten.
-    relay: Option<Relayout>,
+    relayout: Option<Relayout>,
     /// The manifest of the source, if it is a converted checkpoint that is decoded.
     dequantized: Option<Manifest>,
 }
@@ -95,21 +95,21 @@ pub fn plan(source: impl Into<Location>, recipe: Recipe, mut options: Options) -
         Some(_) => relayout::manifest_of(&source.location)?,
         None => None,
     };
-    let (plan, relay) = match manifest.filter(|manifest| manifest.recipe.codec().is_blocks()) {
+    let (plan, relayout) = match manifest.filter(|manifest| manifest.recipe.codec().is_blocks()) {
         None => {
             input::check_quantization(&source, &recipe)?;
             (Plan::new(&source, recipe)?, None)
         }
         Some(manifest) => {
-            let (plan, relay) = Relayout::new(&source, manifest, recipe)?;
+            let (plan, relayout) = Relayout::new(&source, manifest, recipe)?;
             options.hash_source = true; // what is read must be what its manifest says
-            (plan, Some(relay))
+            (plan, Some(relayout))
         }
     };
     let Options { memory, threads, device_memory, .. } = options;
     let budget = Budget::new(&plan, Limits { memory, threads, device_memory }, &*options.device)?;
     options.device.prepare(&plan.recipe.codec(), budget.device_peak())?;
-    Ok(Conversion { source, plan, budget, options, relay, dequantized: None })
+    Ok(Conversion { source, plan, budget, options, relayout, dequantized: None })
 }
 
 impl Conversion {
@@ -117,18 +117,18 @@ impl Conversion {
     pub(crate) fn dequantize(source: Source, plan: Plan, manifest: Manifest, options: Options) -> Result<Conversion> {
         let Options { memory, threads, device_memory, .. } = options;
         let budget = Budget::new(&plan, Limits { memory, threads, device_memory }, &*options.device)?;
-        Ok(Conversion { source, plan, budget, options, relay: None, dequantized: Some(manifest) })
+        Ok(Conversion { source, plan, budget, options, relayout: None, dequantized: Some(manifest) })
     }
 
     /// The tensors of the source and the decision for each. It is `plan`, unless that only copies a converted checkpoint's
     /// parts to their new places.
     pub fn decisions(&self) -> &Plan {
-        self.relay.as_ref().map_or(&self.plan, |relay| &relay.plan)
+        self.relayout.as_ref().map_or(&self.plan, |relayout| &relayout.plan)
     }
 
     /// The layout that a converted checkpoint's experts have, if they are rewritten.
     pub fn relaid_from(&self) -> Option<ExpertLayout> {
-        self.relay.as_ref().map(|relay| relay.from)
+        self.relayout.as_ref().map(|relayout| relayout.from)
     }
 
     /// How many files of weights the source has, and how many others.
@@ -201,12 +201,12 @@ impl Conversion {
         let manifest = Manifest::read(&destination.join(MANIFEST_NAME)).ok()?;
         let hashed = manifest.source.files.iter().any(|file| file.sha256.is_some());
         let mut source = manifest.source.clone();
-        if self.relay.is_none() {
+        if self.relayout.is_none() {
             source.files.iter_mut().for_each(|file| file.sha256 = None);
         }
         let same_source = source == self.source_record()
             && manifest.relaid_from == self.relaid_from()
-            && (self.relay.is_some() || hashed == self.options.hash_source);
+            && (self.relayout.is_some() || hashed == self.options.hash_source);
         let config_of = |manifest: &Manifest| manifest.files.iter().find(|f| f.name == CONFIG_NAME).map(|f| f.sha256);
         let same_config = config_of(&manifest) == self.plan.config.as_ref().map(|text| Sha256Hash::of(text.as_bytes()));
         let same_recipe = manifest.other_version().is_none() && manifest.recipe == self.plan.recipe;
@@ -338,7 +338,8 @@ impl Conversion {
             (outcome, side_files.join().unwrap_or(Err(Error::Stopped)))
         });
         let outcome = outcome?;
-        if let Some(manifest) = self.relay.as_ref().map(|relay| &relay.manifest).or(self.dequantized.as_ref()) {
+        if let Some(manifest) = self.relayout.as_ref().map(|relayout| &relayout.manifest).or(self.dequantized.as_ref())
+        {
             relayout::check_source(source, manifest, &outcome)?;
         }
         let mut files = side_files?;
@@ -377,8 +378,8 @@ impl Conversion {
 
     /// The source, as a manifest has it unless its files are hashed.
     fn source_record(&self) -> SourceRecord {
-        if let Some(relay) = &self.relay {
-            return relay.manifest.source.clone();
+        if let Some(relayout) = &self.relayout {
+            return relayout.manifest.source.clone();
         }
         let config = self.source.config.as_ref();
         let files = self.source.files.iter().map(|file| SourceFileRecord {
@@ -398,8 +399,8 @@ impl Conversion {
 
     /// The manifest of a conversion that came out so.
     pub(crate) fn manifest(&self, files: Vec<FileRecord>, outcome: Outcome) -> Manifest {
-        let (source, plan, outcome) = match &self.relay {
-            Some(relay) => (&relay.origin, &relay.plan, relay.outcome(outcome)),
+        let (source, plan, outcome) = match &self.relayout {
+            Some(relayout) => (&relayout.origin, &relayout.plan, relayout.outcome(outcome)),
             None => (&self.source, &self.plan, outcome),
         };
         let Outcome { tensors, source_files, total, .. } = outcome;

@@ -1,4 +1,4 @@
-//! Laying out a converted checkpoint's experts anew, from one by one to fused or back: bytes change their place, and
+//! Rewriting a converted checkpoint's experts, from one by one to fused or back: bytes change their place, and
 //! nothing is quantized.
 //!
 //! The manifest tells the tensors that the checkpoint was made from, so the conversion can be planned again, in the

@@ -1,6 +1,6 @@
 //! What quantizing cost: error statistics of a tensor, gathered block by block.
 //!
-//! The digits are the same for every kernel, chunk size and thread count. Blocks are taken in groups of
+//! Results are bit-identical across kernels, chunk sizes and thread counts. Blocks are taken in groups of
 //! [`GROUP`]; each group's figures are added in f64, in order, and the groups' sums exactly.
 
 use schemars::JsonSchema;

@@ -89,7 +89,7 @@ impl Stored<'_> {
         into
     }
 
-    /// Holds the row and its parts against `expected`: every part of a short row, some of a long one.
+    /// Compares the row and its parts with `expected`: every part of a short row, some of a long one.
     fn check(self, expected: &[u8], what: &str) {
         let size = self.dtype.size();
         let columns = expected.len() / size;
@@ -332,7 +332,7 @@ proptest! {
     }
 }
 
-/// Holds decoded weights against the squared error that the quantizer said it made, group by group.
+/// Compares decoded weights with the squared error that the quantizer said it made, group by group.
 fn assert_noise(weights: &[f32], decoded: &[u8], group: usize, figures: &[Vec<u32>; 4], what: &str) {
     let decoded: Vec<f32> = decoded.chunks(4).map(|x| f32::from_le_bytes(x.try_into().unwrap())).collect();
     for (i, (weights, decoded)) in weights.chunks(group).zip(decoded.chunks(group)).enumerate() {

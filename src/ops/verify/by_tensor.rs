@@ -11,6 +11,7 @@ use serde_json::Value;
 use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, Source, SourceFile, TensorInfo};
 use crate::error::{IoContext, Result};
 use crate::manifest::{Manifest, OutputRecord, TensorRecord};
+use crate::ops::model_card;
 use crate::ops::quantize::Conversion;
 use crate::ops::verify::reconvert::{execute, hash_side_files};
 use crate::ops::verify::{Checkpoint, Options, Report};
@@ -39,6 +40,12 @@ pub(crate) fn compare(
         let there = checkpoint.folder.join(&name).read().ok().map(|bytes| Sha256Hash::of(&bytes));
         if there != Some(sha256) {
             report.differ(&name, None, "isn't the source's");
+        }
+    }
+    if let Some(card) = model_card::changed(&conversion.source, &conversion.plan, false)? {
+        let found = checkpoint.folder.join(model_card::NAME).read().unwrap_or_default();
+        if found != card && !model_card::says_the_same(&found, &card) {
+            report.differ(model_card::NAME, None, "isn't what converting the source gives");
         }
     }
     compare_records(&conversion.manifest(Vec::new(), outcome), &checkpoint.manifest, report);

@@ -1,4 +1,4 @@
-//! Holding a finished checkpoint against its manifest, and against its source.
+//! Verifying a finished checkpoint: against its manifest, and against its source.
 
 mod by_tensor;
 mod files;
@@ -116,7 +116,7 @@ struct Checkpoint {
     manifest_sha256: Sha256Hash,
 }
 
-/// Holds the checkpoint in `folder` against its manifest.
+/// Checks the checkpoint in `folder` against its manifest.
 ///
 /// # Errors
 /// When there is no manifest, or the system refuses to read. What is damaged is in the report.

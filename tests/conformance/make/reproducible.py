@@ -1,4 +1,4 @@
-"""What the generators share: numbers that are the same on every machine, and holding a folder against a fresh one."""
+"""What the generators share: numbers that are the same on every machine, and comparing a folder with a fresh one."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ fn other(groups: Groups<'_>) -> Result<(), NonFinite> {
     vector::quantize(groups)
 }
 
-/// What became of a batch.
+/// How a batch ended.
 enum Outcome {
     Quantized,
     /// Its numbers are beyond what the vector code was made for.
