@@ -13,7 +13,7 @@ use crate::error::{IoContext, Result};
 use crate::manifest::{Manifest, OutputRecord, TensorRecord};
 use crate::ops::model_card;
 use crate::ops::quantize::Conversion;
-use crate::ops::verify::reconvert::{execute, hash_side_files};
+use crate::ops::verify::conversion::{execute, hash_side_files};
 use crate::ops::verify::{Checkpoint, Options, Report};
 use crate::pipeline::{FileOutcome, Output, Outputs};
 use crate::plan::{Plan, PlannedFile};

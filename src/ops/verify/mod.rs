@@ -1,6 +1,7 @@
 //! Verifying a finished checkpoint: against its manifest, and against its source.
 
 mod by_tensor;
+mod conversion;
 mod files;
 mod headers;
 mod reconvert;

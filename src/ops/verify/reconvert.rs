@@ -11,11 +11,12 @@ use crate::manifest::{Manifest, TensorRecord};
 use crate::ops::model_card;
 use crate::ops::quantize;
 use crate::ops::quantize::Conversion;
+use crate::ops::verify::conversion::{execute, hash_side_files};
 use crate::ops::verify::{Checkpoint, Difference, Options, Report, by_tensor, open, verify};
 use crate::pipeline;
-use crate::pipeline::{ExecutionContext, FileOutcome, Output, Outputs, Progress};
+use crate::pipeline::{FileOutcome, Output, Outputs};
 use crate::plan::PlannedFile;
-use crate::store::{Location, ReadAt, Sha256Hash, hash_range, read_exact_at};
+use crate::store::{Location, ReadAt, Sha256Hash, read_exact_at};
 
 /// Checks the checkpoint in `folder` against its manifest, and against what converting `source` by the manifest's recipe
 /// gives: every byte, or every tensor if another version wrote it. Memory is bounded as a conversion's is.
@@ -69,38 +70,6 @@ fn compare(conversion: &Conversion, checkpoint: &Checkpoint, options: Options<'_
     }
     report.differences.extend(compared.into_differences());
     Ok(())
-}
-
-/// Converts into `outputs`.
-pub(crate) fn execute(
-    conversion: &Conversion,
-    outputs: &dyn Outputs,
-    options: Options<'_>,
-) -> Result<pipeline::Outcome> {
-    let context = ExecutionContext {
-        device: &*conversion.options.device,
-        budget: conversion.budget,
-        hash_source: conversion.options.hash_source,
-        interrupt: options.interrupt,
-        progress: &Told { hashed: options.hashed },
-    };
-    let sealed = vec![None; conversion.plan.files.len()];
-    pipeline::run(&conversion.source, &conversion.plan, outputs, sealed, context)
-}
-
-/// The hashes of what lies beside the source's weights and is copied as it is: all but the model card, if that changes.
-pub(crate) fn hash_side_files(conversion: &Conversion) -> Result<Vec<(String, Sha256Hash)>> {
-    let mut buffer = vec![0; 1 << 16];
-    let card = model_card::changed(&conversion.source, &conversion.plan, false)?;
-    let sides = conversion.source.side_files.iter().filter(|side| card.is_none() || side.name != model_card::NAME);
-    sides
-        .map(|side| {
-            let path = side.location.path();
-            let file = side.location.open().at(path, "open it")?;
-            let hash = hash_range(&*file, 0, side.len, &mut buffer, || true).at(path, "read it")?;
-            Ok((side.name.clone(), hash.ok_or(Error::Stopped)?))
-        })
-        .collect()
 }
 
 /// What isn't tensors: whole files' hashes, config.json, and the files beside the weights.
@@ -245,22 +214,4 @@ impl Drop for ComparedFile<'_> {
             self.all.differences.lock().unwrap_or_else(PoisonError::into_inner).push(difference);
         }
     }
-}
-
-struct Told<'a> {
-    hashed: &'a (dyn Fn(u64) + Sync),
-}
-
-impl Progress for Told<'_> {
-    fn found(&self, _: usize, _: usize) {}
-
-    fn resumed(&self, _: usize, _: u64) {}
-
-    fn advanced(&self, _: &str, bytes: u64) {
-        (self.hashed)(bytes);
-    }
-
-    fn sealed(&self, _: &str, _: u64) {}
-
-    fn kept(&self, _: usize) {}
 }
