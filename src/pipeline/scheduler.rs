@@ -230,6 +230,9 @@ impl<'a> Scheduler<'a> {
     pub(crate) fn fail(&self, tensor: usize, error: Error) {
         let mut state = self.lock();
         let stopped_only = matches!(error, Error::Stopped);
+        // Work that is cut short by an interrupt says only that it was.
+        let interrupted = stopped_only && self.context.interrupt.load(Ordering::Relaxed);
+        let error = if interrupted { Error::Interrupted } else { error };
         if state.failure.as_ref().is_none_or(|(first, _)| tensor < *first && !stopped_only) {
             state.failure = Some((tensor, error));
         }
