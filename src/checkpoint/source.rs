@@ -151,7 +151,11 @@ fn open_inside(folder: &Location, name: &str) -> Result<SourceFile> {
 }
 
 impl SourceFile {
-    fn open(name: String, location: Location) -> Result<SourceFile> {
+    /// Opens it and reads its header.
+    ///
+    /// # Errors
+    /// When the system refuses, or the header isn't one of safetensors.
+    pub(crate) fn open(name: String, location: Location) -> Result<SourceFile> {
         let path = location.path();
         let file = location.open().at(path, "open it")?;
         let identity = file.identity().at(path, "look at it")?;
