@@ -248,7 +248,7 @@ fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
         }
     }
     if !arguments.force
-        && let Some(manifest) = conversion.finished(&arguments.destination)
+        && let Some(manifest) = conversion.finished(&arguments.destination)?
     {
         let done = summary::Done { conversion: &conversion, destination: &arguments.destination, manifest: &manifest };
         return Ok(done.already(arguments.audience()));

@@ -1,7 +1,6 @@
 //! Tensors: what headers, index and quant_states say of them, and their hashes.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::io;
 use std::sync::atomic::Ordering;
 
 use crate::checkpoint::{CONFIG_NAME, Config, INDEX_NAME, Index, Source, SourceFile, TensorInfo};
@@ -13,8 +12,8 @@ use crate::layout::gpt_oss;
 use crate::manifest::{DecisionRecord, Manifest, OutputRecord, SourceTensorRecord, TensorRecord};
 use crate::models::Role;
 use crate::ops::verify::files::is_inside;
-use crate::ops::verify::{Checkpoint, Options, Report, on_threads};
-use crate::store::{Kind, ReadAt, hash_range};
+use crate::ops::verify::{Checkpoint, Options, Report, if_sound, on_threads};
+use crate::store::{ReadAt, hash_range};
 
 /// The manifest's tensors: by file, then by name.
 type ByFile<'a> = BTreeMap<&'a str, HashMap<&'a str, (&'a OutputRecord, &'a TensorRecord)>>;
@@ -34,8 +33,7 @@ pub(crate) fn check(checkpoint: &Checkpoint, options: Options<'_>, report: &mut 
         }
         check_file(checkpoint, file, expected, options, report)?;
     }
-    check_index(checkpoint, &by_file, report);
-    Ok(())
+    check_index(checkpoint, &by_file, report)
 }
 
 fn check_file(
@@ -83,18 +81,13 @@ fn check_file(
 /// The file as a checkpoint of its own; none if it is damaged, which is reported, or was reported as no file of the folder.
 fn open(checkpoint: &Checkpoint, file: &str, report: &mut Report) -> Result<Option<Source>> {
     let location = checkpoint.folder.join(file);
-    let is_there = is_inside(file)
-        && match location.stat() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => false,
-            other => other.at(location.path(), "look at it")?.kind == Kind::File,
-        };
-    if !is_there {
+    if !is_inside(file) || !location.is_file().at(location.path(), "look at it")? {
         return Ok(None);
     }
     match SourceFile::open(file.to_owned(), location.clone()) {
         Ok(opened) => {
             // A config that can't be read is reported as such.
-            let config = Config::read(&checkpoint.folder.join(CONFIG_NAME)).ok();
+            let config = if_sound(Config::read(&checkpoint.folder.join(CONFIG_NAME)))?;
             Ok(Some(Source { location, files: vec![opened], config, side_files: Vec::new() }))
         }
         Err(Error::Malformed { why, .. }) => {
@@ -179,15 +172,16 @@ fn is_made_of(fused: &[u64], shapes: &[&[u64]]) -> bool {
 }
 
 /// The index must have every tensor in its file.
-fn check_index(checkpoint: &Checkpoint, by_file: &ByFile<'_>, report: &mut Report) {
+fn check_index(checkpoint: &Checkpoint, by_file: &ByFile<'_>, report: &mut Report) -> Result<()> {
     if !checkpoint.manifest.files.iter().any(|file| file.name == INDEX_NAME) {
         if by_file.len() > 1 {
             report.differ(INDEX_NAME, None, "is not in the manifest, though there are several files of weights");
         }
-        return;
+        return Ok(());
     }
-    let Ok(index) = Index::read(&checkpoint.folder.join(INDEX_NAME)) else {
-        return report.differ(INDEX_NAME, None, "it is missing, or not an index of tensors");
+    let Some(index) = if_sound(Index::read(&checkpoint.folder.join(INDEX_NAME)))? else {
+        report.differ(INDEX_NAME, None, "it is missing, or not an index of tensors");
+        return Ok(());
     };
     let expected: BTreeMap<&str, &str> =
         by_file.iter().flat_map(|(file, tensors)| tensors.keys().map(|name| (*name, *file))).collect();
@@ -203,4 +197,5 @@ fn check_index(checkpoint: &Checkpoint, by_file: &ByFile<'_>, report: &mut Repor
     for name in index.tensors().filter(|name| !expected.contains_key(name)) {
         report.differ(INDEX_NAME, Some(name), "is not in the manifest");
     }
+    Ok(())
 }
