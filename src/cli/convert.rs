@@ -14,6 +14,7 @@ use prequant::{
 
 use super::output::{self, Audience, Outcome};
 use super::progress::{Reporter, Style};
+use super::trace::Tracing;
 use super::{device, dry_run, hints, interrupt, summary};
 
 /// Quantize a checkpoint to 4 bits.
@@ -99,6 +100,10 @@ pub struct Arguments {
     /// Discard what an unfinished run left in DST instead of resuming it
     #[arg(long)]
     restart: bool,
+
+    /// Write a timeline of what each thread does to FILE, for ui.perfetto.dev
+    #[arg(long, value_name = "FILE", conflicts_with = "dry_run")]
+    trace: Option<PathBuf>,
 
     /// Print the decision for every tensor and its reason; write nothing
     #[arg(long)]
@@ -210,6 +215,7 @@ impl Arguments {
             hash_source: self.hash_source,
             force: self.force,
             restart: self.restart,
+            trace: None,
         }
     }
 
@@ -235,10 +241,12 @@ fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
     let start = Instant::now();
     let recipe = arguments.recipe()?;
     let device = arguments.device.open()?;
-    let conversion = plan(&arguments.source, recipe, arguments.options(&device))?;
+    let mut conversion = plan(&arguments.source, recipe, arguments.options(&device))?;
     if arguments.dry_run {
         return Ok(dry_run::report(&conversion, &arguments.destination, &device.line, arguments.audience()));
     }
+    let tracing = Tracing::start(arguments.trace.as_deref(), &[&arguments.source, &arguments.destination])?;
+    conversion.options.trace = tracing.trace();
     if let Audience::People = arguments.audience() {
         eprintln!("{}", device.line);
     }

@@ -7,6 +7,7 @@ pub(crate) mod block;
 pub(crate) mod decode;
 mod float8;
 pub(crate) mod group;
+pub(crate) mod sha256;
 
 use crate::dtype::FloatDtype;
 use crate::format::{BlockSize, Codebook};

@@ -24,7 +24,7 @@ use crate::ops::model_card;
 use crate::ops::relayout;
 use crate::ops::relayout::Relayout;
 use crate::pipeline;
-use crate::pipeline::{Budget, ExecutionContext, FileOutcome, Limits, Outcome, Progress, TensorOutcome};
+use crate::pipeline::{Budget, ExecutionContext, FileOutcome, Limits, Outcome, Progress, TensorOutcome, Trace};
 use crate::plan::{Plan, PlannedTensor, input};
 use crate::recipe::{ExpertLayout, Recipe};
 use crate::store::{HashingReader, Location, Reader, Sha256Hash};
@@ -47,6 +47,8 @@ pub struct Options {
     pub force: bool,
     /// Whether to discard what an earlier, unfinished run left there.
     pub restart: bool,
+    /// Where to record what each thread does, if anywhere. Failing to is no error of the run: [`Trace::check`] tells of it.
+    pub trace: Option<Arc<Trace>>,
 }
 
 impl Default for Options {
@@ -61,6 +63,7 @@ impl Default for Options {
             hash_source: false,
             force: false,
             restart: false,
+            trace: None,
         }
     }
 }
@@ -301,8 +304,8 @@ impl Conversion {
             self.check_space(destination, &[])?;
         }
         let staging = Staging::take(destination, &self.source.location, force)?;
-        let device = &**device;
-        let context = ExecutionContext { device, budget: self.budget, hash_source, interrupt, progress };
+        let (device, trace) = (&**device, self.options.trace.as_deref());
+        let context = ExecutionContext { device, budget: self.budget, hash_source, interrupt, progress, trace };
         let files = self.write_files(&staging, context);
         match files.and_then(|(files, outcome)| finish(&staging, files, outcome)) {
             Ok((names, result)) => {
