@@ -196,12 +196,21 @@ impl Conversion {
 
     /// The manifest in `destination`, if it is of this very conversion, finished: same tool, recipe, config.json and
     /// source, by the sizes and headers of its files. Nothing more is looked at; `verify` does that.
-    pub fn finished(&self, destination: impl AsRef<Path>) -> Option<Manifest> {
+    ///
+    /// # Errors
+    /// When the system refuses to tell.
+    pub fn finished(&self, destination: impl AsRef<Path>) -> Result<Option<Manifest>> {
         let destination = &Location::from(destination.as_ref());
-        if destination.join(STAGING_NAME).exists() {
-            return None;
+        let location = destination.join(MANIFEST_NAME);
+        let is_file = location.is_file().at(location.path(), "look at it")?;
+        if !is_file || is_there(&destination.join(STAGING_NAME))? {
+            return Ok(None);
         }
-        let manifest = Manifest::read(&destination.join(MANIFEST_NAME)).ok()?;
+        let manifest = match Manifest::read(&location) {
+            Ok(manifest) => manifest,
+            Err(error @ Error::Io { .. }) => return Err(error),
+            Err(_) => return Ok(None), // of nothing that this version writes
+        };
         let hashed = manifest.source.files.iter().any(|file| file.sha256.is_some());
         let mut source = manifest.source.clone();
         if self.relayout.is_none() {
@@ -217,7 +226,7 @@ impl Conversion {
         if same {
             Staging::tidy(destination);
         }
-        same.then_some(manifest)
+        Ok(same.then_some(manifest))
     }
 
     /// Writes the checkpoint to `destination` and returns its manifest; resumes where an earlier run was stopped. Until all
@@ -291,7 +300,7 @@ impl Conversion {
     ) -> Result<T> {
         let Options { ref device, hash_source, force, .. } = self.options;
         self.check_place(destination)?;
-        if !destination.join(STAGING_NAME).exists() {
+        if !is_there(&destination.join(STAGING_NAME))? {
             self.check_space(destination, &[])?;
         }
         let staging = Staging::take(destination, &self.source.location, force)?;
@@ -441,6 +450,10 @@ impl Conversion {
                 .collect(),
         }
     }
+}
+
+fn is_there(place: &Location) -> Result<bool> {
+    place.exists().at(place.path(), "look at it")
 }
 
 fn tensor_record(source: &Source, tensor: &PlannedTensor, file: &str, outcome: TensorOutcome) -> TensorRecord {
