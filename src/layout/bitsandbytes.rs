@@ -7,9 +7,9 @@ use std::borrow::Cow;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::dtype::FloatDtype;
+use crate::dtype::{self, FloatDtype};
 use crate::error::Result;
-use crate::format::{Codec, NESTED_BLOCK_SIZE};
+use crate::format::{Codec, NESTED_BLOCK_SIZE, Scales};
 use crate::layout::{OutputDtype, OutputKind, OutputTensor, Stored, StoredWeight};
 
 /// Room for `nested_offset` in a quant_state: the longest f64 that is an f32, as Python prints it.
@@ -58,8 +58,7 @@ pub(crate) fn read(codec: &Codec, weight: &mut dyn StoredWeight) -> Result<Store
     let dtype = FloatDtype::from_torch_name(&state.dtype);
     let dtype = dtype.ok_or_else(|| weight.malformed(format!("its quant_state: unknown dtype {:?}", state.dtype)))?;
     let shape = state.shape;
-    let elements = shape.iter().try_fold(1u64, |product, &dimension| product.checked_mul(dimension));
-    let Some(columns @ 1..) = elements else {
+    let Some(columns @ 1..) = dtype::elements(&shape) else {
         return Err(weight.malformed(format!("its quant_state: a shape of {shape:?}")));
     };
     let nested_offset = match (codec.double_quant(), state.nested_offset) {
@@ -119,6 +118,24 @@ impl ParsedQuantState {
     /// When they are no such JSON object.
     pub fn parse(bytes: &[u8]) -> serde_json::Result<ParsedQuantState> {
         serde_json::from_slice(bytes)
+    }
+
+    /// What it says otherwise than the quant_state of a weight in `dtype`, quantized with `codec`. Its shape is the caller's to
+    /// compare.
+    pub(crate) fn differences(&self, codec: &Codec, dtype: FloatDtype) -> Vec<String> {
+        let Scales::Blocks { size, double_quant, .. } = codec.scales else {
+            return vec![format!("is bitsandbytes', and the recipe is of {}", codec.format.name)];
+        };
+        let found = (self.quant_type.as_str(), self.blocksize, self.dtype.as_str());
+        let expected = (codec.format.library_name, u64::from(u32::from(size)), dtype.torch_name());
+        let mut differences = Vec::new();
+        if found != expected {
+            differences.push(format!("says {found:?}, expected {expected:?}"));
+        }
+        if self.nested_offset.is_some() != double_quant {
+            differences.push("and the recipe don't agree on double quantization".to_owned());
+        }
+        differences
     }
 }
 
@@ -182,7 +199,7 @@ pub(crate) fn quantization_config(codec: &Codec, compute_dtype: FloatDtype, skip
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::{CodecOptions, NF4};
+    use crate::format::{CodecOptions, INT4, NF4};
 
     fn codec(double_quant: bool) -> Codec {
         NF4.codec(CodecOptions { double_quant, ..CodecOptions::default() })
@@ -216,6 +233,27 @@ mod tests {
             let state = QuantState { codec: &codec, dtype: FloatDtype::Float32, shape: &[3], nested_offset };
             assert_eq!(quant_state_bytes(&state).len(), expected, "{nested_offset:e}");
         }
+    }
+
+    #[test]
+    fn a_quant_state_is_compared_with_the_codec_in_every_word() {
+        let state = |double_quant| {
+            let codec = &codec(double_quant);
+            let (dtype, shape) = (FloatDtype::Bfloat16, &[3][..]);
+            ParsedQuantState::parse(&quant_state_bytes(&QuantState { codec, dtype, shape, nested_offset: 0.5 }))
+                .unwrap()
+        };
+        let differs = |state: ParsedQuantState, words: &[&str]| {
+            let found = state.differences(&codec(true), FloatDtype::Bfloat16);
+            assert!(found.len() == words.len() && found.iter().zip(words).all(|(f, w)| f.contains(w)), "{found:?}");
+        };
+        differs(state(true), &[]);
+        differs(state(false), &["don't agree on double quantization"]);
+        differs(ParsedQuantState { nested_offset: None, ..state(true) }, &["double quantization"]);
+        differs(ParsedQuantState { blocksize: 128, ..state(true) }, &["says (\"nf4\", 128, \"bfloat16\"), expected"]);
+        differs(ParsedQuantState { dtype: "float16".to_owned(), ..state(false) }, &["\"float16\"", "double"]);
+        let of_groups = state(true).differences(&INT4.codec(CodecOptions::default()), FloatDtype::Bfloat16);
+        assert_eq!(of_groups, ["is bitsandbytes', and the recipe is of int4"]);
     }
 
     #[test]

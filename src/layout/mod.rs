@@ -88,3 +88,30 @@ impl Codec {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::{CodecOptions, FORMATS};
+
+    /// Each function here and in `format` that knows only some codes stops at others; a new format of such codes fails here.
+    #[test]
+    fn every_format_can_be_written_in_each_of_its_layouts() {
+        for format in FORMATS {
+            let layouts = if format.layouts.is_empty() { &[Layout::CompressedTensors][..] } else { format.layouts };
+            for (&layout, double_quant) in layouts.iter().flat_map(|layout| [(layout, false), (layout, true)]) {
+                let codec = format.codec(CodecOptions { layout, double_quant, ..CodecOptions::default() });
+                let tensors = codec.tensors();
+                assert_eq!(tensors[0].kind, OutputKind::Packed, "{format:?}");
+                let has = |kind| tensors.iter().any(|tensor| tensor.kind == kind);
+                assert!(has(OutputKind::Scale) || has(OutputKind::Absmax), "{format:?} {layout:?}");
+                assert_eq!(has(OutputKind::GlobalScale), codec.tensor_scale(1.0).is_some(), "{format:?} {layout:?}");
+                assert_eq!(has(OutputKind::ZeroPoint), codec.has_zero_points(), "{format:?} {layout:?}");
+                let config = codec.quantization_config(FloatDtype::Bfloat16, &[]);
+                assert!(config["quant_method"].is_string(), "{format:?} {layout:?}: {config}");
+                assert!(config.get(codec.kept_modules_key()).is_some(), "{format:?} {layout:?}: {config}");
+                assert_eq!(codec.coding(256, None).packed_row(256), 128, "{format:?}");
+            }
+        }
+    }
+}

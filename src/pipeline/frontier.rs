@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use super::Output;
 use super::stream::{FileHashes, Piece, SMALL, Watcher};
+use super::trace::Span;
 use crate::error::{Error, IoContext, Result};
-use crate::kernel::sha256::{Sha256Stream, update_pair};
+use crate::kernel::sha256::{Pairing, Sha256Stream};
 use crate::plan::{PlannedOutput, PlannedTensor};
 use crate::store::{Sha256Hash, read_exact_at};
 
@@ -17,6 +18,9 @@ const READ_BACK: usize = 1 << 20;
 
 /// Bytes after which the disk is given what was written.
 const WRITEBACK: u64 = 8 << 20;
+
+/// What is written to again isn't given to the disk: any system's pages are this long, or shorter.
+const PAGE: u64 = 64 << 10;
 
 /// An output of a tensor of the file.
 #[derive(Clone, Copy)]
@@ -53,6 +57,7 @@ pub(super) struct Frontier<'a> {
     parts: Arc<[Part]>,
     /// The file's first byte that isn't hashed.
     at: u64,
+    pairing: Pairing,
     file: Sha256Stream,
     /// Of the output that it is in.
     part: Sha256Stream,
@@ -76,7 +81,9 @@ impl<'a> Frontier<'a> {
         let left = parts.first().map_or(0, |part| part.of(tensors).len);
         let at = header.len() as u64;
         let gathered = header.to_vec();
-        let mut frontier = Frontier { tensors, parts, at, file, part, next: 0, left, hashes, gathered, given: 0 };
+        let pairing = Pairing::detect();
+        let mut frontier =
+            Frontier { tensors, parts, at, pairing, file, part, next: 0, left, hashes, gathered, given: 0 };
         frontier.file.update(header);
         frontier.end_parts();
         frontier
@@ -92,13 +99,15 @@ impl<'a> Frontier<'a> {
         if bytes.len() < SMALL {
             self.gathered.extend_from_slice(bytes);
             if self.gathered.len() >= GATHERED {
-                self.write_gathered(output, bytes.len())?;
+                self.write_gathered(output, bytes.len(), watcher)?;
             }
         } else {
-            self.write_gathered(output, 0)?;
+            self.write_gathered(output, 0, watcher)?;
+            let begin = watcher.begin();
             output.write_at(bytes, self.at)?;
+            watcher.end(begin, Span::Write, bytes.len());
         }
-        self.hash(bytes);
+        self.hash(bytes, watcher);
         self.give(watcher)
     }
 
@@ -108,11 +117,13 @@ impl<'a> Frontier<'a> {
         if !is_written {
             return self.pass(output, bytes, watcher);
         }
-        self.write_gathered(output, 0)?;
+        self.write_gathered(output, 0, watcher)?;
         match *sha256 {
-            None => self.hash(bytes),
+            None => self.hash(bytes, watcher),
             Some(sha256) => {
+                let begin = watcher.begin();
                 self.file.update(bytes);
+                watcher.end(begin, Span::Hash, bytes.len());
                 self.at += bytes.len() as u64;
                 self.end_part(sha256);
                 self.end_parts();
@@ -123,21 +134,23 @@ impl<'a> Frontier<'a> {
 
     /// Hashes the next `len` bytes, which are in the file.
     pub(super) fn read_back(&mut self, output: &dyn Output, len: u64, watcher: &dyn Watcher) -> Result<()> {
-        self.write_gathered(output, 0)?;
+        self.write_gathered(output, 0, watcher)?;
         let mut buffer = vec![0; READ_BACK.min(usize::try_from(len).unwrap_or(READ_BACK))];
         let end = self.at + len;
         while self.at < end {
             let piece = &mut buffer[..READ_BACK.min((end - self.at) as usize)];
+            let begin = watcher.begin();
             read_exact_at(output.file(), piece, self.at).at(output.path(), "read it back")?;
-            self.hash(piece);
+            watcher.end(begin, Span::Read, piece.len());
+            self.hash(piece, watcher);
             self.give(watcher)?;
         }
         Ok(())
     }
 
     /// The hashes, at the file's end.
-    pub(super) fn finish(mut self: Box<Self>, output: &dyn Output) -> Result<FileHashes> {
-        self.write_gathered(output, 0)?;
+    pub(super) fn finish(mut self: Box<Self>, output: &dyn Output, watcher: &dyn Watcher) -> Result<FileHashes> {
+        self.write_gathered(output, 0, watcher)?;
         if self.next < self.parts.len() {
             return Err(Error::internal(format!(
                 "{}: its end came before all of its tensors",
@@ -148,15 +161,17 @@ impl<'a> Frontier<'a> {
     }
 
     /// Takes the bytes that come next into the hashes.
-    fn hash(&mut self, mut bytes: &[u8]) {
+    fn hash(&mut self, mut bytes: &[u8], watcher: &dyn Watcher) {
+        let (begin, len) = (watcher.begin(), bytes.len());
         self.at += bytes.len() as u64;
         while !bytes.is_empty() && self.left > 0 {
             let (here, rest) = bytes.split_at(bytes.len().min(usize::try_from(self.left).unwrap_or(usize::MAX)));
-            update_pair(&mut self.file, &mut self.part, here);
+            self.pairing.update(&mut self.file, here, &mut self.part, here);
             self.left -= here.len() as u64;
             bytes = rest;
             self.end_parts();
         }
+        watcher.end(begin, Span::Hash, len);
     }
 
     /// Turns to the next output that has bytes, if all of this one's are hashed.
@@ -175,9 +190,11 @@ impl<'a> Frontier<'a> {
     }
 
     /// Writes what is gathered; of that, so many bytes are not counted in [`Frontier::at`] yet.
-    fn write_gathered(&mut self, output: &dyn Output, ahead: usize) -> Result<()> {
+    fn write_gathered(&mut self, output: &dyn Output, ahead: usize, watcher: &dyn Watcher) -> Result<()> {
         if !self.gathered.is_empty() {
+            let begin = watcher.begin();
             output.write_at(&self.gathered, self.at + ahead as u64 - self.gathered.len() as u64)?;
+            watcher.end(begin, Span::Write, self.gathered.len());
             self.gathered.clear();
         }
         Ok(())
@@ -185,8 +202,8 @@ impl<'a> Frontier<'a> {
 
     /// Tells of what was written, from time to time.
     fn give(&mut self, watcher: &dyn Watcher) -> Result<()> {
-        let written = self.at - self.gathered.len() as u64;
-        if written - self.given >= WRITEBACK {
+        let written = (self.at - self.gathered.len() as u64) / PAGE * PAGE;
+        if written.saturating_sub(self.given) >= WRITEBACK {
             watcher.written(self.given, written - self.given);
             self.given = written;
         }

@@ -17,6 +17,7 @@ mod results;
 mod scheduler;
 mod source_files;
 mod stream;
+mod trace;
 mod worker;
 
 use std::path::Path;
@@ -27,6 +28,7 @@ use std::thread;
 use serde::{Deserialize, Serialize};
 
 pub use budget::{Budget, Limits};
+pub use trace::Trace;
 
 use crate::backend::Backend;
 use crate::checkpoint::{Source, SourceFile};
@@ -37,6 +39,7 @@ use crate::store::{ReadAt, Sha256Hash};
 use lane_pool::LanePool;
 use scheduler::Scheduler;
 use stream::FileStream;
+use trace::ThreadTrace;
 use worker::Worker;
 
 /// What is told while a plan is executed, from any thread.
@@ -75,6 +78,8 @@ pub(crate) struct ExecutionContext<'a> {
     pub interrupt: &'a AtomicBool,
     /// Who is told.
     pub progress: &'a dyn Progress,
+    /// Where threads record what they do.
+    pub trace: Option<&'a Trace>,
 }
 
 /// What is known once a plan is executed.
@@ -170,9 +175,12 @@ pub(crate) fn run(
     let scheduler = Scheduler::new(plan, source.files.len(), sealed, context);
     thread::scope(|scope| {
         for _ in 0..context.budget.threads {
-            scope.spawn(|| Worker::new(&execution, &scheduler).work());
+            scope.spawn(|| {
+                let trace = ThreadTrace::new(context.trace, "worker", source, plan);
+                Worker::new(&execution, &scheduler, &trace).work();
+            });
         }
-        scope.spawn(|| execution.serve_disk(&scheduler));
+        scope.spawn(|| execution.serve_disk(&scheduler, &ThreadTrace::new(context.trace, "disk", source, plan)));
         scope.spawn(|| read_ahead::run(&execution, &scheduler));
     });
     scheduler.into_outcome()

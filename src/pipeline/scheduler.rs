@@ -82,6 +82,8 @@ pub(crate) struct Scheduler<'a> {
     waiting: AtomicUsize,
     /// There is something for the disk to do.
     disk_changed: Condvar,
+    /// There is nothing to read any more.
+    ended: Condvar,
     stopped: AtomicBool,
 }
 
@@ -159,6 +161,7 @@ impl<'a> Scheduler<'a> {
             changed: Condvar::new(),
             waiting: AtomicUsize::new(0),
             disk_changed: Condvar::new(),
+            ended: Condvar::new(),
             stopped: AtomicBool::new(false),
         };
         scheduler.check_finished(&mut scheduler.lock());
@@ -309,6 +312,7 @@ impl<'a> Scheduler<'a> {
     fn wake_all(&self) {
         self.changed.notify_all();
         self.disk_changed.notify_all();
+        self.ended.notify_all();
     }
 
     /// Whether there can be anything more to do.

@@ -3,14 +3,15 @@
 use std::io;
 
 use super::Execution;
+use super::trace::{Span, Subject, ThreadTrace};
 use crate::error::{Error, IoContext, Result};
-use crate::plan::PlannedTensor;
 use crate::read::Evaluator;
 use crate::store::{ReadAt, read_exact_at};
 
 /// Reads tensors.
 pub(crate) struct SourceFiles<'j, 'a> {
     open: OpenFile<'j, 'a>,
+    trace: &'j ThreadTrace<'a>,
     evaluator: Evaluator,
 }
 
@@ -21,14 +22,18 @@ pub(super) struct OpenFile<'j, 'a> {
 }
 
 impl<'j, 'a> SourceFiles<'j, 'a> {
-    pub(crate) fn new(execution: &'j Execution<'a>) -> SourceFiles<'j, 'a> {
-        SourceFiles { open: OpenFile::new(execution), evaluator: Evaluator::default() }
+    pub(crate) fn new(execution: &'j Execution<'a>, trace: &'j ThreadTrace<'a>) -> SourceFiles<'j, 'a> {
+        SourceFiles { open: OpenFile::new(execution), trace, evaluator: Evaluator::default() }
     }
 
-    /// Fills `into` with `tensor`'s bytes from `offset` on.
-    pub(crate) fn read(&mut self, tensor: &PlannedTensor, offset: u64, into: &mut [u8]) -> Result<()> {
-        let SourceFiles { open, evaluator } = self;
-        evaluator.read(&tensor.read, offset, into, &mut |span, bytes| open.read_at(span.file, span.offset, bytes))
+    /// Fills `into` with the bytes of the plan's `tensor`th from `offset` on.
+    pub(crate) fn read(&mut self, tensor: usize, offset: u64, into: &mut [u8]) -> Result<()> {
+        let SourceFiles { open, trace, evaluator } = self;
+        let (begin, len) = (trace.begin(), into.len() as u64);
+        let read = &open.execution.plan.tensors[tensor].read;
+        evaluator.read(read, offset, into, &mut |span, bytes| open.read_at(span.file, span.offset, bytes))?;
+        trace.end(begin, Span::Read, Subject::Tensor(tensor), len);
+        Ok(())
     }
 
     /// Fills `into` with the bytes at `position` of a file of the source.

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Output;
 use super::frontier::{Frontier, Part};
+use super::trace::{Span, Stamp};
 use crate::error::Result;
 use crate::kernel::sha256::Sha256Stream;
 use crate::plan::{Plan, PlannedFile, PlannedTensor};
@@ -70,6 +71,10 @@ pub(crate) trait Watcher {
     fn written(&self, offset: u64, len: u64);
     /// Whether to stop.
     fn stopped(&self) -> bool;
+    /// The calling thread begins with something.
+    fn begin(&self) -> Stamp;
+    /// It has done it, with so many bytes of the file.
+    fn end(&self, begin: Stamp, span: Span, bytes: usize);
 }
 
 /// What comes at the frontier.
@@ -113,7 +118,7 @@ impl<'a> FileStream<'a> {
         let mut state = self.lock();
         let is_next = offset == self.reached() && state.frontier.is_some();
         if !is_next && !bytes.is_empty() {
-            state = self.put_early(state, bytes, offset)?;
+            state = self.put_early(state, bytes, offset, watcher)?;
         }
         let Some(mut frontier) = state.frontier.take() else { return Ok(None) };
         let mut next = match is_next {
@@ -133,7 +138,7 @@ impl<'a> FileStream<'a> {
             self.reached.store(frontier.at(), Ordering::Release);
             watcher.reached(frontier.at());
             if frontier.at() == self.planned.len {
-                return frontier.finish(self.output()).map(Some);
+                return frontier.finish(self.output(), watcher).map(Some);
             }
             let mut state = self.lock();
             next = state.next(frontier.at());
@@ -150,6 +155,7 @@ impl<'a> FileStream<'a> {
         mut state: MutexGuard<'s, State<'a>>,
         bytes: &[u8],
         offset: u64,
+        watcher: &dyn Watcher,
     ) -> Result<MutexGuard<'s, State<'a>>> {
         let has_room = state.held + bytes.len() <= self.window;
         // The thread at the frontier is behind: this one does for it what it can.
@@ -158,9 +164,11 @@ impl<'a> FileStream<'a> {
         state.held += if has_room { bytes.len() } else { 0 };
         drop(state);
         if helps || !has_room {
+            let begin = watcher.begin();
             self.output.write_at(bytes, offset)?;
+            watcher.end(begin, Span::Write, bytes.len());
         }
-        let sha256 = (helps && has_room && self.is_whole(offset, bytes.len())).then(|| hash(bytes));
+        let sha256 = (helps && has_room && self.is_whole(offset, bytes.len())).then(|| hash(bytes, watcher));
         let piece = has_room.then(|| Piece { bytes: bytes.to_vec(), is_written: helps, sha256 });
         let mut state = self.lock();
         match piece {
@@ -203,10 +211,13 @@ impl State<'_> {
     }
 }
 
-fn hash(bytes: &[u8]) -> Sha256Hash {
+fn hash(bytes: &[u8], watcher: &dyn Watcher) -> Sha256Hash {
+    let begin = watcher.begin();
     let mut stream = Sha256Stream::new();
     stream.update(bytes);
-    Sha256Hash(stream.finish())
+    let hash = Sha256Hash(stream.finish());
+    watcher.end(begin, Span::Hash, bytes.len());
+    hash
 }
 
 #[cfg(test)]

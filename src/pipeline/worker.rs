@@ -9,6 +9,7 @@ use super::output_files::OutputFiles;
 use super::results::Results;
 use super::scheduler::{Done, Scheduler, Task};
 use super::source_files::SourceFiles;
+use super::trace::{Span, Subject, ThreadTrace};
 use super::{Execution, nonfinite};
 use crate::backend::{CpuLane, Lane, Run};
 use crate::dtype::FloatDtype;
@@ -23,6 +24,7 @@ use crate::store::hash_range;
 pub(crate) struct Worker<'j, 'a> {
     execution: &'j Execution<'a>,
     scheduler: &'j Scheduler<'a>,
+    trace: &'j ThreadTrace<'a>,
     codec: Codec,
     source: SourceFiles<'j, 'a>,
     output: OutputFiles<'j, 'a>,
@@ -33,14 +35,19 @@ pub(crate) struct Worker<'j, 'a> {
 }
 
 impl<'j, 'a> Worker<'j, 'a> {
-    pub(crate) fn new(execution: &'j Execution<'a>, scheduler: &'j Scheduler<'a>) -> Worker<'j, 'a> {
+    pub(crate) fn new(
+        execution: &'j Execution<'a>,
+        scheduler: &'j Scheduler<'a>,
+        trace: &'j ThreadTrace<'a>,
+    ) -> Worker<'j, 'a> {
         let size = lane_size(execution.plan, execution.context.budget.chunk_elements);
         Worker {
             execution,
             scheduler,
+            trace,
             codec: execution.plan.recipe.codec(),
-            source: SourceFiles::new(execution),
-            output: OutputFiles::new(execution, scheduler),
+            source: SourceFiles::new(execution, trace),
+            output: OutputFiles::new(execution, scheduler, trace),
             lane: execution.context.device.cpu().lane(&size),
             bytes: Vec::new(),
         }
@@ -50,7 +57,10 @@ impl<'j, 'a> Worker<'j, 'a> {
     pub(crate) fn work(mut self) {
         let scheduler = self.scheduler;
         let _guard = StopOnPanic(scheduler);
-        while let Some(task) = scheduler.next(self.output.in_hand()) {
+        loop {
+            let begin = self.trace.begin();
+            let Some(task) = scheduler.next(self.output.in_hand()) else { break };
+            self.trace.end(begin, Span::Wait, Subject::None, 0);
             match self.perform(&task) {
                 Ok(done) => scheduler.finish(task, done),
                 Err(error) => scheduler.fail(task.place(self.execution), error),
@@ -63,10 +73,10 @@ impl<'j, 'a> Worker<'j, 'a> {
         match task {
             Task::Chunk { tensor, offset, len, tensor_scale } => {
                 self.output.turn_to(self.scheduler.file_of(*tensor))?;
-                self.chunk(&plan.tensors[*tensor], *offset, *len, *tensor_scale)
+                self.chunk(*tensor, *offset, *len, *tensor_scale)
             }
             Task::Set { set, tensors, .. } => self.set(*set, tensors),
-            Task::Measure { tensor, offset, len } => self.measure(&plan.tensors[*tensor], *offset, *len),
+            Task::Measure { tensor, offset, len } => self.measure(*tensor, *offset, *len),
             Task::Nested { tensor, absmax, offset, first, len } => {
                 self.output.turn_to(self.scheduler.file_of(*tensor))?;
                 let absmax = &absmax[*first..][..*len];
@@ -80,23 +90,26 @@ impl<'j, 'a> Worker<'j, 'a> {
         let source = &self.execution.source.files[file];
         let opened = source.reopen()?;
         let (scheduler, path) = (self.scheduler, source.location.path());
-        let hash = hash_range(&*opened, 0, source.identity.len, self.lane.buffer(), || !scheduler.stopped());
+        let (begin, len) = (self.trace.begin(), source.identity.len);
+        let hash = hash_range(&*opened, 0, len, self.lane.buffer(), || !scheduler.stopped());
+        self.trace.end(begin, Span::Hash, Subject::Source(file), len);
         let hash = hash.at(path, "read it back")?.ok_or(Error::Stopped)?;
         self.execution.outputs.source_hashed(source, hash)?;
         Ok(Done::Hashed(hash))
     }
 
     /// Reads a run of a tensor's bytes, and does with them what the plan says.
-    fn chunk(&mut self, tensor: &PlannedTensor, offset: u64, len: usize, tensor_scale: Option<f32>) -> Result<Done> {
+    fn chunk(&mut self, index: usize, offset: u64, len: usize, tensor_scale: Option<f32>) -> Result<Done> {
+        let tensor = &self.execution.plan.tensors[index];
         let done = match tensor.decision {
             Decision::Quantize(dtype) => {
                 let first = offset / dtype.size() as u64;
-                let done = self.quantize(&Piece { tensor, dtype, first, place: 0..len, tensor_scale })?;
+                let done = self.quantize(&Piece { index, tensor, dtype, first, place: 0..len, tensor_scale })?;
                 self.quantize_absmax(tensor, len, done)?
             }
             Decision::Keep => {
                 let bytes = self.lane.source(len);
-                self.source.read(tensor, offset, bytes)?;
+                self.source.read(index, offset, bytes)?;
                 self.output.put(bytes, tensor.outputs[0].offset + offset)?;
                 Done::Written
             }
@@ -126,11 +139,11 @@ impl<'j, 'a> Worker<'j, 'a> {
         let lanes =
             execution.lanes.as_ref().filter(|_| execution.context.device.quantizes(&self.codec, tensor.columns()));
         let Some(lanes) = lanes else {
-            self.source.read(tensor, piece.offset(), self.lane.source(len))?;
+            self.source.read(piece.index, piece.offset(), self.lane.source(len))?;
             return self.quantize_here(piece);
         };
         lanes.with(|lane| {
-            self.source.read(tensor, piece.offset(), lane.source(len))?;
+            self.source.read(piece.index, piece.offset(), lane.source(len))?;
             let (_, mut results) = self.parts(piece);
             if let Some(done) = quantize_in(lane, &mut results, piece)? {
                 return Ok(done);
@@ -157,7 +170,7 @@ impl<'j, 'a> Worker<'j, 'a> {
                 return results.quantized(piece.first, piece.tensor_scale, &encoded);
             }
         }
-        Err(self.describe_nonfinite(piece.tensor, piece.dtype))
+        Err(self.describe_nonfinite(piece.index, piece.dtype))
     }
 
     /// The thread's own lane, and where a run's results go.
@@ -175,10 +188,10 @@ impl<'j, 'a> Worker<'j, 'a> {
             let dtype = quantized_from(tensor)?;
             let place = end..end + tensor.source_len() as usize;
             end = place.end;
-            self.source.read(tensor, 0, &mut self.lane.buffer()[place.clone()])?;
+            self.source.read(i, 0, &mut self.lane.buffer()[place.clone()])?;
             match self.lane.absmax(place.clone(), dtype) {
                 Ok(found) => absmax = absmax.max(found),
-                Err(_) => return Err(self.describe_nonfinite(tensor, dtype)),
+                Err(_) => return Err(self.describe_nonfinite(i, dtype)),
             }
             places.push((i, dtype, place));
         }
@@ -187,7 +200,7 @@ impl<'j, 'a> Worker<'j, 'a> {
         for (i, dtype, place) in places.into_iter().filter(|(i, ..)| written.contains(i)) {
             let tensor = &plan.tensors[i];
             self.output.turn_to(self.scheduler.file_of(i))?;
-            let piece = Piece { tensor, dtype, first: 0, place, tensor_scale };
+            let piece = Piece { index: i, tensor, dtype, first: 0, place, tensor_scale };
             match self.quantize_here(&piece)? {
                 Done::Quantized { accumulator, .. } => done.push((i, accumulator)),
                 other => return Err(Error::internal(format!("tensor {:?} gave {other:?}", tensor.name))),
@@ -198,8 +211,8 @@ impl<'j, 'a> Worker<'j, 'a> {
     }
 
     /// The largest magnitude in a run of a tensor's bytes.
-    fn measure(&mut self, tensor: &PlannedTensor, offset: u64, len: usize) -> Result<Done> {
-        let dtype = quantized_from(tensor)?;
+    fn measure(&mut self, tensor: usize, offset: u64, len: usize) -> Result<Done> {
+        let dtype = quantized_from(&self.execution.plan.tensors[tensor])?;
         self.source.read(tensor, offset, self.lane.source(len))?;
         match self.lane.absmax(0..len, dtype) {
             Ok(absmax) => Ok(Done::Measured(absmax)),
@@ -228,11 +241,12 @@ impl<'j, 'a> Worker<'j, 'a> {
         }
     }
 
-    fn describe_nonfinite(&mut self, tensor: &PlannedTensor, dtype: FloatDtype) -> Error {
+    fn describe_nonfinite(&mut self, index: usize, dtype: FloatDtype) -> Error {
+        let tensor = &self.execution.plan.tensors[index];
         let buffer = self.lane.buffer();
         if tensor.is_decoded() {
             let path = self.execution.source.files[tensor.read.first_file()].location.path().to_owned();
-            let read = |offset, bytes: &mut [u8]| self.source.read(tensor, offset, bytes);
+            let read = |offset, bytes: &mut [u8]| self.source.read(index, offset, bytes);
             return nonfinite::describe(&path, &tensor.name, tensor.source_len(), dtype, buffer, read)
                 .unwrap_or_else(Some)
                 .unwrap_or_else(|| no_longer(path, tensor));
@@ -268,7 +282,11 @@ fn quantize_in(
     results: &mut Results<'_, '_, '_>,
     piece: &Piece<'_>,
 ) -> Result<Option<Done>, Failed> {
-    match lane.quantize(&piece.run(results.codec))? {
+    let trace = results.files.trace();
+    let begin = trace.begin();
+    let quantized = lane.quantize(&piece.run(results.codec))?;
+    trace.end(begin, Span::Quantize, Subject::Tensor(piece.index), piece.place.len() as u64);
+    match quantized {
         Some(encoded) => Ok(Some(results.quantized(piece.first, piece.tensor_scale, &encoded)?)),
         None => Ok(None),
     }
@@ -276,6 +294,8 @@ fn quantize_in(
 
 /// A run of whole blocks or groups in a lane.
 struct Piece<'p> {
+    /// Its place in the plan.
+    index: usize,
     tensor: &'p PlannedTensor,
     dtype: FloatDtype,
     /// The run's first element in the tensor.

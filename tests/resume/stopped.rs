@@ -97,7 +97,7 @@ impl Failing {
 fn a_disk_that_fails_anywhere_gives_an_error_and_the_next_run_the_same_bytes() {
     for double_quant in [false, true] {
         let expected = expected(double_quant);
-        for fault in [Fault::Read, Fault::Write, Fault::StorageFull, Fault::Sync, Fault::EndOfFile] {
+        for fault in [Fault::Stat, Fault::Read, Fault::Write, Fault::StorageFull, Fault::Sync, Fault::EndOfFile] {
             for countdown in [1, 2, 5, 9, 17, 60, 150, 250, 400] {
                 let folder = checkpoint();
                 let (watch, to) = (Watch::default(), folder.destination());

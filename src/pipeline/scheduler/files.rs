@@ -1,6 +1,8 @@
 //! Which of the files in progress a thread goes on with.
 
+use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use super::{Scheduler, State, Task};
 use crate::pipeline::FileOutcome;
@@ -47,6 +49,16 @@ impl Scheduler<'_> {
             drop(self.lock());
             self.changed.notify_all();
         }
+    }
+
+    /// After a while, what comes next of each file in progress: tensor, and how many of its bytes were handed out; `None` once
+    /// nothing more is read.
+    pub(crate) fn soon(&self, after: Duration) -> Option<Vec<(usize, (usize, u64))>> {
+        let state = self.lock();
+        let mut state = self.ended.wait_timeout(state, after).unwrap_or_else(PoisonError::into_inner).0;
+        let is_read_out = state.active.is_empty() && state.next_file == self.plan.files.len();
+        let goes_on = self.goes_on(&mut state) && !is_read_out;
+        goes_on.then(|| state.active.iter().map(|&file| (file, state.files[file].next)).collect())
     }
 
     /// The file whose turn a task is, if it was handed out as part of one.
