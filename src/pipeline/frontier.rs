@@ -96,17 +96,7 @@ impl<'a> Frontier<'a> {
 
     /// Writes and hashes the bytes that come next.
     pub(super) fn pass(&mut self, output: &dyn Output, bytes: &[u8], watcher: &dyn Watcher) -> Result<()> {
-        if bytes.len() < SMALL {
-            self.gathered.extend_from_slice(bytes);
-            if self.gathered.len() >= GATHERED {
-                self.write_gathered(output, bytes.len(), watcher)?;
-            }
-        } else {
-            self.write_gathered(output, 0, watcher)?;
-            let begin = watcher.begin();
-            output.write_at(bytes, self.at)?;
-            watcher.end(begin, Span::Write, bytes.len());
-        }
+        self.write(output, bytes, watcher)?;
         self.hash(bytes, watcher);
         self.give(watcher)
     }
@@ -114,10 +104,10 @@ impl<'a> Frontier<'a> {
     /// The same for a piece that has waited.
     pub(super) fn pass_piece(&mut self, output: &dyn Output, piece: &Piece, watcher: &dyn Watcher) -> Result<()> {
         let Piece { bytes, is_written, sha256 } = piece;
-        if !is_written {
-            return self.pass(output, bytes, watcher);
+        match is_written {
+            true => self.write_gathered(output, 0, watcher)?,
+            false => self.write(output, bytes, watcher)?,
         }
-        self.write_gathered(output, 0, watcher)?;
         match *sha256 {
             None => self.hash(bytes, watcher),
             Some(sha256) => {
@@ -187,6 +177,22 @@ impl<'a> Frontier<'a> {
         self.hashes[tensor as usize][output as usize] = sha256;
         self.next += 1;
         self.left = self.parts.get(self.next).map_or(0, |part| part.of(self.tensors).len);
+    }
+
+    /// Writes the bytes that come next, or gathers them.
+    fn write(&mut self, output: &dyn Output, bytes: &[u8], watcher: &dyn Watcher) -> Result<()> {
+        if bytes.len() < SMALL {
+            self.gathered.extend_from_slice(bytes);
+            return match self.gathered.len() >= GATHERED {
+                true => self.write_gathered(output, bytes.len(), watcher),
+                false => Ok(()),
+            };
+        }
+        self.write_gathered(output, 0, watcher)?;
+        let begin = watcher.begin();
+        output.write_at(bytes, self.at)?;
+        watcher.end(begin, Span::Write, bytes.len());
+        Ok(())
     }
 
     /// Writes what is gathered; of that, so many bytes are not counted in [`Frontier::at`] yet.

@@ -30,6 +30,8 @@ pub(crate) struct FileStream<'a> {
     window: usize,
     /// The first byte that isn't hashed.
     reached: AtomicU64,
+    /// Held by the thread that writes ahead of the frontier: two writers of a file are as fast as any number.
+    early_writer: Mutex<()>,
     state: Mutex<State<'a>>,
 }
 
@@ -97,7 +99,8 @@ impl<'a> FileStream<'a> {
         let frontier = Frontier::new(tensors, parts.clone(), &planned.header);
         let reached = AtomicU64::new(planned.header.len() as u64);
         let state = Mutex::new(State { frontier: Some(Box::new(frontier)), ..State::default() });
-        FileStream { planned, tensors, output, parts, window, reached, state }
+        let early_writer = Mutex::new(());
+        FileStream { planned, tensors, output, parts, window, reached, early_writer, state }
     }
 
     /// The file.
@@ -160,22 +163,31 @@ impl<'a> FileStream<'a> {
         let has_room = state.held + bytes.len() <= self.window;
         // The thread at the frontier is behind: this one does for it what it can.
         let is_far = offset > self.reached() + self.window as u64 / 4;
-        let helps = is_far && state.frontier.is_none() && bytes.len() >= SMALL;
+        let helps = has_room && is_far && state.frontier.is_none() && bytes.len() >= SMALL;
         state.held += if has_room { bytes.len() } else { 0 };
         drop(state);
-        if helps || !has_room {
-            let begin = watcher.begin();
-            self.output.write_at(bytes, offset)?;
-            watcher.end(begin, Span::Write, bytes.len());
+        let sha256 = (helps && self.is_whole(offset, bytes.len())).then(|| hash(bytes, watcher));
+        let is_written = match self.early_writer.try_lock() {
+            Ok(_writer) if helps => self.write_early(bytes, offset, watcher).map(|()| true)?,
+            _ => false,
+        };
+        if !has_room {
+            self.write_early(bytes, offset, watcher)?;
         }
-        let sha256 = (helps && has_room && self.is_whole(offset, bytes.len())).then(|| hash(bytes, watcher));
-        let piece = has_room.then(|| Piece { bytes: bytes.to_vec(), is_written: helps, sha256 });
+        let piece = has_room.then(|| Piece { bytes: bytes.to_vec(), is_written, sha256 });
         let mut state = self.lock();
         match piece {
             Some(piece) => drop(state.waiting.insert(offset, piece)),
             None => state.leave_in_file(offset, bytes.len() as u64),
         }
         Ok(state)
+    }
+
+    fn write_early(&self, bytes: &[u8], offset: u64, watcher: &dyn Watcher) -> Result<()> {
+        let begin = watcher.begin();
+        self.output.write_at(bytes, offset)?;
+        watcher.end(begin, Span::Write, bytes.len());
+        Ok(())
     }
 
     /// Whether an output has exactly these bytes.

@@ -56,9 +56,10 @@ impl Scheduler<'_> {
     pub(crate) fn soon(&self, after: Duration) -> Option<Vec<(usize, (usize, u64))>> {
         let state = self.lock();
         let mut state = self.ended.wait_timeout(state, after).unwrap_or_else(PoisonError::into_inner).0;
-        let is_read_out = state.active.is_empty() && state.next_file == self.plan.files.len();
-        let goes_on = self.goes_on(&mut state) && !is_read_out;
-        goes_on.then(|| state.active.iter().map(|&file| (file, state.files[file].next)).collect())
+        let next = state.active.iter().map(|&file| (file, state.files[file].next));
+        let next: Vec<_> = next.filter(|&(file, (tensor, _))| tensor < self.plan.files[file].tensors.end).collect();
+        let is_read_out = next.is_empty() && state.next_file == self.plan.files.len();
+        (self.goes_on(&mut state) && !is_read_out).then_some(next)
     }
 
     /// The file whose turn a task is, if it was handed out as part of one.
