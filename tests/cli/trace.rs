@@ -145,7 +145,6 @@ fn bytes_by(threads: &BTreeMap<u64, Vec<Span>>, name: &str, key: &str) -> BTreeM
 }
 
 #[test]
-#[ignore = "the threads record no spans yet"]
 fn spans_nest_and_account_for_every_byte_that_is_written() {
     let formats: [&[&str]; 4] = [&[], &["--double-quant"], &["--format", "nvfp4"], &["--format", "int4"]];
     for format in formats {
@@ -174,7 +173,6 @@ fn spans_nest_and_account_for_every_byte_that_is_written() {
 }
 
 #[test]
-#[ignore = "the threads record no spans yet"]
 fn verifying_against_a_source_and_decoding_are_traced() {
     let folder = checkpoint();
     folder.convert(&[]).ok();
