@@ -25,7 +25,7 @@ use crate::ops::relayout;
 use crate::ops::relayout::Relayout;
 use crate::pipeline;
 use crate::pipeline::{Budget, ExecutionContext, FileOutcome, Limits, Outcome, Progress, TensorOutcome, Trace};
-use crate::plan::{Plan, PlannedTensor, input};
+use crate::plan::{Plan, PlannedTensor, source_quantization};
 use crate::recipe::{ExpertLayout, Recipe};
 use crate::store::{HashingReader, Location, Reader, Sha256Hash};
 use crate::units::Bytes;
@@ -100,7 +100,7 @@ pub fn plan(source: impl Into<Location>, recipe: Recipe, mut options: Options) -
     };
     let (plan, relayout) = match manifest.filter(|manifest| manifest.recipe.codec().is_blocks()) {
         None => {
-            input::check_quantization(&source, &recipe)?;
+            source_quantization::check(&source, &recipe)?;
             (Plan::new(&source, recipe)?, None)
         }
         Some(manifest) => {
