@@ -8,11 +8,11 @@ mod groups;
 pub(crate) mod input;
 pub(crate) mod kept_modules;
 mod layout;
+mod names;
 mod scale_sets;
 pub(crate) mod split;
 
 use std::borrow::Cow;
-use std::collections::HashSet;
 
 use serde_json::Value;
 
@@ -162,8 +162,8 @@ impl Plan {
         if recipe.fuses_experts() {
             tensors = fuse::fuse(source, &model_types, tensors, &codec)?;
         }
-        check_names_are_free(source, &tensors)?;
-        check_names_differ(source, &tensors)?;
+        names::check_are_free(source, &tensors)?;
+        names::check_differ(source, &tensors)?;
         let files = layout::lay_out(&mut tensors, recipe.max_shard_size);
         let scale_sets = if codec.has_tensor_scale() { scale_sets::scale_sets(&tensors) } else { Vec::new() };
         let side_files = codec.side_file(&kept_modules).into_iter().collect();
@@ -181,7 +181,7 @@ impl Plan {
             PlannedTensor::new((input, verdict, Decision::Keep), &recipe.codec())
         };
         let mut tensors: Vec<PlannedTensor> = inputs.into_iter().map(keep).collect();
-        check_names_differ(source, &tensors)?;
+        names::check_differ(source, &tensors)?;
         let files = layout::lay_out(&mut tensors, recipe.max_shard_size);
         let (scale_sets, side_files, warnings) = Default::default();
         Ok(Plan { recipe, tensors, files, scale_sets, config, side_files, warnings })
@@ -269,41 +269,6 @@ fn bits_per_element<'a>(tensors: impl Iterator<Item = &'a PlannedTensor>) -> f64
     let (bytes, elements) =
         tensors.fold((0, 0), |(bytes, elements), t| (bytes + t.output_len(), elements + t.elements()));
     bytes as f64 * 8.0 / (elements as f64).max(1.0)
-}
-
-/// What is written for a quantized weight must not have the name of another tensor.
-fn check_names_are_free(source: &Source, tensors: &[PlannedTensor]) -> Result<()> {
-    let Some(first) = tensors.iter().find(|tensor| tensor.outputs.len() > 1) else { return Ok(()) };
-    let suffixes: Vec<&str> = first.outputs.iter().map(|output| &*output.suffix).collect();
-    let quantized: HashSet<&str> =
-        tensors.iter().filter(|tensor| tensor.decision != Decision::Keep).map(|tensor| tensor.name.as_str()).collect();
-    for tensor in tensors {
-        let name = &tensor.name;
-        let weight = suffixes.iter().filter(|s| !s.is_empty()).find_map(|suffix| name.strip_suffix(suffix));
-        if let Some(weight) = weight.filter(|weight| quantized.contains(weight)) {
-            let why = format!(
-                "tensor {name:?} has a name that quantizing {weight:?} takes for a part of it: was the checkpoint \
-                 quantized before?"
-            );
-            let path = source.files[tensor.read.first_file()].location.path().to_owned();
-            return Err(Error::Malformed { path, why, hint: Some(Hint::Exclude) });
-        }
-    }
-    Ok(())
-}
-
-/// No two tensors may be written under one name.
-fn check_names_differ(source: &Source, tensors: &[PlannedTensor]) -> Result<()> {
-    let mut names = HashSet::new();
-    for tensor in tensors {
-        let outputs = tensor.outputs.iter().map(|output| format!("{}{}", tensor.name, output.suffix));
-        if let Some(name) = outputs.into_iter().find(|name| !names.insert(name.clone())) {
-            let why = format!("two tensors would be written as {name:?}: which one is meant?");
-            let path = source.files[tensor.read.first_file()].location.path().to_owned();
-            return Err(Error::Malformed { path, why, hint: Some(Hint::Exclude) });
-        }
-    }
-    Ok(())
 }
 
 fn check_anything_quantized(source: &Source, tensors: &[PlannedTensor], recipe: &Recipe) -> Result<()> {
