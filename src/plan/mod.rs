@@ -25,6 +25,7 @@ use crate::dtype::FloatDtype;
 use crate::error::{Error, Hint, Result, Warning};
 use crate::format::{Codec, Layout};
 use crate::layout::OutputKind;
+use crate::layout::bitsandbytes::{EXPERTS_GUARD, EXPERTS_KEY};
 use crate::models::families::families;
 use crate::models::{Role, Rules, Verdict};
 use crate::read::Input;
@@ -163,7 +164,7 @@ impl Plan {
             tensors = fuse::fuse(source, &model_types, tensors, &codec)?;
         }
         names::check_are_free(source, &tensors)?;
-        names::check_differ(source, &tensors)?;
+        names::check_differ(source, &tensors, Some(Hint::Exclude))?;
         let files = layout::lay_out(&mut tensors, recipe.max_shard_size);
         let scale_sets = if codec.has_tensor_scale() { scale_sets::scale_sets(&tensors) } else { Vec::new() };
         let side_files = codec.side_file(&kept_modules).into_iter().collect();
@@ -181,7 +182,7 @@ impl Plan {
             PlannedTensor::new((input, verdict, Decision::Keep), &recipe.codec())
         };
         let mut tensors: Vec<PlannedTensor> = inputs.into_iter().map(keep).collect();
-        names::check_differ(source, &tensors)?;
+        names::check_differ(source, &tensors, None)?;
         let files = layout::lay_out(&mut tensors, recipe.max_shard_size);
         let (scale_sets, side_files, warnings) = Default::default();
         Ok(Plan { recipe, tensors, files, scale_sets, config, side_files, warnings })
@@ -285,10 +286,6 @@ fn check_anything_quantized(source: &Source, tensors: &[PlannedTensor], recipe: 
     Err(Error::NothingToQuantize { path: source.location.path().to_owned(), why, hint: Some(hint) })
 }
 
-/// What config.json names as the experts' implementation when they are 4-bit. transformers knows no such one, and stops;
-/// prequant's loader takes it for the default. Other clients don't read the key.
-const EXPERTS_GUARD: &str = "prequant_loader";
-
 /// config.json with `quantization_config`, and what keeps transformers from filling 4-bit experts with random numbers.
 fn quantized_config(
     source: &Source,
@@ -302,7 +299,7 @@ fn quantized_config(
     let compute_dtype = of_config.and_then(FloatDtype::from_torch_name).unwrap_or(of_weights);
     let mut entries = vec![("quantization_config", recipe.codec().quantization_config(compute_dtype, skip_modules))];
     if has_4_bit_experts(recipe, tensors) {
-        entries.push(("experts_implementation", Value::from(EXPERTS_GUARD)));
+        entries.push((EXPERTS_KEY, Value::from(EXPERTS_GUARD)));
     }
     config
         .with(&entries)

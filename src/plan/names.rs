@@ -1,4 +1,4 @@
-//! Names of what is written: each stands for one tensor.
+//! Names of what is written: no two tensors may have one.
 
 use std::collections::HashSet;
 
@@ -7,9 +7,6 @@ use crate::checkpoint::Source;
 use crate::error::{Error, Hint, Result};
 
 /// What is written for a quantized weight must not have the name of another tensor.
-///
-/// # Errors
-/// When it has.
 pub(super) fn check_are_free(source: &Source, tensors: &[PlannedTensor]) -> Result<()> {
     let Some(first) = tensors.iter().find(|tensor| tensor.outputs.len() > 1) else { return Ok(()) };
     let suffixes: Vec<&str> = first.outputs.iter().map(|output| &*output.suffix).collect();
@@ -23,31 +20,28 @@ pub(super) fn check_are_free(source: &Source, tensors: &[PlannedTensor]) -> Resu
                 "tensor {name:?} has a name that quantizing {weight:?} takes for a part of it: was the checkpoint \
                  quantized before?"
             );
-            let path = source.files[tensor.read.first_file()].location.path().to_owned();
-            return Err(Error::Malformed { path, why, hint: Some(Hint::Exclude) });
+            return Err(malformed(source, tensor, why, Some(Hint::Exclude)));
         }
     }
     Ok(())
 }
 
-/// No two tensors may be written under one name.
-///
-/// # Errors
-/// When two would be.
-pub(super) fn check_differ(source: &Source, tensors: &[PlannedTensor]) -> Result<()> {
+/// No two tensors may be written under one name; `hint` is what would avoid it.
+pub(super) fn check_differ(source: &Source, tensors: &[PlannedTensor], hint: Option<Hint>) -> Result<()> {
     if !may_share_a_name(tensors) {
         return Ok(());
     }
-    let mut names = HashSet::new();
-    for tensor in tensors {
-        let outputs = tensor.outputs.iter().map(|output| format!("{}{}", tensor.name, output.suffix));
-        if let Some(name) = outputs.into_iter().find(|name| !names.insert(name.clone())) {
+    let outputs = |tensor: &PlannedTensor| {
+        let names = tensor.outputs.iter().map(|output| format!("{}{}", tensor.name, output.suffix));
+        names.collect::<Vec<_>>()
+    };
+    match first_duplicate(tensors, outputs) {
+        Some((tensor, name)) => {
             let why = format!("two tensors would be written as {name:?}: which one is meant?");
-            let path = source.files[tensor.read.first_file()].location.path().to_owned();
-            return Err(Error::Malformed { path, why, hint: Some(Hint::Exclude) });
+            Err(malformed(source, tensor, why, hint))
         }
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// Whether two outputs could have one name. Of two that do, either both are of tensors with one name, or one tensor's name
@@ -65,14 +59,55 @@ fn may_share_a_name(tensors: &[PlannedTensor]) -> bool {
         })
 }
 
+/// The first tensor with a name that another one has already, and the name.
+pub(super) fn first_duplicate(
+    tensors: &[PlannedTensor],
+    names: impl Fn(&PlannedTensor) -> Vec<String>,
+) -> Option<(&PlannedTensor, String)> {
+    let mut seen = HashSet::new();
+    tensors.iter().find_map(|tensor| {
+        let name = names(tensor).into_iter().find(|name| !seen.insert(name.clone()))?;
+        Some((tensor, name))
+    })
+}
+
+fn malformed(source: &Source, tensor: &PlannedTensor, why: String, hint: Option<Hint>) -> Error {
+    Error::Malformed { path: source.files[tensor.read.first_file()].location.path().to_owned(), why, hint }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
 
-    use super::super::{PlannedOutput, Role};
     use super::*;
+    use crate::checkpoint::{SourceFile, TensorInfo};
     use crate::dtype::Dtype;
-    use crate::read::Read;
+    use crate::models::Role;
+    use crate::plan::{Plan, PlannedOutput};
+    use crate::read::{Input, Read, Span};
+    use crate::recipe::Recipe;
+    use crate::store::{Identity, Location, Sha256Hash};
+
+    /// Decoding has no patterns: a way out that it can't take would be none.
+    #[test]
+    fn two_tensors_of_one_name_are_refused_with_a_way_out_that_the_operation_has() {
+        let location = Location::from("source");
+        let identity = Identity { len: 16, version: String::new(), sha256: None };
+        let info = TensorInfo { name: "a".to_owned(), dtype: Dtype::U8, shape: vec![4], offset: 8, len: 4 };
+        let input = || Input::as_stored(&info, Span { file: 0, tensor: 0, offset: 8, len: 4 });
+        let name = "model.safetensors".to_owned();
+        let header_sha256 = Sha256Hash([0; 32]);
+        let file =
+            SourceFile { name, location: location.clone(), identity, header_sha256, tensors: vec![info.clone()] };
+        let source = Source { location, files: vec![file], config: None, side_files: Vec::new() };
+        let error = Plan::decoded(&source, Recipe::default(), vec![input(), input()], None).unwrap_err();
+        assert!(error.to_string().contains("two tensors would be written as \"a\""), "{error}");
+        assert_eq!(error.hints(), []);
+        let plan = Plan::decoded(&source, Recipe::default(), vec![input()], None).unwrap();
+        let twice = [plan.tensors[0].clone(), plan.tensors[0].clone()];
+        let error = check_differ(&source, &twice, Some(Hint::Exclude)).unwrap_err();
+        assert_eq!(error.hints(), [Hint::Exclude]);
+    }
 
     fn tensor(name: &str, suffixes: &[&'static str]) -> PlannedTensor {
         let (dtype, shape) = (Dtype::U8, vec![0]);
