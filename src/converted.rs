@@ -5,7 +5,7 @@
 use std::collections::HashSet;
 
 use crate::checkpoint::{MANIFEST_NAME, Source, TensorInfo};
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, Hint, IoContext, Result};
 use crate::format::{Codec, FormatSpec};
 use crate::layout::bitsandbytes::MAX_QUANT_STATE;
 use crate::layout::{OutputKind, OutputTensor, Stored, StoredFormat, StoredWeight};
@@ -110,8 +110,9 @@ impl<'a> Converted<'a> {
     }
 
     fn malformed(&self, why: String) -> Error {
-        let why = format!("{why}: the files aren't what the manifest says; `prequant verify` tells more");
-        Error::malformed(self.source.location.join(MANIFEST_NAME).path(), why)
+        let why = format!("{why}: the files aren't what the manifest says");
+        let path = self.source.location.join(MANIFEST_NAME).path().to_owned();
+        Error::Malformed { path, why, hint: Some(Hint::Verify) }
     }
 }
 

@@ -106,12 +106,13 @@ fn open_folder(folder: &Location) -> Result<Source> {
         check_is_inside(folder, &index_path)?;
         let index = Index::read(&index_path)?;
         let missing = |name: &str| format!("names {name:?}, which isn't beside it: download that file too");
-        for name in index.files() {
+        let names: Vec<String> = index.files().into_iter().map(str::to_owned).collect();
+        for name in &names {
             if !is_there(&folder.join(name))? {
                 return Err(Error::malformed(index_path.path(), missing(name)));
             }
         }
-        let files = open_all(folder, &index.files().into_iter().map(str::to_owned).collect::<Vec<_>>())?;
+        let files = open_all(folder, &names)?;
         index.check(index_path.path(), files.iter().map(|file| (file.name.as_str(), file.tensors.as_slice())))?;
         files
     } else {

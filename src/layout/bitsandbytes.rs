@@ -20,6 +20,16 @@ pub(crate) const ABSMAX: &str = ".absmax";
 /// What stands between a weight's name and its format's in the name of its quant_state.
 pub(crate) const QUANT_STATE: &str = ".quant_state.bitsandbytes__";
 
+/// config.json's key for the experts' implementation, and what it names when they are 4-bit. transformers knows no such one, and
+/// stops; prequant's loader takes it for the default. Other clients don't read the key.
+pub(crate) const EXPERTS_KEY: &str = "experts_implementation";
+pub(crate) const EXPERTS_GUARD: &str = "prequant_loader";
+
+/// The key of the modules left unquantized.
+pub(crate) const KEPT_MODULES: &str = "llm_int8_skip_modules";
+/// The key of the dtype that matrix products run in.
+pub(crate) const COMPUTE_DTYPE: &str = "bnb_4bit_compute_dtype";
+
 /// The longest quant_state that is read: real ones have a hundred or two hundred bytes.
 pub(crate) const MAX_QUANT_STATE: u64 = 1 << 16;
 
@@ -190,9 +200,9 @@ pub(crate) fn quantization_config(codec: &Codec, compute_dtype: FloatDtype, skip
         "load_in_8bit": false,
         "bnb_4bit_quant_type": codec.format.library_name,
         "bnb_4bit_use_double_quant": codec.double_quant(),
-        "bnb_4bit_compute_dtype": compute_dtype.torch_name(),
+        (COMPUTE_DTYPE): compute_dtype.torch_name(),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": skip_modules,
+        (KEPT_MODULES): skip_modules,
     })
 }
 

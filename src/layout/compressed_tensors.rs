@@ -14,6 +14,9 @@ use crate::layout::{OutputDtype, OutputKind, OutputTensor, Stored, StoredWeight}
 /// The end of the codes' name, after the weight's.
 pub(crate) const CODES: &str = "_packed";
 
+/// The key of the modules left unquantized.
+pub(crate) const KEPT_MODULES: &str = "ignore";
+
 /// Rows whose zero points share an i32.
 pub(crate) const ZERO_POINT_ROWS: u64 = 8;
 
@@ -166,7 +169,7 @@ pub(crate) fn quantization_config(codec: &Codec, ignore: &[String]) -> Value {
         "config_groups": {codec.format.library_name: group},
         "format": format,
         "global_compression_ratio": null,
-        "ignore": ignore,
+        (KEPT_MODULES): ignore,
         "kv_cache_scheme": null,
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",

@@ -14,6 +14,7 @@ use std::borrow::Cow;
 
 use serde_json::Value;
 
+use crate::checkpoint::QUANT_CONFIG_NAME;
 use crate::dtype::FloatDtype;
 use crate::error::Result;
 use crate::format::{Codec, Layout};
@@ -52,16 +53,22 @@ impl Codec {
     /// The key of [`Codec::quantization_config`] that lists what is kept.
     pub fn kept_modules_key(&self) -> &'static str {
         match self.layout() {
-            None => "llm_int8_skip_modules",
-            Some(Layout::GptOss) => "modules_to_not_convert",
-            Some(Layout::CompressedTensors | Layout::Modelopt) => "ignore",
+            None => bitsandbytes::KEPT_MODULES,
+            Some(Layout::CompressedTensors) => compressed_tensors::KEPT_MODULES,
+            Some(Layout::Modelopt) => modelopt::KEPT_MODULES,
+            Some(Layout::GptOss) => gpt_oss::KEPT_MODULES,
         }
+    }
+
+    /// The keys of [`Codec::quantization_config`] that the codec alone doesn't decide.
+    pub fn other_keys(&self) -> [&'static str; 3] {
+        [self.kept_modules_key(), bitsandbytes::COMPUTE_DTYPE, modelopt::PRODUCER]
     }
 
     /// A file that the layout has beside config.json: name and content.
     pub fn side_file(&self, kept: &[String]) -> Option<(String, String)> {
         let modelopt = self.layout() == Some(Layout::Modelopt);
-        modelopt.then(|| (modelopt::CONFIG_NAME.to_owned(), modelopt::config_text(self, kept)))
+        modelopt.then(|| (QUANT_CONFIG_NAME.to_owned(), modelopt::config_text(self, kept)))
     }
 
     /// The end of the name of a weight's tensor of this kind, if it has one.

@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, Source, SourceFile, TensorInfo};
 use crate::error::{IoContext, Result};
+use crate::layout::modelopt::PRODUCER;
 use crate::manifest::{Manifest, OutputRecord, TensorRecord};
 use crate::ops::model_card;
 use crate::ops::quantize::Conversion;
@@ -65,7 +66,7 @@ fn compare_config(conversion: &Conversion, checkpoint: &Checkpoint, report: &mut
         let part = |value: &mut Value| if is_config { value["quantization_config"].take() } else { value.take() };
         let [mut of_found, mut of_expected] = [part(&mut found), part(&mut expected)];
         [&mut of_found, &mut of_expected].into_iter().filter_map(Value::as_object_mut).for_each(|object| {
-            object.shift_remove("producer"); // names the version
+            object.shift_remove(PRODUCER); // names the version
         });
         if of_found != of_expected {
             report.differ(name, None, "it tells clients otherwise than what converting the source gives");

@@ -170,10 +170,6 @@ fn open(folder: &Location, report: &mut Report) -> Result<Option<Checkpoint>> {
     }
 }
 
-/// What the recipe alone doesn't tell of `quantization_config`.
-const FREE_KEYS: [&str; 5] =
-    ["bnb_4bit_compute_dtype", "llm_int8_skip_modules", "ignore", "modules_to_not_convert", "producer"];
-
 /// config.json must tell clients what the recipe says. That it is the file that was written is checked by its hash.
 fn check_config(checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
     const NAME: &str = CONFIG_NAME;
@@ -188,11 +184,11 @@ fn check_config(checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
         report.differ(NAME, None, "has no quantization_config");
         return Ok(());
     };
-    let expected = checkpoint.manifest.recipe.codec().quantization_config(FloatDtype::Bfloat16, &[]);
+    let codec = checkpoint.manifest.recipe.codec();
+    let expected = codec.quantization_config(FloatDtype::Bfloat16, &[]);
     for (key, expected) in expected.as_object().into_iter().flatten() {
         let found = found.get(key).unwrap_or(&serde_json::Value::Null);
-        let free = FREE_KEYS.contains(&key.as_str());
-        if !free && found != expected {
+        if !codec.other_keys().contains(&key.as_str()) && found != expected {
             report.differ(NAME, None, format!("quantization_config's {key} is {found}, expected {expected}"));
         }
     }
