@@ -2,7 +2,7 @@
 //!
 //! `floor read` reads all files of the source; `kernel` quantizes as many weights, over and over the same ones, which stay in
 //! cache; `write` writes files of the output's sizes; `hash` computes SHA-256 of as many bytes, and `hash-twice` two of them in
-//! one pass. `convert` is the whole, with a kernel that can be chosen; `kernels` lists those.
+//! one pass. `convert` is the whole, with a kernel that can be chosen.
 
 use std::error::Error;
 use std::fs::File;
@@ -35,10 +35,11 @@ const RANGE: u64 = 16 << 20;
 #[derive(Parser)]
 struct Arguments {
     /// What to do
-    #[arg(value_enum, required_unless_present = "bench")]
+    #[arg(value_enum, required_unless_present_any = ["bench", "list_kernels"])]
     part: Option<Part>,
 
-    /// The checkpoint, for all but `kernels`
+    /// The checkpoint
+    #[arg(required_unless_present_any = ["bench", "list_kernels"])]
     source: Option<PathBuf>,
 
     /// A folder to be made, for `write` and `convert`
@@ -53,6 +54,10 @@ struct Arguments {
     /// Its name, in small letters
     #[arg(long)]
     kernel: Option<String>,
+
+    /// Print the kernels that this processor runs, slowest first
+    #[arg(long)]
+    list_kernels: bool,
 
     /// All cores by default
     #[arg(long)]
@@ -71,7 +76,6 @@ enum Part {
     Hash,
     HashTwice,
     Convert,
-    Kernels,
 }
 
 fn main() -> ExitCode {
@@ -90,12 +94,10 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<(), Failure> {
-    let part = arguments.part.ok_or("a part is needed")?;
-    if let Part::Kernels = part {
+    let (Some(part), Some(source)) = (arguments.part, &arguments.source) else {
         Kernel::available().iter().for_each(|kernel| println!("{}", kernel.name().to_lowercase()));
         return Ok(());
-    }
-    let source = arguments.source.as_ref().ok_or("a source is needed")?;
+    };
     let threads = arguments.threads.map_or_else(|| thread::available_parallelism().map(usize::from), Ok)?;
     let kernel = kernel(arguments.kernel.as_deref())?;
     let device = Arc::new(Cpu::new(kernel));
@@ -107,7 +109,7 @@ fn run(arguments: &Arguments) -> Result<(), Failure> {
         Part::Read => read(&Source::open(source.as_path())?, threads),
         Part::Kernel => quantize(&conversion.plan, &Source::open(source.as_path())?, kernel, threads),
         Part::Write => write(&conversion.plan, &destination()?.into(), threads),
-        Part::Hash | Part::HashTwice | Part::Kernels => {
+        Part::Hash | Part::HashTwice => {
             hash(&conversion.plan, part, threads);
             Ok(())
         }
