@@ -426,12 +426,12 @@ def memory(bench: Bench) -> Iterator[Row]:
 def replayed(bench: Bench) -> Iterator[Row]:
     """A run's trace on more cores."""
     try:
-        traced = replay.read_trace(bench.trace(*bench.in_files(8)))
+        traced = replay.read_trace(json.loads(bench.trace(*bench.in_files(8)).read_text()), undisturbed=True)
     except replay.NothingTraced as why:
         raise Unavailable(str(why)) from None
     yield Row(f"nf4, 8 output files, as traced with {traced.threads} threads", traced.seconds, bench.size / traced.seconds)
     for number, count, result in replay.forecast(traced.files, [2, 4, 8, 16], None):
-        yield Row(f"replayed on {number} cores, files in flight: {count}", result.seconds, result.rate, result.seconds / traced.seconds, "the traced run's time")
+        yield Row(f"replayed at its median rates on {number} cores, files in flight: {count}", result.seconds, result.rate, result.seconds / traced.seconds, "the traced run's time")
 
 
 MODES: dict[str, Callable[[Bench], Iterator[Row]]] = {
