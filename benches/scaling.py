@@ -41,7 +41,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import replay
-from conversions import BENCH, ROOT, Contender, cores, formats, machine, make_apart, parse_size, python, settle, write
+from conversions import BENCH, ROOT, Contender, cores, formats, machine, make_apart, parse_size, python, settle
 
 sys.path.insert(0, str(ROOT / "tests"))
 import scale as sparse
@@ -153,24 +153,39 @@ def main() -> None:
         make_apart(source, arguments.size, max(32, arguments.size // MATRIX))
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     bench = Bench(arguments, source, folder / "output", size)
-    rows = []
-    for mode in arguments.modes:
-        try:
-            rows += MODES[mode](bench)
-        except Unavailable as why:
-            rows.append(Row(f"{mode}: not measured, {why}"))
+    heads = "wall s | GB/s of bf16 | ratio | of | bar | processor s | of it system s | peak RSS MiB"
+    lines = [
+        f"{size / 1e9:.2f} GB of bf16 experts in page cache, medians of {arguments.runs} runs",
+        machine(),
+        "",
+        f"| | {heads} |",
+        "| --- | ---: | ---: | ---: | --- | --- | ---: | ---: | ---: |",
+    ]
+    print("\n".join(lines), flush=True)
+    missed = []
+    for row in rows_of(bench):
+        print(row, flush=True)
+        lines.append(str(row))
+        missed += [row.name] if row.is_missed() else []
+        if arguments.out:
+            arguments.out.write_text("\n".join(lines) + "\n")
     shutil.rmtree(bench.output, ignore_errors=True)
     bench.output.with_name("trace.json").unlink(missing_ok=True)
-    heads = "wall s | GB/s of bf16 | ratio | of | bar | processor s | of it system s | peak RSS MiB"
-    head = f"{size / 1e9:.2f} GB of bf16 experts in page cache, medians of {arguments.runs} runs\n{machine()}"
-    write("\n".join([head, "", f"| | {heads} |", "| --- | ---: | ---: | ---: | --- | --- | ---: | ---: | ---: |", *map(str, rows)]), arguments.out)
-    missed = [row.name for row in rows if row.is_missed()]
     if missed and arguments.check:
         sys.exit("missed: " + "; ".join(missed))
 
 
 class Unavailable(Exception):
     """A mode needs what isn't here."""
+
+
+def rows_of(bench: Bench) -> Iterator[Row]:
+    """Mode by mode, as they are measured."""
+    for mode in bench.arguments.modes:
+        try:
+            yield from MODES[mode](bench)
+        except Unavailable as why:
+            yield Row(f"{mode}: not measured, {why}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -180,6 +195,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=parse_size, default="1GB", help="bytes of bf16 weights, such as 1GB or 256MiB")
     parser.add_argument("--runs", type=int, default=5, help="runs of everything but the pairs of copy")
     parser.add_argument("--pairs", type=int, default=9, help="pairs of runs with cp")
+    parser.add_argument("--formats", default=",".join(map(" ".join, formats())), help="those of copy and floor, with commas between them: %(default)s")
     parser.add_argument("--cores", type=int, help="use so many cores, of those there are")
     parser.add_argument("--tensors", type=int, default=150_000, help="tensors of the checkpoint whose conversion's memory is measured")
     parser.add_argument("--folder", type=Path, default=BENCH, help="where source and outputs lie")
@@ -195,6 +211,7 @@ def parse_arguments() -> argparse.Namespace:
     if unknown:
         parser.error(f"no mode {', '.join(unknown)}: there are {', '.join(MODES)}")
     arguments.modes = [mode for mode in arguments.modes or MODES if not (mode == "bnb" and arguments.no_bnb)]
+    arguments.formats = [words.split() for words in arguments.formats.split(",")]
     if arguments.build or (not (arguments.prequant and arguments.floor) and shutil.which("cargo")):
         build()
     if arguments.build:
@@ -228,9 +245,8 @@ def copy(bench: Bench) -> Iterator[Row]:
     copying = Contender("cp -r --reflink=never", ["cp", "-r", "--reflink=never", str(bench.source), "DST"])
     bench.in_turn([copying], WARMING)
     copying.seconds.clear()
-    rows = []
     for kernel in kernels:
-        for words in formats():
+        for words in bench.arguments.formats:
             ours = Contender(f"{' '.join(words)}, {kernel}", bench.floor("convert", "--kernel", kernel, "--format", *words))
             bench.in_turn([ours], WARMING)
             warmed = len(ours.seconds)
@@ -240,14 +256,13 @@ def copy(bench: Bench) -> Iterator[Row]:
                 taken = {each.name: bench.run(each) for each in pair}
                 ratios.append(taken[ours.name] / taken[copying.name])
             del ours.seconds[:warmed], ours.processor[:warmed], ours.system[:warmed]
-            rows.append(bench.row(ours, statistics.median(ratios), f"cp's, median of {bench.arguments.pairs} pairs"))
+            yield bench.row(ours, statistics.median(ratios), f"cp's, median of {bench.arguments.pairs} pairs")
     yield bench.row(copying)
-    yield from rows
 
 
 def floor(bench: Bench) -> Iterator[Row]:
     """A conversion's processor time against that of its parts."""
-    for words in formats():
+    for words in bench.arguments.formats:
         options, name = ["--format", *words], " ".join(words)
         parts = {part: Contender(f"{name}: {part} alone", bench.floor(part, *options)) for part in [*PARTS, "hash-twice"]}
         whole = Contender(f"{name}: processor time", bench.convert(*options))
