@@ -103,8 +103,13 @@ pub(super) fn tree(blocks: &[__m256; LANES], fold: impl Fn(__m256, __m256) -> __
 /// [`tree`] of integers.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn integer_tree(blocks: &[__m256i; LANES], fold: impl Fn(__m256i, __m256i) -> __m256i) -> __m256i {
-    let fold = |a, b| _mm256_castsi256_ps(fold(_mm256_castps_si256(a), _mm256_castps_si256(b)));
-    _mm256_castps_si256(tree(&blocks.map(|block| _mm256_castsi256_ps(block)), fold))
+    let (float, integer) = (|x| _mm256_castsi256_ps(x), |x| _mm256_castps_si256(x));
+    let to_4 = |a, b| fold(_mm256_permute2x128_si256::<0x20>(a, b), _mm256_permute2x128_si256::<0x31>(a, b));
+    let to_2 = |a, b| fold(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+    let shuffled = |a, b| (_mm256_shuffle_ps::<0x88>(a, b), _mm256_shuffle_ps::<0xdd>(a, b));
+    let pair = |i: usize| to_4(blocks[i], blocks[4 + i]);
+    let (even, odd) = shuffled(float(to_2(pair(0), pair(1))), float(to_2(pair(2), pair(3))));
+    fold(integer(even), integer(odd))
 }
 
 /// The low bytes of the lanes.

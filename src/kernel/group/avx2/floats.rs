@@ -9,33 +9,46 @@ use crate::dtype::FloatDtype;
 use crate::kernel::avx2::*;
 use crate::kernel::element::Element;
 
-/// Quantizes [`LANES`] groups of `2 * PAIRS` elements.
+/// Groups in a batch: two vectors of scales, so that the divisions behind one are not waited for alone.
+pub(super) const BATCH: usize = 2 * LANES;
+
+/// Quantizes [`BATCH`] groups of `2 * PAIRS` elements.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 pub(super) fn quantize<E: Element, const PAIRS: usize, const POWERS_OF_TWO: bool>(
     batch: &mut Groups<'_>,
     choose: impl Fn(__m256) -> Scales,
 ) -> Result<Outcome, NonFinite> {
-    let pairs = transposed::<E, PAIRS>(batch.source);
-    let max = |a, b| max_unsigned::<E>(a, b);
-    let mut largest = _mm256_setzero_si256();
-    for pair in pairs {
-        for elements in &pair[..E::SIZE / 2] {
-            largest = max(largest, magnitudes::<E>(*elements));
-        }
-    }
-    let absmax = of_pairs::<E>(largest, max);
-    if !is_finite(absmax) {
+    let (source, rest) = batch.source.split_at(batch.source.len() / 2);
+    let pairs = [transposed::<E, PAIRS>(source), transposed::<E, PAIRS>(rest)];
+    let absmax = [absmax::<E, PAIRS>(&pairs[0]), absmax::<E, PAIRS>(&pairs[1])];
+    if !is_finite(_mm256_max_ps(absmax[0], absmax[1])) {
         return Err(NonFinite);
     }
-    let scales = choose(absmax);
+    let scales = [choose(absmax[0]), choose(absmax[1])];
     // Dividing by zero is left to scalar.rs, which tells what is NaN then.
-    let is_zero = _mm256_cmp_ps::<_CMP_EQ_OQ>(scales.scale, _mm256_setzero_ps());
-    if _mm256_movemask_ps(is_zero) != 0 {
+    let least = _mm256_min_ps(scales[0].scale, scales[1].scale);
+    if _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_EQ_OQ>(least, _mm256_setzero_ps())) != 0 {
         return Ok(Outcome::Unusual);
     }
-    codes::<E, PAIRS, POWERS_OF_TWO>(&pairs, &scales, batch);
+    codes::<E, PAIRS, POWERS_OF_TWO>(&pairs[0], &scales[0], &mut batch.part(0..LANES));
+    codes::<E, PAIRS, POWERS_OF_TWO>(&pairs[1], &scales[1], &mut batch.part(LANES..BATCH));
     Ok(Outcome::Quantized)
+}
+
+/// The largest magnitude of each group.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn absmax<E: Element, const PAIRS: usize>(pairs: &[Pairs; PAIRS]) -> __m256 {
+    let max = |a, b| max_unsigned::<E>(a, b);
+    let mut largest = _mm256_setzero_si256();
+    for [first, second] in pairs {
+        largest = max(largest, magnitudes::<E>(*first));
+        if E::SIZE == 4 {
+            largest = max(largest, magnitudes::<E>(*second));
+        }
+    }
+    of_pairs::<E>(largest, max)
 }
 
 /// Writes everything of groups that have their scales.
@@ -46,81 +59,116 @@ fn codes<E: Element, const PAIRS: usize, const POWERS_OF_TWO: bool>(
     scales: &Scales,
     batch: &mut Groups<'_>,
 ) {
-    let e2m1 = E2m1::new::<E>(POWERS_OF_TWO);
-    // Multiplying by a power of two rounds as dividing by its reciprocal does.
-    let divisor = if POWERS_OF_TWO { reciprocals(scales) } else { scales.scale };
-    let divide = |x| if POWERS_OF_TWO { _mm256_mul_ps(x, divisor) } else { _mm256_div_ps(x, divisor) };
-    let zero = _mm256_setzero_ps();
-    let (mut signal, mut noise, mut worst) = ([zero; PAIRS], [zero; PAIRS], zero);
-    let mut bytes = [_mm256_setzero_si256(); PAIRS];
-    for k in 0..PAIRS {
-        let [even, odd] = halves::<E>(pairs[k]);
-        let (even, odd) = (e2m1.quantize(divide(even)), e2m1.quantize(divide(odd)));
-        // Each lane of scalar.rs's sums has one element, whose square is rounded before it is added.
-        let add_squares = |a, b| _mm256_add_ps(_mm256_mul_ps(a, a), _mm256_mul_ps(b, b));
-        signal[k] = add_squares(even.ratio, odd.ratio);
-        noise[k] = add_squares(even.error, odd.error);
-        worst = larger(larger(worst, even.error), odd.error);
-        bytes[k] = _mm256_add_epi32(even.code, _mm256_slli_epi32::<4>(odd.code));
-    }
-    store_codes::<PAIRS>(bytes, batch.packed);
+    let e2m1 = E2m1::<POWERS_OF_TWO>::new::<E>(scales);
+    let (fours, _) = pairs.as_chunks();
+    // scalar.rs's tree folds the upper half onto the lower.
+    let (first, second) = (e2m1.quantize::<E>(&fours[0]), e2m1.quantize::<E>(&fours[1]));
+    let sums = if PAIRS == 8 {
+        store_codes_of_16([first.codes, second.codes], batch.packed);
+        first.plus(&second)
+    } else {
+        let (third, fourth) = (e2m1.quantize::<E>(&fours[2]), e2m1.quantize::<E>(&fours[3]));
+        store_codes_of_32([first.codes, second.codes, third.codes, fourth.codes], batch.packed);
+        first.plus(&third).plus(&second.plus(&fourth))
+    };
     batch.scales.copy_from_slice(&low_bytes(scales.stored));
     let figures = &mut batch.figures;
     figures.absmax.copy_from_slice(&to_array(scales.scale));
-    figures.signal.copy_from_slice(&to_array(fold(signal)));
-    figures.noise.copy_from_slice(&to_array(fold(noise)));
-    figures.worst.copy_from_slice(&to_array(worst));
+    figures.signal.copy_from_slice(&to_array(sum(sums.signal)));
+    figures.noise.copy_from_slice(&to_array(sum(sums.noise)));
+    figures.worst.copy_from_slice(&to_array(sums.worst));
 }
 
-/// scalar.rs's tree after its first step: the upper half onto the lower until one is left.
-#[target_feature(enable = "avx2,fma,f16c")]
-fn fold<const PAIRS: usize>(mut pairs: [__m256; PAIRS]) -> __m256 {
-    let mut half = PAIRS / 2;
-    while half > 0 {
-        for i in 0..half {
-            pairs[i] = _mm256_add_ps(pairs[i], pairs[i + half]);
+/// What is made of four pairs of each group.
+struct Four {
+    signal: [__m256; 4],
+    noise: [__m256; 4],
+    worst: __m256,
+    /// Two codes per byte.
+    codes: __m256i,
+}
+
+impl Four {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    fn plus(&self, other: &Four) -> Four {
+        Four {
+            signal: add(self.signal, other.signal),
+            noise: add(self.noise, other.noise),
+            worst: _mm256_max_ps(self.worst, other.worst),
+            codes: self.codes,
         }
-        half /= 2;
     }
-    pairs[0]
 }
 
-/// What rounds to E2M1.
-struct E2m1 {
-    /// What is below is negative.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn add(a: [__m256; 4], b: [__m256; 4]) -> [__m256; 4] {
+    [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1]), _mm256_add_ps(a[2], b[2]), _mm256_add_ps(a[3], b[3])]
+}
+
+/// The last steps of scalar.rs's tree.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn sum([a, b, c, d]: [__m256; 4]) -> __m256 {
+    _mm256_add_ps(_mm256_add_ps(a, c), _mm256_add_ps(b, d))
+}
+
+/// What eight groups' elements are rounded to E2M1 by.
+struct E2m1<const POWERS_OF_TWO: bool> {
+    /// What elements are divided by; or, where that is a power of two, multiplied, which rounds as dividing does.
+    divisor: __m256,
+    /// Ratios below are negative.
     below: __m256,
 }
 
-/// Elements over their scale.
-struct Quantized {
-    ratio: __m256,
-    /// The ratio less what its code stands for; of negative ratios, the other way round.
-    error: __m256,
-    /// In the low byte, modulo 256; above it are other things.
-    code: __m256i,
-}
-
-impl E2m1 {
+impl<const POWERS_OF_TWO: bool> E2m1<POWERS_OF_TWO> {
     /// Steps that are added for the power of 1, so that the low byte has the code: 2 * (127 + 22) and this are 512. An even
     /// number leaves ties as they are.
     const ORIGIN: i32 = 214;
 
     #[target_feature(enable = "avx2,fma,f16c")]
     #[inline]
-    fn new<E: Element>(of_mxfp4: bool) -> E2m1 {
+    fn new<E: Element>(scales: &Scales) -> E2m1<POWERS_OF_TWO> {
         // MXFP4's elements are rounded to their dtype before they are coded. Only what rounds to zero is changed by that: up
         // to half the least number.
         let below = match E::DTYPE {
-            FloatDtype::Bfloat16 if of_mxfp4 => f32::from_bits(0x8000_8000),
-            FloatDtype::Float16 if of_mxfp4 => f32::from_bits(0xb300_0000),
+            FloatDtype::Bfloat16 if POWERS_OF_TWO => f32::from_bits(0x8000_8000),
+            FloatDtype::Float16 if POWERS_OF_TWO => f32::from_bits(0xb300_0000),
             _ => 0.0,
         };
-        E2m1 { below: _mm256_set1_ps(below) }
+        let divisor = if POWERS_OF_TWO { reciprocals(scales) } else { scales.scale };
+        E2m1 { divisor, below: _mm256_set1_ps(below) }
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
     #[inline]
-    fn quantize(&self, ratio: __m256) -> Quantized {
+    fn quantize<E: Element>(&self, pairs: &[Pairs; 4]) -> Four {
+        let zero = _mm256_setzero_ps();
+        let (mut signal, mut noise, mut worst) = ([zero; 4], [zero; 4], zero);
+        let mut bytes = [_mm256_setzero_si256(); 4];
+        for i in 0..4 {
+            let [even, odd] = halves::<E>(pairs[i]);
+            let ratios = [self.ratio(even), self.ratio(odd)];
+            let ((even, even_error), (odd, odd_error)) = (self.code(ratios[0]), self.code(ratios[1]));
+            signal[i] = sum_of_squares(ratios);
+            noise[i] = sum_of_squares([even_error, odd_error]);
+            worst = larger(larger(worst, even_error), odd_error);
+            bytes[i] = _mm256_add_epi32(even, _mm256_slli_epi32::<4>(odd));
+        }
+        Four { signal, noise, worst, codes: word_of_bytes(bytes) }
+    }
+
+    /// Elements over their scale.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    fn ratio(&self, x: __m256) -> __m256 {
+        if POWERS_OF_TWO { _mm256_mul_ps(x, self.divisor) } else { _mm256_div_ps(x, self.divisor) }
+    }
+
+    /// The codes of ratios, in the low bytes modulo 256; and the ratios' errors, of either sign.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    fn code(&self, ratio: __m256) -> (__m256i, __m256) {
         let magnitude = magnitude(ratio);
         let clamped = _mm256_min_ps(magnitude, _mm256_set1_ps(6.0));
         // The power of two below the number, or 1. An ulp of 2^22 times that is the step between values here.
@@ -134,16 +182,21 @@ impl E2m1 {
         let code = _mm256_add_epi32(sum, _mm256_srli_epi32::<22>(sum));
         let is_negative = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_LT_OQ>(ratio, self.below));
         let sign = _mm256_and_si256(is_negative, _mm256_set1_epi32(8));
-        Quantized { ratio, error, code: _mm256_add_epi32(code, sign) }
+        (_mm256_add_epi32(code, sign), error)
     }
+}
+
+/// The first step of scalar.rs's tree. Each of its lanes has one element, whose square is rounded before it is added.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn sum_of_squares([even, odd]: [__m256; 2]) -> __m256 {
+    _mm256_add_ps(_mm256_mul_ps(even, even), _mm256_mul_ps(odd, odd))
 }
 
 /// Vector `k` has the elements `2k` and `2k + 1` of group `i` in lane `i`.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 fn transposed<E: Element, const PAIRS: usize>(source: &[u8]) -> [Pairs; PAIRS] {
-    let zero = _mm256_setzero_si256();
-    let mut pairs = [[zero; 2]; PAIRS];
+    let mut pairs = [[_mm256_setzero_si256(); 2]; PAIRS];
     // Sixteen bytes of each group at a time.
     let (sixteens, _) = source.as_chunks::<16>();
     let per_group = PAIRS * E::SIZE / 8;
@@ -176,31 +229,27 @@ fn transposed_lanes([a, b, c, d]: [__m256i; 4]) -> [__m256i; 4] {
     ]
 }
 
-/// Writes codes, of which each lane's low byte has a pair of one group.
+/// Writes the codes of groups of 16: eight bytes each.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn store_codes<const PAIRS: usize>(bytes: [__m256i; PAIRS], packed: &mut [u8]) {
-    let mut words = [_mm256_setzero_si256(); 4];
-    for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
-        *word = word_of_bytes(*bytes);
-    }
+fn store_codes_of_16([first, second]: [__m256i; 2], packed: &mut [u8]) {
     let (packed, _) = packed.as_chunks_mut();
-    let both = |x| [_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x)];
-    if PAIRS == 16 {
-        for (i, group) in transposed_lanes(words).into_iter().enumerate() {
-            let [low, high] = both(group);
-            store_16(low, &mut packed[i]);
-            store_16(high, &mut packed[i + 4]);
-        }
-        return;
-    }
-    let [first, second, ..] = words;
     for (i, groups) in
         [_mm256_unpacklo_epi32(first, second), _mm256_unpackhi_epi32(first, second)].into_iter().enumerate()
     {
-        let [low, high] = both(groups);
-        store_16(low, &mut packed[i]);
-        store_16(high, &mut packed[i + 2]);
+        store_16(_mm256_castsi256_si128(groups), &mut packed[i]);
+        store_16(_mm256_extracti128_si256::<1>(groups), &mut packed[i + 2]);
+    }
+}
+
+/// Writes the codes of groups of 32: sixteen bytes each.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn store_codes_of_32(words: [__m256i; 4], packed: &mut [u8]) {
+    let (packed, _) = packed.as_chunks_mut();
+    for (i, groups) in transposed_lanes(words).into_iter().enumerate() {
+        store_16(_mm256_castsi256_si128(groups), &mut packed[i]);
+        store_16(_mm256_extracti128_si256::<1>(groups), &mut packed[i + 4]);
     }
 }
 

@@ -65,7 +65,8 @@ fn asymmetric_scales<E: Element>(source: &[u8]) -> Result<Scales, NonFinite> {
     let least = _mm256_min_ps(least, _mm256_setzero_ps());
     let scale = round::<E>(_mm256_div_ps(round::<E>(_mm256_sub_ps(greatest, least)), _mm256_set1_ps(15.0)));
     let ratio = _mm256_div_ps(least, scale);
-    let point = to_integer(round::<E>(_mm256_sub_ps(_mm256_set1_ps(-8.0), round::<E>(ratio)))).0;
+    let code = code(round::<E>(_mm256_sub_ps(_mm256_set1_ps(-8.0), round::<E>(ratio))));
+    let point = _mm256_sub_ps(_mm256_castsi256_ps(code), _mm256_set1_ps(CODE_8));
     let is_number = _mm256_cmp_ps::<_CMP_ORD_Q>(ratio, ratio);
     Ok(Scales { scale: or_epsilon::<E>(scale), zero_point: _mm256_and_ps(is_number, point) })
 }
@@ -128,6 +129,7 @@ struct Sums {
 #[inline]
 fn codes<E: Element, const ASYMMETRIC: bool>(source: &[u8], scale: f32, zero_point: f32, packed: &mut [u8]) -> Sums {
     let (scale, zero_point) = (_mm256_set1_ps(scale), _mm256_set1_ps(zero_point));
+    let origin = _mm256_add_ps(_mm256_set1_ps(CODE_8), zero_point);
     let zero = _mm256_setzero_ps();
     let mut sums = Sums { signal: [[zero; 2]; 2], noise: [[zero; 2]; 2], worst: zero };
     for (source, packed) in source.chunks_exact(scalar::LANES * E::SIZE).zip(packed.as_chunks_mut().0) {
@@ -138,10 +140,8 @@ fn codes<E: Element, const ASYMMETRIC: bool>(source: &[u8], scale: f32, zero_poi
                 let t = _mm256_div_ps(x, scale);
                 let rounded = round_small::<E>(t);
                 let shifted = if ASYMMETRIC { round_small::<E>(_mm256_add_ps(rounded, zero_point)) } else { rounded };
-                let value;
-                (value, codes[i]) = to_integer(shifted);
-                let value = if ASYMMETRIC { _mm256_sub_ps(value, zero_point) } else { value };
-                let error = _mm256_sub_ps(t, value);
+                codes[i] = code(shifted);
+                let error = _mm256_sub_ps(t, _mm256_sub_ps(_mm256_castsi256_ps(codes[i]), origin));
                 sums.signal[half][i] = _mm256_fmadd_ps(t, t, sums.signal[half][i]);
                 sums.noise[half][i] = _mm256_fmadd_ps(error, error, sums.noise[half][i]);
                 sums.worst = larger(sums.worst, error);
@@ -170,14 +170,14 @@ fn halve([low, high]: [[__m256; 2]; 2]) -> __m256 {
     _mm256_add_ps(_mm256_add_ps(low[0], low[1]), _mm256_add_ps(high[0], high[1]))
 }
 
-/// The nearest integer from -8 to 7, ties to even; and, in the low byte, 8 more.
+/// 1.5 * 2^23, whose ulp is 1, and the code of 0.
+const CODE_8: f32 = 12_582_920.0;
+
+/// The code of the nearest integer from -8 to 7, ties to even, in the low byte; as f32, the integer and [`CODE_8`].
 #[target_feature(enable = "avx2,fma,f16c")]
-fn to_integer(x: __m256) -> (__m256, __m256i) {
-    // 1.5 * 2^23, whose ulp is 1, and 8.
-    let units = _mm256_set1_ps(12_582_920.0);
+fn code(x: __m256) -> __m256i {
     let clamped = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-8.0)), _mm256_set1_ps(7.0));
-    let sum = _mm256_add_ps(clamped, units);
-    (_mm256_sub_ps(sum, units), _mm256_castps_si256(sum))
+    _mm256_castps_si256(_mm256_add_ps(clamped, _mm256_set1_ps(CODE_8)))
 }
 
 /// [`round`], in fewer instructions: of numbers that are less than 2^64, and where the dtype's subnormals needn't be told

@@ -36,23 +36,23 @@ fn by_coding<E: Element>(groups: Groups<'_>) -> Result<(), NonFinite> {
         (ElementCode::E2m1, ScaleCode::E4m3, 16) => match tensor_scale {
             Some(TensorScale::Divisor(divisor)) => {
                 let choose = |absmax| scales::nvfp4::<E>(absmax, divisor);
-                in_batches(groups, |batch| floats::quantize::<E, 8, false>(batch, choose))
+                in_batches::<{ floats::BATCH }>(groups, |batch| floats::quantize::<E, 8, false>(batch, choose))
             }
             Some(TensorScale::Factor(factor)) => {
                 let choose = |absmax| scales::nvfp4_modelopt(absmax, factor);
-                in_batches(groups, |batch| floats::quantize::<E, 8, false>(batch, choose))
+                in_batches::<{ floats::BATCH }>(groups, |batch| floats::quantize::<E, 8, false>(batch, choose))
             }
             None => other(groups),
         },
         (ElementCode::E2m1, ScaleCode::E8m0(_), 32) => {
             let choose = |absmax| scales::mxfp4(absmax);
-            in_batches(groups, |batch| floats::quantize::<E, 16, true>(batch, choose))
+            in_batches::<{ floats::BATCH }>(groups, |batch| floats::quantize::<E, 16, true>(batch, choose))
         }
         (ElementCode::Int { zero_point: false }, ScaleCode::SourceFloat, group) if group % scalar::LANES == 0 => {
-            in_batches(groups, |batch| integers::quantize::<E, false>(batch))
+            in_batches::<LANES>(groups, |batch| integers::quantize::<E, false>(batch))
         }
         (ElementCode::Int { zero_point: true }, ScaleCode::SourceFloat, group) if group % scalar::LANES == 0 => {
-            in_batches(groups, |batch| integers::quantize::<E, true>(batch))
+            in_batches::<LANES>(groups, |batch| integers::quantize::<E, true>(batch))
         }
         _ => other(groups),
     }
@@ -60,11 +60,11 @@ fn by_coding<E: Element>(groups: Groups<'_>) -> Result<(), NonFinite> {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn in_batches(
+fn in_batches<const BATCH: usize>(
     groups: Groups<'_>,
     quantize: impl Fn(&mut Groups<'_>) -> Result<Outcome, NonFinite>,
 ) -> Result<(), NonFinite> {
-    batches::in_batches::<LANES>(groups, quantize, |rest| other(rest))
+    batches::in_batches::<BATCH>(groups, quantize, |rest| other(rest))
 }
 
 /// What there is no code for here.

@@ -6,6 +6,7 @@ use super::{round, select};
 use crate::kernel::element::Element;
 
 /// The scales of the groups that the lanes hold.
+#[derive(Clone, Copy)]
 pub(super) struct Scales {
     /// As they are stored: a byte in each lane.
     pub stored: __m256i,
