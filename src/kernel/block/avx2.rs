@@ -73,12 +73,12 @@ fn quantize_block<E: Element, const SIZE: usize>(
         let (low, high) = source.split_at(source.len() / 2);
         let low = quantize_pairs::<E, 0>(low, reciprocal, lookup, &mut sums);
         let high = quantize_pairs::<E, 1>(high, reciprocal, lookup, &mut sums);
-        store_16(lookup.codes(negated_bytes(low, high)), packed);
+        store_16(lookup.codes(low, high), packed);
     }
     sums
 }
 
-/// Minus the ranks of eight pairs of elements, a pair in each lane: 16 times the even one's, plus the odd one's.
+/// Minus the ranks of eight pairs of elements, in 16 bits each: of four even ones, the four odd ones, and so on.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn quantize_pairs<E: Element, const HALF: usize>(
     source: &[u8],
@@ -89,12 +89,14 @@ fn quantize_pairs<E: Element, const HALF: usize>(
     let [even, odd] = halves::<E>(load::<E>(source));
     let even = quantize_vector::<HALF, 0>(_mm256_mul_ps(even, reciprocal), lookup, sums);
     let odd = quantize_vector::<HALF, 1>(_mm256_mul_ps(odd, reciprocal), lookup, sums);
-    _mm256_add_epi32(_mm256_slli_epi32::<4>(even), odd)
+    let bits = _mm256_packs_epi32(even.bits, odd.bits);
+    let last = _mm256_packs_epi32(even.last, odd.last);
+    _mm256_add_epi16(_mm256_add_epi16(bits, bits), last)
 }
 
-/// Minus the ranks of eight scaled elements.
+/// Adds eight scaled elements to the sums.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn quantize_vector<const HALF: usize, const ODD: usize>(t: __m256, lookup: &Lookup, sums: &mut Sums) -> __m256i {
+fn quantize_vector<const HALF: usize, const ODD: usize>(t: __m256, lookup: &Lookup, sums: &mut Sums) -> MinusRank {
     let (minus_rank, value) = lookup.minus_rank_and_value(t);
     let (signal, noise) = (&mut sums.signal[HALF][ODD], &mut sums.noise[HALF][ODD]);
     let error = _mm256_sub_ps(t, value);
@@ -141,25 +143,29 @@ impl Lanes {
     }
 }
 
-/// A codebook as tables for a binary search in registers: four comparisons, each of which gives (as 0 or -1) the next
-/// bit of the rank.
+/// A codebook as tables for a search in registers: comparisons with the middle threshold and those in the middle of the
+/// halves give the rank's first two bits, two more comparisons the others.
 ///
-/// Bits are gathered into minus the rank, of which a table is indexed with the low three bits, so tables are laid out
-/// backwards.
+/// A comparison gives 0 or -1. Bits are gathered into minus the rank, of which tables are indexed with the low bits, so
+/// they are laid out backwards.
 struct Lookup {
-    /// The middle threshold, and those in the middle of the half below and the half above it.
-    middle: __m256,
-    middle_below: __m256,
-    middle_above: __m256,
+    /// The fourth, the eighth and the twelfth threshold.
+    quarters: [__m256; 3],
     /// By minus the rank's first two bits: the third threshold to compare with; twice, for each half of a vector.
     thirds: __m256,
-    /// By minus the rank's first three bits: the last threshold to compare with, and the values on its sides.
+    /// By minus the rank's first three bits: the last threshold to compare with, the value below it, and the bits in which
+    /// that above it differs.
     fourths: __m256,
-    values_below: __m256,
-    values_above: __m256,
-    /// By rank, in the low nibble and in the high one.
-    codes: __m128i,
-    high_codes: __m128i,
+    values: __m256,
+    differences: __m256,
+    /// By minus the rank, modulo 16; twice.
+    codes: __m256i,
+}
+
+/// Minus the ranks of eight elements: twice the first three bits, and the last.
+struct MinusRank {
+    bits: __m256i,
+    last: __m256i,
 }
 
 impl Lookup {
@@ -167,43 +173,41 @@ impl Lookup {
     fn new(codebook: &Codebook) -> Lookup {
         let thresholds = codebook.thresholds();
         let value = |rank: usize| codebook.values()[usize::from(codebook.code_of_rank[rank])];
-        let codes = load_16(&codebook.code_of_rank);
+        let codes: [u8; 16] = std::array::from_fn(|i| codebook.code_of_rank[i.wrapping_neg() % 16]);
         Lookup {
-            middle: _mm256_set1_ps(thresholds[7]),
-            middle_below: _mm256_set1_ps(thresholds[3]),
-            middle_above: _mm256_set1_ps(thresholds[11]),
+            quarters: [3, 7, 11].map(|rank| _mm256_set1_ps(thresholds[rank])),
             thirds: backwards(|bits| thresholds[4 * (bits % 4) + 1]),
             fourths: backwards(|bits| thresholds[2 * bits]),
-            values_below: backwards(|bits| value(2 * bits)),
-            values_above: backwards(|bits| value(2 * bits + 1)),
-            codes,
-            high_codes: _mm_slli_epi16::<4>(codes),
+            values: backwards(|bits| value(2 * bits)),
+            differences: backwards(|bits| f32::from_bits(value(2 * bits).to_bits() ^ value(2 * bits + 1).to_bits())),
+            codes: _mm256_broadcastsi128_si256(load_16(&codes)),
         }
     }
 
     /// Minus the ranks of scaled elements, and the values that they decode to.
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn minus_rank_and_value(&self, t: __m256) -> (__m256i, __m256) {
-        let above = |threshold| _mm256_cmp_ps::<_CMP_GT_OQ>(t, threshold);
-        let append = |bits, bit| _mm256_add_epi32(_mm256_add_epi32(bits, bits), _mm256_castps_si256(bit));
-
-        let first = above(self.middle);
-        let second = above(_mm256_blendv_ps(self.middle_below, self.middle_above, first));
-        let bits = append(_mm256_castps_si256(first), second);
+    fn minus_rank_and_value(&self, t: __m256) -> (MinusRank, __m256) {
+        let above = |threshold| _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(t, threshold));
+        let [first, second, third] = self.quarters;
+        let bits = _mm256_add_epi32(_mm256_add_epi32(above(first), above(third)), above(second));
         let third = above(_mm256_permutevar_ps(self.thirds, bits));
-        let bits = append(bits, third);
-        let fourth = above(_mm256_permutevar8x32_ps(self.fourths, bits));
-        let below_it = _mm256_permutevar8x32_ps(self.values_below, bits);
-        let above_it = _mm256_permutevar8x32_ps(self.values_above, bits);
-        (append(bits, fourth), _mm256_blendv_ps(below_it, above_it, fourth))
+        let bits = _mm256_add_epi32(_mm256_add_epi32(bits, bits), third);
+        let last = above(_mm256_permutevar8x32_ps(self.fourths, bits));
+        let value = _mm256_permutevar8x32_ps(self.values, bits);
+        let difference = _mm256_permutevar8x32_ps(self.differences, bits);
+        let value = _mm256_xor_ps(value, _mm256_and_ps(difference, _mm256_castsi256_ps(last)));
+        (MinusRank { bits, last }, value)
     }
 
-    /// The codes of ranks, two per byte.
+    /// The codes of ranks as [`quantize_pairs`] gives them, two per byte.
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn codes(&self, ranks: __m128i) -> __m128i {
-        let nibble = _mm_set1_epi8(0x0f);
-        let (high, low) = (_mm_and_si128(_mm_srli_epi16::<4>(ranks), nibble), _mm_and_si128(ranks, nibble));
-        _mm_or_si128(_mm_shuffle_epi8(self.high_codes, high), _mm_shuffle_epi8(self.codes, low))
+    fn codes(&self, low: __m256i, high: __m256i) -> __m128i {
+        let ranks = _mm256_and_si256(_mm256_packs_epi16(low, high), _mm256_set1_epi8(0x0f));
+        let codes = _mm256_shuffle_epi8(self.codes, ranks);
+        // Of eight codes, four of even elements and the four of odd ones, which come to lie beside each other.
+        let pairs = _mm256_or_si256(_mm256_slli_epi16::<4>(codes), _mm256_srli_epi64::<32>(codes));
+        let in_order = _mm256_setr_epi32(0, 4, 2, 6, 0, 4, 2, 6);
+        _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(pairs, in_order))
     }
 }
 
@@ -211,13 +215,4 @@ impl Lookup {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn backwards(entry: impl Fn(usize) -> f32) -> __m256 {
     from_array(&std::array::from_fn(|i| entry(i.wrapping_neg() % 8)))
-}
-
-/// Minus sixteen lanes between -255 and 0, as bytes.
-#[target_feature(enable = "avx2,fma,f16c")]
-fn negated_bytes(low: __m256i, high: __m256i) -> __m128i {
-    // Packing goes by 128-bit halves: first the lower halves of `low` and `high`, then the upper ones.
-    let words = _mm256_abs_epi16(_mm256_packs_epi32(low, high));
-    let bytes = _mm256_packus_epi16(words, words);
-    _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256::<1>(bytes))
 }

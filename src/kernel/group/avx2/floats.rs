@@ -22,7 +22,7 @@ pub(super) fn quantize<E: Element, const PAIRS: usize, const POWERS_OF_TWO: bool
     let (source, rest) = batch.source.split_at(batch.source.len() / 2);
     let pairs = [transposed::<E, PAIRS>(source), transposed::<E, PAIRS>(rest)];
     let absmax = [absmax::<E, PAIRS>(&pairs[0]), absmax::<E, PAIRS>(&pairs[1])];
-    if !is_finite(_mm256_max_ps(absmax[0], absmax[1])) {
+    if !(is_finite(absmax[0]) && is_finite(absmax[1])) {
         return Err(NonFinite);
     }
     let scales = [choose(absmax[0]), choose(absmax[1])];
