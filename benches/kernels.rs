@@ -11,6 +11,7 @@ use half::{bf16, f16};
 use prequant::internal::format::{Codebook, Coding, ElementCode, fp4, nf4};
 use prequant::internal::kernel::decode::Row;
 use prequant::internal::kernel::group::Groups;
+use prequant::internal::kernel::sha256::{Pairing, Sha256Stream};
 use prequant::internal::kernel::{BlockErrors, Blocks, Kernel};
 use prequant::{BlockSize, FloatDtype};
 
@@ -176,5 +177,22 @@ fn decode_rows(kernel: Kernel, coding: Coding, dtype: FloatDtype, codes: &[u8], 
     }
 }
 
-criterion_group!(benches, kernels, decoding);
+/// Rates are of all bytes hashed: those of a pair count twice.
+fn hashing(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("SHA-256");
+    group.warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1)).sample_size(20);
+    let bytes: Vec<u8> = (0..SOURCE_BYTES as u32).map(|i| (i.wrapping_mul(2654435761) >> 24) as u8).collect();
+    let [mut file, mut tensor] = [Sha256Stream::new(), Sha256Stream::new()];
+    file.update(&[0; 24]); // a header ends inside of a block
+    group.throughput(Throughput::Bytes(SOURCE_BYTES as u64));
+    group.bench_function("one stream", |bencher| bencher.iter(|| file.update(black_box(&bytes))));
+    group.throughput(Throughput::Bytes(2 * SOURCE_BYTES as u64));
+    for pairing in Pairing::available() {
+        group.bench_function(format!("two streams, {pairing:?}"), |bencher| {
+            bencher.iter(|| pairing.update(&mut file, black_box(&bytes), &mut tensor, black_box(&bytes)));
+        });
+    }
+}
+
+criterion_group!(benches, kernels, decoding, hashing);
 criterion_main!(benches);

@@ -40,6 +40,9 @@ pub mod kernel {
             pub use crate::kernel::group::scalar::{absmax, global_scale, scale_2};
         }
     }
+    pub mod sha256 {
+        pub use crate::kernel::sha256::{Pairing, Sha256Stream, update_pair, update_two};
+    }
 }
 pub mod layout {
     pub use crate::layout::{ParsedQuantState, QuantState, quant_state_bytes};

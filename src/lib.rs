@@ -76,7 +76,7 @@ pub use models::Role;
 pub use ops::inspect::{Contents, StoredWeight, inspect};
 pub use ops::quantize::{Conversion, Options};
 pub use ops::verify::{Difference, Options as VerifyOptions, Report};
-pub use pipeline::{Budget, Progress};
+pub use pipeline::{Budget, Progress, Trace};
 pub use plan::{Decision, Plan, PlannedFile, PlannedTensor};
 pub use recipe::{ExpertLayout, NonFinitePolicy, Recipe, RecipeOptions, Weights};
 pub use stats::{AbsmaxError, Range, Statistics};

@@ -11,6 +11,7 @@ use serde_json::json;
 
 use super::output::{self, Outcome};
 use super::progress::{Reporter, Style};
+use super::trace::Tracing;
 use super::words::count;
 use super::{hints, interrupt};
 
@@ -49,6 +50,10 @@ pub struct Arguments {
     #[arg(long)]
     restart: bool,
 
+    /// Write a timeline of what each thread does to FILE, for ui.perfetto.dev
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+
     /// Print a single JSON object on standard output
     #[arg(long)]
     json: bool,
@@ -73,7 +78,9 @@ fn dequantize(arguments: &Arguments) -> Result<Outcome, Error> {
         restart: arguments.restart,
         ..default
     };
-    let conversion = plan_dequantize(&arguments.source, arguments.max_shard_size.0, options)?;
+    let mut conversion = plan_dequantize(&arguments.source, arguments.max_shard_size.0, options)?;
+    let tracing = Tracing::start(arguments.trace.as_deref(), &[&arguments.source, &arguments.destination])?;
+    conversion.options.trace = tracing.trace();
     let style = if arguments.quiet { Style::Silent } else { Style::of_stderr() };
     if !arguments.quiet {
         conversion.plan.warnings.iter().for_each(|warning| eprintln!("warning: {}", hints::warning(warning)));

@@ -10,6 +10,7 @@ mod interrupt;
 mod output;
 mod progress;
 mod summary;
+mod trace;
 mod verify;
 mod words;
 

@@ -11,6 +11,7 @@ use prequant::{Bytes, DeviceChoice, Error, Options, Report, VerifyOptions, verif
 use serde_json::json;
 
 use super::output::{self, Outcome};
+use super::trace::Tracing;
 use super::words::{count, rate};
 use super::{device, interrupt};
 
@@ -37,9 +38,13 @@ pub struct Arguments {
     #[arg(long, value_name = "N")]
     threads: Option<std::num::NonZeroUsize>,
 
-    /// Device to quantize on with --against: auto, cpu, cuda, cuda:N or cuda:N,cuda:M
-    #[arg(long, value_name = "DEVICE", default_value_t = DeviceChoice::Auto, requires = "against")]
+    #[arg(long, value_name = "DEVICE", default_value_t = DeviceChoice::Auto, requires = "against",
+        help = format!("Device to quantize on with --against: {}", DeviceChoice::choices()))]
     device: DeviceChoice,
+
+    /// Write a timeline of what each thread does with --against to FILE, for ui.perfetto.dev
+    #[arg(long, value_name = "FILE", requires = "against")]
+    trace: Option<PathBuf>,
 
     /// Print a single JSON object on standard output
     #[arg(long)]
@@ -83,7 +88,9 @@ fn check(arguments: &Arguments) -> Result<Report, Error> {
             if !arguments.quiet && !arguments.json {
                 progress.suspend(|| eprintln!("{}", opened.line));
             }
-            verify_against(&arguments.folder, source, Options { threads, device: opened.device, ..convert }, options)
+            let tracing = Tracing::start(arguments.trace.as_deref(), &[source, &arguments.folder])?;
+            let convert = Options { threads, device: opened.device, trace: tracing.trace(), ..convert };
+            verify_against(&arguments.folder, source, convert, options)
         }
         None => verify(&arguments.folder, options),
     };

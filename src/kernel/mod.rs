@@ -10,6 +10,7 @@ pub(crate) mod decode;
 mod element;
 mod float8;
 pub(crate) mod group;
+pub(crate) mod sha256;
 
 use crate::dtype::FloatDtype;
 use crate::format::{BlockSize, Codebook};

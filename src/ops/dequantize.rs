@@ -9,6 +9,7 @@ use crate::backend::Cpu;
 use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, Source};
 use crate::converted::Converted;
 use crate::error::{Error, Result};
+use crate::layout::bitsandbytes::EXPERTS_KEY;
 use crate::manifest::Manifest;
 use crate::ops::quantize::{Conversion, Options};
 use crate::ops::relayout;
@@ -18,7 +19,7 @@ use crate::recipe::Recipe;
 use crate::store::Location;
 
 /// What config.json says because of the 4-bit weights.
-const CONFIG_KEYS: [&str; 2] = ["quantization_config", "experts_implementation"];
+const CONFIG_KEYS: [&str; 2] = ["quantization_config", EXPERTS_KEY];
 
 /// Plans the decoding of `converted`; reads headers and what is one number a tensor, and writes nothing.
 ///

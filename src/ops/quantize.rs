@@ -24,7 +24,7 @@ use crate::ops::model_card;
 use crate::ops::relayout;
 use crate::ops::relayout::Relayout;
 use crate::pipeline;
-use crate::pipeline::{Budget, ExecutionContext, FileOutcome, Limits, Outcome, Progress, TensorOutcome};
+use crate::pipeline::{Budget, ExecutionContext, FileOutcome, Limits, Outcome, Progress, TensorOutcome, Trace};
 use crate::plan::{Plan, PlannedTensor, input};
 use crate::recipe::{ExpertLayout, Recipe};
 use crate::store::{HashingReader, Location, Reader, Sha256Hash};
@@ -47,6 +47,8 @@ pub struct Options {
     pub force: bool,
     /// Whether to discard what an earlier, unfinished run left there.
     pub restart: bool,
+    /// Where to record what each thread does, if anywhere. Failing to is no error of the run: [`Trace::check`] tells of it.
+    pub trace: Option<Arc<Trace>>,
 }
 
 impl Default for Options {
@@ -61,6 +63,7 @@ impl Default for Options {
             hash_source: false,
             force: false,
             restart: false,
+            trace: None,
         }
     }
 }
@@ -193,12 +196,21 @@ impl Conversion {
 
     /// The manifest in `destination`, if it is of this very conversion, finished: same tool, recipe, config.json and
     /// source, by the sizes and headers of its files. Nothing more is looked at; `verify` does that.
-    pub fn finished(&self, destination: impl AsRef<Path>) -> Option<Manifest> {
+    ///
+    /// # Errors
+    /// When the system refuses to tell.
+    pub fn finished(&self, destination: impl AsRef<Path>) -> Result<Option<Manifest>> {
         let destination = &Location::from(destination.as_ref());
-        if destination.join(STAGING_NAME).exists() {
-            return None;
+        let location = destination.join(MANIFEST_NAME);
+        let is_file = location.is_file().at(location.path(), "look at it")?;
+        if !is_file || is_there(&destination.join(STAGING_NAME))? {
+            return Ok(None);
         }
-        let manifest = Manifest::read(&destination.join(MANIFEST_NAME)).ok()?;
+        let manifest = match Manifest::read(&location) {
+            Ok(manifest) => manifest,
+            Err(error @ Error::Io { .. }) => return Err(error),
+            Err(_) => return Ok(None), // of nothing that this version writes
+        };
         let hashed = manifest.source.files.iter().any(|file| file.sha256.is_some());
         let mut source = manifest.source.clone();
         if self.relayout.is_none() {
@@ -214,7 +226,7 @@ impl Conversion {
         if same {
             Staging::tidy(destination);
         }
-        same.then_some(manifest)
+        Ok(same.then_some(manifest))
     }
 
     /// Writes the checkpoint to `destination` and returns its manifest; resumes where an earlier run was stopped. Until all
@@ -288,12 +300,12 @@ impl Conversion {
     ) -> Result<T> {
         let Options { ref device, hash_source, force, .. } = self.options;
         self.check_place(destination)?;
-        if !destination.join(STAGING_NAME).exists() {
+        if !is_there(&destination.join(STAGING_NAME))? {
             self.check_space(destination, &[])?;
         }
         let staging = Staging::take(destination, &self.source.location, force)?;
-        let device = &**device;
-        let context = ExecutionContext { device, budget: self.budget, hash_source, interrupt, progress };
+        let (device, trace) = (&**device, self.options.trace.as_deref());
+        let context = ExecutionContext { device, budget: self.budget, hash_source, interrupt, progress, trace };
         let files = self.write_files(&staging, context);
         match files.and_then(|(files, outcome)| finish(&staging, files, outcome)) {
             Ok((names, result)) => {
@@ -438,6 +450,10 @@ impl Conversion {
                 .collect(),
         }
     }
+}
+
+fn is_there(place: &Location) -> Result<bool> {
+    place.exists().at(place.path(), "look at it")
 }
 
 fn tensor_record(source: &Source, tensor: &PlannedTensor, file: &str, outcome: TensorOutcome) -> TensorRecord {

@@ -13,7 +13,7 @@ use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, Source, SourceFile, 
 use crate::converted::Converted;
 use crate::dtype::FloatDtype;
 use crate::dtype::{self, byte_len};
-use crate::error::{Error, Hint, Result};
+use crate::error::{Error, Hint, IoContext, Result};
 use crate::format::{BlockSize, Scales};
 use crate::layout::{OutputKind, QuantState, quant_state_bytes};
 use crate::manifest::{DecisionRecord, Manifest, TensorRecord};
@@ -56,7 +56,8 @@ pub(crate) fn recipe_of(place: impl Into<Location>) -> Result<Option<Recipe>> {
 /// The manifest of the converted checkpoint at `place`; none if there is no such file.
 pub(crate) fn manifest_of(place: &Location) -> Result<Option<Manifest>> {
     let location = place.join(MANIFEST_NAME);
-    if location.is_file() { Manifest::read(&location).map(Some) } else { Ok(None) }
+    let is_there = location.is_file().at(location.path(), "look at it")?;
+    is_there.then(|| Manifest::read(&location)).transpose()
 }
 
 impl Relayout {

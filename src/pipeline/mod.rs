@@ -12,6 +12,8 @@ mod lane_pool;
 mod nonfinite;
 mod results;
 mod scheduler;
+#[cfg_attr(not(test), expect(dead_code, reason = "the threads record no spans yet"))]
+mod trace;
 mod worker;
 
 use std::path::Path;
@@ -22,6 +24,7 @@ use std::thread;
 use serde::{Deserialize, Serialize};
 
 pub use budget::{Budget, Limits};
+pub use trace::Trace;
 
 use crate::backend::Backend;
 use crate::checkpoint::{Source, SourceFile};
@@ -69,6 +72,9 @@ pub(crate) struct ExecutionContext<'a> {
     pub interrupt: &'a AtomicBool,
     /// Who is told.
     pub progress: &'a dyn Progress,
+    /// Where threads record what they do.
+    #[expect(dead_code, reason = "the threads record no spans yet")]
+    pub trace: Option<&'a Trace>,
 }
 
 /// What is known once a plan is executed.

@@ -8,8 +8,7 @@ use std::collections::HashSet;
 use serde_json::Value;
 
 use crate::checkpoint::{Source, TensorInfo};
-use crate::dtype::Dtype;
-use crate::dtype::FloatDtype;
+use crate::dtype::{self, Dtype, FloatDtype};
 use crate::error::{Error, Hint, Result, Setting};
 use crate::format::{Coding, ElementCode, Highest, ScaleCode};
 use crate::layout::gpt_oss::{self, BLOCKS, SCALES};
@@ -140,8 +139,7 @@ fn fp8(
     let &[ref outer @ .., rows, columns] = &info.shape[..] else {
         return Err(format!("FP8 with a shape of {:?}: expected a matrix", info.shape));
     };
-    let matrices =
-        outer.iter().try_fold(1u64, |product, &dimension| product.checked_mul(dimension)).unwrap_or(u64::MAX);
+    let matrices = dtype::elements(outer).unwrap_or(u64::MAX);
     if matrices > MAX_EXPERTS || info.shape.contains(&0) {
         return Err(format!(
             "its shape is {:?}: more than {MAX_EXPERTS} matrices, or none with an element",

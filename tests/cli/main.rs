@@ -7,3 +7,4 @@ mod command;
 mod destinations;
 mod errors;
 mod odd_files;
+mod trace;

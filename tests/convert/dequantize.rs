@@ -14,7 +14,7 @@ use prequant::{Options, Progress};
 use safetensors::tensor::Dtype;
 use serde_json::json;
 
-use crate::support::{self, Folder, Run, Stored, Tensor, contents, file_names, llama, read_tensors, serialize};
+use crate::support::{self, Folder, LINEAR, Run, Stored, Tensor, contents, file_names, llama, read_tensors, serialize};
 
 fn dequantize(folder: &Folder, flags: &[&str]) -> Run {
     let mut command = Command::new(env!("CARGO_BIN_EXE_prequant"));
@@ -274,6 +274,23 @@ fn a_checkpoint_of_one_file_without_a_config_is_decoded_too() {
     folder.convert_from(&folder.source().join("model.safetensors"), &["--format", "nvfp4"]).ok();
     dequantize(&folder, &[]).ok();
     assert_eq!(restored(&folder).len(), llama().len());
+}
+
+/// Absmax can't be restored without the mean that was taken off.
+#[test]
+fn a_quant_state_without_its_offset_is_refused() {
+    let folder = Folder::llama();
+    folder.convert(&["--double-quant"]).ok();
+    let (path, key) = (folder.destination().join("model.safetensors"), b"nested_offset");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let at = bytes.windows(key.len()).position(|window| window == key).unwrap();
+    bytes[at] = b'N';
+    std::fs::write(&path, bytes).unwrap();
+    dequantize(&folder, &[]).fails(3, &["prequant.json: weight", LINEAR, "its quant_state has no nested_offset"]);
+    assert!(!folder.beside("restored").exists());
+    let verified = Run::of(Command::new(env!("CARGO_BIN_EXE_prequant")).arg("verify").arg(folder.destination()));
+    assert_eq!(verified.code, 1, "{}", verified.stderr);
+    assert!(verified.stdout.contains("don't agree on double quantization"), "{}", verified.stdout);
 }
 
 #[test]

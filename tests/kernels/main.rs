@@ -6,3 +6,4 @@ mod support;
 mod blocks;
 mod decode;
 mod groups;
+mod sha256;

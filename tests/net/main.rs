@@ -1,5 +1,5 @@
 //! Every output is what it was: the hashes of what each format, layout, arrangement of experts and kind of source comes to, and of
-//! what `--dry-run` says beforehand, compared with `tests/data/net.json`.
+//! what `--dry-run` says beforehand, compared with `tests/data/net.json`. Files of weights are compared tensor by tensor.
 //!
 //! Where outputs change on purpose, write the file anew, look at its difference and say in the changelog whose bytes changed:
 //!
@@ -26,6 +26,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
+use safetensors::SafeTensors;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -157,8 +158,11 @@ impl Net {
             record.extend(contents(to).into_iter().map(|(name, bytes)| {
                 let text = || String::from_utf8(bytes.clone()).unwrap();
                 let hash = match name.as_str() {
-                    "prequant.json" => hash(self.without(&text(), &OF_THE_PROGRAM).as_bytes()),
-                    "SHA256SUMS" => hash(without_line_of_manifest(&text()).as_bytes()),
+                    "prequant.json" => {
+                        hash(self.without(&without_hashes_of_weights(&text()), &OF_THE_PROGRAM).as_bytes())
+                    }
+                    "SHA256SUMS" => hash(without_weights_and_manifest(&text()).as_bytes()),
+                    weights if weights.ends_with(".safetensors") => hash_tensors(&bytes),
                     _ => hash(&bytes),
                 };
                 (name, hash)
@@ -202,8 +206,31 @@ fn refused(run: &Run) -> Option<String> {
     Some(format!("{} {}", run.code, report["error"]["kind"].as_str().unwrap()))
 }
 
-fn without_line_of_manifest(sums: &str) -> String {
-    sums.split_inclusive('\n').filter(|line| !line.ends_with("  prequant.json\n")).collect()
+/// What doesn't depend on the order of tensors in a file.
+fn without_weights_and_manifest(sums: &str) -> String {
+    let left_out = |line: &&str| [".safetensors\n", "  prequant.json\n"].iter().any(|end| line.ends_with(end));
+    sums.split_inclusive('\n').filter(|line| !left_out(line)).collect()
+}
+
+/// A manifest without the hashes of whole files of weights: each tensor has its own.
+fn without_hashes_of_weights(manifest: &str) -> String {
+    let mut manifest: Value = serde_json::from_str(manifest).unwrap();
+    for file in manifest["files"].as_array_mut().unwrap() {
+        if file["name"].as_str().unwrap().ends_with(".safetensors") {
+            file.as_object_mut().unwrap().shift_remove("sha256").unwrap();
+        }
+    }
+    manifest.to_string()
+}
+
+/// The hash of a file's tensors with their names, dtypes and shapes, whatever their order.
+fn hash_tensors(file: &[u8]) -> String {
+    let read = SafeTensors::deserialize(file).unwrap();
+    let mut tensors: Vec<String> = (read.iter())
+        .map(|(name, tensor)| format!("{name} {} {:?} {}\n", tensor.dtype(), tensor.shape(), hash(tensor.data())))
+        .collect();
+    tensors.sort();
+    hash(tensors.concat().as_bytes())
 }
 
 /// The first half of a SHA-256: enough to tell files apart, and lines stay short.

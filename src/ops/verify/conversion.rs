@@ -20,6 +20,7 @@ pub(crate) fn execute(
         hash_source: conversion.options.hash_source,
         interrupt: options.interrupt,
         progress: &Told { hashed: options.hashed },
+        trace: conversion.options.trace.as_deref(),
     };
     let sealed = vec![None; conversion.plan.files.len()];
     pipeline::run(&conversion.source, &conversion.plan, outputs, sealed, context)

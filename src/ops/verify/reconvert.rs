@@ -94,8 +94,7 @@ fn compare_others(
     for (name, sha256) in expected {
         let record = checkpoint.manifest.files.iter().find(|file| file.name == name);
         let is_weights = name.ends_with(".safetensors");
-        let there = || checkpoint.folder.join(&name).read().ok().map(|bytes| Sha256Hash::of(&bytes));
-        let on_disk = if is_weights { Some(sha256) } else { there() };
+        let on_disk = if is_weights { Some(sha256) } else { checkpoint.hash_of(&name)? };
         if record.map(|record| record.sha256) != Some(sha256) || on_disk != Some(sha256) {
             report.differ(&name, None, "isn't what converting the source gives");
         }
