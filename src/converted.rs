@@ -5,8 +5,9 @@
 use std::collections::HashSet;
 
 use crate::checkpoint::{MANIFEST_NAME, Source, TensorInfo};
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, Hint, IoContext, Result};
 use crate::format::{Codec, FormatSpec};
+use crate::layout::bitsandbytes::MAX_QUANT_STATE;
 use crate::layout::{OutputKind, OutputTensor, Stored, StoredFormat, StoredWeight};
 use crate::manifest::{DecisionRecord, Manifest, OutputRecord, TensorRecord};
 use crate::read::{Decode, Input, MAX_EXPERTS, Nested, Read, Span, Tensors};
@@ -27,9 +28,7 @@ impl<'a> Converted<'a> {
     /// # Errors
     /// When they differ.
     pub(crate) fn new(source: &'a Source, manifest: &'a Manifest) -> Result<Converted<'a>> {
-        let files = source.files.iter().map(|_| None).collect();
-        let (codec, tensors) = (manifest.recipe.codec(), Tensors::new(source));
-        let converted = Converted { source, codec, tensors, files };
+        let converted = Converted::unchecked(source, manifest);
         let mut recorded = HashSet::new();
         for output in manifest.tensors.iter().flat_map(|record| &record.outputs) {
             converted.check(output)?;
@@ -42,15 +41,16 @@ impl<'a> Converted<'a> {
         }
     }
 
+    /// The files as they are, whatever the manifest lists: for finding out all that is wrong with them.
+    pub(crate) fn unchecked(source: &'a Source, manifest: &Manifest) -> Converted<'a> {
+        let files = source.files.iter().map(|_| None).collect();
+        Converted { source, codec: manifest.recipe.codec(), tensors: Tensors::new(source), files }
+    }
+
     /// Whether a tensor is there as the manifest has it.
     fn check(&self, output: &OutputRecord) -> Result<()> {
         let (_, info) = self.tensor(&output.name)?;
-        if info.dtype.to_string() == output.dtype && info.shape == output.shape {
-            return Ok(());
-        }
-        let (found, expected) = ((info.dtype, &info.shape), (&output.dtype, &output.shape));
-        let why = format!("{:?} is {} {:?}, expected {} {:?}", info.name, found.0, found.1, expected.0, expected.1);
-        Err(self.malformed(why))
+        difference(info, output).map_or(Ok(()), |what| Err(self.malformed(format!("{:?} {what}", info.name))))
     }
 
     /// A tensor of the files.
@@ -85,6 +85,15 @@ impl<'a> Converted<'a> {
         Ok(if stored.transposed { input.transposed() } else { input })
     }
 
+    /// The content of a quant_state.
+    ///
+    /// # Errors
+    /// When there is none of this name, it is longer than any, or the system refuses to read.
+    pub(crate) fn quant_state(&mut self, name: &str) -> Result<Vec<u8>> {
+        let tensor = self.tensor(name)?;
+        self.bytes(tensor, MAX_QUANT_STATE)
+    }
+
     /// All bytes of a small tensor.
     fn bytes(&mut self, (span, info): (Span, &TensorInfo), most: u64) -> Result<Vec<u8>> {
         if span.len > most {
@@ -101,9 +110,17 @@ impl<'a> Converted<'a> {
     }
 
     fn malformed(&self, why: String) -> Error {
-        let why = format!("{why}: the files aren't what the manifest says; `prequant verify` tells more");
-        Error::malformed(self.source.location.join(MANIFEST_NAME).path(), why)
+        let why = format!("{why}: the files aren't what the manifest says");
+        let path = self.source.location.join(MANIFEST_NAME).path().to_owned();
+        Error::Malformed { path, why, hint: Some(Hint::Verify) }
     }
+}
+
+/// What a tensor's header says otherwise than the manifest.
+pub(crate) fn difference(found: &TensorInfo, expected: &OutputRecord) -> Option<String> {
+    let is_same = found.dtype.to_string() == expected.dtype && found.shape == expected.shape;
+    let (dtype, shape) = (&expected.dtype, &expected.shape);
+    (!is_same).then(|| format!("is {} {:?}, expected {dtype} {shape:?}", found.dtype, found.shape))
 }
 
 /// A quantized weight of a converted checkpoint.

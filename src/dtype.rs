@@ -10,10 +10,14 @@ pub(crate) fn named(name: &str) -> Option<Dtype> {
     Dtype::deserialize(serde::de::value::StrDeserializer::<serde::de::value::Error>::new(name)).ok()
 }
 
+/// Elements of a tensor of this shape; `None` past u64.
+pub(crate) fn elements(shape: &[u64]) -> Option<u64> {
+    shape.iter().try_fold(1u64, |product, &dimension| product.checked_mul(dimension))
+}
+
 /// Bytes of a tensor of this dtype and `shape`; `None` past u64, or if it is not whole bytes.
 pub(crate) fn byte_len(dtype: Dtype, shape: &[u64]) -> Option<u64> {
-    let elements = shape.iter().try_fold(1u64, |product, &dimension| product.checked_mul(dimension))?;
-    let bits = elements.checked_mul(dtype.bitsize() as u64)?;
+    let bits = elements(shape)?.checked_mul(dtype.bitsize() as u64)?;
     bits.is_multiple_of(8).then_some(bits / 8)
 }
 
@@ -85,5 +89,6 @@ mod tests {
         assert_eq!(byte_len(Dtype::F32, &[3, 0, 5]), Some(0));
         assert_eq!((byte_len(Dtype::F4, &[4]), byte_len(Dtype::F4, &[3])), (Some(2), None));
         assert_eq!(byte_len(Dtype::U8, &[1 << 40, 1 << 40]), None);
+        assert_eq!((elements(&[]), elements(&[3, 5]), elements(&[1 << 40, 1 << 24])), (Some(1), Some(15), None));
     }
 }

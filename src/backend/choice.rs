@@ -50,6 +50,29 @@ impl DeviceChoice {
     }
 }
 
+impl DeviceChoice {
+    /// All that can be chosen: `auto, cpu, cuda, cuda:N or cuda:N,cuda:M`.
+    pub fn choices() -> String {
+        let named =
+            |kind: &Kind| [kind.name.to_owned(), format!("{0}:N", kind.name), format!("{0}:N,{0}:M", kind.name)];
+        let mut all: Vec<String> = ["auto", "cpu"].map(str::to_owned).into();
+        all.extend(KINDS.iter().flat_map(named));
+        let last = all.pop().unwrap_or_default();
+        format!("{} or {last}", all.join(", "))
+    }
+
+    /// What `auto` uses: `an NVIDIA GPU if there is a usable one, otherwise the CPU`.
+    pub fn automatic() -> String {
+        match KINDS {
+            [] => "the CPU".to_owned(),
+            kinds => {
+                let names: Vec<&str> = kinds.iter().map(|kind| kind.about).collect();
+                format!("{} if there is a usable one, otherwise the CPU", names.join(" or "))
+            }
+        }
+    }
+}
+
 impl FromStr for DeviceChoice {
     type Err = String;
 
@@ -60,7 +83,7 @@ impl FromStr for DeviceChoice {
             _ => {}
         }
         let named = KINDS.iter().find_map(|kind| Some((kind.name, numbers(kind, text)?)));
-        let (kind, numbers) = named.ok_or_else(|| format!("expected {}", expected()))?;
+        let (kind, numbers) = named.ok_or_else(|| format!("expected {}", DeviceChoice::choices()))?;
         match numbers.iter().enumerate().find(|(i, number)| numbers[..*i].contains(number)) {
             Some((_, twice)) => Err(format!("{kind}:{twice} is named twice")),
             None => Ok(DeviceChoice::Devices { kind, numbers }),
@@ -78,15 +101,6 @@ fn numbers(kind: &Kind, text: &str) -> Option<Vec<usize>> {
         }
     };
     text.split(',').map(number).collect()
-}
-
-/// All that can be chosen: `auto, cpu, cuda, cuda:N or cuda:N,cuda:M`.
-fn expected() -> String {
-    let named = |kind: &Kind| [kind.name.to_owned(), format!("{0}:N", kind.name), format!("{0}:N,{0}:M", kind.name)];
-    let mut all: Vec<String> = ["auto", "cpu"].map(str::to_owned).into();
-    all.extend(KINDS.iter().flat_map(named));
-    let last = all.pop().unwrap_or_default();
-    format!("{} or {last}", all.join(", "))
 }
 
 impl fmt::Display for DeviceChoice {
@@ -133,5 +147,6 @@ mod tests {
     fn a_wrong_choice_is_told_what_there_is() {
         let error = "gpu".parse::<DeviceChoice>().unwrap_err();
         assert_eq!(error, "expected auto, cpu, cuda, cuda:N or cuda:N,cuda:M");
+        assert_eq!(DeviceChoice::automatic(), "an NVIDIA GPU if there is a usable one, otherwise the CPU");
     }
 }

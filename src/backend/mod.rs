@@ -34,6 +34,8 @@ const KINDS: &[Kind] = &[
 struct Kind {
     /// Its name in a choice, before a colon and a number.
     name: &'static str,
+    /// One of them, for people: `an NVIDIA GPU`.
+    about: &'static str,
     /// Opens the devices of these numbers, at least one, as one backend.
     open: fn(&[usize]) -> Opened,
     /// Opens the first device that can be used and has so many bytes of memory free; or says why the first can't be used.

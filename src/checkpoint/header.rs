@@ -10,8 +10,9 @@ use std::io::{self, BufReader, Read};
 use std::path::Path;
 
 use safetensors::tensor::{Metadata, TensorInfo as Entry};
-use serde::Deserialize;
 use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, Visitor};
+use serde::ser::{SerializeMap, Serializer};
+use serde::{Deserialize, Serialize};
 
 use crate::dtype::{self, Dtype, byte_len};
 use crate::error::{Error, IoContext, Result};
@@ -106,7 +107,9 @@ impl Header {
         };
         entries.sort_by_key(|(_, entry)| entry.data_offsets);
         // The library says whether a header is valid; what is wrong with it, and where, is ours to tell.
-        let checked = Metadata::new(None, entries.clone());
+        // Names tell it nothing.
+        let nameless = entries.iter().map(|(_, entry)| (String::new(), entry.clone()));
+        let checked = Metadata::new(None, nameless.collect());
         let end = |metadata: &Metadata| data_start.checked_add(metadata.data_len() as u64);
         if !checked.as_ref().is_ok_and(|metadata| end(metadata) == Some(file_len)) {
             let why = defect(&entries, data_start, file_len);
@@ -271,21 +274,72 @@ pub(crate) fn sort_canonically<T: Described>(tensors: &mut [T]) {
 /// The length field and the JSON of a file that holds `tensors` in this order, as the safetensors library writes them.
 ///
 /// # Panics
-/// When two have one name, or all together are past 2^64 bytes; a plan's don't and aren't.
+/// When all together are past 2^64 bytes; a plan's aren't.
 pub(crate) fn header_bytes<T: Described>(tensors: &[T]) -> Vec<u8> {
-    let mut position = 0;
-    let entries = tensors.iter().map(|tensor| {
-        let begin = position;
-        position += tensor.byte_len() as usize;
-        let shape = tensor.shape().iter().map(|&dimension| dimension as usize).collect();
-        (tensor.name().to_owned(), Entry { dtype: tensor.dtype(), shape, data_offsets: (begin, position) })
-    });
-    let format = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
-    let metadata = Metadata::new(Some(format), entries.collect()).expect("offsets without holes");
     let mut header = vec![0; LENGTH_FIELD as usize];
-    serde_json::to_writer(&mut header, &metadata).expect("writing to memory");
+    serde_json::to_writer(&mut header, &HeaderJson(tensors)).expect("writing to memory");
     header.resize(header.len().next_multiple_of(LENGTH_FIELD as usize), b' ');
     let json_len = header.len() as u64 - LENGTH_FIELD;
     header[..LENGTH_FIELD as usize].copy_from_slice(&json_len.to_le_bytes());
     header
+}
+
+/// What the library's `Metadata` is written as, without a copy of every name and shape.
+struct HeaderJson<'a, T>(&'a [T]);
+
+#[derive(Serialize)]
+struct EntryJson<'a> {
+    dtype: Dtype,
+    shape: &'a [u64],
+    data_offsets: (u64, u64),
+}
+
+impl<T: Described> Serialize for HeaderJson<'_, T> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(1 + self.0.len()))?;
+        map.serialize_entry(METADATA_KEY, &BTreeMap::from([("format", "pt")]))?;
+        let mut end = 0;
+        for tensor in self.0 {
+            let begin = end;
+            end += tensor.byte_len();
+            let (dtype, shape, data_offsets) = (tensor.dtype(), tensor.shape(), (begin, end));
+            map.serialize_entry(tensor.name(), &EntryJson { dtype, shape, data_offsets })?;
+        }
+        map.end()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_header_is_written_as_the_library_writes_it() {
+        let tensor = |name: &str, dtype, shape: &[u64]| TensorInfo {
+            name: name.to_owned(),
+            dtype,
+            shape: shape.to_vec(),
+            offset: 0,
+            len: 0,
+        };
+        let tensors = [
+            tensor("a \"quoted\" name", Dtype::F32, &[3, 5]),
+            tensor("größe", Dtype::BF16, &[]),
+            tensor("none", Dtype::U8, &[0, 7]),
+            tensor("four bits", Dtype::F4, &[6]),
+        ];
+        let mut end = 0;
+        let entries = tensors.iter().map(|tensor| {
+            let begin = end;
+            end += tensor.byte_len() as usize;
+            let shape = tensor.shape.iter().map(|&dimension| dimension as usize).collect();
+            (tensor.name.clone(), Entry { dtype: tensor.dtype, shape, data_offsets: (begin, end) })
+        });
+        let format = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
+        let expected = serde_json::to_vec(&Metadata::new(Some(format), entries.collect()).unwrap()).unwrap();
+        let header = header_bytes(&tensors);
+        let (length, json) = header.split_at(LENGTH_FIELD as usize);
+        assert_eq!(u64::from_le_bytes(length.try_into().unwrap()), json.len() as u64);
+        assert_eq!(json.trim_ascii_end(), expected);
+    }
 }

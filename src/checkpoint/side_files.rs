@@ -63,7 +63,9 @@ pub(crate) fn find(root: &Location) -> Result<Vec<SideFile>> {
 /// in another format.
 fn parts_of_pipeline(root: &Location) -> Result<Vec<String>> {
     let modules = root.join("modules.json");
-    if !modules.stat().is_ok_and(|stat| stat.kind == Kind::File && stat.len <= MAX_MODULES_LEN) {
+    let is_read = modules.is_file().at(modules.path(), "look at it")?
+        && modules.stat().at(modules.path(), "look at it")?.len <= MAX_MODULES_LEN;
+    if !is_read {
         return Ok(Vec::new());
     }
     let text = modules.read().at(modules.path(), "read it")?;

@@ -89,11 +89,12 @@ impl Source {
 
 fn open_folder(folder: &Location) -> Result<Source> {
     let config_path = folder.join(CONFIG_NAME);
-    if !config_path.exists() && !folder.join(MANIFEST_NAME).exists() {
+    let has_config = is_there(&config_path)?;
+    if !has_config && !is_there(&folder.join(MANIFEST_NAME))? {
         let why = "it has no config.json; give the .safetensors file itself to convert weights without a model";
         return Err(Error::NotACheckpoint { path: folder.path().to_owned(), why: why.to_owned() });
     }
-    let config = match config_path.exists() {
+    let config = match has_config {
         true => {
             check_is_inside(folder, &config_path)?;
             Some(Config::read(&config_path)?)
@@ -101,14 +102,17 @@ fn open_folder(folder: &Location) -> Result<Source> {
         false => None, // what was made of one file without it
     };
     let index_path = folder.join(INDEX_NAME);
-    let files = if index_path.exists() {
+    let files = if is_there(&index_path)? {
         check_is_inside(folder, &index_path)?;
         let index = Index::read(&index_path)?;
         let missing = |name: &str| format!("names {name:?}, which isn't beside it: download that file too");
-        if let Some(name) = index.files().into_iter().find(|name| !folder.join(name).exists()) {
-            return Err(Error::malformed(index_path.path(), missing(name)));
+        let names: Vec<String> = index.files().into_iter().map(str::to_owned).collect();
+        for name in &names {
+            if !is_there(&folder.join(name))? {
+                return Err(Error::malformed(index_path.path(), missing(name)));
+            }
         }
-        let files = open_all(folder, &index.files().into_iter().map(str::to_owned).collect::<Vec<_>>())?;
+        let files = open_all(folder, &names)?;
         index.check(index_path.path(), files.iter().map(|file| (file.name.as_str(), file.tensors.as_slice())))?;
         files
     } else {
@@ -119,6 +123,10 @@ fn open_folder(folder: &Location) -> Result<Source> {
     Ok(Source { location: folder.clone(), files, config, side_files })
 }
 
+fn is_there(place: &Location) -> Result<bool> {
+    place.exists().at(place.path(), "look at it")
+}
+
 fn open_file(place: &Location, kind: Kind) -> Result<Source> {
     let path = place.path();
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
@@ -127,7 +135,8 @@ fn open_file(place: &Location, kind: Kind) -> Result<Source> {
         return Err(Error::NotACheckpoint { path: path.to_owned(), why });
     }
     let config_path = place.with_file_name(CONFIG_NAME);
-    let config = if config_path.is_file() { Some(Config::read(&config_path)?) } else { None };
+    let has_config = config_path.is_file().at(config_path.path(), "look at it")?;
+    let config = if has_config { Some(Config::read(&config_path)?) } else { None };
     let file = SourceFile::open(name.to_owned(), place.clone())?;
     Ok(Source { location: place.clone(), files: vec![file], config, side_files: Vec::new() })
 }
@@ -151,7 +160,11 @@ fn open_inside(folder: &Location, name: &str) -> Result<SourceFile> {
 }
 
 impl SourceFile {
-    fn open(name: String, location: Location) -> Result<SourceFile> {
+    /// Opens it and reads its header.
+    ///
+    /// # Errors
+    /// When the system refuses, or the header isn't one of safetensors.
+    pub(crate) fn open(name: String, location: Location) -> Result<SourceFile> {
         let path = location.path();
         let file = location.open().at(path, "open it")?;
         let identity = file.identity().at(path, "look at it")?;
@@ -186,7 +199,7 @@ fn check_is_inside(folder: &Location, file: &Location) -> Result<()> {
     let target = file.resolve().at(path, "open it")?;
     let root = folder.resolve().at(folder.path(), "open it")?;
     // Opening a pipe or a device could wait for ever.
-    if !file.is_file() {
+    if !file.is_file().at(path, "look at it")? {
         return Err(Error::malformed(path, "not a regular file"));
     }
     let cache = root.parent().filter(|parent| parent.ends_with("snapshots")).and_then(Path::parent);

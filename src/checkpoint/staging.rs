@@ -83,7 +83,7 @@ impl Staging {
         };
         match fs::read_dir(place) {
             Ok(mut entries) => {
-                let moving = place.join(STAGING_NAME).join(PUBLISHING_NAME).exists();
+                let moving = is_there(&place.join(STAGING_NAME).join(PUBLISHING_NAME))?;
                 if force || moving || entries.all(is_left_over) {
                     return Ok(());
                 }
@@ -109,7 +109,7 @@ impl Staging {
         let (place, destination) = (destination.at(path.clone()), &path);
         let made = destination.ancestors().take_while(|folder| !folder.exists()).map(Path::to_owned).collect();
         let (folder, done) = (destination.join(STAGING_NAME), destination.join(DONE_NAME));
-        if done.exists() {
+        if is_there(&done)? {
             fs::remove_dir_all(&done).at(&done, "remove what an earlier run left")?;
         }
         fs::create_dir_all(&folder).map_err(|error| {
@@ -203,7 +203,7 @@ impl Staging {
     pub(crate) fn unpublish<'a>(&self, names: impl Iterator<Item = &'a str>) -> Result<()> {
         self.make_folders()?;
         let marker = self.folder.join(PUBLISHING_NAME);
-        if !marker.exists() {
+        if !is_there(&marker)? {
             return Ok(());
         }
         for name in MARKS {
@@ -211,7 +211,7 @@ impl Staging {
         }
         for name in names {
             let (from, to) = (self.destination.join(name), self.path(name));
-            if from.exists() && !to.exists() {
+            if is_there(&from)? && !is_there(&to)? {
                 make_parent(&to)?;
                 fs::rename(&from, &to).at(&from, "take it back")?;
                 // Folders that hold nothing else go too; others refuse.
@@ -353,6 +353,14 @@ fn take_lock(destination: &Path, path: &Path) -> Result<File> {
         // Some network file systems have no locks; better unlocked than not at all.
         Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(lock),
         Err(TryLockError::Error(error)) => Err(error).at(path, "lock it"),
+    }
+}
+
+/// Whether anything is there, links followed; what the system can't tell is an error.
+fn is_there(path: &Path) -> Result<bool> {
+    match path.try_exists() {
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => Ok(false),
+        other => other.at(path, "look at it"),
     }
 }
 

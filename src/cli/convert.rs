@@ -9,7 +9,7 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use prequant::{
     BlockSize, Bytes, Error, ExpertLayout, FORMATS, FormatSpec, GroupSize, Layout, NonFinitePolicy, Options, Recipe,
-    RecipeOptions, plan, recipe_of,
+    RecipeOptions, Setting, plan, recipe_of,
 };
 
 use super::output::{self, Audience, Outcome};
@@ -33,26 +33,19 @@ pub struct Arguments {
     #[arg(value_name = "DST")]
     destination: PathBuf,
 
-    /// 4-bit format [default: nf4]
-    #[arg(long, value_parser = formats())]
+    #[arg(long, value_parser = formats(), help = format!("4-bit format [default: {}]", Recipe::default().format().name))]
     format: Option<&'static FormatSpec>,
 
-    /// Block size for nf4 and fp4: how many weights share one scale, a power of two from 32 to 4096. Smaller blocks are more
-    /// accurate and take more space [default: 64]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", help = about_block_size())]
     block_size: Option<BlockSize>,
 
-    /// Group size for int4 and int4-asym: how many columns share one scale: 32, 64, 128, or channel for the whole row
-    /// [default: 128]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", help = about_group_size())]
     group_size: Option<GroupSize>,
 
-    /// On-disk tensor layout of int4, mxfp4 and nvfp4; pick the one your runtime reads [default: compressed-tensors]
-    #[arg(long, value_parser = layouts())]
+    #[arg(long, value_parser = layouts(), help = about_layout())]
     layout: Option<Layout>,
 
-    /// Also quantize the scales of nf4 and fp4, to 8 bits: saves 0.37 bits per weight, slightly less accurate
-    #[arg(long)]
+    #[arg(long, help = about_double_quant())]
     double_quant: bool,
 
     /// How the experts of a Mixture-of-Experts model are stored [default: keep]
@@ -125,6 +118,32 @@ pub struct Arguments {
     quiet: bool,
 }
 
+fn about_block_size() -> String {
+    let (formats, default) = (RecipeOptions::formats_with(Setting::BlockSize), BlockSize::default());
+    format!(
+        "Block size for {formats}: how many weights share one scale, a power of two from 32 to 4096. Smaller blocks are more \
+         accurate and take more space [default: {default}]"
+    )
+}
+
+fn about_group_size() -> String {
+    let (formats, default) = (RecipeOptions::formats_with(Setting::GroupSize), GroupSize::default());
+    format!(
+        "Group size for {formats}: how many columns share one scale: 32, 64, 128, or channel for the whole row [default: \
+         {default}]"
+    )
+}
+
+fn about_layout() -> String {
+    let (formats, default) = (RecipeOptions::formats_with(Setting::Layout), Layout::default().name());
+    format!("On-disk tensor layout of {formats}; pick the one your runtime reads [default: {default}]")
+}
+
+fn about_double_quant() -> String {
+    let formats = RecipeOptions::formats_with(Setting::DoubleQuant);
+    format!("Also quantize the scales of {formats}, to 8 bits: saves 0.37 bits per weight, slightly less accurate")
+}
+
 /// What `--format` takes.
 fn formats() -> impl TypedValueParser<Value = &'static FormatSpec> {
     let values = FORMATS.iter().map(|format| PossibleValue::new(format.name).help(format.about));
@@ -133,7 +152,10 @@ fn formats() -> impl TypedValueParser<Value = &'static FormatSpec> {
 
 /// What `--layout` takes.
 fn layouts() -> impl TypedValueParser<Value = Layout> {
-    let values = Layout::all().into_iter().map(|layout| PossibleValue::new(layout.name()).help(layout.about()));
+    let value = |layout: Layout| {
+        PossibleValue::new(layout.name()).help(format!("{}; for {}", layout.about(), layout.formats()))
+    };
+    let values = Layout::all().into_iter().map(value);
     PossibleValuesParser::new(values).try_map(|name| name.parse())
 }
 
@@ -234,12 +256,12 @@ fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
         }
     }
     if !arguments.force
-        && let Some(manifest) = conversion.finished(&arguments.destination)
+        && let Some(manifest) = conversion.finished(&arguments.destination)?
     {
         let done = summary::Done { conversion: &conversion, destination: &arguments.destination, manifest: &manifest };
         return Ok(done.already(arguments.audience()));
     }
-    let reporter = Reporter::new(arguments.style(), &conversion);
+    let reporter = Reporter::new(arguments.style(), &conversion.plan);
     let manifest = conversion.execute_until(interrupt::flag(), &arguments.destination, &reporter)?;
     reporter.finish();
     let done = summary::Done { conversion: &conversion, destination: &arguments.destination, manifest: &manifest };

@@ -8,14 +8,17 @@ use prequant::{Backend, Bytes, DeviceChoice, Error};
 #[derive(Args)]
 #[group(skip)]
 pub struct Arguments {
-    /// Device to quantize on: auto, cpu, cuda, cuda:N or cuda:N,cuda:M; the output is the same. auto uses an NVIDIA GPU if
-    /// there is a usable one, otherwise the CPU
-    #[arg(long, value_name = "DEVICE", default_value_t = DeviceChoice::Auto)]
+    #[arg(long, value_name = "DEVICE", default_value_t = DeviceChoice::Auto, help = about())]
     device: DeviceChoice,
 
     /// Memory limit on each GPU
     #[arg(long, value_name = "SIZE", default_value = "256MiB")]
     device_memory: Bytes,
+}
+
+fn about() -> String {
+    let (choices, automatic) = (DeviceChoice::choices(), DeviceChoice::automatic());
+    format!("Device to quantize on: {choices}; the output is the same. auto uses {automatic}")
 }
 
 /// What was opened, and how it came to that.

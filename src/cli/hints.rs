@@ -60,6 +60,7 @@ fn advice(hint: Hint) -> String {
         }
         Hint::Resume => "run the same command again to resume",
         Hint::Restart => "use --restart to discard what an earlier run left",
+        Hint::Verify => "use `prequant verify` to find all that is wrong with it",
         Hint::UseCpu => "use --device cpu; the output is the same",
     };
     advice.to_owned()

@@ -38,8 +38,8 @@ pub struct Arguments {
     #[arg(long, value_name = "N")]
     threads: Option<std::num::NonZeroUsize>,
 
-    /// Device to quantize on with --against: auto, cpu, cuda, cuda:N or cuda:N,cuda:M
-    #[arg(long, value_name = "DEVICE", default_value_t = DeviceChoice::Auto, requires = "against")]
+    #[arg(long, value_name = "DEVICE", default_value_t = DeviceChoice::Auto, requires = "against",
+        help = format!("Device to quantize on with --against: {}", DeviceChoice::choices()))]
     device: DeviceChoice,
 
     /// Write a timeline of what each thread does with --against to FILE, for ui.perfetto.dev

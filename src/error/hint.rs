@@ -43,6 +43,8 @@ pub enum Hint {
     Resume,
     /// Discard what an unfinished run left: [`Options::restart`](crate::Options::restart).
     Restart,
+    /// Verify the converted checkpoint: [`verify`](crate::verify()) finds all that is wrong with it.
+    Verify,
     /// Quantize on the CPU; the output is the same.
     UseCpu,
 }

@@ -56,8 +56,11 @@ impl FormatSpec {
             (Sharing::Blocks, ElementCode::Codebook(codebook)) => {
                 Scales::Blocks { codebook, size: block_size, double_quant }
             }
+            (Sharing::Blocks, element) => {
+                unreachable!("{self:?} has blocks of {element:?}: tests refuse such a format")
+            }
             (Sharing::GroupsOf(columns), _) => Scales::Groups { size: GroupSize::Columns(columns), layout },
-            (Sharing::Groups | Sharing::Blocks, _) => Scales::Groups { size: group_size, layout },
+            (Sharing::Groups, _) => Scales::Groups { size: group_size, layout },
         };
         Codec { format: self, scales }
     }
@@ -117,20 +120,25 @@ impl Codec {
         }
     }
 
+    /// The scale of scales with this value, as it is applied; `None` for formats that have none.
+    pub fn tensor_scale(&self, value: f32) -> Option<TensorScale> {
+        let scale = match self.layout() {
+            Some(Layout::Modelopt) => TensorScale::Factor(value),
+            None | Some(Layout::CompressedTensors | Layout::GptOss) => TensorScale::Divisor(value),
+        };
+        self.has_tensor_scale().then_some(scale)
+    }
+
     /// How rows of `columns` are coded; `tensor_scale` is the scale of scales, for formats that have it.
     pub fn coding(&self, columns: u64, tensor_scale: Option<f32>) -> Coding {
         let FormatSpec { element, scale, .. } = *self.format;
-        let group = self.block_len(columns) as usize;
-        let tensor_scale = tensor_scale.unwrap_or(1.0);
-        let tensor_scale = match self.layout() {
-            Some(Layout::Modelopt) => TensorScale::Factor(tensor_scale),
-            _ => TensorScale::Divisor(tensor_scale),
+        let scale = match (self.layout(), scale) {
+            (Some(Layout::GptOss), ScaleCode::E8m0(_)) => ScaleCode::E8m0(Highest::Finite),
+            (None | Some(Layout::CompressedTensors | Layout::Modelopt), scale)
+            | (Some(Layout::GptOss), scale @ (ScaleCode::Float(_) | ScaleCode::SourceFloat | ScaleCode::E4m3)) => scale,
         };
-        let scale = match (scale, self.layout()) {
-            (ScaleCode::E8m0(_), Some(Layout::GptOss)) => ScaleCode::E8m0(Highest::Finite),
-            _ => scale,
-        };
-        Coding { element, scale, group, tensor_scale: self.has_tensor_scale().then_some(tensor_scale) }
+        let tensor_scale = self.tensor_scale(tensor_scale.unwrap_or(1.0));
+        Coding { element, scale, group: self.block_len(columns) as usize, tensor_scale }
     }
 
     /// Whether absmax is quantized too.

@@ -1,4 +1,4 @@
-//! Group sizes of INT4.
+//! Group sizes, where a format leaves the choice.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -7,7 +7,7 @@ use std::str::FromStr;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-/// Columns that share a scale in INT4.
+/// Columns that share a scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GroupSize {
     /// So many: 32, 64 or 128.
@@ -89,7 +89,7 @@ impl JsonSchema for GroupSize {
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
         json_schema!({
-            "description": "Columns that share a scale in INT4; \"channel\" is all of a row's.",
+            "description": "Columns that share a scale; \"channel\" is all of a row's.",
             "enum": [32, 64, 128, "channel"],
         })
     }

@@ -5,7 +5,7 @@ use std::str::FromStr;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::FORMATS;
+use super::{FORMATS, FormatSpec};
 
 /// Names and shapes of the tensors that formats with groups become: who reads them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -14,7 +14,7 @@ pub enum Layout {
     /// compressed-tensors': vLLM's and transformers'.
     #[default]
     CompressedTensors,
-    /// ModelOpt's, of NVFP4.
+    /// ModelOpt's.
     Modelopt,
     /// gpt-oss's own, of its experts in MXFP4.
     GptOss,
@@ -41,13 +41,18 @@ impl Layout {
         }
     }
 
+    /// The formats that can be written in it, in words: `int4 and nvfp4`.
+    pub fn formats(self) -> String {
+        FormatSpec::names_with(|format| format.layouts.contains(&self))
+    }
+
     /// What it is, in a line of help.
     pub fn about(self) -> &'static str {
         match self {
             Layout::CompressedTensors => "compressed-tensors': vLLM and transformers read it",
-            Layout::Modelopt => "ModelOpt's, of nvfp4: vLLM and axolotl's NVFP4 LoRA read it",
+            Layout::Modelopt => "ModelOpt's: vLLM and axolotl's NVFP4 LoRA read it",
             Layout::GptOss => {
-                "gpt-oss's own, of mxfp4: its experts as its checkpoint on the hub has them, and all else in its dtype"
+                "gpt-oss's own: its experts as its checkpoint on the hub has them, and all else in its dtype"
             }
         }
     }

@@ -54,6 +54,15 @@ impl FormatSpec {
     pub fn names() -> String {
         FORMATS.iter().map(|format| format.name).collect::<Vec<_>>().join(", ")
     }
+
+    /// The names of those formats that `has` is true of, in words: `nf4 and fp4`.
+    pub(crate) fn names_with(has: impl Fn(&FormatSpec) -> bool) -> String {
+        let names: Vec<&str> = FORMATS.iter().filter(|format| has(format)).map(|format| format.name).collect();
+        match &names[..] {
+            [all @ .., before, last] => [all, &[&*format!("{before} and {last}")]].concat().join(", "),
+            names => names.concat(),
+        }
+    }
 }
 
 impl FromStr for &'static FormatSpec {

@@ -7,9 +7,9 @@ use std::borrow::Cow;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::dtype::FloatDtype;
+use crate::dtype::{self, FloatDtype};
 use crate::error::Result;
-use crate::format::{Codec, NESTED_BLOCK_SIZE};
+use crate::format::{Codec, NESTED_BLOCK_SIZE, Scales};
 use crate::layout::{OutputDtype, OutputKind, OutputTensor, Stored, StoredWeight};
 
 /// Room for `nested_offset` in a quant_state: the longest f64 that is an f32, as Python prints it.
@@ -19,6 +19,16 @@ const OFFSET_WIDTH: usize = 24;
 pub(crate) const ABSMAX: &str = ".absmax";
 /// What stands between a weight's name and its format's in the name of its quant_state.
 pub(crate) const QUANT_STATE: &str = ".quant_state.bitsandbytes__";
+
+/// config.json's key for the experts' implementation, and what it names when they are 4-bit. transformers knows no such one, and
+/// stops; prequant's loader takes it for the default. Other clients don't read the key.
+pub(crate) const EXPERTS_KEY: &str = "experts_implementation";
+pub(crate) const EXPERTS_GUARD: &str = "prequant_loader";
+
+/// The key of the modules left unquantized.
+pub(crate) const KEPT_MODULES: &str = "llm_int8_skip_modules";
+/// The key of the dtype that matrix products run in.
+pub(crate) const COMPUTE_DTYPE: &str = "bnb_4bit_compute_dtype";
 
 /// The longest quant_state that is read: real ones have a hundred or two hundred bytes.
 pub(crate) const MAX_QUANT_STATE: u64 = 1 << 16;
@@ -58,8 +68,7 @@ pub(crate) fn read(codec: &Codec, weight: &mut dyn StoredWeight) -> Result<Store
     let dtype = FloatDtype::from_torch_name(&state.dtype);
     let dtype = dtype.ok_or_else(|| weight.malformed(format!("its quant_state: unknown dtype {:?}", state.dtype)))?;
     let shape = state.shape;
-    let elements = shape.iter().try_fold(1u64, |product, &dimension| product.checked_mul(dimension));
-    let Some(columns @ 1..) = elements else {
+    let Some(columns @ 1..) = dtype::elements(&shape) else {
         return Err(weight.malformed(format!("its quant_state: a shape of {shape:?}")));
     };
     let nested_offset = match (codec.double_quant(), state.nested_offset) {
@@ -120,6 +129,24 @@ impl ParsedQuantState {
     pub fn parse(bytes: &[u8]) -> serde_json::Result<ParsedQuantState> {
         serde_json::from_slice(bytes)
     }
+
+    /// What it says otherwise than the quant_state of a weight in `dtype`, quantized with `codec`. Its shape is the caller's to
+    /// compare.
+    pub(crate) fn differences(&self, codec: &Codec, dtype: FloatDtype) -> Vec<String> {
+        let Scales::Blocks { size, double_quant, .. } = codec.scales else {
+            return vec![format!("is bitsandbytes', and the recipe is of {}", codec.format.name)];
+        };
+        let found = (self.quant_type.as_str(), self.blocksize, self.dtype.as_str());
+        let expected = (codec.format.library_name, u64::from(u32::from(size)), dtype.torch_name());
+        let mut differences = Vec::new();
+        if found != expected {
+            differences.push(format!("says {found:?}, expected {expected:?}"));
+        }
+        if self.nested_offset.is_some() != double_quant {
+            differences.push("and the recipe don't agree on double quantization".to_owned());
+        }
+        differences
+    }
 }
 
 /// The length of [`quant_state_bytes`], whatever `nested_offset` turns out to be.
@@ -173,16 +200,16 @@ pub(crate) fn quantization_config(codec: &Codec, compute_dtype: FloatDtype, skip
         "load_in_8bit": false,
         "bnb_4bit_quant_type": codec.format.library_name,
         "bnb_4bit_use_double_quant": codec.double_quant(),
-        "bnb_4bit_compute_dtype": compute_dtype.torch_name(),
+        (COMPUTE_DTYPE): compute_dtype.torch_name(),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": skip_modules,
+        (KEPT_MODULES): skip_modules,
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::{CodecOptions, NF4};
+    use crate::format::{CodecOptions, INT4, NF4};
 
     fn codec(double_quant: bool) -> Codec {
         NF4.codec(CodecOptions { double_quant, ..CodecOptions::default() })
@@ -216,6 +243,27 @@ mod tests {
             let state = QuantState { codec: &codec, dtype: FloatDtype::Float32, shape: &[3], nested_offset };
             assert_eq!(quant_state_bytes(&state).len(), expected, "{nested_offset:e}");
         }
+    }
+
+    #[test]
+    fn a_quant_state_is_compared_with_the_codec_in_every_word() {
+        let state = |double_quant| {
+            let codec = &codec(double_quant);
+            let (dtype, shape) = (FloatDtype::Bfloat16, &[3][..]);
+            ParsedQuantState::parse(&quant_state_bytes(&QuantState { codec, dtype, shape, nested_offset: 0.5 }))
+                .unwrap()
+        };
+        let differs = |state: ParsedQuantState, words: &[&str]| {
+            let found = state.differences(&codec(true), FloatDtype::Bfloat16);
+            assert!(found.len() == words.len() && found.iter().zip(words).all(|(f, w)| f.contains(w)), "{found:?}");
+        };
+        differs(state(true), &[]);
+        differs(state(false), &["don't agree on double quantization"]);
+        differs(ParsedQuantState { nested_offset: None, ..state(true) }, &["double quantization"]);
+        differs(ParsedQuantState { blocksize: 128, ..state(true) }, &["says (\"nf4\", 128, \"bfloat16\"), expected"]);
+        differs(ParsedQuantState { dtype: "float16".to_owned(), ..state(false) }, &["\"float16\"", "double"]);
+        let of_groups = state(true).differences(&INT4.codec(CodecOptions::default()), FloatDtype::Bfloat16);
+        assert_eq!(of_groups, ["is bitsandbytes', and the recipe is of int4"]);
     }
 
     #[test]

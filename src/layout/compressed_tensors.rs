@@ -14,6 +14,9 @@ use crate::layout::{OutputDtype, OutputKind, OutputTensor, Stored, StoredWeight}
 /// The end of the codes' name, after the weight's.
 pub(crate) const CODES: &str = "_packed";
 
+/// The key of the modules left unquantized.
+pub(crate) const KEPT_MODULES: &str = "ignore";
+
 /// Rows whose zero points share an i32.
 pub(crate) const ZERO_POINT_ROWS: u64 = 8;
 
@@ -112,13 +115,24 @@ pub(crate) fn unpack_zero_points(packed: &[u8], per_row: usize, first: u64, rows
     }
 }
 
+/// The library's name for how weights of these codes are packed.
+fn compressor(codec: &Codec) -> &'static str {
+    use ScaleCode::{E4m3, E8m0, Float, SourceFloat};
+    match (codec.format.element, codec.format.scale) {
+        (ElementCode::Int { .. }, SourceFloat | Float(_) | E8m0(_)) => "pack-quantized",
+        (ElementCode::E2m1, E4m3) => "nvfp4-pack-quantized",
+        (ElementCode::E2m1, E8m0(_)) => "mxfp4-pack-quantized",
+        (ElementCode::Int { .. }, E4m3)
+        | (ElementCode::E2m1, SourceFloat | Float(_))
+        | (ElementCode::Codebook(_) | ElementCode::E4m3, _) => {
+            unreachable!("{:?} can't be put in this layout: tests refuse such a format", codec.format)
+        }
+    }
+}
+
 /// config.json's `quantization_config`; `ignore` are the Linear modules left unquantized, by whole names or `re:` patterns.
 pub(crate) fn quantization_config(codec: &Codec, ignore: &[String]) -> Value {
-    let format = match (codec.format.element, codec.format.scale) {
-        (ElementCode::Int { .. }, _) => "pack-quantized",
-        (_, ScaleCode::E4m3) => "nvfp4-pack-quantized",
-        _ => "mxfp4-pack-quantized",
-    };
+    let format = compressor(codec);
     let scale_dtype = match codec.format.scale {
         ScaleCode::E4m3 => Value::from("torch.float8_e4m3fn"),
         ScaleCode::E8m0(_) => Value::from("torch.uint8"),
@@ -155,7 +169,7 @@ pub(crate) fn quantization_config(codec: &Codec, ignore: &[String]) -> Value {
         "config_groups": {codec.format.library_name: group},
         "format": format,
         "global_compression_ratio": null,
-        "ignore": ignore,
+        (KEPT_MODULES): ignore,
         "kv_cache_scheme": null,
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",

@@ -128,7 +128,15 @@ impl Weight<'_> {
                 *buffer = quant_state_bytes(&QuantState { codec, dtype, shape, nested_offset: run.offset });
                 Some((0, buffer))
             }
-            _ => None,
+            OutputKind::QuantState => None,
+            // These don't wait for it.
+            OutputKind::Packed
+            | OutputKind::QuantMap
+            | OutputKind::NestedQuantMap
+            | OutputKind::Scale
+            | OutputKind::GlobalScale
+            | OutputKind::ZeroPoint
+            | OutputKind::Shape => None,
         }
     }
 }

@@ -15,6 +15,9 @@ pub(crate) const BLOCKS: &str = "_blocks";
 /// The same of the scales' name.
 pub(crate) const SCALES: &str = "_scales";
 
+/// The key of the modules left unquantized.
+pub(crate) const KEPT_MODULES: &str = "modules_to_not_convert";
+
 /// The tensors that experts `[experts, rows, columns]` become; columns are what products sum over.
 pub(crate) fn output_tensors(codec: &Codec, shape: &[u64]) -> Vec<OutputTensor> {
     let &[experts, rows, columns] = shape else { unreachable!("only fused experts are quantized in this layout") };
@@ -52,5 +55,5 @@ pub(crate) fn read(codec: &Codec, weight: &mut dyn StoredWeight, model: FloatDty
 
 /// config.json's `quantization_config`; `kept` are the modules left unquantized.
 pub(crate) fn quantization_config(kept: &[String]) -> Value {
-    json!({"modules_to_not_convert": kept, "quant_method": "mxfp4"})
+    json!({(KEPT_MODULES): kept, "quant_method": "mxfp4"})
 }

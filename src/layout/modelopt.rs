@@ -10,8 +10,10 @@ use crate::format::Codec;
 use crate::layout::reader::number;
 use crate::layout::{OutputDtype, OutputKind, OutputTensor, Stored, StoredWeight};
 
-/// The file beside config.json that says how weights are quantized.
-pub(crate) const CONFIG_NAME: &str = "hf_quant_config.json";
+/// The key of the modules left unquantized.
+pub(crate) const KEPT_MODULES: &str = "ignore";
+/// The key of what wrote the checkpoint.
+pub(crate) const PRODUCER: &str = "producer";
 
 /// The end of the name of the scales, after the weight's.
 pub(crate) const SCALE: &str = "_scale";
@@ -53,14 +55,14 @@ pub(crate) fn quantization_config(codec: &Codec, ignore: &[String]) -> Value {
     let weights = json!({"dynamic": false, "num_bits": 4, "type": "float", "group_size": codec.block_len(0)});
     json!({
         "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
-        "ignore": ignore,
+        (KEPT_MODULES): ignore,
         "quant_algo": QUANT_ALGO,
-        "producer": producer(),
+        (PRODUCER): producer(),
         "quant_method": "modelopt",
     })
 }
 
-/// The content of [`CONFIG_NAME`].
+/// The content of [`QUANT_CONFIG_NAME`](crate::checkpoint::QUANT_CONFIG_NAME).
 pub(crate) fn config_text(codec: &Codec, ignore: &[String]) -> String {
     let quantization = json!({
         "quant_algo": QUANT_ALGO,
@@ -68,7 +70,7 @@ pub(crate) fn config_text(codec: &Codec, ignore: &[String]) -> String {
         "group_size": codec.block_len(0),
         "exclude_modules": ignore,
     });
-    format!("{:#}\n", json!({"producer": producer(), "quantization": quantization}))
+    format!("{:#}\n", json!({(PRODUCER): producer(), "quantization": quantization}))
 }
 
 fn producer() -> Value {

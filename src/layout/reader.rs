@@ -1,7 +1,7 @@
 //! Reading a quantized weight back: what its tensors say, whatever the layout.
 
 use crate::checkpoint::TensorInfo;
-use crate::dtype::FloatDtype;
+use crate::dtype::{self, FloatDtype};
 use crate::error::{Error, Result};
 use crate::format::Coding;
 use crate::layout::OutputKind;
@@ -43,8 +43,7 @@ impl Stored {
         dtype: FloatDtype,
         coding: impl FnOnce(u64) -> Coding,
     ) -> Result<Stored> {
-        let elements = shape.iter().try_fold(1u64, |product, &dimension| product.checked_mul(dimension));
-        let (Some(elements @ 1..), Some(&columns)) = (elements, shape.last()) else {
+        let (Some(elements @ 1..), Some(&columns)) = (dtype::elements(&shape), shape.last()) else {
             return Err(weight.malformed(format!("a shape of {shape:?}")));
         };
         let (coding, rows) = (coding(columns), elements / columns);

@@ -1,5 +1,6 @@
 //! Telling that a checkpoint is quantized already, and with what.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 
 use crate::checkpoint::{CONFIG_NAME, Config, Source, SourceFile, TensorInfo};
@@ -18,8 +19,6 @@ pub(crate) const FP8_INPUT_SCALES: [&str; 2] = [".activation_scale", ".input_sca
 
 /// How names end that a method's checkpoints have and others don't: in two parts, the second a layout's own.
 const ENDS: &[(&str, &str, &str)] = &[
-    (bitsandbytes::QUANT_STATE, "nf4", "bitsandbytes NF4"),
-    (bitsandbytes::QUANT_STATE, "fp4", "bitsandbytes FP4"),
     ("", ".SCB", "bitsandbytes LLM.int8()"),
     (".weight", compressed_tensors::CODES, "compressed-tensors"),
     (".weight", FP8_SCALE, FP8_METHOD),
@@ -51,9 +50,14 @@ impl SourceQuantization {
     }
 
     /// The method that a tensor of this name belongs to.
-    pub(crate) fn by_name(name: &str) -> Option<&'static str> {
+    pub(crate) fn by_name(name: &str) -> Option<Cow<'static, str>> {
+        if let Some((_, format)) = name.rsplit_once(bitsandbytes::QUANT_STATE)
+            && format.bytes().all(|byte| byte.is_ascii_alphanumeric())
+        {
+            return Some(format!("bitsandbytes {}", format.to_uppercase()).into());
+        }
         let is_end = |before: &str, end: &str| name.strip_suffix(end).is_some_and(|name| name.ends_with(before));
-        ENDS.iter().find(|(before, end, _)| is_end(before, end)).map(|(.., method)| *method)
+        ENDS.iter().find(|(before, end, _)| is_end(before, end)).map(|&(.., method)| method.into())
     }
 }
 
@@ -87,7 +91,7 @@ fn in_tensors(tensors: &[TensorInfo]) -> Option<SourceQuantization> {
             Dtype::F8_E4M3 | Dtype::F8_E5M2 | Dtype::F8_E4M3FNUZ | Dtype::F8_E5M2FNUZ | Dtype::F4 | Dtype::F8_E8M0
         );
         match by_name {
-            Some(method) => Some(SourceQuantization::new(method, format!("it has a tensor {:?}", tensor.name))),
+            Some(method) => Some(SourceQuantization::new(&method, format!("it has a tensor {:?}", tensor.name))),
             None if by_dtype => Some(SourceQuantization::new(
                 &tensor.dtype.to_string(),
                 format!("tensor {:?} has that dtype", tensor.name),

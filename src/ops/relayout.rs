@@ -13,7 +13,7 @@ use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, Source, SourceFile, 
 use crate::converted::Converted;
 use crate::dtype::FloatDtype;
 use crate::dtype::{self, byte_len};
-use crate::error::{Error, Hint, Result};
+use crate::error::{Error, Hint, IoContext, Result};
 use crate::format::{BlockSize, Scales};
 use crate::layout::{OutputKind, QuantState, quant_state_bytes};
 use crate::manifest::{DecisionRecord, Manifest, TensorRecord};
@@ -56,7 +56,8 @@ pub(crate) fn recipe_of(place: impl Into<Location>) -> Result<Option<Recipe>> {
 /// The manifest of the converted checkpoint at `place`; none if there is no such file.
 pub(crate) fn manifest_of(place: &Location) -> Result<Option<Manifest>> {
     let location = place.join(MANIFEST_NAME);
-    if location.is_file() { Manifest::read(&location).map(Some) } else { Ok(None) }
+    let is_there = location.is_file().at(location.path(), "look at it")?;
+    is_there.then(|| Manifest::read(&location)).transpose()
 }
 
 impl Relayout {
@@ -109,20 +110,6 @@ impl Relayout {
         let total = self.manifest.summary.statistics.clone();
         Outcome { tensors, files: copied.files, source_files: None, total }
     }
-}
-
-/// Checks what was read of a converted checkpoint against its manifest.
-pub(crate) fn check_source(converted: &Source, manifest: &Manifest, outcome: &Outcome) -> Result<()> {
-    for (file, sha256) in converted.files.iter().zip(outcome.source_files.iter().flatten()) {
-        if !manifest.files.iter().any(|record| record.name == file.name && record.sha256 == *sha256) {
-            let why = format!(
-                "its SHA-256 is {sha256}, which isn't {MANIFEST_NAME}'s; download it again, or convert the source again"
-            );
-            let path = file.location.path().to_owned();
-            return Err(Error::Malformed { path, why, hint: Some(Hint::Restart) });
-        }
-    }
-    Ok(())
 }
 
 /// Only the layout and the shards can be others.

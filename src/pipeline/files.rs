@@ -32,7 +32,7 @@ impl<'j, 'a> Files<'j, 'a> {
             execution,
             source: SourceFiles { execution, open: None },
             output: None,
-            evaluator: Evaluator::default(),
+            evaluator: Evaluator::new(execution.context.device.cpu().kernel()),
         }
     }
 

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::layout;
+use super::names::first_duplicate;
 use super::{Decision, PlannedTensor};
 use crate::checkpoint::Source;
 use crate::error::{Error, Hint, Result};
@@ -42,8 +43,13 @@ pub(crate) fn fuse(
     let tensors: Vec<PlannedTensor> = tensors
         .filter_map(|(i, tensor)| fused.remove(&i).or_else(|| (!taken.contains(&i)).then_some(tensor)))
         .collect();
-    check_names_differ(source, &tensors)?;
-    Ok(tensors)
+    match first_duplicate(&tensors, |tensor| vec![tensor.name.clone()]) {
+        Some((tensor, _)) => {
+            let why = "the source has a tensor of this name beside the experts that would be fused into it";
+            Err(error(source, tensor, why.to_owned()))
+        }
+        None => Ok(tensors),
+    }
 }
 
 /// The tensors that make up one parameter.
@@ -216,18 +222,5 @@ fn matrix(tensor: &PlannedTensor) -> [u64; 2] {
     match tensor.shape[..] {
         [.., rows, columns] => [rows, columns],
         _ => [0, 0],
-    }
-}
-
-/// A fused tensor must not have the name of another one.
-fn check_names_differ(source: &Source, tensors: &[PlannedTensor]) -> Result<()> {
-    let mut names = HashSet::new();
-    match tensors.iter().find(|tensor| !names.insert(tensor.name.as_str())) {
-        Some(tensor) => {
-            let path = source.files[tensor.read.first_file()].location.path().to_owned();
-            let why = "the source has a tensor of this name beside the experts that would be fused into it".to_owned();
-            Err(Error::Experts { path, tensor: tensor.name.clone(), why, hint: Some(Hint::KeepExperts) })
-        }
-        None => Ok(()),
     }
 }

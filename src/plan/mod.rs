@@ -5,14 +5,15 @@
 mod decide;
 mod fuse;
 mod groups;
-pub(crate) mod input;
+mod input;
 pub(crate) mod kept_modules;
 mod layout;
+mod names;
 mod scale_sets;
+pub(crate) mod source_quantization;
 pub(crate) mod split;
 
 use std::borrow::Cow;
-use std::collections::HashSet;
 
 use serde_json::Value;
 
@@ -25,6 +26,7 @@ use crate::dtype::FloatDtype;
 use crate::error::{Error, Hint, Result, Warning};
 use crate::format::{Codec, Layout};
 use crate::layout::OutputKind;
+use crate::layout::bitsandbytes::{EXPERTS_GUARD, EXPERTS_KEY};
 use crate::models::families::families;
 use crate::models::{Role, Rules, Verdict};
 use crate::read::Input;
@@ -144,7 +146,7 @@ impl Plan {
     /// to quantize, or clients couldn't tell what is quantized from what is not.
     pub fn new(source: &Source, mut recipe: Recipe) -> Result<Plan> {
         // It is no part of the recipe where nothing was decoded because of it.
-        recipe.dequantize_source &= input::has_mxfp4_experts(source);
+        recipe.dequantize_source &= source_quantization::has_mxfp4_experts(source);
         let codec = recipe.codec();
         let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
         let rules = Rules::new(&model_types);
@@ -162,8 +164,8 @@ impl Plan {
         if recipe.fuses_experts() {
             tensors = fuse::fuse(source, &model_types, tensors, &codec)?;
         }
-        check_names_are_free(source, &tensors)?;
-        check_names_differ(source, &tensors)?;
+        names::check_are_free(source, &tensors)?;
+        names::check_differ(source, &tensors, Some(Hint::Exclude))?;
         let files = layout::lay_out(&mut tensors, recipe.max_shard_size);
         let scale_sets = if codec.has_tensor_scale() { scale_sets::scale_sets(&tensors) } else { Vec::new() };
         let side_files = codec.side_file(&kept_modules).into_iter().collect();
@@ -181,7 +183,7 @@ impl Plan {
             PlannedTensor::new((input, verdict, Decision::Keep), &recipe.codec())
         };
         let mut tensors: Vec<PlannedTensor> = inputs.into_iter().map(keep).collect();
-        check_names_differ(source, &tensors)?;
+        names::check_differ(source, &tensors, None)?;
         let files = layout::lay_out(&mut tensors, recipe.max_shard_size);
         let (scale_sets, side_files, warnings) = Default::default();
         Ok(Plan { recipe, tensors, files, scale_sets, config, side_files, warnings })
@@ -271,41 +273,6 @@ fn bits_per_element<'a>(tensors: impl Iterator<Item = &'a PlannedTensor>) -> f64
     bytes as f64 * 8.0 / (elements as f64).max(1.0)
 }
 
-/// What is written for a quantized weight must not have the name of another tensor.
-fn check_names_are_free(source: &Source, tensors: &[PlannedTensor]) -> Result<()> {
-    let Some(first) = tensors.iter().find(|tensor| tensor.outputs.len() > 1) else { return Ok(()) };
-    let suffixes: Vec<&str> = first.outputs.iter().map(|output| &*output.suffix).collect();
-    let quantized: HashSet<&str> =
-        tensors.iter().filter(|tensor| tensor.decision != Decision::Keep).map(|tensor| tensor.name.as_str()).collect();
-    for tensor in tensors {
-        let name = &tensor.name;
-        let weight = suffixes.iter().filter(|s| !s.is_empty()).find_map(|suffix| name.strip_suffix(suffix));
-        if let Some(weight) = weight.filter(|weight| quantized.contains(weight)) {
-            let why = format!(
-                "tensor {name:?} has a name that quantizing {weight:?} takes for a part of it: was the checkpoint \
-                 quantized before?"
-            );
-            let path = source.files[tensor.read.first_file()].location.path().to_owned();
-            return Err(Error::Malformed { path, why, hint: Some(Hint::Exclude) });
-        }
-    }
-    Ok(())
-}
-
-/// No two tensors may be written under one name.
-fn check_names_differ(source: &Source, tensors: &[PlannedTensor]) -> Result<()> {
-    let mut names = HashSet::new();
-    for tensor in tensors {
-        let outputs = tensor.outputs.iter().map(|output| format!("{}{}", tensor.name, output.suffix));
-        if let Some(name) = outputs.into_iter().find(|name| !names.insert(name.clone())) {
-            let why = format!("two tensors would be written as {name:?}: which one is meant?");
-            let path = source.files[tensor.read.first_file()].location.path().to_owned();
-            return Err(Error::Malformed { path, why, hint: Some(Hint::Exclude) });
-        }
-    }
-    Ok(())
-}
-
 fn check_anything_quantized(source: &Source, tensors: &[PlannedTensor], recipe: &Recipe) -> Result<()> {
     if tensors.iter().any(|tensor| tensor.decision != Decision::Keep) {
         return Ok(());
@@ -320,10 +287,6 @@ fn check_anything_quantized(source: &Source, tensors: &[PlannedTensor], recipe: 
     Err(Error::NothingToQuantize { path: source.location.path().to_owned(), why, hint: Some(hint) })
 }
 
-/// What config.json names as the experts' implementation when they are 4-bit. transformers knows no such one, and stops;
-/// prequant's loader takes it for the default. Other clients don't read the key.
-const EXPERTS_GUARD: &str = "prequant_loader";
-
 /// config.json with `quantization_config`, and what keeps transformers from filling 4-bit experts with random numbers.
 fn quantized_config(
     source: &Source,
@@ -337,7 +300,7 @@ fn quantized_config(
     let compute_dtype = of_config.and_then(FloatDtype::from_torch_name).unwrap_or(of_weights);
     let mut entries = vec![("quantization_config", recipe.codec().quantization_config(compute_dtype, skip_modules))];
     if has_4_bit_experts(recipe, tensors) {
-        entries.push(("experts_implementation", Value::from(EXPERTS_GUARD)));
+        entries.push((EXPERTS_KEY, Value::from(EXPERTS_GUARD)));
     }
     config
         .with(&entries)

@@ -18,23 +18,23 @@ pub struct RecipeOptions {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "FormatSpec")]
     pub format: Option<&'static FormatSpec>,
-    /// Consecutive elements that share one absmax, in NF4 and FP4.
+    /// Consecutive elements that share one absmax, in formats with blocks.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "BlockSize")]
     pub block_size: Option<BlockSize>,
-    /// Whether absmax is quantized too, to 8 bits, in NF4 and FP4.
+    /// Whether absmax is quantized too, to 8 bits, in formats with blocks.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "bool")]
     pub double_quant: Option<bool>,
-    /// How weights with a NaN or an infinity are treated, in NF4 and FP4.
+    /// How weights with a NaN or an infinity are treated, in formats with blocks.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "NonFinitePolicy")]
     pub nonfinite: Option<NonFinitePolicy>,
-    /// How the experts of a Mixture-of-Experts model are laid out, in NF4 and FP4; other formats have them one by one.
+    /// How the experts of a Mixture-of-Experts model are laid out, in formats with blocks; others have them one by one.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "ExpertLayout")]
     pub experts: Option<ExpertLayout>,
-    /// Columns that share one scale, in INT4; other formats with groups have a fixed size.
+    /// Columns that share one scale, in formats with groups that leave the choice; others have a fixed size.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "GroupSize")]
     pub group_size: Option<GroupSize>,
@@ -142,6 +142,16 @@ impl RecipeOptions {
         Ok(Weights::Groups { format, group_size, layout })
     }
 
+    /// The formats that a setting applies to, in words: `nf4 and fp4`.
+    pub fn formats_with(setting: Setting) -> String {
+        FormatSpec::names_with(|format| match setting {
+            Setting::BlockSize | Setting::DoubleQuant | Setting::NonFinite | Setting::Experts => has_blocks(format),
+            Setting::GroupSize => has_group_size(format),
+            Setting::Layout => !has_blocks(format),
+            Setting::Include | Setting::Exclude | Setting::DequantizeSource => true,
+        })
+    }
+
     /// Refuses an option that is of other formats.
     fn refuse_unless(
         &self,
@@ -153,12 +163,7 @@ impl RecipeOptions {
         if fits {
             return Ok(());
         }
-        let names: Vec<&str> = FORMATS.iter().filter(|format| has(format)).map(|format| format.name).collect();
-        let names = match &names[..] {
-            [all @ .., before, last] => [all, &[&*format!("{before} and {last}")]].concat().join(", "),
-            names => names.concat(),
-        };
-        let why = format!("applies to {names} only");
+        let why = format!("applies to {} only", FormatSpec::names_with(has));
         let hint = Some(Hint::RemoveFor(self.format.unwrap_or(&NF4).name));
         Err(Error::Options { setting, value, why, hint })
     }
@@ -313,6 +318,14 @@ mod tests {
         for (format, key) in [("nf4", "block_size"), ("int4", "group_size"), ("nvfp4", "layout"), ("nf4", "format")] {
             assert!(read(format, &|recipe| drop(recipe.remove(key))).is_err(), "{format} without {key}");
         }
+    }
+
+    #[test]
+    fn formats_are_named_with_each_setting_that_they_have() {
+        assert_eq!(RecipeOptions::formats_with(Setting::DoubleQuant), "nf4 and fp4");
+        assert_eq!(RecipeOptions::formats_with(Setting::GroupSize), "int4 and int4-asym");
+        let layouts = RecipeOptions::formats_with(Setting::Layout);
+        assert!(layouts.starts_with("int4, int4-asym, mxfp4") && layouts.contains(" and "), "{layouts}");
     }
 
     #[test]

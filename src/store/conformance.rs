@@ -94,8 +94,8 @@ fn folders_list_what_is_in_them_with_sizes() {
         let folder = |name: &str| (name.to_owned(), Kind::Folder, 0);
         assert_eq!(listed(&place), [file("a", 1), file("b \"ü\" %2F", 2), folder("folder")], "{place}");
         assert_eq!(listed(&place.join("folder")), [file("c", 3), folder("deeper")], "{place}");
-        assert!(place.join("folder").is_folder() && place.join("a").is_file());
-        assert!(place.join("a").resolve().is_ok() && place.join("a").with_file_name("b \"ü\" %2F").is_file());
+        assert!(place.join("folder").is_folder().unwrap() && place.join("a").is_file().unwrap());
+        assert!(place.join("a").resolve().is_ok() && place.join("a").with_file_name("b \"ü\" %2F").is_file().unwrap());
     }
 }
 
@@ -106,7 +106,13 @@ fn what_is_not_there_or_not_a_file_is_told_by_the_kind_of_error() {
         let nothing = place.join("nothing");
         let kinds = [nothing.open().err(), nothing.stat().err(), nothing.list().err(), nothing.resolve().err()];
         assert!(kinds.iter().flatten().all(|error| error.kind() == io::ErrorKind::NotFound), "{place}: {kinds:?}");
-        assert!(kinds.iter().all(Option::is_some) && !nothing.exists());
+        assert!(kinds.iter().all(Option::is_some) && !nothing.exists().unwrap());
+        let below_a_file = place.join("folder/file/below");
+        for place in [&nothing, &below_a_file] {
+            assert_eq!((place.kind().unwrap(), place.read_if_there().unwrap()), (None, None), "{place}");
+        }
+        assert_eq!(place.join("folder").read_if_there().unwrap(), None);
+        assert_eq!(place.join("folder/file").read_if_there().unwrap(), Some(vec![0]));
         let folder = place.join("folder").open().err().map(|error| error.kind());
         assert_eq!(folder, Some(io::ErrorKind::IsADirectory), "{place}");
         let file = place.join("folder/file").list().err().map(|error| error.kind());
@@ -116,19 +122,36 @@ fn what_is_not_there_or_not_a_file_is_told_by_the_kind_of_error() {
 
 #[test]
 fn a_faulty_store_fails_at_the_call_that_it_was_armed_for() {
-    for fault in [Fault::Read, Fault::EndOfFile, Fault::Write, Fault::StorageFull, Fault::Sync] {
+    for fault in [Fault::Stat, Fault::Read, Fault::EndOfFile, Fault::Write, Fault::StorageFull, Fault::Sync] {
         let store = Arc::new(FaultyStore::only_at(Arc::new(MemoryStore::default()), fault, |path| path.ends_with("x")));
         let place = Location::new(store.clone(), "memory");
         let (faulty, sound) = (place.join("x").create(1).unwrap(), place.join("y").create(1).unwrap());
-        let call = |file: &dyn WriteAt| match fault {
+        let call = |file: &dyn WriteAt, name: &str| match fault {
+            Fault::Stat => place.join(name).stat().map(|_| ()),
             Fault::Read | Fault::EndOfFile => read_exact_at(file, &mut [0], 0),
             Fault::Write | Fault::StorageFull => write_all_at(file, &[1], 0),
             Fault::Sync => file.sync(),
         };
         store.arm(2);
-        assert!(call(&*faulty).is_ok() && call(&*sound).is_ok(), "{fault:?}");
-        let error = call(&*faulty).unwrap_err();
+        assert!(call(&*faulty, "x").is_ok() && call(&*sound, "y").is_ok(), "{fault:?}");
+        let error = call(&*faulty, "x").unwrap_err();
         assert_eq!(error.kind() == io::ErrorKind::StorageFull, fault == Fault::StorageFull, "{error}");
-        assert!((0..9).all(|_| call(&*faulty).is_ok()), "{fault:?}");
+        assert!((0..9).all(|_| call(&*faulty, "x").is_ok()), "{fault:?}");
     }
+}
+
+#[test]
+fn what_a_store_cannot_tell_is_an_error_and_not_taken_for_nothing() {
+    let store = |fault| Arc::new(FaultyStore::new(Arc::new(MemoryStore::default()), fault));
+    let (stat, read) = (store(Fault::Stat), store(Fault::Read));
+    let place = |store: &Arc<FaultyStore>| Location::new(store.clone(), "memory").join("x");
+    let (unseen, unread) = (place(&stat), place(&read));
+    let asks: [&dyn Fn() -> io::Result<bool>; 3] = [&|| unseen.exists(), &|| unseen.is_file(), &|| unseen.is_folder()];
+    for ask in asks {
+        stat.arm(1);
+        assert!(ask().is_err() && !ask().unwrap());
+    }
+    unread.create(1).unwrap();
+    read.arm(1);
+    assert!(unread.read_if_there().is_err() && unread.read_if_there().unwrap().is_some());
 }

@@ -11,6 +11,8 @@ use super::{Identity, Listing, ReadAt, Stat, Store, WriteAt};
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
+    /// What is at a path can't be told.
+    Stat,
     /// Reading fails.
     Read,
     /// A file ends before its end.
@@ -98,6 +100,7 @@ impl Store for FaultyStore {
     }
 
     fn stat(&self, path: &Path) -> io::Result<Stat> {
+        self.trigger.check(Fault::Stat, path)?;
         self.inner.stat(path)
     }
 

@@ -69,19 +69,52 @@ impl Location {
         self.store.stat(&self.path)
     }
 
+    /// What is there, links followed, if anything is.
+    ///
+    /// # Errors
+    /// When the store can't tell: that isn't an answer.
+    pub fn kind(&self) -> io::Result<Option<Kind>> {
+        match self.stat() {
+            Ok(stat) => Ok(Some(stat.kind)),
+            Err(error) if is_no_file(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Whether anything is there.
-    pub fn exists(&self) -> bool {
-        self.stat().is_ok()
+    ///
+    /// # Errors
+    /// As [`Location::kind`]'s.
+    pub fn exists(&self) -> io::Result<bool> {
+        self.kind().map(|kind| kind.is_some())
     }
 
     /// Whether a file is there.
-    pub fn is_file(&self) -> bool {
-        self.stat().is_ok_and(|stat| stat.kind == Kind::File)
+    ///
+    /// # Errors
+    /// As [`Location::kind`]'s.
+    pub fn is_file(&self) -> io::Result<bool> {
+        self.kind().map(|kind| kind == Some(Kind::File))
     }
 
     /// Whether a folder is there.
-    pub fn is_folder(&self) -> bool {
-        self.stat().is_ok_and(|stat| stat.kind == Kind::Folder)
+    ///
+    /// # Errors
+    /// As [`Location::kind`]'s.
+    pub fn is_folder(&self) -> io::Result<bool> {
+        self.kind().map(|kind| kind == Some(Kind::Folder))
+    }
+
+    /// The whole file, if one is there.
+    ///
+    /// # Errors
+    /// When one is, and can't be read.
+    pub fn read_if_there(&self) -> io::Result<Option<Vec<u8>>> {
+        match self.read() {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) if is_no_file(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// What lies in the folder.
@@ -93,6 +126,12 @@ impl Location {
     pub fn resolve(&self) -> io::Result<PathBuf> {
         self.store.resolve(&self.path)
     }
+}
+
+/// Whether the error says that there is no file: nothing, or a folder.
+pub(crate) fn is_no_file(error: &io::Error) -> bool {
+    use io::ErrorKind::{IsADirectory, NotADirectory, NotFound};
+    matches!(error.kind(), NotFound | NotADirectory | IsADirectory)
 }
 
 impl fmt::Debug for Location {

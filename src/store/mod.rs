@@ -22,6 +22,7 @@ pub use hash::Sha256Hash;
 pub(crate) use hash::{HashingReader, HashingWriter, hash_range};
 pub use local::LocalStore;
 pub use location::Location;
+pub(crate) use location::is_no_file;
 pub use memory::MemoryStore;
 
 /// A place that holds files by path. Its calls block; they may come from any thread.

@@ -178,6 +178,7 @@ fn quantized_sources_are_refused_by_name() {
     let by_tensor = [
         ("bitsandbytes NF4", "a.weight.quant_state.bitsandbytes__nf4", Dtype::U8),
         ("bitsandbytes FP4", "a.weight.quant_state.bitsandbytes__fp4", Dtype::U8),
+        ("bitsandbytes AF4", "a.weight.quant_state.bitsandbytes__af4", Dtype::U8),
         ("LLM.int8()", "a.SCB", Dtype::F32),
         ("GPTQ or AWQ", "a.qweight", Dtype::I32),
         ("compressed-tensors", "a.weight_packed", Dtype::I32),

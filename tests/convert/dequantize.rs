@@ -14,7 +14,7 @@ use prequant::{Options, Progress};
 use safetensors::tensor::Dtype;
 use serde_json::json;
 
-use crate::support::{self, Folder, Run, Stored, Tensor, contents, file_names, llama, read_tensors, serialize};
+use crate::support::{self, Folder, LINEAR, Run, Stored, Tensor, contents, file_names, llama, read_tensors, serialize};
 
 fn dequantize(folder: &Folder, flags: &[&str]) -> Run {
     let mut command = Command::new(env!("CARGO_BIN_EXE_prequant"));
@@ -276,6 +276,23 @@ fn a_checkpoint_of_one_file_without_a_config_is_decoded_too() {
     assert_eq!(restored(&folder).len(), llama().len());
 }
 
+/// Absmax can't be restored without the mean that was taken off.
+#[test]
+fn a_quant_state_without_its_offset_is_refused() {
+    let folder = Folder::llama();
+    folder.convert(&["--double-quant"]).ok();
+    let (path, key) = (folder.destination().join("model.safetensors"), b"nested_offset");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let at = bytes.windows(key.len()).position(|window| window == key).unwrap();
+    bytes[at] = b'N';
+    std::fs::write(&path, bytes).unwrap();
+    dequantize(&folder, &[]).fails(3, &["prequant.json: weight", LINEAR, "its quant_state has no nested_offset"]);
+    assert!(!folder.beside("restored").exists());
+    let verified = Run::of(Command::new(env!("CARGO_BIN_EXE_prequant")).arg("verify").arg(folder.destination()));
+    assert_eq!(verified.code, 1, "{}", verified.stderr);
+    assert!(verified.stdout.contains("don't agree on double quantization"), "{}", verified.stdout);
+}
+
 #[test]
 fn damage_is_told_and_nothing_is_left() {
     let folder = Folder::llama();
@@ -361,7 +378,7 @@ fn files_that_a_stopped_run_finished_are_kept() {
     let conversion = plan(folder.destination(), 9000, options).unwrap();
     let ready = destination.join(".prequant-staging/ready");
     let full = Location::new(full_for_the_last_file(ready.clone()), &*destination);
-    let stopped = conversion.dequantize_at(&AtomicBool::new(false), &full, &Silent);
+    let stopped = conversion.execute_at(&AtomicBool::new(false), &full, &Silent);
     assert!(stopped.unwrap_err().to_string().contains("make room"));
     let sealed = file_names(&ready);
     let sealed: Vec<_> = sealed.iter().filter(|name| name.ends_with(".safetensors")).collect();

@@ -346,7 +346,7 @@ fn a_checkpoint_in_memory_gives_the_bytes_that_one_in_a_folder_gives() {
         let (there, here) = (folder.beside(&format!("restored-{i}")), folder.beside(&format!("restored-memory-{i}")));
         for (from, to) in [(Location::from(folder.beside(&format!("from-folder-{i}"))), &there), (converted, &here)] {
             let decoding = dequantize::plan(from, 6000, Options::default()).unwrap();
-            decoding.dequantize_until(&interrupt, to, &Unseen).unwrap();
+            decoding.execute_until(&interrupt, to, &Unseen).unwrap();
         }
         assert!(contents(&here) == contents(&there), "{format:?}");
     }

@@ -15,4 +15,5 @@ mod mxint4;
 mod relayout;
 mod sources;
 mod split;
+mod unreadable;
 mod verify;

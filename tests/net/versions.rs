@@ -120,6 +120,21 @@ fn tensors_in_another_order_are_the_same_and_other_bytes_are_named() {
     assert!(said.stdout.contains(&format!("tensor \"{name}\": is missing")), "{}", said.stdout);
 }
 
+/// Clients may need a key that isn't about quantization.
+#[test]
+fn a_key_that_is_gone_from_another_versions_config_is_told() {
+    let temporary = tempfile::tempdir().unwrap();
+    let to = temporary.path().join("converted");
+    copy_folder(&converted_by_0_1_0("nf4"), &to);
+    let path = to.join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    assert!(config.as_object_mut().unwrap().remove("num_hidden_layers").is_some());
+    fs::write(&path, config.to_string()).unwrap();
+    let said = against(&to, &converted_by_0_1_0("source"));
+    assert_eq!(said.code, 1, "{}", said.stderr);
+    assert!(said.stdout.contains("config.json: its num_hidden_layers isn't what"), "{}", said.stdout);
+}
+
 #[test]
 fn another_source_of_another_versions_checkpoint_is_told() {
     let temporary = tempfile::tempdir().unwrap();

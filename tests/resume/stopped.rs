@@ -11,9 +11,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use prequant::internal::ops::quantize::plan;
+use prequant::internal::ops::verify::{Options as VerifyOptions, verify};
 use prequant::internal::store::{Fault, FaultyStore, LocalStore, Location};
 use prequant::{Conversion, Error, Manifest, Options, Progress, Recipe, RecipeOptions};
 use safetensors::tensor::Dtype;
+use serde_json::json;
 
 use crate::support::{Folder, Tensor, contents, file_names, serialize};
 
@@ -97,7 +99,7 @@ impl Failing {
 fn a_disk_that_fails_anywhere_gives_an_error_and_the_next_run_the_same_bytes() {
     for double_quant in [false, true] {
         let expected = expected(double_quant);
-        for fault in [Fault::Read, Fault::Write, Fault::StorageFull, Fault::Sync, Fault::EndOfFile] {
+        for fault in [Fault::Stat, Fault::Read, Fault::Write, Fault::StorageFull, Fault::Sync, Fault::EndOfFile] {
             for countdown in [1, 2, 5, 9, 17, 60, 150, 250, 400] {
                 let folder = checkpoint();
                 let (watch, to) = (Watch::default(), folder.destination());
@@ -171,6 +173,115 @@ fn a_sealed_file_that_was_changed_is_made_again() {
     assert!(run.stderr.contains("from an earlier run"), "{}", run.stderr);
     assert!(run.stderr.contains(&format!("wrote {sealed}")), "{}", run.stderr);
     assert!(contents(&folder.destination()) == expected(false));
+}
+
+/// A record that was cut, or is of fewer tensors than the file has, proves nothing.
+#[test]
+fn a_file_whose_record_is_too_short_is_made_again() {
+    type Cut = fn(&mut serde_json::Value);
+    let cuts: [Cut; 3] = [
+        |record| drop(record["tensors"].as_array_mut().unwrap().pop().unwrap()),
+        |record| drop(record["tensors"][0]["sha256"].as_array_mut().unwrap().pop().unwrap()),
+        |record| *record = json!(record.to_string()[..20]),
+    ];
+    for cut in cuts {
+        let folder = stopped();
+        let records = folder.destination().join(STAGING).join("sealed");
+        let sealed = file_names(&records).into_iter().find(|name| name.ends_with(".safetensors")).unwrap();
+        let mut record = serde_json::from_slice(&fs::read(records.join(&sealed)).unwrap()).unwrap();
+        cut(&mut record);
+        fs::write(records.join(&sealed), record.to_string()).unwrap();
+        let run = folder.convert(&FLAGS).ok();
+        assert!(run.stderr.contains(&format!("wrote {sealed}")), "{}", run.stderr);
+        assert!(contents(&folder.destination()) == expected(false));
+    }
+}
+
+/// A store that sets the flag at the `call`th read of any file, be it to quantize or to hash.
+fn interrupted_at(call: usize) -> (Arc<FaultyStore>, Arc<AtomicBool>) {
+    let (interrupt, reads) = (Arc::new(AtomicBool::new(false)), AtomicUsize::new(0));
+    let flag = interrupt.clone();
+    let count = move |_: &Path| {
+        flag.fetch_or(reads.fetch_add(1, Ordering::Relaxed) + 1 == call, Ordering::Relaxed);
+        false
+    };
+    (Arc::new(FaultyStore::only_at(Arc::new(LocalStore), Fault::Read, count)), interrupt)
+}
+
+/// Interrupts `act` at each read in turn: it says so, or is done and the read was its last. Returns how many reads there are.
+#[track_caller]
+fn interrupted_at_each_read(act: impl Fn(Arc<FaultyStore>, &AtomicBool) -> prequant::Result<()>) -> usize {
+    for call in 1.. {
+        let (store, interrupt) = interrupted_at(call);
+        match act(store, &interrupt) {
+            Err(error) => assert!(matches!(error, Error::Interrupted), "read {call}: {error}"),
+            Ok(()) if interrupt.load(Ordering::Relaxed) => {}
+            Ok(()) => return call - 1,
+        }
+    }
+    unreachable!()
+}
+
+#[test]
+fn an_interrupt_at_any_read_is_reported_as_one() {
+    let folder = Folder::llama();
+    let execute = |store: Arc<FaultyStore>, interrupt: &AtomicBool| {
+        let to = folder.beside("interrupted");
+        let _ = fs::remove_dir_all(&to);
+        let options = Options { threads: 1, hash_source: true, ..Options::default() };
+        let conversion = plan(Location::new(store.clone(), folder.source()), Recipe::default(), options)?;
+        conversion.execute_at(interrupt, &Location::new(store, &to), &Watch::default()).map(|_| ())
+    };
+    assert!(interrupted_at_each_read(execute) > 20);
+
+    folder.convert(&[]).ok();
+    let verified = |store: Arc<FaultyStore>, interrupt: &AtomicBool| {
+        let options = VerifyOptions { threads: 1, interrupt, ..VerifyOptions::default() };
+        let report = verify(Location::new(store, folder.destination()), options)?;
+        assert_eq!(report.differences, []);
+        Ok(())
+    };
+    assert!(interrupted_at_each_read(verified) > 20);
+}
+
+/// What a run hashes of what an earlier one finished.
+#[test]
+fn an_interrupt_while_sealed_files_are_hashed_is_reported_as_one() {
+    let folder = stopped();
+    let (store, _) = interrupted_at(0);
+    let conversion = conversion(&folder, false);
+    let to = Location::new(store, folder.destination());
+    let error = conversion.execute_at(&AtomicBool::new(true), &to, &Watch::default()).unwrap_err();
+    assert!(matches!(error, Error::Interrupted), "{error}");
+    let run = folder.convert(&FLAGS).ok();
+    assert!(run.stderr.contains("verified, skipping"), "{}", run.stderr);
+}
+
+/// So long that no disk is faster than the signal: a file that is one hole.
+#[test]
+fn a_signal_stops_verify_with_its_exit_code() {
+    let folder = checkpoint();
+    folder.convert(&FLAGS).ok();
+    let (hole, size) = ("tokenizer.json", 64u64 << 30);
+    File::options().write(true).open(folder.destination().join(hole)).unwrap().set_len(size).unwrap();
+    let mut manifest = folder.read_json("prequant.json");
+    let files = manifest["files"].as_array_mut().unwrap();
+    files.iter_mut().filter(|file| file["name"] == hole).for_each(|file| file["size"] = size.into());
+    fs::write(folder.destination().join("prequant.json"), manifest.to_string()).unwrap();
+    for (signal, code) in [("-INT", 130), ("-TERM", 143)] {
+        // One that comes before the command listens ends it otherwise.
+        let listens = (1..100).find_map(|attempt| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_prequant"));
+            command.arg("verify").arg(folder.destination()).stdout(Stdio::null()).stderr(Stdio::piped());
+            let child = command.spawn().unwrap();
+            std::thread::sleep(Duration::from_millis(20 * attempt));
+            assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+            let output = child.wait_with_output().unwrap();
+            output.status.code().map(|found| (found, String::from_utf8_lossy(&output.stderr).into_owned()))
+        });
+        let (found, words) = listens.expect("verify never listened");
+        assert_eq!((found, words.trim_end()), (code, "error: interrupted"));
+    }
 }
 
 #[test]

@@ -43,6 +43,7 @@ pub fn thread_blocks(blocks: usize) -> u32 {
 /// GPUs, named `cuda:N`.
 pub(super) const KIND: Kind = Kind {
     name: "cuda",
+    about: "an NVIDIA GPU",
     open: |ordinals| {
         let gpus = ordinals.iter().map(|&ordinal| Gpu::open(ordinal)).collect::<Result<_, _>>()?;
         Ok(Arc::new(Cuda { gpus }))

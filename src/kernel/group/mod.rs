@@ -4,7 +4,11 @@
 //! hold; ModelOpt 0.47.0's for ModelOpt's layout of NVFP4. [`scalar`] is the specification.
 
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod batches;
 pub(crate) mod scalar;
 mod vector;
 #[cfg(target_arch = "x86_64")]
@@ -12,14 +16,14 @@ mod x86;
 
 use super::{BlockErrors, Isa, Kernel, NonFinite};
 use crate::dtype::FloatDtype;
-use crate::format::{Codec, Coding, Layout};
+use crate::format::{Codec, Coding, TensorScale};
 
-/// NVFP4's scale of a tensor, or of all that share one, with this absmax: [`scalar::global_scale`], or [`scalar::scale_2`] in
-/// ModelOpt's layout.
+/// The scale of the scales of a tensor, or of all that share one, with this absmax: [`scalar::global_scale`] where scales are
+/// divided by it in decoding, [`scalar::scale_2`] where they are multiplied.
 pub fn tensor_scale(codec: &Codec, absmax: f32, dtype: FloatDtype) -> f32 {
-    match codec.layout() {
-        Some(Layout::Modelopt) => scalar::scale_2(absmax),
-        _ => scalar::global_scale(absmax, dtype),
+    match codec.tensor_scale(1.0) {
+        Some(TensorScale::Factor(_)) => scalar::scale_2(absmax),
+        Some(TensorScale::Divisor(_)) | None => scalar::global_scale(absmax, dtype),
     }
 }
 

@@ -63,7 +63,10 @@ fn is_unchanged(
     let tensors = &plan.tensors[planned.tensors.clone()];
     let location = staging.ready(&planned.name);
     let path = location.path();
-    let Ok(file) = location.open() else { return Ok(false) };
+    if !location.is_file().at(path, "look at it")? {
+        return Ok(false);
+    }
+    let file = location.open().at(path, "open it")?;
     let len = file.identity().at(path, "look at it")?.len;
     let is_whole = |(tensor, outcome): (&PlannedTensor, &TensorOutcome)| {
         let has_statistics = outcome.statistics.is_some() == tensor.quantized_from().is_some();

@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, Source, SourceFile, TensorInfo};
 use crate::error::{IoContext, Result};
+use crate::layout::modelopt::PRODUCER;
 use crate::manifest::{Manifest, OutputRecord, TensorRecord};
 use crate::ops::model_card;
 use crate::ops::quantize::Conversion;
@@ -35,15 +36,14 @@ pub(crate) fn compare(
     for (name, file) in rearranged.differing.into_inner().unwrap_or_else(PoisonError::into_inner) {
         report.differ(&file, Some(&name), "its bytes aren't what converting the source gives");
     }
-    compare_config(conversion, checkpoint, report);
+    compare_config(conversion, checkpoint, report)?;
     for (name, sha256) in hash_side_files(conversion)? {
-        let there = checkpoint.folder.join(&name).read().ok().map(|bytes| Sha256Hash::of(&bytes));
-        if there != Some(sha256) {
+        if checkpoint.hash_of(&name)? != Some(sha256) {
             report.differ(&name, None, "isn't the source's");
         }
     }
     if let Some(card) = model_card::changed(&conversion.source, &conversion.plan, false)? {
-        let found = checkpoint.folder.join(model_card::NAME).read().unwrap_or_default();
+        let found = checkpoint.read(model_card::NAME)?.unwrap_or_default();
         if found != card && !model_card::says_the_same(&found, &card) {
             report.differ(model_card::NAME, None, "isn't what converting the source gives");
         }
@@ -53,11 +53,11 @@ pub(crate) fn compare(
 }
 
 /// What clients load by must be the same; of `config.json`'s other keys, all that converting the source gives.
-fn compare_config(conversion: &Conversion, checkpoint: &Checkpoint, report: &mut Report) {
+fn compare_config(conversion: &Conversion, checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
     let made = conversion.plan.side_files.iter().map(|(name, text)| (name.as_str(), text));
     for (name, text) in made.chain(conversion.plan.config.iter().map(|text| (CONFIG_NAME, text))) {
         let parse = |text: &[u8]| serde_json::from_slice::<Value>(text).ok();
-        let found = checkpoint.folder.join(name).read().ok().and_then(|text| parse(&text));
+        let found = checkpoint.read(name)?.and_then(|text| parse(&text));
         let (Some(mut found), Some(mut expected)) = (found, parse(text.as_bytes())) else {
             report.differ(name, None, "it is missing, or not JSON");
             continue;
@@ -66,7 +66,7 @@ fn compare_config(conversion: &Conversion, checkpoint: &Checkpoint, report: &mut
         let part = |value: &mut Value| if is_config { value["quantization_config"].take() } else { value.take() };
         let [mut of_found, mut of_expected] = [part(&mut found), part(&mut expected)];
         [&mut of_found, &mut of_expected].into_iter().filter_map(Value::as_object_mut).for_each(|object| {
-            object.shift_remove("producer"); // names the version
+            object.shift_remove(PRODUCER); // names the version
         });
         if of_found != of_expected {
             report.differ(name, None, "it tells clients otherwise than what converting the source gives");
@@ -76,6 +76,7 @@ fn compare_config(conversion: &Conversion, checkpoint: &Checkpoint, report: &mut
             report.differ(name, None, format!("its {key} isn't what converting the source gives"));
         }
     }
+    Ok(())
 }
 
 /// Sources, decisions and tensors must be the same, by their names.

@@ -65,7 +65,8 @@ pub(crate) fn check_names(checkpoint: &Checkpoint, report: &mut Report) -> Resul
     Ok(())
 }
 
-fn is_inside(name: &str) -> bool {
+/// Whether a name of the manifest stays inside the folder.
+pub(crate) fn is_inside(name: &str) -> bool {
     !name.is_empty() && Path::new(name).components().all(|part| matches!(part, Component::Normal(_)))
 }
 

@@ -3,16 +3,17 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::Ordering;
 
-use crate::checkpoint::{CONFIG_NAME, Config, Header, INDEX_NAME, Index, TensorInfo};
-use crate::dtype::FloatDtype;
+use crate::checkpoint::{CONFIG_NAME, Config, INDEX_NAME, Index, Source, SourceFile, TensorInfo};
+use crate::converted::{self, Converted};
+use crate::dtype::{self, FloatDtype, elements};
 use crate::error::{Error, IoContext, Result};
-use crate::format::Scales;
-use crate::layout::bitsandbytes::{MAX_QUANT_STATE, ParsedQuantState, QUANT_STATE};
+use crate::layout::bitsandbytes::{ParsedQuantState, QUANT_STATE};
 use crate::layout::gpt_oss;
 use crate::manifest::{DecisionRecord, Manifest, OutputRecord, SourceTensorRecord, TensorRecord};
 use crate::models::Role;
-use crate::ops::verify::{Checkpoint, Options, Report, on_threads};
-use crate::store::{Location, ReadAt, Reader, hash_range, read_exact_at};
+use crate::ops::verify::files::is_inside;
+use crate::ops::verify::{Checkpoint, Options, Report, if_sound, on_threads};
+use crate::store::{ReadAt, hash_range};
 
 /// The manifest's tensors: by file, then by name.
 type ByFile<'a> = BTreeMap<&'a str, HashMap<&'a str, (&'a OutputRecord, &'a TensorRecord)>>;
@@ -32,8 +33,7 @@ pub(crate) fn check(checkpoint: &Checkpoint, options: Options<'_>, report: &mut 
         }
         check_file(checkpoint, file, expected, options, report)?;
     }
-    check_index(checkpoint, &by_file, report);
-    Ok(())
+    check_index(checkpoint, &by_file, report)
 }
 
 fn check_file(
@@ -43,15 +43,13 @@ fn check_file(
     options: Options<'_>,
     report: &mut Report,
 ) -> Result<()> {
-    let location = checkpoint.folder.join(file);
-    let Some((opened, header)) = open(&location, file, report) else { return Ok(()) };
-    report.tensors += header.tensors.len();
+    let Some(source) = open(checkpoint, file, report)? else { return Ok(()) };
+    let opened = &source.files[0];
+    report.tensors += opened.tensors.len();
     let mut entries = Vec::new();
-    for info in &header.tensors {
+    for info in &opened.tensors {
         match expected.get(info.name.as_str()) {
-            Some((record, tensor)) => {
-                entries.push(Entry { file, location: &location, opened: &*opened, info, record, tensor });
-            }
+            Some((record, tensor)) => entries.push(Entry { file: opened, info, record, tensor }),
             None => report.differ(file, Some(&info.name), "is not in the manifest"),
         }
     }
@@ -59,15 +57,20 @@ fn check_file(
     for name in expected.keys().filter(|name| !found.contains(*name)) {
         report.differ(file, Some(name), "is missing from the file");
     }
+    let (manifest, model) = (&checkpoint.manifest, source.model_dtype());
+    let mut converted = Converted::unchecked(&source, manifest);
     for entry in &entries {
-        entry.check_header(report);
+        let what = converted::difference(entry.info, entry.record);
+        what.into_iter().for_each(|what| entry.differ(report, what));
         if !options.quick && entry.info.name.contains(QUANT_STATE) {
-            entry.check_quant_state(&checkpoint.manifest, report)?;
+            let state = entry.quant_state(&mut converted, report)?;
+            state.into_iter().for_each(|state| entry.check_quant_state(&state, manifest, model, report));
         }
     }
     if !options.quick {
+        let bytes = &*opened.reopen()?;
         let differences =
-            on_threads(options.threads, &entries, |entry, buffer| entry.hash_difference(options, buffer))?;
+            on_threads(options.threads, &entries, |entry, buffer| entry.hash_difference(bytes, options, buffer))?;
         for (entry, what) in entries.iter().zip(differences) {
             what.into_iter().for_each(|what| entry.differ(report, what));
         }
@@ -75,28 +78,29 @@ fn check_file(
     Ok(())
 }
 
-fn open(location: &Location, file: &str, report: &mut Report) -> Option<(Box<dyn ReadAt>, Header)> {
-    // A file that is missing has been reported.
-    let opened = location.open().ok()?;
-    let len = opened.identity().ok()?.len;
-    match Header::read(&mut Reader::new(&*opened), len, location.path()) {
-        Ok(header) => Some((opened, header)),
+/// The file as a checkpoint of its own; none if it is damaged, which is reported, or was reported as no file of the folder.
+fn open(checkpoint: &Checkpoint, file: &str, report: &mut Report) -> Result<Option<Source>> {
+    let location = checkpoint.folder.join(file);
+    if !is_inside(file) || !location.is_file().at(location.path(), "look at it")? {
+        return Ok(None);
+    }
+    match SourceFile::open(file.to_owned(), location.clone()) {
+        Ok(opened) => {
+            // A config that can't be read is reported as such.
+            let config = if_sound(Config::read(&checkpoint.folder.join(CONFIG_NAME)))?;
+            Ok(Some(Source { location, files: vec![opened], config, side_files: Vec::new() }))
+        }
         Err(Error::Malformed { why, .. }) => {
             report.differ(file, None, why);
-            None
+            Ok(None)
         }
-        Err(error) => {
-            report.differ(file, None, error.to_string());
-            None
-        }
+        Err(error) => Err(error),
     }
 }
 
 /// A tensor as its file has it and as the manifest has it.
 struct Entry<'a> {
-    file: &'a str,
-    location: &'a Location,
-    opened: &'a dyn ReadAt,
+    file: &'a SourceFile,
     info: &'a TensorInfo,
     record: &'a OutputRecord,
     tensor: &'a TensorRecord,
@@ -104,75 +108,42 @@ struct Entry<'a> {
 
 impl Entry<'_> {
     fn differ(&self, report: &mut Report, what: String) {
-        report.differ(self.file, Some(&self.info.name), what);
+        report.differ(&self.file.name, Some(&self.info.name), what);
     }
 
-    fn check_header(&self, report: &mut Report) {
-        let (found, expected) = (self.info.dtype.to_string(), &self.record.dtype);
-        if found != *expected || self.info.shape != self.record.shape {
-            let (found_shape, expected_shape) = (&self.info.shape, &self.record.shape);
-            self.differ(report, format!("is {found} {found_shape:?}, expected {expected} {expected_shape:?}"));
-        }
-    }
-
-    fn hash_difference(&self, options: Options<'_>, buffer: &mut [u8]) -> Result<Option<String>> {
+    fn hash_difference(&self, bytes: &dyn ReadAt, options: Options<'_>, buffer: &mut [u8]) -> Result<Option<String>> {
         let keep_going = || !options.interrupt.load(Ordering::Relaxed);
         let TensorInfo { offset, len, .. } = *self.info;
-        let hash = hash_range(self.opened, offset, len, buffer, keep_going);
-        let hash = hash.at(self.location.path(), "read it")?.ok_or(Error::Interrupted)?;
+        let hash = hash_range(bytes, offset, len, buffer, keep_going);
+        let hash = hash.at(self.file.location.path(), "read it")?.ok_or(Error::Interrupted)?;
         Ok((hash != self.record.sha256).then(|| format!("its SHA-256 is {hash}, expected {}", self.record.sha256)))
     }
 
+    /// The quant_state that it is; what is none is reported.
+    fn quant_state(&self, converted: &mut Converted<'_>, report: &mut Report) -> Result<Option<ParsedQuantState>> {
+        let state = match converted.quant_state(&self.info.name) {
+            Ok(json) => ParsedQuantState::parse(&json).map_err(|error| error.to_string()),
+            Err(Error::Malformed { why, .. }) => Err(why),
+            Err(error) => return Err(error),
+        };
+        Ok(state.map_err(|error| self.differ(report, format!("is no quant_state: {error}"))).ok())
+    }
+
     /// The JSON that clients decode by must say what the recipe and the source say.
-    fn check_quant_state(&self, manifest: &Manifest, report: &mut Report) -> Result<()> {
-        let mut json = vec![0; self.info.len.min(MAX_QUANT_STATE) as usize];
-        read_exact_at(self.opened, &mut json, self.info.offset).at(self.location.path(), "read it")?;
-        let state = match ParsedQuantState::parse(&json) {
-            Ok(state) => state,
-            Err(error) => {
-                self.differ(report, format!("is no quant_state: {error}"));
-                return Ok(());
-            }
-        };
+    fn check_quant_state(&self, state: &ParsedQuantState, manifest: &Manifest, model: FloatDtype, report: &mut Report) {
         let (Some(source), DecisionRecord::Quantize) = (self.tensor.sources.first(), self.tensor.decision) else {
-            self.differ(report, "belongs to a tensor that isn't quantized".to_owned());
-            return Ok(());
+            return self.differ(report, "belongs to a tensor that isn't quantized".to_owned());
         };
-        let dtype = match source.dtype.as_str() {
-            "BF16" => FloatDtype::Bfloat16,
-            "F16" => FloatDtype::Float16,
-            "F32" => FloatDtype::Float32,
-            // It was coded, and decoded to the model's.
-            _ => {
-                let config = Config::read(&self.location.with_file_name(CONFIG_NAME)).ok();
-                config.and_then(|config| config.dtype()).unwrap_or(FloatDtype::Bfloat16)
-            }
-        };
+        // What was coded was decoded to the model's dtype.
+        let dtype = dtype::named(&source.dtype).and_then(FloatDtype::of).unwrap_or(model);
         let codec = manifest.recipe.codec();
-        let Scales::Blocks { size, double_quant, .. } = codec.scales else {
-            self.differ(report, format!("is bitsandbytes', and the recipe is of {}", codec.format.name));
-            return Ok(());
-        };
-        let block_size = u64::from(u32::from(size));
-        let (found, expected) = (
-            (state.quant_type.as_str(), state.blocksize, state.dtype.as_str()),
-            (codec.format.library_name, block_size, dtype.torch_name()),
-        );
-        if found != expected {
-            self.differ(report, format!("says {found:?}, expected {expected:?}"));
-        }
-        if !self.is_of_sources(&state.shape, manifest) {
+        state.differences(&codec, dtype).into_iter().for_each(|what| self.differ(report, what));
+        if codec.is_blocks() && !self.is_of_sources(&state.shape, manifest) {
             let shapes: Vec<&[u64]> = self.tensor.sources.iter().map(|source| &*source.shape).collect();
             self.differ(report, format!("says the shape is {:?}, and the source has {shapes:?}", state.shape));
         }
-        if state.nested_offset.is_some() != double_quant {
-            self.differ(report, "and the recipe don't agree on double quantization".to_owned());
-        }
-        Ok(())
     }
-}
 
-impl Entry<'_> {
     /// Whether a weight of this shape is what the manifest's sources give.
     fn is_of_sources(&self, shape: &[u64], manifest: &Manifest) -> bool {
         let sources = &self.tensor.sources;
@@ -185,16 +156,12 @@ impl Entry<'_> {
                 elements(&source.shape)?.checked_mul(codes)
             });
             let all = elements.into_iter().try_fold(0u64, |sum, elements| sum.checked_add(elements?));
-            return all.is_some() && self::elements(shape) == all;
+            return all.is_some() && dtype::elements(shape) == all;
         }
         let shapes: Vec<&[u64]> = sources.iter().map(|source| &*source.shape).collect();
         let is_fused = self.tensor.role == Role::FusedExperts && manifest.recipe.fuses_experts();
         shape == shapes[0] || is_fused && is_made_of(shape, &shapes)
     }
-}
-
-fn elements(shape: &[u64]) -> Option<u64> {
-    shape.iter().try_fold(1u64, |product, &dimension| product.checked_mul(dimension))
 }
 
 /// Whether a 3-D shape has as many elements as what was fused into it, and its columns (or rows, if it is transposed).
@@ -205,15 +172,16 @@ fn is_made_of(fused: &[u64], shapes: &[&[u64]]) -> bool {
 }
 
 /// The index must have every tensor in its file.
-fn check_index(checkpoint: &Checkpoint, by_file: &ByFile<'_>, report: &mut Report) {
+fn check_index(checkpoint: &Checkpoint, by_file: &ByFile<'_>, report: &mut Report) -> Result<()> {
     if !checkpoint.manifest.files.iter().any(|file| file.name == INDEX_NAME) {
         if by_file.len() > 1 {
             report.differ(INDEX_NAME, None, "is not in the manifest, though there are several files of weights");
         }
-        return;
+        return Ok(());
     }
-    let Ok(index) = Index::read(&checkpoint.folder.join(INDEX_NAME)) else {
-        return report.differ(INDEX_NAME, None, "it is missing, or not an index of tensors");
+    let Some(index) = if_sound(Index::read(&checkpoint.folder.join(INDEX_NAME)))? else {
+        report.differ(INDEX_NAME, None, "it is missing, or not an index of tensors");
+        return Ok(());
     };
     let expected: BTreeMap<&str, &str> =
         by_file.iter().flat_map(|(file, tensors)| tensors.keys().map(|name| (*name, *file))).collect();
@@ -229,4 +197,5 @@ fn check_index(checkpoint: &Checkpoint, by_file: &ByFile<'_>, report: &mut Repor
     for name in index.tensors().filter(|name| !expected.contains_key(name)) {
         report.differ(INDEX_NAME, Some(name), "is not in the manifest");
     }
+    Ok(())
 }

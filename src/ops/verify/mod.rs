@@ -16,12 +16,12 @@ pub use reconvert::against;
 
 use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, STAGING_NAME};
 use crate::dtype::FloatDtype;
-use crate::error::{Error, Result};
+use crate::error::{Error, IoContext, Result};
 use crate::layout::OutputKind;
 use crate::manifest::{DecisionRecord, Manifest};
 use crate::models::Rules;
 use crate::plan::kept_modules::{bitsandbytes, compressed_tensors};
-use crate::store::{Location, Sha256Hash};
+use crate::store::{Location, Sha256Hash, is_no_file};
 
 /// Bytes that are read at once.
 const BUFFER: usize = 1 << 20;
@@ -117,6 +117,19 @@ struct Checkpoint {
     manifest_sha256: Sha256Hash,
 }
 
+impl Checkpoint {
+    /// The content of a small file, if it is there.
+    fn read(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        let location = self.folder.join(name);
+        location.read_if_there().at(location.path(), "read it")
+    }
+
+    /// The SHA-256 of a small file, if it is there.
+    fn hash_of(&self, name: &str) -> Result<Option<Sha256Hash>> {
+        Ok(self.read(name)?.map(|content| Sha256Hash::of(&content)))
+    }
+}
+
 /// Checks the checkpoint in `folder` against its manifest.
 ///
 /// # Errors
@@ -128,7 +141,7 @@ pub fn verify(folder: impl Into<Location>, options: Options<'_>) -> Result<Repor
     files::check_names(&checkpoint, &mut report)?;
     files::check_contents(&checkpoint, options, &mut report)?;
     headers::check(&checkpoint, options, &mut report)?;
-    check_config(&checkpoint, &mut report);
+    check_config(&checkpoint, &mut report)?;
     report.differences.sort();
     report.differences.dedup();
     Ok(report)
@@ -137,8 +150,9 @@ pub fn verify(folder: impl Into<Location>, options: Options<'_>) -> Result<Repor
 /// Opens a converted checkpoint; a manifest that can't be read is a difference.
 fn open(folder: &Location, report: &mut Report) -> Result<Option<Checkpoint>> {
     let path = folder.join(MANIFEST_NAME);
-    if !path.is_file() {
-        let why = match folder.join(STAGING_NAME).is_folder() {
+    if !path.is_file().at(path.path(), "look at it")? {
+        let staging = folder.join(STAGING_NAME);
+        let why = match staging.is_folder().at(staging.path(), "look at it")? {
             true => "its conversion was never finished; run the command it was begun with again",
             false => {
                 "not converted by prequant (no prequant.json); verify takes a folder written by `prequant convert`"
@@ -156,32 +170,40 @@ fn open(folder: &Location, report: &mut Report) -> Result<Option<Checkpoint>> {
     }
 }
 
-/// What the recipe alone doesn't tell of `quantization_config`.
-const FREE_KEYS: [&str; 5] =
-    ["bnb_4bit_compute_dtype", "llm_int8_skip_modules", "ignore", "modules_to_not_convert", "producer"];
-
 /// config.json must tell clients what the recipe says. That it is the file that was written is checked by its hash.
-fn check_config(checkpoint: &Checkpoint, report: &mut Report) {
+fn check_config(checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
     const NAME: &str = CONFIG_NAME;
     if !checkpoint.manifest.files.iter().any(|file| file.name == NAME) {
-        return;
+        return Ok(());
     }
-    let path = checkpoint.folder.join(NAME);
-    let Ok(config) = Config::read(&path) else {
-        return report.differ(NAME, None, "not a model's config");
+    let Some(config) = if_sound(Config::read(&checkpoint.folder.join(NAME)))? else {
+        report.differ(NAME, None, "not a model's config");
+        return Ok(());
     };
     let Some(found) = config.values().get("quantization_config") else {
-        return report.differ(NAME, None, "has no quantization_config");
+        report.differ(NAME, None, "has no quantization_config");
+        return Ok(());
     };
-    let expected = checkpoint.manifest.recipe.codec().quantization_config(FloatDtype::Bfloat16, &[]);
+    let codec = checkpoint.manifest.recipe.codec();
+    let expected = codec.quantization_config(FloatDtype::Bfloat16, &[]);
     for (key, expected) in expected.as_object().into_iter().flatten() {
         let found = found.get(key).unwrap_or(&serde_json::Value::Null);
-        let free = FREE_KEYS.contains(&key.as_str());
-        if !free && found != expected {
+        if !codec.other_keys().contains(&key.as_str()) && found != expected {
             report.differ(NAME, None, format!("quantization_config's {key} is {found}, expected {expected}"));
         }
     }
     check_kept_modules(checkpoint, &config, found, report);
+    Ok(())
+}
+
+/// What was read; none if the file isn't there, or isn't what it should be. What the system refuses is an error.
+fn if_sound<T>(read: Result<T>) -> Result<Option<T>> {
+    match read {
+        Ok(read) => Ok(Some(read)),
+        Err(Error::Malformed { .. }) => Ok(None),
+        Err(Error::Io { ref source, .. }) if is_no_file(source) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// No module that is quantized may be among those that clients are told to leave alone.
