@@ -429,7 +429,8 @@ def main() -> int:
     parser.add_argument("--cores", default="2,4,8,16", help="numbers of cores, with commas between them")
     parser.add_argument("--files", type=int, help="output files in flight")
     parser.add_argument("--times", type=int, default=1, help="how often the traced run's files are replayed")
-    parser.add_argument("--undisturbed", action="store_true", help="take each kind of work at its median rate: for a trace from a busy machine")
+    undisturbed = "take each kind of work at its median rate: for a trace from a busy machine"
+    parser.add_argument("--undisturbed", action="store_true", help=undisturbed)
     parser.add_argument("--self-check", action="store_true", help="replay measured runs and compare")
     arguments = parser.parse_args()
     if arguments.self_check:

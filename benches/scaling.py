@@ -55,7 +55,7 @@ SAMPLES, INTERVAL, MANY = 200, 0.005, 16
 FLOOR, COLD, WRITERS, WRITERS_P95, TAIL, MEMORY = 1.3, 1.15, 2.0, 4.0, 0.05, 300.0
 # System calls that write, by machine; and functions in which threads wait where these can't be seen.
 WRITING = {"x86_64": {1, 18, 20, 296, 328}, "aarch64": {64, 66, 68, 70, 287}}
-WAITING = re.compile(r"rwsem_down_write|_write_iter|perform_write|write_begin|write_end|dirty_pages|jbd2|start_this_handle|wait_on_page|folio_wait")
+WAITING = re.compile(r"rwsem_down_write|_write_iter|perform_write|write_(begin|end)|dirty_pages|jbd2|start_this_handle|folio_wait")
 
 
 @dataclass
@@ -195,7 +195,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=parse_size, default="1GB", help="bytes of bf16 weights, such as 1GB or 256MiB")
     parser.add_argument("--runs", type=int, default=5, help="runs of everything but the pairs of copy")
     parser.add_argument("--pairs", type=int, default=9, help="pairs of runs with cp")
-    parser.add_argument("--formats", default=",".join(map(" ".join, formats())), help="those of copy and floor, with commas between them: %(default)s")
+    every = ",".join(map(" ".join, formats()))
+    parser.add_argument("--formats", default=every, help="those of copy and floor, with commas between them: %(default)s")
     parser.add_argument("--cores", type=int, help="use so many cores, of those there are")
     parser.add_argument("--tensors", type=int, default=150_000, help="tensors of the checkpoint whose conversion's memory is measured")
     parser.add_argument("--folder", type=Path, default=BENCH, help="where source and outputs lie")
@@ -233,7 +234,8 @@ def build() -> None:
     shutil.copy2(ROOT / "target" / "release" / "prequant", BUILT / "prequant")
     command = ["cargo", "bench", "--no-run", "--locked", "--bench", "floor", "--message-format", "json"]
     built = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-    programs = [message.get("executable") for message in map(json.loads, built.splitlines()) if message.get("target", {}).get("name") == "floor"]
+    messages = map(json.loads, built.splitlines())
+    programs = [each["executable"] for each in messages if each.get("target", {}).get("name") == "floor"]
     shutil.copy2(programs[-1], BUILT / "floor")
 
 
@@ -271,7 +273,9 @@ def floor(bench: Bench) -> Iterator[Row]:
         least = sum(times * taken[part] for part, times in PARTS.items())
         ours = statistics.median(whole.processor)
         yield from map(bench.row, parts.values())
-        yield bench.row(whole, ours / least, f"the parts' {least:.3f} s (files and tensors hashed in one pass: {least - 2 * taken['hash'] + taken['hash-twice']:.3f} s)", FLOOR)
+        one_pass = least - 2 * taken["hash"] + taken["hash-twice"]
+        of = f"the parts' {least:.3f} s (files and tensors hashed in one pass: {one_pass:.3f} s)"
+        yield bench.row(whole, ours / least, of, FLOOR)
 
 
 def threads(bench: Bench) -> Iterator[Row]:
@@ -314,7 +318,8 @@ def bnb(bench: Bench) -> Iterator[Row]:
         words = [bench.arguments.python, script] if bench.arguments.python else python("client", "bitsandbytes_loop")
     except subprocess.CalledProcessError:
         raise Unavailable("scripts/venv couldn't make its environment; --python names another") from None
-    probe = subprocess.run([words[0], "-c", "import bitsandbytes, torch; print('cuda' if torch.cuda.is_available() else 'cpu')"], stdout=subprocess.PIPE, text=True)
+    which = "import bitsandbytes, torch; print('cuda' if torch.cuda.is_available() else 'cpu')"
+    probe = subprocess.run([words[0], "-c", which], stdout=subprocess.PIPE, text=True)
     if probe.returncode:
         raise Unavailable(f"{words[0]} has no torch or bitsandbytes")
     device = probe.stdout.split()[-1]
@@ -368,8 +373,9 @@ def writers(bench: Bench) -> Iterator[Row]:
                 raise Unavailable("the run is too short to be sampled")
         counts = sorted(counts[:SAMPLES])
         of = f"of {MANY} threads, {len(counts)} samples"
-        yield Row(f"threads that wait in the write path{name}: mean", ratio=statistics.mean(counts), of=of, bar=WRITERS)
-        yield Row(f"threads that wait in the write path{name}: 95th percentile", ratio=counts[len(counts) * 95 // 100 - 1], of=of, bar=WRITERS_P95)
+        what = f"threads that wait in the write path{name}"
+        yield Row(f"{what}: mean", ratio=statistics.mean(counts), of=of, bar=WRITERS)
+        yield Row(f"{what}: 95th percentile", ratio=counts[len(counts) * 95 // 100 - 1], of=of, bar=WRITERS_P95)
 
 
 def sample(command: list[str], output: Path) -> list[int]:
@@ -415,7 +421,8 @@ def tail(bench: Bench) -> Iterator[Row]:
         run = max(span["ts"] + span["dur"] for span in spans) - min(span["ts"] for span in spans)
         seconds = max(0.0, last["hash"] - last["write"])
         bar = TAIL if len(written) >= 4 else None
-        yield Row(f"last write to last hash, output files: {len(written)}", seconds / 1e6, None, seconds / run, f"the run's {run / 1e6:.3f} s", bar)
+        name, of = f"last write to last hash, output files: {len(written)}", f"the run's {run / 1e6:.3f} s"
+        yield Row(name, seconds / 1e6, None, seconds / run, of, bar)
 
 
 def spans_of(path: Path) -> list[dict]:
@@ -446,7 +453,8 @@ def replayed(bench: Bench) -> Iterator[Row]:
         raise Unavailable(str(why)) from None
     yield Row(f"nf4, 8 output files, as traced with {traced.threads} threads", traced.seconds, bench.size / traced.seconds)
     for number, count, result in replay.forecast(traced.files, [2, 4, 8, 16], None):
-        yield Row(f"replayed at its median rates on {number} cores, files in flight: {count}", result.seconds, result.rate, result.seconds / traced.seconds, "the traced run's time")
+        name = f"replayed at its median rates on {number} cores, files in flight: {count}"
+        yield Row(name, result.seconds, result.rate, result.seconds / traced.seconds, "the traced run's time")
 
 
 MODES: dict[str, Callable[[Bench], Iterator[Row]]] = {
