@@ -23,7 +23,8 @@ pub(super) struct OpenFile<'j, 'a> {
 
 impl<'j, 'a> SourceFiles<'j, 'a> {
     pub(crate) fn new(execution: &'j Execution<'a>, trace: &'j ThreadTrace<'a>) -> SourceFiles<'j, 'a> {
-        SourceFiles { open: OpenFile::new(execution), trace, evaluator: Evaluator::default() }
+        let kernel = execution.context.device.cpu().kernel();
+        SourceFiles { open: OpenFile::new(execution), trace, evaluator: Evaluator::new(kernel) }
     }
 
     /// Fills `into` with the bytes of the plan's `tensor`th from `offset` on.
