@@ -1,7 +1,7 @@
 //! Every kernel this processor runs, on one core, against a memory copy of the same source bytes.
 //!
-//! Sources are 1 MiB, as the pipeline hands them out; rates are of source bytes. Decoding, which has one way for every
-//! processor, is the other way round: rates are of the bytes it writes.
+//! Sources are 1 MiB, as the pipeline hands them out; rates are of source bytes. Decoding is the other way round: rates
+//! are of the bytes it writes.
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use std::time::Duration;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
 use half::{bf16, f16};
 use prequant::internal::format::{Codebook, Coding, ElementCode, fp4, nf4};
-use prequant::internal::kernel::decode::{Row, decode};
+use prequant::internal::kernel::decode::Row;
 use prequant::internal::kernel::group::Groups;
 use prequant::internal::kernel::sha256::{Pairing, Sha256Stream};
 use prequant::internal::kernel::{BlockErrors, Blocks, Kernel};
@@ -156,22 +156,24 @@ fn decoding(criterion: &mut Criterion) {
         for (name, coding) in CODINGS {
             // 0x3c in every byte: a number near 0.01 or 1 in every dtype that scales have.
             let scales = vec![0x3c; elements / coding.group * coding.scale_size(dtype)];
-            group.bench_function(name, |bencher| {
-                bencher.iter(|| decode_rows(coding, dtype, black_box(&codes), &scales, &mut into));
-            });
+            for kernel in Kernel::available() {
+                group.bench_function(format!("{} {name}", kernel.name()), |bencher| {
+                    bencher.iter(|| decode_rows(kernel, coding, dtype, black_box(&codes), &scales, &mut into));
+                });
+            }
         }
     }
 }
 
 /// Row by row where there are rows, all at once where there are none.
-fn decode_rows(coding: Coding, dtype: FloatDtype, codes: &[u8], scales: &[u8], into: &mut [u8]) {
+fn decode_rows(kernel: Kernel, coding: Coding, dtype: FloatDtype, codes: &[u8], scales: &[u8], into: &mut [u8]) {
     let elements = into.len() / dtype.size();
     let columns = if matches!(coding.element, ElementCode::Codebook(_)) { elements } else { COLUMNS };
     let scales_of_row = columns / coding.group * coding.scale_size(dtype);
     for (row, into) in into.chunks_exact_mut(columns * dtype.size()).enumerate() {
         let codes = &codes[row * coding.code_byte(columns)..][..coding.code_byte(columns)];
         let scales = &scales[row * scales_of_row..][..scales_of_row];
-        decode(Row { coding, dtype, first: 0, codes, scales, zero_points: &[], into });
+        kernel.decode(Row { coding, dtype, first: 0, codes, scales, zero_points: &[], into });
     }
 }
 

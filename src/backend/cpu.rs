@@ -26,6 +26,11 @@ impl Cpu {
         Cpu::new(Kernel::detect())
     }
 
+    /// Its kernel.
+    pub fn kernel(&self) -> Kernel {
+        self.kernel
+    }
+
     /// Makes a lane.
     pub fn lane(&self, size: &LaneSize) -> CpuLane {
         CpuLane {

@@ -1,16 +1,5 @@
 //! 8-bit floats, as f32; exact.
 
-/// [`e4m3_value`] of every byte, for where there are many.
-pub(crate) static E4M3_VALUES: [f32; 256] = {
-    let mut values = [0.0; 256];
-    let mut byte = 0;
-    while byte < 256 {
-        values[byte] = e4m3_value(byte as u8);
-        byte += 1;
-    }
-    values
-};
-
 /// The value of an E4M3 float: subnormal numbers count 512ths, there are no infinities, and all ones are NaN.
 #[inline(always)]
 pub(crate) const fn e4m3_value(byte: u8) -> f32 {

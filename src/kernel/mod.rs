@@ -3,8 +3,11 @@
 //! The `scalar` modules of [`block`] and [`group`] are the specification. Every other kernel gives the same bytes and the same figures, faster. The choice is
 //! made once, as a value ([`Kernel`]), and passed down.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 pub(crate) mod block;
 pub(crate) mod decode;
+mod element;
 mod float8;
 pub(crate) mod group;
 pub(crate) mod sha256;

@@ -1,10 +1,11 @@
 //! Output tensors, files and offsets.
 
 use std::borrow::Cow;
+use std::cmp::Reverse;
 use std::ops::Range;
 
 use super::{Decision, PlannedTensor};
-use crate::checkpoint::{Described, header_bytes, shard_name, sort_canonically};
+use crate::checkpoint::{Described, header_bytes, shard_name};
 use crate::dtype::{Dtype, byte_len};
 use crate::format::Codec;
 use crate::layout::OutputKind;
@@ -107,7 +108,13 @@ impl Described for Placed<'_> {
     }
 }
 
+/// Every dtype's elements start at a multiple of their size where a tensor starts at one of this.
+const ALIGNMENT: u64 = 8;
+
 /// Sets the offsets of one file's outputs; returns its header and its size.
+///
+/// Tensors are written as they are made: each with all that belongs to it, in the plan's order, so that a file can be hashed
+/// while it grows. Outputs that would leave the next one unaligned stand behind all others, the widest dtypes first.
 fn place(tensors: &mut [PlannedTensor]) -> (Vec<u8>, u64) {
     let mut placed = Vec::new();
     for (i, tensor) in tensors.iter().enumerate() {
@@ -117,7 +124,11 @@ fn place(tensors: &mut [PlannedTensor]) -> (Vec<u8>, u64) {
             output,
         }));
     }
-    sort_canonically(&mut placed);
+    // A stable sort: what has the same key keeps its order.
+    placed.sort_by_key(|placed| match placed.output.len.is_multiple_of(ALIGNMENT) {
+        true => (false, Reverse(0)),
+        false => (true, Reverse(placed.output.dtype.bitsize())),
+    });
     let header = header_bytes(&placed);
     let order: Vec<(usize, usize)> = placed.iter().map(|placed| placed.index).collect();
     let mut position = header.len() as u64;

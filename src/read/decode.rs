@@ -4,7 +4,8 @@ use super::{Fetch, Read, Span};
 use crate::dtype::FloatDtype;
 use crate::error::Result;
 use crate::format::{Coding, NESTED_BLOCK_SIZE};
-use crate::kernel::decode::{Row, decode, restore_absmax};
+use crate::kernel::Kernel;
+use crate::kernel::decode::{Row, restore_absmax};
 use crate::layout::compressed_tensors::{ZERO_POINT_ROWS, unpack_zero_points};
 
 /// A matrix of codes, and what they decode by.
@@ -138,8 +139,8 @@ impl Decode {
 }
 
 /// Codes and scales of a run; kept from run to run.
-#[derive(Default)]
 pub(super) struct Codes {
+    kernel: Kernel,
     codes: Vec<u8>,
     scales: Vec<u8>,
     zero_points: Vec<u8>,
@@ -149,6 +150,12 @@ pub(super) struct Codes {
 }
 
 impl Codes {
+    /// None yet.
+    pub(super) fn new(kernel: Kernel) -> Codes {
+        let [codes, scales, zero_points, raw, nested] = [const { Vec::new() }; 5];
+        Codes { kernel, codes, scales, zero_points, raw, nested }
+    }
+
     /// Fills `into` with what `matrix` decodes to from byte `offset` on.
     pub(crate) fn read(&mut self, matrix: &Decode, offset: u64, into: &mut [u8], fetch: &mut Fetch<'_>) -> Result<()> {
         let size = matrix.dtype.size();
@@ -198,7 +205,7 @@ impl Codes {
             let count = (matrix.columns - start.1).min((left.len() / size) as u64);
             let (here, rest) = left.split_at_mut(count as usize * size);
             let point = (row - first.0) * matrix.scales_of_row() + matrix.group_of(start.1);
-            decode(Row {
+            self.kernel.decode(Row {
                 coding: matrix.coding,
                 dtype: matrix.dtype,
                 first: start.1 as usize,

@@ -3,6 +3,7 @@
 use super::decode::Codes;
 use super::{Columns, Read, Rows, Span};
 use crate::error::Result;
+use crate::kernel::Kernel;
 
 /// Bytes of a matrix that are held at once while columns of it are read.
 const TILE: usize = 128 << 10;
@@ -14,13 +15,17 @@ pub(crate) type Fetch<'f> = dyn FnMut(Span, &mut [u8]) -> Result<()> + 'f;
 ///
 /// It holds a tile of [`TILE`] bytes for each transpose within another, and codes and scales of at most the run that is
 /// asked for.
-#[derive(Default)]
 pub(crate) struct Evaluator {
     tiles: Vec<Vec<u8>>,
     codes: Codes,
 }
 
 impl Evaluator {
+    /// Decodes with this kernel.
+    pub(crate) fn new(kernel: Kernel) -> Evaluator {
+        Evaluator { tiles: Vec::new(), codes: Codes::new(kernel) }
+    }
+
     /// Fills `into` with what `read` gives from byte `offset` on.
     ///
     /// # Errors

@@ -5,7 +5,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::dtype::FloatDtype;
 use crate::format::{CodecOptions, Coding, ElementCode, Highest, NESTED_BLOCK_SIZE, NF4, NVFP4, ScaleCode};
-use crate::kernel::decode::{Row, decode, restore_absmax};
+use crate::kernel::Kernel;
+use crate::kernel::decode::{Row, restore_absmax};
 
 /// A source in which no two bytes near each other are alike.
 fn source_bytes(span: Span) -> Vec<u8> {
@@ -182,7 +183,7 @@ fn decoded(matrix: &Decode) -> Vec<u8> {
         let scales = &scales[(row / group_rows) as usize * per_row * coding.scale_size(dtype)..];
         let codes = &codes[(row * row_len) as usize..];
         let zero_points = points.as_deref().unwrap_or_default();
-        decode(Row { coding, dtype, first: 0, codes, scales, zero_points, into: &mut into });
+        Kernel::SCALAR.decode(Row { coding, dtype, first: 0, codes, scales, zero_points, into: &mut into });
         into
     };
     (0..rows).flat_map(row_of).collect()
@@ -198,7 +199,7 @@ proptest! {
     ) {
         let (read, expected) = build(&words);
         prop_assert_eq!(read.len(), expected.len() as u64, "{:?}", read);
-        let mut evaluator = Evaluator::default();
+        let mut evaluator = Evaluator::new(Kernel::detect());
         let whole = (0, expected.len() as u64);
         for (start, end) in ranges.into_iter().chain([whole]) {
             let [start, end] = [start, end].map(|at| (at % (expected.len() as u64 + 1)) as usize);
@@ -221,7 +222,7 @@ fn stored_bytes_go_straight_to_where_they_are_wanted() {
         fetched.push(span);
         Ok(())
     };
-    Evaluator::default().read(&read, 50, &mut into, &mut fetch).unwrap();
+    Evaluator::new(Kernel::detect()).read(&read, 50, &mut into, &mut fetch).unwrap();
     assert_eq!(fetched, [Span { offset: 650, len: 300, ..span }]);
 }
 
@@ -253,7 +254,7 @@ fn matrices_larger_than_a_tile_are_transposed_in_pieces() {
         let all = expected.len();
         for (start, end) in [(0, all), (2, all - 2), (all / 2 - 3, all / 2), (all / 3, all / 3 * 2)] {
             let mut into = vec![0; end - start];
-            Evaluator::default().read(&read, start as u64, &mut into, &mut fetch).unwrap();
+            Evaluator::new(Kernel::detect()).read(&read, start as u64, &mut into, &mut fetch).unwrap();
             assert!(into == expected[start..end], "{rows}x{columns}: {start}..{end}");
         }
     }

@@ -7,7 +7,7 @@ use std::path::Path;
 use half::{bf16, f16};
 use prequant::internal::format::{Codebook, Coding, ElementCode, FP4, Highest, NF4, ScaleCode};
 use prequant::internal::kernel::Kernel;
-use prequant::internal::kernel::decode::{Row, decode, restore_absmax};
+use prequant::internal::kernel::decode::{Row, restore_absmax};
 use prequant::{FloatDtype, FormatSpec};
 use proptest::prelude::*;
 use safetensors::{Dtype, SafeTensors};
@@ -69,14 +69,24 @@ struct Stored<'a> {
 }
 
 impl Stored<'_> {
-    /// Decodes `length` elements from column `first` on, given nothing but the bytes that these need.
+    /// Decodes `length` elements from column `first` on, which every kernel does alike.
     fn decode(self, first: usize, length: usize) -> Vec<u8> {
+        let expected = self.decode_with(Kernel::SCALAR, first, length);
+        for kernel in Kernel::available() {
+            let found = self.decode_with(kernel, first, length);
+            assert!(found == expected, "{} {:?}: {length} columns from {first} on", kernel.name(), self.coding);
+        }
+        expected
+    }
+
+    /// Given nothing but the bytes that these elements need.
+    fn decode_with(self, kernel: Kernel, first: usize, length: usize) -> Vec<u8> {
         let Stored { coding, dtype, codes, scales, zero_points } = self;
         let mut into = vec![0xa5; length * dtype.size()];
         if length > 0 {
             let (last, group, size) = (first + length - 1, coding.group, coding.scale_size(dtype));
             let groups = first / group..last / group + 1;
-            decode(Row {
+            kernel.decode(Row {
                 coding,
                 dtype,
                 first,

@@ -2,10 +2,11 @@
 
 use std::arch::x86_64::*;
 
-use super::vector::{CHUNK, Element, in_groups};
+use super::vector::{CHUNK, in_groups};
 use crate::dtype::FloatDtype;
 use crate::format::Codebook;
 use crate::kernel::block::scalar::ABSMAX_FLOOR;
+use crate::kernel::element::Element;
 use crate::kernel::{BlockErrors, Blocks, NonFinite};
 
 /// Blocks in a group: one for each lane of a vector of figures.

@@ -7,41 +7,12 @@
 //! Elements come in pairs: the even ones in one vector, the odd ones in another. A pair shares a byte of the output and
 //! is added first in the tree, so both fall out of whole-vector operations.
 
-use crate::dtype::FloatDtype;
 use crate::kernel::block::scalar;
+use crate::kernel::element::Element;
 use crate::kernel::{BlockErrors, Blocks, NonFinite};
 
 /// Elements that the kernels take at a time: one for each lane of scalar.rs's sums.
 pub(super) const CHUNK: usize = 32;
-
-/// A source dtype as a type, so that each has its own copy of the inner loops.
-pub(super) trait Element {
-    const DTYPE: FloatDtype;
-    /// The bits that are not signs in four bytes of elements.
-    const MAGNITUDE: u32;
-}
-
-/// See [`FloatDtype::Bfloat16`].
-pub(super) struct Bfloat16;
-/// See [`FloatDtype::Float16`].
-pub(super) struct Float16;
-/// See [`FloatDtype::Float32`].
-pub(super) struct Float32;
-
-impl Element for Bfloat16 {
-    const DTYPE: FloatDtype = FloatDtype::Bfloat16;
-    const MAGNITUDE: u32 = 0x7fff_7fff;
-}
-
-impl Element for Float16 {
-    const DTYPE: FloatDtype = FloatDtype::Float16;
-    const MAGNITUDE: u32 = 0x7fff_7fff;
-}
-
-impl Element for Float32 {
-    const DTYPE: FloatDtype = FloatDtype::Float32;
-    const MAGNITUDE: u32 = 0x7fff_ffff;
-}
 
 /// Hands whole blocks, at most `GROUP` at a time, to `quantize_group`, and a short last block to scalar.rs.
 #[inline(always)]

@@ -1,8 +1,8 @@
 //! The instruction sets of x86-64: whether the processor has them, and the kernels' entry points.
 
-use super::vector::{Bfloat16, Float16, Float32};
 use super::{avx2, avx512};
 use crate::dtype::FloatDtype;
+use crate::kernel::element::{Bfloat16, Float16, Float32};
 use crate::kernel::{Blocks, NonFinite};
 
 /// Calls a kernel's copy for the dtype and the block size: lengths known to the compiler are worth a fifth of the time

@@ -5,7 +5,7 @@
 
 use super::Run;
 use super::scale::Scales;
-use crate::kernel::float8::E4M3_VALUES;
+use crate::kernel::float8::e4m3_value;
 
 /// Decodes blocks of codes.
 #[inline(always)]
@@ -16,7 +16,7 @@ pub(crate) fn decode<const SIZE: usize>(run: Run<'_, SIZE>, scales: Scales<'_>, 
         let scale = scales.of(i);
         let (elements, rest) = into.split_at_mut(columns.len());
         for (element, &code) in elements.iter_mut().zip(codes) {
-            *element = round(E4M3_VALUES[usize::from(code)] * scale);
+            *element = round(e4m3_value(code) * scale);
         }
         (codes, into) = (&codes[columns.len()..], rest);
     }

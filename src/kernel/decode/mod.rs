@@ -14,6 +14,8 @@
 //! on the processor.
 
 mod absmax;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 mod codebook;
 mod e2m1;
 mod e4m3;
@@ -26,8 +28,10 @@ pub use absmax::restore_absmax;
 
 use std::ops::Range;
 
+use nibbles::{LookUp, OneByOne};
 use scale::Scales;
 
+use super::{Isa, Kernel};
 use crate::dtype::FloatDtype;
 use crate::format::{Coding, ElementCode};
 
@@ -63,34 +67,47 @@ impl Row<'_> {
     }
 }
 
-/// Decodes a run of elements.
-///
-/// # Panics
-/// When a slice is too short for [`Row::into`], or that is not whole elements.
-pub fn decode(row: Row<'_>) {
-    row.check_lengths();
-    match row.dtype {
-        FloatDtype::Bfloat16 => to_elements(row, round::bfloat16),
-        FloatDtype::Float16 => to_elements(row, round::float16),
-        FloatDtype::Float32 => to_elements(row, round::float32),
+impl Kernel {
+    /// Decodes a run of elements.
+    ///
+    /// # Panics
+    /// When a slice is too short for [`Row::into`], or that is not whole elements.
+    pub fn decode(self, row: Row<'_>) {
+        row.check_lengths();
+        match self.0 {
+            Isa::Scalar | Isa::Portable => decode_by::<OneByOne>(row),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 | Isa::Avx512 => avx2::decode(row),
+        }
     }
 }
 
-/// [`decode`] for elements of `SIZE` bytes, which `round` makes.
-fn to_elements<const SIZE: usize>(row: Row<'_>, round: impl Fn(f32) -> [u8; SIZE]) {
+/// [`Kernel::decode`], inlined into a function with an instruction set.
+#[inline(always)]
+fn decode_by<L: LookUp>(row: Row<'_>) {
+    match row.dtype {
+        FloatDtype::Bfloat16 => to_elements::<L, 2>(row, round::bfloat16),
+        FloatDtype::Float16 => to_elements::<L, 2>(row, round::float16),
+        FloatDtype::Float32 => to_elements::<L, 4>(row, round::float32),
+    }
+}
+
+/// [`decode_by`] for elements of `SIZE` bytes, which `round` makes.
+#[inline(always)]
+fn to_elements<L: LookUp, const SIZE: usize>(row: Row<'_>, round: impl Fn(f32) -> [u8; SIZE]) {
     let Row { coding, first, codes, scales, zero_points, .. } = row;
     let (into, _) = row.into.as_chunks_mut();
     let run = Run { first, group: coding.group, codes, into };
     let scales = Scales { coding, dtype: row.dtype, bytes: scales };
     match coding.element {
         ElementCode::Codebook(codebook) => {
-            nibbles::decode::<SIZE, true>(run, |i| codebook::values(codebook, scales.of(i)), round);
+            nibbles::decode::<L, SIZE, true>(run, |i| codebook::values(codebook, scales.of(i)), round);
         }
         ElementCode::Int { .. } => {
             let values = |i| int::values(scales.of(i), zero_points.get(i).copied());
-            nibbles::decode::<SIZE, false>(run, values, round);
+            nibbles::decode::<L, SIZE, false>(run, values, round);
         }
-        ElementCode::E2m1 => nibbles::decode::<SIZE, false>(run, |i| e2m1::values(scales, i), round),
+        ElementCode::E2m1 => nibbles::decode::<L, SIZE, false>(run, |i| e2m1::values(scales, i), round),
         ElementCode::E4m3 => e4m3::decode(run, scales, round),
     }
 }

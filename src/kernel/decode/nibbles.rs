@@ -2,11 +2,38 @@
 
 use super::Run;
 
+/// How the outputs of whole bytes of codes are looked up.
+pub(super) trait LookUp {
+    /// Writes the outputs of two codes for each byte, as far as this way is meant for it; returns the number of bytes.
+    ///
+    /// `EVEN_HIGH` says which half of a byte the element of an even column is in.
+    fn pairs<const SIZE: usize, const EVEN_HIGH: bool>(
+        outputs: &[[u8; SIZE]; 16],
+        codes: &[u8],
+        into: &mut [[[u8; SIZE]; 2]],
+    ) -> usize;
+}
+
+/// One by one.
+pub(super) struct OneByOne;
+
+impl LookUp for OneByOne {
+    #[inline(always)]
+    fn pairs<const SIZE: usize, const EVEN_HIGH: bool>(
+        outputs: &[[u8; SIZE]; 16],
+        codes: &[u8],
+        into: &mut [[[u8; SIZE]; 2]],
+    ) -> usize {
+        for (pair, &byte) in into.iter_mut().zip(codes) {
+            *pair = both::<SIZE, EVEN_HIGH>(outputs, byte);
+        }
+        into.len()
+    }
+}
+
 /// Decodes groups of codes; `values(i)` are the values that the sixteen codes have in the `i`th group of the run.
-///
-/// `EVEN_HIGH` says which half of a byte the element of an even column is in.
 #[inline(always)]
-pub(crate) fn decode<const SIZE: usize, const EVEN_HIGH: bool>(
+pub(super) fn decode<L: LookUp, const SIZE: usize, const EVEN_HIGH: bool>(
     run: Run<'_, SIZE>,
     values: impl Fn(usize) -> [f32; 16],
     round: impl Fn(f32) -> [u8; SIZE],
@@ -22,31 +49,34 @@ pub(crate) fn decode<const SIZE: usize, const EVEN_HIGH: bool>(
         let (elements, rest) = into.split_at_mut(columns.len());
         into = rest;
         let codes = &codes[columns.start / 2 - first / 2..];
-        look_up::<SIZE, EVEN_HIGH>(&outputs, codes, columns.start % 2 == 1, elements);
+        look_up::<L, SIZE, EVEN_HIGH>(&outputs, codes, columns.start % 2 == 1, elements);
     }
 }
 
 /// Writes the outputs of codes; `odd` says that the first is its byte's second.
 #[inline(always)]
-fn look_up<const SIZE: usize, const EVEN_HIGH: bool>(
+fn look_up<L: LookUp, const SIZE: usize, const EVEN_HIGH: bool>(
     outputs: &[[u8; SIZE]; 16],
     mut codes: &[u8],
     odd: bool,
     mut into: &mut [[u8; SIZE]],
 ) {
-    let both = |byte: u8| {
-        let [low, high] = [byte & 15, byte >> 4].map(|code| outputs[usize::from(code)]);
-        if EVEN_HIGH { [high, low] } else { [low, high] }
-    };
     if odd && let [element, rest @ ..] = into {
-        [_, *element] = both(codes[0]);
+        [_, *element] = both::<SIZE, EVEN_HIGH>(outputs, codes[0]);
         (codes, into) = (&codes[1..], rest);
     }
     let (pairs, last) = into.as_chunks_mut();
-    for (pair, &byte) in pairs.iter_mut().zip(codes) {
-        *pair = both(byte);
-    }
+    let (codes, of_last) = codes.split_at(pairs.len());
+    let done = L::pairs::<SIZE, EVEN_HIGH>(outputs, codes, pairs);
+    OneByOne::pairs::<SIZE, EVEN_HIGH>(outputs, &codes[done..], &mut pairs[done..]);
     if let [element] = last {
-        [*element, _] = both(codes[pairs.len()]);
+        [*element, _] = both::<SIZE, EVEN_HIGH>(outputs, of_last[0]);
     }
+}
+
+/// The outputs of a byte's codes.
+#[inline(always)]
+fn both<const SIZE: usize, const EVEN_HIGH: bool>(outputs: &[[u8; SIZE]; 16], byte: u8) -> [[u8; SIZE]; 2] {
+    let [low, high] = [byte & 15, byte >> 4].map(|code| outputs[usize::from(code)]);
+    if EVEN_HIGH { [high, low] } else { [low, high] }
 }

@@ -4,7 +4,11 @@
 //! hold; ModelOpt 0.47.0's for ModelOpt's layout of NVFP4. [`scalar`] is the specification.
 
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod batches;
 pub(crate) mod scalar;
 mod vector;
 #[cfg(target_arch = "x86_64")]

@@ -196,12 +196,16 @@ fn round(x: f32, dtype: FloatDtype) -> f32 {
 /// A scale of 0 would divide by it: the dtype's epsilon in its place.
 #[inline(always)]
 fn or_epsilon(scale: f32, dtype: FloatDtype) -> f32 {
-    let epsilon = match dtype {
+    if scale == 0.0 { epsilon(dtype) } else { scale }
+}
+
+#[inline(always)]
+pub(super) fn epsilon(dtype: FloatDtype) -> f32 {
+    match dtype {
         FloatDtype::Bfloat16 => bf16::EPSILON.to_f32(),
         FloatDtype::Float16 => f16::EPSILON.to_f32(),
         FloatDtype::Float32 => f32::EPSILON,
-    };
-    if scale == 0.0 { epsilon } else { scale }
+    }
 }
 
 /// The code of the E2M1 float nearest to `x` (ties to the even mantissa), and its value. Zeros of either sign have code 0.

@@ -9,83 +9,13 @@ use super::scalar::{self, Chosen, Extent};
 use crate::dtype::FloatDtype;
 use crate::format::{Coding, ElementCode, Highest, ScaleCode};
 use crate::kernel::block::scalar::LANES;
+use crate::kernel::element::{Bfloat16, Element, Float16, Float32};
 use crate::kernel::{BlockErrors, NonFinite};
 
 /// f32's infinity, as bits: what isn't below has a NaN or an infinity in it.
 const INFINITY: u32 = 0x7f80_0000;
 
-/// Source dtypes as types, so that each has its own copy of the loops.
-trait Element {
-    const DTYPE: FloatDtype;
-    const SIZE: usize;
-    /// One element as f32, exact; `bytes` is `SIZE` long.
-    fn decode(bytes: &[u8]) -> f32;
-    /// The nearest number of this dtype, ties to even; infinite past the largest.
-    fn round(x: f32) -> f32;
-}
-
-struct Bfloat16;
-struct Float16;
-struct Float32;
-
-impl Element for Bfloat16 {
-    const DTYPE: FloatDtype = FloatDtype::Bfloat16;
-    const SIZE: usize = 2;
-
-    #[inline(always)]
-    fn decode(bytes: &[u8]) -> f32 {
-        f32::from_bits(u32::from(u16::from_le_bytes([bytes[0], bytes[1]])) << 16)
-    }
-
-    #[inline(always)]
-    fn round(x: f32) -> f32 {
-        let bits = x.to_bits();
-        f32::from_bits(bits.wrapping_add(0x7fff + (bits >> 16 & 1)) & 0xffff_0000)
-    }
-}
-
-impl Element for Float16 {
-    const DTYPE: FloatDtype = FloatDtype::Float16;
-    const SIZE: usize = 2;
-
-    #[inline(always)]
-    fn decode(bytes: &[u8]) -> f32 {
-        let half = u32::from(u16::from_le_bytes([bytes[0], bytes[1]]));
-        // Exponent and mantissa in f32's places; 2^112 makes up for the exponents' biases, subnormal numbers included.
-        let magnitude = f32::from_bits((half & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
-        // f16's highest exponent becomes f32's, without a branch, of which no vectors could be made.
-        let highest = u32::from(half & 0x7c00 == 0x7c00).wrapping_neg() & INFINITY;
-        f32::from_bits(magnitude.to_bits() | highest | (half & 0x8000) << 16)
-    }
-
-    #[inline(always)]
-    fn round(x: f32) -> f32 {
-        let (bits, magnitude) = (x.to_bits(), x.abs());
-        let normal = bits.wrapping_add(0xfff + (bits >> 13 & 1)) & 0xffff_e000;
-        // f32's last place at 0.5 is f16's subnormal step.
-        let subnormal = (magnitude + 0.5) - 0.5;
-        let small = subnormal.to_bits() | bits & 0x8000_0000;
-        let large = if normal & 0x7fff_ffff > 0x477f_e000 { INFINITY | bits & 0x8000_0000 } else { normal };
-        f32::from_bits(if magnitude < 6.103_515_6e-5 { small } else { large })
-    }
-}
-
-impl Element for Float32 {
-    const DTYPE: FloatDtype = FloatDtype::Float32;
-    const SIZE: usize = 4;
-
-    #[inline(always)]
-    fn decode(bytes: &[u8]) -> f32 {
-        f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
-    }
-
-    #[inline(always)]
-    fn round(x: f32) -> f32 {
-        x
-    }
-}
-
-/// Elements' codes as types, likewise.
+/// Elements' codes as types, so that each has its own copy of the loops.
 trait Code {
     /// Its elements and scales, known to the compiler.
     const ELEMENT: ElementCode;

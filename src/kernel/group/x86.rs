@@ -1,19 +1,15 @@
-//! [`super::vector`], compiled for x86-64's vector units.
+//! The instruction sets of x86-64: the kernels' entry points.
 
-use super::{Groups, avx512, vector};
+use super::{Groups, avx2, avx512, vector};
 use crate::dtype::FloatDtype;
 use crate::kernel::NonFinite;
 use crate::kernel::block::x86;
 
 /// [`crate::kernel::Kernel::quantize_groups`] with AVX2, FMA and F16C.
 pub(crate) fn quantize_avx2(groups: Groups<'_>) -> Result<(), NonFinite> {
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn quantize(groups: Groups<'_>) -> Result<(), NonFinite> {
-        vector::quantize(groups)
-    }
     assert!(x86::avx2_available());
     // SAFETY: the processor has the features, as just asserted.
-    unsafe { quantize(groups) }
+    unsafe { avx2::quantize(groups) }
 }
 
 /// [`crate::kernel::Kernel::quantize_groups`] with AVX-512 F, BW, DQ and VL.

@@ -2,20 +2,20 @@
 //!
 //! What a group does once (choosing its scale, the last folds of its sums) costs more than its codes where groups are
 //! short. Here it is done for sixteen at once, a group in each lane. Other dtypes, odd sizes and what is left over go to
-//! [`super::vector`].
+//! [`super::avx2`].
 
 mod floats;
 mod integers;
 mod scales;
 
 use std::arch::x86_64::*;
-use std::ops::Range;
 
-use super::{Groups, vector};
+use super::batches::{self, Outcome};
+use super::{Groups, avx2};
 use crate::dtype::FloatDtype;
 use crate::format::{Coding, ElementCode, ScaleCode, TensorScale};
+use crate::kernel::NonFinite;
 use crate::kernel::block::scalar;
-use crate::kernel::{BlockErrors, NonFinite};
 
 /// A vector's lanes.
 const LANES: usize = 16;
@@ -53,62 +53,20 @@ pub(super) fn quantize(groups: Groups<'_>) -> Result<(), NonFinite> {
     }
 }
 
-/// What there is no code for here.
+/// What there is no code for here: 256-bit vectors.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 #[inline(never)]
 fn other(groups: Groups<'_>) -> Result<(), NonFinite> {
-    vector::quantize(groups)
+    avx2::quantize(groups)
 }
 
-/// How a batch ended.
-enum Outcome {
-    Quantized,
-    /// Its numbers are beyond what the vector code was made for.
-    Unusual,
-}
-
-/// Hands `BATCH` groups at a time to `quantize`, and unusual ones and the last few to [`other`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 #[inline]
 fn in_batches<const BATCH: usize>(
-    mut groups: Groups<'_>,
+    groups: Groups<'_>,
     quantize: impl Fn(&mut Groups<'_>) -> Result<Outcome, NonFinite>,
 ) -> Result<(), NonFinite> {
-    let (count, whole) = (groups.figures.absmax.len(), groups.figures.absmax.len() / BATCH * BATCH);
-    for first in (0..whole).step_by(BATCH) {
-        let mut batch = groups.part(first..first + BATCH);
-        if let Outcome::Unusual = quantize(&mut batch)? {
-            other(batch)?;
-        }
-    }
-    other(groups.part(whole..count))
-}
-
-impl Groups<'_> {
-    /// Some of the groups, each as a row. Only where rows have no padding.
-    #[inline(always)]
-    fn part(&mut self, groups: Range<usize>) -> Groups<'_> {
-        let Groups { source, dtype, coding, .. } = *self;
-        let group = coding.group;
-        let each = |size: usize| groups.start * size..groups.end * size;
-        let points = if self.zero_points.is_empty() { 0 } else { 1 };
-        let BlockErrors { absmax, signal, noise, worst } = &mut self.figures;
-        Groups {
-            source: &source[each(group * dtype.size())],
-            dtype,
-            columns: group,
-            coding,
-            packed: &mut self.packed[each(group / 2)],
-            scales: &mut self.scales[each(coding.scale_size(dtype))],
-            zero_points: &mut self.zero_points[each(points)],
-            figures: BlockErrors {
-                absmax: &mut absmax[each(1)],
-                signal: &mut signal[each(1)],
-                noise: &mut noise[each(1)],
-                worst: &mut worst[each(1)],
-            },
-        }
-    }
+    batches::in_batches::<BATCH>(groups, quantize, |rest| other(rest))
 }
 
 /// The nearest bf16, ties to even, of numbers that aren't NaN.
