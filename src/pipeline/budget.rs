@@ -246,7 +246,8 @@ fn largest_absmax(plan: &Plan) -> u64 {
 
 /// The source's headers, the plan, the results and the manifest made of them, by estimate.
 fn plan_len(plan: &Plan) -> u64 {
-    let headers: u64 = plan.files.iter().map(|file| file.header.len() as u64).sum();
+    // The headers of files in progress.
+    let headers: u64 = plan.files.iter().map(|file| file.header_len).max().unwrap_or(0) * 2;
     let of_tensor = |tensor: &PlannedTensor| {
         let (name, outputs) = (tensor.name.len(), tensor.outputs.len());
         let parts = tensor.read.parts().iter().filter(|part| part.spans().next().is_some()).count();
