@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 use crate::support::{Folder, LINEAR, Stored, Tensor, assert_well_formed, contents, llama, read_tensors, serialize};
 
 /// Nobody watches.
-struct Unseen;
+pub struct Unseen;
 
 impl Progress for Unseen {
     fn found(&self, _: usize, _: usize) {}
