@@ -1,4 +1,4 @@
-//! Which of the files in progress a thread goes on with.
+//! Which of the files in progress a thread takes its next task from.
 
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
@@ -85,7 +85,7 @@ impl Scheduler<'_> {
         }
     }
 
-    /// Files in progress that a thread can go on with: the one that it has in hand, then those with the fewest threads.
+    /// Files in progress that can give a task: the one that the thread has in hand first, then those with the fewest threads.
     pub(super) fn by_preference(&self, state: &State, in_hand: Option<usize>) -> Vec<usize> {
         let mut files: Vec<usize> =
             state.active.iter().copied().filter(|&file| !self.is_far_ahead(state, file)).collect();
