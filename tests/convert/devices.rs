@@ -1,6 +1,7 @@
 //! A conversion on a device that prequant doesn't know: the scalar kernel behind a queue. The bytes must be the processor's,
 //! whatever the device has no kernel for.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,7 +13,7 @@ use prequant::internal::format::{Codec, FP4, INT4, INT4_ASYM, MXFP4, NF4, NVFP4}
 use prequant::internal::kernel::{BlockErrors, Figures, Kernel};
 use prequant::internal::ops::quantize::plan;
 use prequant::{
-    ErrorKind, GroupSize, Hint, Layout, Manifest, NonFinitePolicy, Options, Progress, Recipe, RecipeOptions, Result,
+    ErrorKind, FloatDtype, GroupSize, Hint, Layout, Manifest, NonFinitePolicy, Options, Progress, Recipe, RecipeOptions, Result,
 };
 use safetensors::tensor::Dtype;
 

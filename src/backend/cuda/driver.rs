@@ -1,6 +1,7 @@
 //! The CUDA driver's objects as Rust values, freed when dropped. All unsafe calls into the driver are here.
 
 use std::ffi::{CStr, CString, c_void};
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::{Arc, OnceLock};
 
@@ -298,6 +299,16 @@ pub(crate) struct Upload<'a> {
     pub at: usize,
 }
 
+/// Bytes of a device that are wanted here.
+pub(crate) struct Download<'a> {
+    /// The device's buffer.
+    pub from: &'a DeviceBuffer,
+    /// A [`PinnedBuffer`]'s.
+    pub bytes: &'a mut [u8],
+    /// Where they lie, in both; empty if there is nothing more.
+    pub pieces: [Range<usize>; 2],
+}
+
 /// Work done by a GPU in order, beside other streams; and the event that tells of its end.
 #[derive(Debug)]
 pub(crate) struct Stream {
@@ -326,8 +337,8 @@ impl Stream {
         Ok(stream)
     }
 
-    /// Copies `source` to the device, unless there is nothing of it; runs kernels one after the other, copies their results back to
-    /// `results`, and waits for the end.
+    /// Copies `source` to the device, unless there is nothing of it; runs kernels one after the other, copies their results back, and
+    /// waits for the end.
     ///
     /// # Safety
     /// The arguments must be what the kernels take, and all they read or write must lie in buffers that live and that
@@ -336,14 +347,16 @@ impl Stream {
         &self,
         source: Upload<'_>,
         launches: &[Launch<'_>],
-        results: (&DeviceBuffer, &mut [u8]),
+        results: Download<'_>,
     ) -> Result<(), Fault> {
-        let fits = source.bytes.len() <= source.to.len().saturating_sub(source.at) && results.1.len() <= results.0.len();
+        let room = results.from.len().min(results.bytes.len());
+        let fits = source.bytes.len() <= source.to.len().saturating_sub(source.at)
+            && results.pieces.iter().all(|piece| piece.end <= room);
         assert!(fits, "copies past a buffer's end");
         self.context.make_current()?;
-        // SAFETY: both copies are within their buffers, which are borrowed until the work is waited for; the launches are
+        // SAFETY: all copies are within their buffers, which are borrowed until the work is waited for; the launches are
         // the caller's promise.
-        let started = unsafe { self.start(&source, launches, results.0.address, results.1) };
+        let started = unsafe { self.start(&source, launches, results) };
         let started = started.map_err(|fault| self.context.first(fault));
         // Whatever has been started uses the buffers until it ends.
         // SAFETY: the stream lives.
@@ -351,13 +364,7 @@ impl Stream {
         started.and(ended)
     }
 
-    unsafe fn start(
-        &self,
-        source: &Upload<'_>,
-        launches: &[Launch<'_>],
-        from: sys::CUdeviceptr,
-        results: &mut [u8],
-    ) -> Result<(), Fault> {
+    unsafe fn start(&self, source: &Upload<'_>, launches: &[Launch<'_>], results: Download<'_>) -> Result<(), Fault> {
         if !source.bytes.is_empty() {
             let to = source.to.address + source.at as u64;
             // SAFETY: promised by the callers.
@@ -367,8 +374,12 @@ impl Stream {
             // SAFETY: promised by the callers.
             unsafe { self.launch(launch)? };
         }
-        // SAFETY: promised by the callers.
-        unsafe { result::memcpy_dtoh_async(results, from, self.stream) }.in_call("cuMemcpyDtoHAsync")
+        for piece in results.pieces.into_iter().filter(|piece| !piece.is_empty()) {
+            let (from, to) = (results.from.address + piece.start as u64, &mut results.bytes[piece]);
+            // SAFETY: promised by the callers.
+            unsafe { result::memcpy_dtoh_async(to, from, self.stream) }.in_call("cuMemcpyDtoHAsync")?;
+        }
+        Ok(())
     }
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Fault> {

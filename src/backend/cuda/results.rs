@@ -1,5 +1,7 @@
 //! Where a slot's results lie, on the device and here alike.
 
+use std::ops::Range;
+
 use crate::backend::{Run, row_len};
 use crate::format::NESTED_BLOCK_SIZE;
 use crate::kernel::SUMMED;
@@ -64,6 +66,14 @@ impl Results {
 
     pub(crate) fn zeros_at(&self) -> usize {
         self.zero_points_at() + self.zero_points
+    }
+
+    /// What is written of it: nothing between codes and sums.
+    pub(crate) fn pieces(&self) -> [Range<usize>; 2] {
+        match self.sums_at() == self.packed {
+            true => [0..self.len(), 0..0],
+            false => [0..self.packed, self.sums_at()..self.len()],
+        }
     }
 
     /// All of it.

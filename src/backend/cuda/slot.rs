@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::backend::cuda::driver::{Argument, DeviceBuffer, Fault, Launch, PinnedBuffer, Stream, Upload};
+use crate::backend::cuda::driver::{Argument, DeviceBuffer, Download, Fault, Launch, PinnedBuffer, Stream, Upload};
 use crate::backend::cuda::groups::{GroupKernel, largest_thread_blocks, tensor_factor};
 use crate::backend::cuda::results::{Results, nested_len};
 use crate::backend::cuda::{BlockKernel, Gpu, THREADS, sum_thread_blocks, thread_blocks};
@@ -181,22 +181,27 @@ impl Slot {
         };
         // SAFETY: of the first launch the caller's promise; of the second, these are the parameters in kernels.cu: it reads what the
         // first has left, and writes sums and counts, as `Results` has them.
-        unsafe { self.run(run.place.clone(), &[quantize, sum], len.len()) }
+        unsafe { self.run(run.place.clone(), &[quantize, sum], len.pieces()) }
     }
 
-    /// Runs kernels on what is at `place` in the source, which the device gets unless it has it. Brings back so many bytes of results.
+    /// Runs kernels on what is at `place` in the source, which the device gets unless it has it. Brings back these pieces of the results.
     ///
     /// # Safety
     /// As [`Stream::run`].
-    unsafe fn run(&mut self, place: Range<usize>, launches: &[Launch<'_>], results: usize) -> Result<(), Fault> {
+    unsafe fn run(
+        &mut self,
+        place: Range<usize>,
+        launches: &[Launch<'_>],
+        pieces: [Range<usize>; 2],
+    ) -> Result<(), Fault> {
         assert!(place.start.is_multiple_of(ALIGNMENT), "weights start at a multiple of 16 bytes");
         let is_there = self.uploaded.start <= place.start && place.end <= self.uploaded.end;
         let missing = if is_there { place.end..place.end } else { place.clone() };
         let at = missing.start;
         let upload = Upload { bytes: &self.source.bytes()[missing], to: &mut self.device_source, at };
-        let bytes = &mut self.results.bytes()[..results];
+        let download = Download { from: &self.device_results, bytes: self.results.bytes(), pieces };
         // SAFETY: the caller's promise.
-        unsafe { self.stream.run(upload, launches, (&self.device_results, bytes))? };
+        unsafe { self.stream.run(upload, launches, download)? };
         if !is_there {
             let follows = self.uploaded.end == place.start;
             self.uploaded = if follows { self.uploaded.start..place.end } else { place };
@@ -222,7 +227,7 @@ impl Slot {
         let results = grid as usize * size_of::<u32>();
         // SAFETY: these are the parameters in groups.cu. The kernel reads `rounds` times 8 elements of the source, and writes one
         // word for each thread block.
-        unsafe { self.run(place, &[launch], results)? };
+        unsafe { self.run(place, &[launch], [0..results, 0..0])? };
         let bits = as_numbers::<u32>(&self.results.bytes()[..results]).iter().copied().max().unwrap_or(0);
         Ok(Some(f32::from_bits(bits)).filter(|absmax| absmax.is_finite()))
     }
@@ -250,7 +255,7 @@ impl Slot {
         };
         // SAFETY: these are the parameters in kernels.cu. The kernel reads the absmax and the midpoints; it writes one f32
         // a nested block and then the codes, which together are as long as what is brought back.
-        unsafe { self.run(0..size_of_val(absmax), &[launch], nested_len(absmax.len()))? };
+        unsafe { self.run(0..size_of_val(absmax), &[launch], [0..nested_len(absmax.len()), 0..0])? };
         let bytes = &self.results.bytes()[..nested_len(absmax.len())];
         let (nested_absmax, codes) = bytes.split_at(blocks * size_of::<f32>());
         Ok((codes, as_numbers(nested_absmax)))
@@ -327,7 +332,7 @@ mod tests {
     #[test]
     fn a_slot_has_room_for_every_format() {
         for format in FORMATS {
-            for columns in (32..70).chain([96, 128, 640]) {
+            for columns in (32usize..70).chain([96, 128, 640]) {
                 for group_size in [GroupSize::Channel, GroupSize::default()] {
                     let codec = format.codec(CodecOptions { group_size, ..CodecOptions::default() });
                     if !codec.is_blocks() && !columns.is_multiple_of(codec.block_len(columns as u64) as usize) {
