@@ -14,7 +14,7 @@ Modes, all by default:
     bnb      a bitsandbytes loop, on a GPU if there is one
     cold     the source's pages dropped, against `cat` and against a run with them
     writers  how many of 16 threads wait in the file system's write path, sampled
-    tail     the time from the last write to the last hash, from a trace
+    tail     the time from the last write, and from the last weight quantized, to the last hash, from a trace
     memory   peak RSS of a checkpoint with --tensors tensors, with up to 64 threads
     replay   the trace of a run on 2 to 16 simulated cores; see scripts/replay-trace
 
@@ -414,15 +414,17 @@ def tail(bench: Bench) -> Iterator[Row]:
     """What is left to be hashed once all is written."""
     for count in (1, 8):
         spans = spans_of(bench.trace(*bench.in_files(count)))
-        last = {kind: max((span["ts"] + span["dur"] for span in spans if span["name"] == kind), default=0.0) for kind in ("write", "hash")}
+        ends = [(span["name"], span["ts"] + span["dur"]) for span in spans]
+        last = {kind: max((end for name, end in ends if name == kind), default=0.0) for kind in ("quantize", "write", "hash")}
         if not all(last.values()):
-            raise Unavailable("the trace has no spans of writing or hashing")
+            raise Unavailable("the trace has no spans of quantizing, writing or hashing")
         written = {span["args"]["file"] for span in spans if span["name"] == "write"}
-        run = max(span["ts"] + span["dur"] for span in spans) - min(span["ts"] for span in spans)
-        seconds = max(0.0, last["hash"] - last["write"])
-        bar = TAIL if len(written) >= 4 else None
-        name, of = f"last write to last hash, output files: {len(written)}", f"the run's {run / 1e6:.3f} s"
-        yield Row(name, seconds / 1e6, None, seconds / run, of, bar)
+        run = max(end for _, end in ends) - min(span["ts"] for span in spans)
+        in_files, of = f"output files: {len(written)}", f"the run's {run / 1e6:.3f} s"
+        for kind, what in (("quantize", "last weight quantized"), ("write", "last write")):
+            seconds = max(0.0, last["hash"] - last[kind])
+            bar = TAIL if kind == "write" and len(written) >= 4 else None
+            yield Row(f"{what} to last hash, {in_files}", seconds / 1e6, None, seconds / run, of, bar)
 
 
 def spans_of(path: Path) -> list[dict]:

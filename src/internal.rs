@@ -66,5 +66,7 @@ pub mod stats {
     pub use crate::stats::{GroupErrors, StatsAccumulator};
 }
 pub mod store {
-    pub use crate::store::{Fault, FaultyStore, Identity, LocalStore, Location, MemoryStore};
+    pub use crate::store::{
+        Fault, FaultyStore, Identity, Listing, LocalStore, Location, MemoryStore, ReadAt, Stat, Store, WriteAt,
+    };
 }

@@ -27,6 +27,9 @@ const MAX_SET_CHUNK: usize = 4 * MAX_CHUNK;
 /// Bytes of a finished piece that may wait for what comes before it in its file, over all files together.
 const WINDOW: u64 = 64 << 20;
 
+/// Bytes of absmax, with double quantization, that wait for their tensors' means, if no tensor has more.
+const MAX_ABSMAX: u64 = 32 << 20;
+
 /// The most output files in progress at once.
 const MAX_FILES: usize = 16;
 
@@ -114,11 +117,11 @@ impl Budget {
             buffers += count as u64 * len;
             LaneBudget { count, size: lane_size(plan, chunk_elements), len, devices }
         });
-        // Two tensors' worth, so that one can be read while the other's absmax are quantized.
-        let window = window.min(memory - fixed - absmax - buffers);
-        let absmax = (2 * absmax).min(memory - fixed - buffers - window);
-        let peak = BASE + plan_len + absmax + buffers + window;
         let files = threads.min(MAX_FILES).min(plan.files.len()).max(1);
+        let window = window.min(memory - fixed - absmax - buffers);
+        // A tensor of each file, but at least two and few enough bytes, so that some are read while others' absmax are quantized.
+        let absmax = (absmax * files as u64).min(MAX_ABSMAX).max(2 * absmax).min(memory - fixed - buffers - window);
+        let peak = BASE + plan_len + absmax + buffers + window;
         Ok(Budget { threads, chunk_elements, step, files, window, absmax, peak, lanes })
     }
 
@@ -246,7 +249,8 @@ fn largest_absmax(plan: &Plan) -> u64 {
 
 /// The source's headers, the plan, the results and the manifest made of them, by estimate.
 fn plan_len(plan: &Plan) -> u64 {
-    let headers: u64 = plan.files.iter().map(|file| file.header.len() as u64).sum();
+    // The headers of files in progress.
+    let headers: u64 = plan.files.iter().map(|file| file.header_len).max().unwrap_or(0) * 2;
     let of_tensor = |tensor: &PlannedTensor| {
         let (name, outputs) = (tensor.name.len(), tensor.outputs.len());
         let parts = tensor.read.parts().iter().filter(|part| part.spans().next().is_some()).count();

@@ -75,16 +75,17 @@ pub(super) struct Frontier<'a> {
 
 impl<'a> Frontier<'a> {
     /// Behind the header, which is not written yet.
-    pub(super) fn new(tensors: &'a [PlannedTensor], parts: Arc<[Part]>, header: &[u8]) -> Frontier<'a> {
+    pub(super) fn new(tensors: &'a [PlannedTensor], parts: Arc<[Part]>, header: Vec<u8>) -> Frontier<'a> {
         let hashes = tensors.iter().map(|tensor| vec![Sha256Hash([0; 32]); tensor.outputs.len()]).collect();
-        let (file, part) = Default::default();
         let left = parts.first().map_or(0, |part| part.of(tensors).len);
         let at = header.len() as u64;
-        let gathered = header.to_vec();
+        let mut file = Sha256Stream::new();
+        file.update(&header);
+        let part = Sha256Stream::new();
+        let gathered = header;
         let pairing = Pairing::detect();
         let mut frontier =
             Frontier { tensors, parts, at, pairing, file, part, next: 0, left, hashes, gathered, given: 0 };
-        frontier.file.update(header);
         frontier.end_parts();
         frontier
     }

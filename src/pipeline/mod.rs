@@ -29,6 +29,7 @@ use serde::{Deserialize, Serialize};
 
 pub use budget::{Budget, Limits};
 pub use trace::Trace;
+pub(crate) use trace::{Span, Subject, ThreadTrace};
 
 use crate::backend::Backend;
 use crate::checkpoint::{Source, SourceFile};
@@ -39,7 +40,6 @@ use crate::store::{ReadAt, Sha256Hash};
 use lane_pool::LanePool;
 use scheduler::Scheduler;
 use stream::FileStream;
-use trace::ThreadTrace;
 use worker::Worker;
 
 /// What is told while a plan is executed, from any thread.

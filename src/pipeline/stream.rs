@@ -96,8 +96,8 @@ impl<'a> FileStream<'a> {
     ) -> FileStream<'a> {
         let tensors = &plan.tensors[planned.tensors.clone()];
         let parts = Part::all(tensors);
-        let frontier = Frontier::new(tensors, parts.clone(), &planned.header);
-        let reached = AtomicU64::new(planned.header.len() as u64);
+        let frontier = Frontier::new(tensors, parts.clone(), planned.header(tensors));
+        let reached = AtomicU64::new(planned.header_len);
         let state = Mutex::new(State { frontier: Some(Box::new(frontier)), ..State::default() });
         let early_writer = Mutex::new(());
         FileStream { planned, tensors, output, parts, window, reached, early_writer, state }

@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 use crate::support::{Folder, LINEAR, Stored, Tensor, assert_well_formed, contents, llama, read_tensors, serialize};
 
 /// Nobody watches.
-struct Unseen;
+pub struct Unseen;
 
 impl Progress for Unseen {
     fn found(&self, _: usize, _: usize) {}
@@ -275,10 +275,24 @@ fn the_manifest_has_every_file_and_tensor_with_its_hash() {
     assert!(!json.contains(root.to_str().unwrap()), "a path is in the manifest");
 }
 
+/// Takes out the cases that the feature `test-format` adds: it isn't for users.
+fn without_test_format(schema: &mut serde_json::Value) {
+    match schema {
+        serde_json::Value::Object(object) => object.values_mut().for_each(without_test_format),
+        serde_json::Value::Array(cases) => {
+            cases.iter_mut().for_each(without_test_format);
+            cases.retain(|case| !case.to_string().contains("\"mxint4\""));
+        }
+        _ => {}
+    }
+}
+
 #[test]
 fn the_schema_is_in_step_with_the_types() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("schemas/prequant.schema.json");
-    let schema = serde_json::to_string_pretty(&Manifest::schema()).unwrap() + "\n";
+    let mut schema = serde_json::to_value(Manifest::schema()).unwrap();
+    without_test_format(&mut schema);
+    let schema = serde_json::to_string_pretty(&schema).unwrap() + "\n";
     if std::env::var_os("PREQUANT_UPDATE_SCHEMA").is_some() {
         std::fs::write(&path, &schema).unwrap();
     }

@@ -71,13 +71,14 @@ impl Watcher for Heard {
 
 /// A plan of one file, with outputs of these lengths, by tensor.
 fn plan(lens: &[Vec<u64>]) -> Plan {
-    let mut offset = 24;
     let tensors = lens.iter().enumerate().map(|(i, lens)| {
-        let outputs = lens.iter().map(|&len| {
-            let place =
-                PlannedOutput { kind: None, suffix: "".into(), dtype: Dtype::U8, shape: vec![len], len, offset };
-            offset += len;
-            place
+        let outputs = lens.iter().enumerate().map(|(j, &len)| PlannedOutput {
+            kind: None,
+            suffix: format!(".{j}").into(),
+            dtype: Dtype::U8,
+            shape: vec![len],
+            len,
+            offset: 0,
         });
         PlannedTensor {
             name: i.to_string(),
@@ -90,13 +91,15 @@ fn plan(lens: &[Vec<u64>]) -> Plan {
             outputs: outputs.collect(),
         }
     });
-    let tensors: Vec<PlannedTensor> = tensors.collect();
-    let file = PlannedFile {
-        name: "model.safetensors".to_owned(),
-        tensors: 0..tensors.len(),
-        header: vec![b' '; 24],
-        len: offset,
-    };
+    let mut tensors: Vec<PlannedTensor> = tensors.collect();
+    let mut file =
+        PlannedFile { name: "model.safetensors".to_owned(), tensors: 0..tensors.len(), header_len: 0, len: 0 };
+    file.header_len = file.header(&tensors).len() as u64;
+    file.len = file.header_len;
+    for output in tensors.iter_mut().flat_map(|tensor| &mut tensor.outputs) {
+        output.offset = file.len;
+        file.len += output.len;
+    }
     let recipe = RecipeOptions::default().build().unwrap();
     let (scale_sets, side_files, warnings) = Default::default();
     Plan { recipe, tensors, files: vec![file], scale_sets, config: None, side_files, warnings }
@@ -116,7 +119,8 @@ fn check(lens: &[Vec<u64>], step: u64, window: usize, threads: usize, order: imp
     let plan = plan(lens);
     let planned = &plan.files[0];
     let mut content: Vec<u8> = (0..planned.len).map(|i| (i * 31 % 251) as u8).collect();
-    content[..24].fill(b' ');
+    let header = planned.header(&plan.tensors);
+    content[..header.len()].copy_from_slice(&header);
     let location = Location::new(Arc::new(MemoryStore::default()), "model.safetensors");
     let output = Counted { file: location.create(planned.len).unwrap(), writes: AtomicUsize::new(0) };
     let stream = FileStream::new(&plan, planned, Arc::new(output), window);
@@ -201,6 +205,10 @@ fn what_fails_to_be_written_is_an_error_and_ends_nothing() {
     let plan = plan(&[vec![1 << 20, 1 << 20]]);
     let stream = FileStream::new(&plan, &plan.files[0], Arc::new(Full), 1 << 30);
     let bytes = vec![0; 1 << 20];
-    assert!(stream.put(&bytes, 24, &Heard::default()).is_err());
-    assert!(stream.put(&bytes, 24 + (1 << 20), &Heard::default()).is_ok_and(|hashes| hashes.is_none()));
+    assert!(stream.put(&bytes, plan.files[0].header_len, &Heard::default()).is_err());
+    assert!(
+        stream
+            .put(&bytes, plan.files[0].header_len + (1 << 20), &Heard::default())
+            .is_ok_and(|hashes| hashes.is_none())
+    );
 }
