@@ -189,9 +189,9 @@ impl<'j, 'a> Worker<'j, 'a> {
             let place = end..end + tensor.source_len() as usize;
             end = place.end;
             self.source.read(i, 0, &mut self.lane.buffer()[place.clone()])?;
-            match self.lane.absmax(place.clone(), dtype) {
-                Ok(found) => absmax = absmax.max(found),
-                Err(_) => return Err(self.describe_nonfinite(i, dtype)),
+            match self.lane.absmax(place.clone(), dtype)? {
+                Some(found) => absmax = absmax.max(found),
+                None => return Err(self.describe_nonfinite(i, dtype)),
             }
             places.push((i, dtype, place));
         }
@@ -214,9 +214,9 @@ impl<'j, 'a> Worker<'j, 'a> {
     fn measure(&mut self, tensor: usize, offset: u64, len: usize) -> Result<Done> {
         let dtype = quantized_from(&self.execution.plan.tensors[tensor])?;
         self.source.read(tensor, offset, self.lane.source(len))?;
-        match self.lane.absmax(0..len, dtype) {
-            Ok(absmax) => Ok(Done::Measured(absmax)),
-            Err(_) => Err(self.describe_nonfinite(tensor, dtype)),
+        match self.lane.absmax(0..len, dtype)? {
+            Some(absmax) => Ok(Done::Measured(absmax)),
+            None => Err(self.describe_nonfinite(tensor, dtype)),
         }
     }
 
