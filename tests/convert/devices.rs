@@ -13,7 +13,8 @@ use prequant::internal::format::{Codec, FP4, INT4, INT4_ASYM, MXFP4, NF4, NVFP4}
 use prequant::internal::kernel::{BlockErrors, Figures, Kernel};
 use prequant::internal::ops::quantize::plan;
 use prequant::{
-    ErrorKind, FloatDtype, GroupSize, Hint, Layout, Manifest, NonFinitePolicy, Options, Progress, Recipe, RecipeOptions, Result,
+    ErrorKind, FloatDtype, GroupSize, Hint, Layout, Manifest, NonFinitePolicy, Options, Progress, Recipe,
+    RecipeOptions, Result,
 };
 use safetensors::tensor::Dtype;
 
