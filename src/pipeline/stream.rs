@@ -148,13 +148,14 @@ impl<'a> FileStream<'a> {
                 None => {}
             }
             watcher.reached(frontier.at());
-            if frontier.at() == self.planned.len {
-                return frontier.finish(self.output(), watcher).map(Some);
-            }
             let mut state = self.lock();
             state.reached = frontier.at();
             if let Some(Next::Piece(piece)) = next.take() {
                 self.let_go(&mut state, piece.bytes.len());
+            }
+            if frontier.at() == self.planned.len {
+                drop(state);
+                return frontier.finish(self.output(), watcher).map(Some);
             }
             next = state.next();
             if next.is_none() {

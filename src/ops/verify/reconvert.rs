@@ -1,8 +1,9 @@
 //! Doing a conversion again, without writing, and comparing every byte with what is there: proof that a checkpoint came
 //! from a source by its recipe.
 
+use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, SourceFile};
@@ -16,7 +17,7 @@ use crate::ops::verify::conversion::{execute, hash_side_files};
 use crate::ops::verify::{Checkpoint, Difference, Options, Report, by_tensor, open, verify};
 use crate::pipeline;
 use crate::pipeline::{FileOutcome, Output, Outputs};
-use crate::plan::PlannedFile;
+use crate::plan::{Plan, PlannedFile};
 use crate::store::{Location, ReadAt, Sha256Hash, read_exact_at};
 
 /// Checks the checkpoint in `folder` against its manifest, and against what converting `source` by the manifest's recipe
@@ -58,7 +59,8 @@ fn compare(conversion: &Conversion, checkpoint: &Checkpoint, options: Options<'_
         report.differ(MANIFEST_NAME, None, format!("converting the source gives {count} files of weights"));
         return Ok(());
     }
-    let compared = Compared { folder: checkpoint.folder.clone(), differences: Mutex::default() };
+    let (folder, plan) = (checkpoint.folder.clone(), &conversion.plan);
+    let compared = Compared { folder, plan, differences: Mutex::default() };
     let executed = execute(conversion, &compared, options);
     let differences = compared.into_differences();
     match executed {
@@ -132,11 +134,10 @@ fn compare_manifests(
         found.tensors.sort_by_cached_key(by_name);
         expected.tensors.sort_by_cached_key(by_name);
     }
-    // Hashes of a file with other bytes may be those of what was found.
-    let is_comparable = |record: &TensorRecord| {
-        let mut files = record.outputs.iter().map(|output| &output.file);
-        !files.any(|file| different.iter().any(|difference| difference.file == *file))
-    };
+    // The hashes of tensors with other bytes may be those of what was found.
+    let different: HashSet<&str> = different.iter().filter_map(|difference| difference.tensor.as_deref()).collect();
+    let is_comparable =
+        |record: &TensorRecord| !record.outputs.iter().any(|output| different.contains(output.name.as_str()));
     let records = found.tensors.iter().zip(&expected.tensors);
     for (found, expected) in records.filter(|(_, expected)| is_comparable(expected)) {
         if *found != (TensorRecord { statistics: statistics(expected, found), ..expected.clone() }) {
@@ -154,12 +155,13 @@ fn compare_manifests(
 }
 
 /// The files that are there, read where a conversion would write.
-struct Compared {
+struct Compared<'a> {
     folder: Location,
+    plan: &'a Plan,
     differences: Mutex<Vec<Difference>>,
 }
 
-impl Compared {
+impl Compared<'_> {
     fn into_differences(self) -> Vec<Difference> {
         self.differences.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
@@ -168,23 +170,41 @@ impl Compared {
 struct ComparedFile<'a> {
     file: Box<dyn ReadAt>,
     location: Location,
-    name: String,
+    planned: PlannedFile,
     /// The lowest offset at which bytes differ, if any do.
     first: AtomicU64,
-    differs: AtomicBool,
-    all: &'a Compared,
+    /// The tensors whose bytes differ.
+    tensors: Mutex<BTreeSet<String>>,
+    all: &'a Compared<'a>,
 }
 
-impl Outputs for Compared {
+impl ComparedFile<'_> {
+    /// Notes which tensors differ in bytes at `offset`.
+    fn note(&self, found: &[u8], expected: &[u8], offset: u64) {
+        let end = offset + expected.len() as u64;
+        for tensor in &self.all.plan.tensors[self.planned.tensors.clone()] {
+            for output in &tensor.outputs {
+                let (from, to) = (output.offset.max(offset), (output.offset + output.len).min(end));
+                let here = |bytes: &[u8]| bytes[(from - offset) as usize..(to - offset) as usize].to_vec();
+                if from < to && here(found) != here(expected) {
+                    let mut tensors = self.tensors.lock().unwrap_or_else(PoisonError::into_inner);
+                    tensors.insert(format!("{}{}", tensor.name, output.suffix));
+                }
+            }
+        }
+    }
+}
+
+impl Outputs for Compared<'_> {
     fn open(&self, file: &PlannedFile) -> Result<Arc<dyn Output + '_>> {
         let location = self.folder.join(&file.name);
         let opened = location.open().at(location.path(), "open it")?;
         Ok(Arc::new(ComparedFile {
             file: opened,
             location,
-            name: file.name.clone(),
+            planned: file.clone(),
             first: AtomicU64::new(u64::MAX),
-            differs: AtomicBool::new(false),
+            tensors: Mutex::default(),
             all: self,
         }))
     }
@@ -204,7 +224,7 @@ impl Output for ComparedFile<'_> {
         read_exact_at(&*self.file, &mut found, offset).at(self.path(), "read it")?;
         if let Some(at) = found.iter().zip(bytes).position(|(found, expected)| found != expected) {
             self.first.fetch_min(offset + at as u64, Ordering::Relaxed);
-            self.differs.store(true, Ordering::Relaxed);
+            self.note(&found, bytes, offset);
         }
         Ok(())
     }
@@ -224,11 +244,15 @@ impl Output for ComparedFile<'_> {
 
 impl Drop for ComparedFile<'_> {
     fn drop(&mut self) {
-        if self.differs.load(Ordering::Relaxed) {
-            let first = self.first.load(Ordering::Relaxed);
-            let what = format!("isn't what converting the source gives, from byte {first} on");
-            let difference = Difference { file: self.name.clone(), tensor: None, what };
-            self.all.differences.lock().unwrap_or_else(PoisonError::into_inner).push(difference);
+        let first = *self.first.get_mut();
+        if first == u64::MAX {
+            return;
         }
+        let difference = |tensor, what| Difference { file: self.planned.name.clone(), tensor, what };
+        let mut differences = self.all.differences.lock().unwrap_or_else(PoisonError::into_inner);
+        differences.push(difference(None, format!("isn't what converting the source gives, from byte {first} on")));
+        let tensors = self.tensors.lock().unwrap_or_else(PoisonError::into_inner);
+        let what = "its bytes aren't what converting the source gives";
+        differences.extend(tensors.iter().map(|name| difference(Some(name.clone()), what.to_owned())));
     }
 }
