@@ -62,5 +62,7 @@ pub mod pipeline {
     pub use crate::pipeline::{Budget, Limits};
 }
 pub mod store {
-    pub use crate::store::{Fault, FaultyStore, Identity, LocalStore, Location, MemoryStore};
+    pub use crate::store::{
+        Fault, FaultyStore, Identity, Listing, LocalStore, Location, MemoryStore, ReadAt, Stat, Store, WriteAt,
+    };
 }

@@ -73,8 +73,10 @@ pub use manifest::{
     TensorRecord, Tool,
 };
 pub use models::Role;
+pub use ops::dequantize::Dequantization;
 pub use ops::inspect::{Contents, StoredWeight, inspect};
-pub use ops::quantize::{Conversion, Options};
+pub use ops::options::Options;
+pub use ops::quantize::Conversion;
 pub use ops::verify::{Difference, Options as VerifyOptions, Report};
 pub use pipeline::{Budget, Progress, Trace};
 pub use plan::{Decision, Plan, PlannedFile, PlannedTensor};
@@ -96,11 +98,11 @@ pub fn plan(source: impl AsRef<Path>, recipe: Recipe, options: Options) -> Resul
 }
 
 /// Opens the converted checkpoint at `source` and plans its decoding into files of at most `max_shard_size` bytes of tensors;
-/// [`Conversion::dequantize_until`] carries it out.
+/// [`Dequantization::execute`] carries it out.
 ///
 /// # Errors
 /// When it is no checkpoint that prequant converted, or isn't what its manifest says.
-pub fn plan_dequantize(source: impl AsRef<Path>, max_shard_size: u64, options: Options) -> Result<Conversion> {
+pub fn plan_dequantize(source: impl AsRef<Path>, max_shard_size: u64, options: Options) -> Result<Dequantization> {
     ops::dequantize::plan(source.as_ref(), max_shard_size, options)
 }
 

@@ -261,7 +261,7 @@ fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
         let done = summary::Done { conversion: &conversion, destination: &arguments.destination, manifest: &manifest };
         return Ok(done.already(arguments.audience()));
     }
-    let reporter = Reporter::new(arguments.style(), &conversion);
+    let reporter = Reporter::new(arguments.style(), &conversion.plan);
     let manifest = conversion.execute_until(interrupt::flag(), &arguments.destination, &reporter)?;
     reporter.finish();
     let done = summary::Done { conversion: &conversion, destination: &arguments.destination, manifest: &manifest };

@@ -78,17 +78,17 @@ fn dequantize(arguments: &Arguments) -> Result<Outcome, Error> {
         restart: arguments.restart,
         ..default
     };
-    let mut conversion = plan_dequantize(&arguments.source, arguments.max_shard_size.0, options)?;
+    let mut decoding = plan_dequantize(&arguments.source, arguments.max_shard_size.0, options)?;
     let tracing = Tracing::start(arguments.trace.as_deref(), &[&arguments.source, &arguments.destination])?;
-    conversion.options.trace = tracing.trace();
+    decoding.options.trace = tracing.trace();
     let style = if arguments.quiet { Style::Silent } else { Style::of_stderr() };
     if !arguments.quiet {
-        conversion.plan.warnings.iter().for_each(|warning| eprintln!("warning: {}", hints::warning(warning)));
+        decoding.plan.warnings.iter().for_each(|warning| eprintln!("warning: {}", hints::warning(warning)));
     }
-    let reporter = Reporter::new(style, &conversion);
-    let files = conversion.dequantize_until(interrupt::flag(), &arguments.destination, &reporter)?;
+    let reporter = Reporter::new(style, &decoding.plan);
+    let files = decoding.execute_until(interrupt::flag(), &arguments.destination, &reporter)?;
     reporter.finish();
-    let (destination, tensors) = (arguments.destination.display().to_string(), &conversion.plan.tensors);
+    let (destination, tensors) = (arguments.destination.display().to_string(), &decoding.plan.tensors);
     let decoded = tensors.iter().filter(|tensor| tensor.is_decoded()).count();
     let (written, seconds) = (files.iter().map(|file| file.size).sum::<u64>(), start.elapsed().as_secs_f64());
     let output = match (arguments.json, arguments.quiet) {
@@ -100,7 +100,7 @@ fn dequantize(arguments: &Arguments) -> Result<Outcome, Error> {
         (false, false) => format!(
             "{destination}: {} decoded from {}, {} copied; {} in {}, {seconds:.2} s, hashes included\n",
             count(decoded, "tensor"),
-            super::summary::format_name(&conversion.plan.recipe),
+            super::summary::format_name(&decoding.plan.recipe),
             tensors.len() - decoded,
             Bytes(written),
             count(files.len() + 1, "file"),

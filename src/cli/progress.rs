@@ -6,7 +6,7 @@ use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use prequant::{Bytes, Conversion, Progress};
+use prequant::{Bytes, Plan, Progress};
 
 use super::words::count;
 
@@ -43,8 +43,8 @@ struct Lines {
 }
 
 impl Reporter {
-    pub fn new(style: Style, conversion: &Conversion) -> Reporter {
-        let total = conversion.plan.source_len();
+    pub fn new(style: Style, plan: &Plan) -> Reporter {
+        let total = plan.source_len();
         let bar = if matches!(style, Style::Bar) { ProgressBar::new(total) } else { ProgressBar::hidden() };
         let template = "{bar:30} {percent:>3}% {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec}, {eta} left  {wide_msg}";
         if let Ok(style) = ProgressStyle::with_template(template) {

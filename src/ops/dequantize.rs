@@ -3,16 +3,20 @@
 //! What is read is a checkpoint that prequant converted; its manifest tells what is what. Decoding is an execution of a plan
 //! like any other, in which all tensors are kept and some are read decoded.
 
+use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use crate::backend::Cpu;
-use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, Source};
+use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, SUMS_NAME, Source};
 use crate::converted::Converted;
 use crate::error::{Error, Result};
 use crate::layout::bitsandbytes::EXPERTS_KEY;
-use crate::manifest::Manifest;
-use crate::ops::quantize::{Conversion, Options};
+use crate::manifest::{FileRecord, Manifest};
+use crate::ops::job::write::{Job, write_sums};
+use crate::ops::options::Options;
 use crate::ops::relayout;
+use crate::pipeline::{Budget, Progress};
 use crate::plan::{Plan, split};
 use crate::read::Input;
 use crate::recipe::Recipe;
@@ -21,11 +25,26 @@ use crate::store::Location;
 /// What config.json says because of the 4-bit weights.
 const CONFIG_KEYS: [&str; 2] = ["quantization_config", EXPERTS_KEY];
 
+/// The decoding of a converted checkpoint, planned to the last byte and not begun.
+#[derive(Debug)]
+pub struct Dequantization {
+    /// What is decoded.
+    source: Source,
+    /// What will be written.
+    pub plan: Plan,
+    /// The memory it takes.
+    pub budget: Budget,
+    /// How it is done.
+    pub options: Options,
+    /// The source's.
+    manifest: Manifest,
+}
+
 /// Plans the decoding of `converted`; reads headers and what is one number a tensor, and writes nothing.
 ///
 /// # Errors
 /// When it is no checkpoint that prequant converted, or isn't what its manifest says.
-pub fn plan(converted: impl Into<Location>, max_shard_size: u64, mut options: Options) -> Result<Conversion> {
+pub fn plan(converted: impl Into<Location>, max_shard_size: u64, mut options: Options) -> Result<Dequantization> {
     let source = Source::open(converted)?;
     let Some(manifest) = relayout::manifest_of(&source.location)? else {
         let why = format!("it has no {MANIFEST_NAME}: give the folder of a checkpoint that prequant converted");
@@ -46,7 +65,49 @@ pub fn plan(converted: impl Into<Location>, max_shard_size: u64, mut options: Op
     }
     options.device = Arc::new(Cpu::detect());
     options.hash_source = true; // what is read must be what its manifest says
-    Conversion::dequantize(source, plan, manifest, options)
+    let budget = Budget::new(&plan, options.limits(), &*options.device)?;
+    Ok(Dequantization { source, plan, budget, options, manifest })
+}
+
+impl Dequantization {
+    /// Writes the checkpoint to `destination`; returns its files. Resumes where an earlier run was stopped, and publishes at the
+    /// end, as [`Conversion::execute`](crate::Conversion::execute) does.
+    ///
+    /// # Errors
+    /// Those of reading and writing; when the source isn't what its manifest says.
+    pub fn execute(&self, destination: impl AsRef<Path>, progress: &dyn Progress) -> Result<Vec<FileRecord>> {
+        self.execute_until(&AtomicBool::new(false), destination, progress)
+    }
+
+    /// As [`Dequantization::execute`]; stops soon after `interrupt` is set.
+    ///
+    /// # Errors
+    /// The same, and [`Error::Interrupted`].
+    pub fn execute_until(
+        &self,
+        interrupt: &AtomicBool,
+        destination: impl AsRef<Path>,
+        progress: &dyn Progress,
+    ) -> Result<Vec<FileRecord>> {
+        self.execute_at(interrupt, &destination.as_ref().into(), progress)
+    }
+
+    /// The same, whatever store the destination is in.
+    #[doc(hidden)]
+    pub fn execute_at(
+        &self,
+        interrupt: &AtomicBool,
+        destination: &Location,
+        progress: &dyn Progress,
+    ) -> Result<Vec<FileRecord>> {
+        let Dequantization { source, plan, budget, options, manifest } = self;
+        let job = Job { source, plan, budget: *budget, options, manifest: Some(manifest), decodes: true };
+        job.run(interrupt, destination, progress, |staging, files, _| {
+            write_sums(staging, files.iter())?;
+            let names = files.iter().map(|file| file.name.clone()).chain([SUMS_NAME.to_owned()]).collect();
+            Ok((names, files))
+        })
+    }
 }
 
 /// Every tensor of the manifest, decoded; experts that were fused are so again. Also whether some can't be.

@@ -4,7 +4,9 @@ pub(crate) mod dequantize;
 pub(crate) mod inspect;
 pub(crate) mod job;
 mod model_card;
+pub(crate) mod options;
 pub(crate) mod quantize;
+mod records;
 mod relayout;
 pub(crate) mod verify;
 

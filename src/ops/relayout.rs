@@ -112,20 +112,6 @@ impl Relayout {
     }
 }
 
-/// Checks what was read of a converted checkpoint against its manifest.
-pub(crate) fn check_source(converted: &Source, manifest: &Manifest, outcome: &Outcome) -> Result<()> {
-    for (file, sha256) in converted.files.iter().zip(outcome.source_files.iter().flatten()) {
-        if !manifest.files.iter().any(|record| record.name == file.name && record.sha256 == *sha256) {
-            let why = format!(
-                "its SHA-256 is {sha256}, which isn't {MANIFEST_NAME}'s; download it again, or convert the source again"
-            );
-            let path = file.location.path().to_owned();
-            return Err(Error::Malformed { path, why, hint: Some(Hint::Restart) });
-        }
-    }
-    Ok(())
-}
-
 /// Only the layout and the shards can be others.
 fn check_recipe(path: &Path, then: &Recipe, now: &Recipe) -> Result<()> {
     let error = |why: &str, hint| Err(Error::Relayout { path: path.to_owned(), why: why.to_owned(), hint });

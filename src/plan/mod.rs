@@ -5,11 +5,12 @@
 mod decide;
 mod fuse;
 mod groups;
-pub(crate) mod input;
+mod input;
 pub(crate) mod kept_modules;
 mod layout;
 mod names;
 mod scale_sets;
+pub(crate) mod source_quantization;
 pub(crate) mod split;
 
 use std::borrow::Cow;
@@ -145,7 +146,7 @@ impl Plan {
     /// to quantize, or clients couldn't tell what is quantized from what is not.
     pub fn new(source: &Source, mut recipe: Recipe) -> Result<Plan> {
         // It is no part of the recipe where nothing was decoded because of it.
-        recipe.dequantize_source &= input::has_mxfp4_experts(source);
+        recipe.dequantize_source &= source_quantization::has_mxfp4_experts(source);
         let codec = recipe.codec();
         let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
         let rules = Rules::new(&model_types);

@@ -6,6 +6,13 @@ use super::{Decision, PlannedTensor};
 use crate::checkpoint::Source;
 use crate::error::{Error, Hint, Result};
 
+impl PlannedTensor {
+    /// The names of its outputs.
+    pub(crate) fn output_names(&self) -> impl Iterator<Item = String> {
+        self.outputs.iter().map(|output| format!("{}{}", self.name, output.suffix))
+    }
+}
+
 /// What is written for a quantized weight must not have the name of another tensor.
 pub(super) fn check_are_free(source: &Source, tensors: &[PlannedTensor]) -> Result<()> {
     let Some(first) = tensors.iter().find(|tensor| tensor.outputs.len() > 1) else { return Ok(()) };
@@ -31,11 +38,7 @@ pub(super) fn check_differ(source: &Source, tensors: &[PlannedTensor], hint: Opt
     if !may_share_a_name(tensors) {
         return Ok(());
     }
-    let outputs = |tensor: &PlannedTensor| {
-        let names = tensor.outputs.iter().map(|output| format!("{}{}", tensor.name, output.suffix));
-        names.collect::<Vec<_>>()
-    };
-    match first_duplicate(tensors, outputs) {
+    match first_duplicate(tensors, |tensor| tensor.output_names().collect()) {
         Some((tensor, name)) => {
             let why = format!("two tensors would be written as {name:?}: which one is meant?");
             Err(malformed(source, tensor, why, hint))

@@ -378,7 +378,7 @@ fn files_that_a_stopped_run_finished_are_kept() {
     let conversion = plan(folder.destination(), 9000, options).unwrap();
     let ready = destination.join(".prequant-staging/ready");
     let full = Location::new(full_for_the_last_file(ready.clone()), &*destination);
-    let stopped = conversion.dequantize_at(&AtomicBool::new(false), &full, &Silent);
+    let stopped = conversion.execute_at(&AtomicBool::new(false), &full, &Silent);
     assert!(stopped.unwrap_err().to_string().contains("make room"));
     let sealed = file_names(&ready);
     let sealed: Vec<_> = sealed.iter().filter(|name| name.ends_with(".safetensors")).collect();

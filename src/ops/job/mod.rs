@@ -1,7 +1,7 @@
-//! A run that can be stopped at any time: what it was, what it has finished, and how it is taken up again.
+//! Writing a checkpoint in a run that can be stopped at any time: what it makes, what it has finished, and how it is taken up again.
 
 pub(crate) mod journal;
 pub(crate) mod resume;
-mod staged;
-
-pub(crate) use staged::Staged;
+mod side_files;
+pub(crate) mod staged;
+pub(crate) mod write;

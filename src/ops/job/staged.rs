@@ -1,10 +1,12 @@
 //! Writing a plan's files into a staging folder.
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
 use crate::checkpoint::{OutputFile, SourceFile, Staging};
 use crate::error::Result;
+use crate::manifest::FileRecord;
 use crate::ops::job::journal;
 use crate::pipeline::{FileOutcome, Output, Outputs};
 use crate::plan::PlannedFile;
@@ -31,9 +33,23 @@ impl Outputs for Staged<'_> {
     }
 }
 
+/// Writes a file to the staging folder; returns its record.
+pub(crate) fn write(
+    staging: &Staging,
+    name: &str,
+    content: impl FnOnce(&mut dyn io::Write) -> io::Result<()>,
+) -> Result<FileRecord> {
+    let (size, sha256) = staging.write(name, content)?;
+    Ok(FileRecord { name: name.to_owned(), size, sha256 })
+}
+
 impl Output for OutputFile {
     fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
         OutputFile::write_at(self, bytes, offset)
+    }
+
+    fn write_back(&self, offset: u64, len: u64) {
+        OutputFile::write_back(self, offset, len);
     }
 
     fn sync(&self) -> Result<()> {

@@ -9,6 +9,7 @@ use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, SourceFile};
 use crate::error::{Error, IoContext, Result};
 use crate::manifest::{Manifest, TensorRecord};
 use crate::ops::model_card;
+use crate::ops::options;
 use crate::ops::quantize;
 use crate::ops::quantize::Conversion;
 use crate::ops::verify::conversion::{execute, hash_side_files};
@@ -26,7 +27,7 @@ use crate::store::{Location, ReadAt, Sha256Hash, read_exact_at};
 pub fn against(
     folder: impl Into<Location>,
     source: impl Into<Location>,
-    convert: quantize::Options,
+    convert: options::Options,
     options: Options<'_>,
 ) -> Result<Report> {
     let folder = folder.into();
@@ -34,7 +35,7 @@ pub fn against(
     let Some(checkpoint) = open(&folder, &mut Report::default())? else { return Ok(report) };
     let manifest = &checkpoint.manifest;
     let hash_source = manifest.source.files.iter().any(|file| file.sha256.is_some());
-    let convert = quantize::Options { hash_source, ..convert };
+    let convert = options::Options { hash_source, ..convert };
     let conversion = quantize::plan(source, manifest.recipe.clone(), convert)?;
     if let Some(version) = manifest.other_version() {
         by_tensor::compare(&conversion, &checkpoint, options, &mut report)?;

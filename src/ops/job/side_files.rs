@@ -1,0 +1,53 @@
+//! The files beside the weights, in the staging folder.
+
+use std::io::Read;
+
+use crate::checkpoint::{OutputFile, SideFile, Source, Staging};
+use crate::error::{Error, IoContext, Result};
+use crate::manifest::FileRecord;
+use crate::ops::job::staged::write;
+use crate::ops::model_card;
+use crate::plan::Plan;
+use crate::store::{HashingReader, Location, Reader, Sha256Hash};
+
+/// Copies what lies beside the weights, as it is; the model card may be another. Also writes what the plan has beside them.
+pub(crate) fn copy(source: &Source, plan: &Plan, decodes: bool, staging: &Staging) -> Result<Vec<FileRecord>> {
+    let mut buffer = vec![0; 1 << 16];
+    let card = model_card::changed(source, plan, decodes)?;
+    let files = source.side_files.iter();
+    let files = files.filter(|side| card.is_none() || side.name != model_card::NAME);
+    let mut records: Vec<FileRecord> = files
+        .map(|side| {
+            let sha256 = copy_file(side, staging.ready(&side.name), &mut buffer)?;
+            Ok(FileRecord { name: side.name.clone(), size: side.len, sha256 })
+        })
+        .collect::<Result<_>>()?;
+    if let Some(card) = card.filter(|card| !card.is_empty()) {
+        records.push(write(staging, model_card::NAME, |file| file.write_all(&card))?);
+    }
+    let made = plan.side_files.iter();
+    let made = made.map(|(name, text)| write(staging, name, |file| file.write_all(text.as_bytes())));
+    records.extend(made.collect::<Result<Vec<_>>>()?);
+    Ok(records)
+}
+
+/// Copies a file as it is; returns its hash.
+fn copy_file(side: &SideFile, to: Location, buffer: &mut [u8]) -> Result<Sha256Hash> {
+    let path = side.location.path();
+    let file = side.location.open().at(path, "open it")?;
+    let len = file.identity().at(path, "look at it")?.len;
+    if len != side.len {
+        let why = format!("it has {len} bytes, and had {}", side.len);
+        return Err(Error::SourceChanged { path: path.to_owned(), why });
+    }
+    let (mut from, to) = (HashingReader::new(Reader::new(&*file)), OutputFile::create(to, len)?);
+    let mut done = 0;
+    while done < len {
+        let piece = (len - done).min(buffer.len() as u64) as usize;
+        from.read_exact(&mut buffer[..piece]).at(path, "read it")?;
+        to.write_at(&buffer[..piece], done)?;
+        done += piece as u64;
+    }
+    to.sync()?;
+    Ok(from.finish().1)
+}

@@ -1,0 +1,196 @@
+//! Writing a planned checkpoint to a destination: all files to a staging folder, which is published in one last step.
+
+use std::io;
+use std::sync::atomic::AtomicBool;
+use std::thread;
+
+use crate::checkpoint::{
+    CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, STAGING_NAME, SUMS_NAME, Source, Staging, free_space, write_index,
+};
+use crate::error::{Error, Hint, IoContext, Result};
+use crate::manifest::{FileRecord, Manifest, sha256_sums};
+use crate::ops::job::journal::JobFingerprint;
+use crate::ops::job::staged::{Staged, write};
+use crate::ops::job::{resume, side_files};
+use crate::ops::model_card;
+use crate::ops::options::Options;
+use crate::pipeline;
+use crate::pipeline::{Budget, ExecutionContext, FileOutcome, Outcome, Progress};
+use crate::plan::{Plan, PlannedTensor};
+use crate::store::Location;
+use crate::units::Bytes;
+
+/// A plan to be written, and all that it takes.
+#[derive(Clone, Copy)]
+pub(crate) struct Job<'a> {
+    /// What is read.
+    pub source: &'a Source,
+    /// What is written.
+    pub plan: &'a Plan,
+    /// The memory it takes.
+    pub budget: Budget,
+    /// How it is done.
+    pub options: &'a Options,
+    /// The source's manifest, if it has one that it must agree with.
+    pub manifest: Option<&'a Manifest>,
+    /// Whether the source is decoded rather than quantized.
+    pub decodes: bool,
+}
+
+impl Job<'_> {
+    /// Bytes that the destination must have room for: weights, side files, and the manifest by estimate.
+    pub(crate) fn disk_needed(&self) -> u64 {
+        let side_files: u64 = self.source.side_files.iter().map(|file| file.len).sum();
+        let outputs: usize = self.plan.tensors.iter().map(|tensor| tensor.outputs.len()).sum();
+        let manifest = (self.plan.tensors.len() * 800 + outputs * 400 + (64 << 10)) as u64;
+        self.plan.output_len() + side_files + manifest
+    }
+
+    /// Whether it can be written to `destination`: that is a place for it, and there is room.
+    pub(crate) fn check_destination(&self, destination: &Location) -> Result<()> {
+        self.check_place(destination)?;
+        self.check_space(destination, &[])
+    }
+
+    /// Whether `destination` is a place for it.
+    fn check_place(&self, destination: &Location) -> Result<()> {
+        let checked = Staging::check(destination, &self.source.location, self.options.force);
+        let Err(Error::Destination { .. }) = checked else { return checked };
+        let there = Manifest::read(&destination.join(MANIFEST_NAME)).ok();
+        match there.as_ref().and_then(Manifest::other_version) {
+            Some(version) => {
+                let why = format!("{version} wrote the checkpoint there, and this is {}", env!("CARGO_PKG_VERSION"));
+                Err(Error::Destination { path: destination.path().to_owned(), why, hint: Some(Hint::ReplaceOther) })
+            }
+            None => checked,
+        }
+    }
+
+    /// Whether there is room for all but the files that are `sealed` already.
+    fn check_space(&self, destination: &Location, sealed: &[Option<FileOutcome>]) -> Result<()> {
+        let there = self.plan.files.iter().zip(sealed).filter(|(_, sealed)| sealed.is_some());
+        let needed = self.disk_needed() - there.map(|(file, _)| file.len).sum::<u64>();
+        match free_space(destination)? {
+            Some(available) if available < needed => {
+                let (needed, available) = (Bytes(needed).to_string(), Bytes(available).to_string());
+                Err(Error::NoSpace { path: destination.path().to_owned(), needed, available })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes all files to a staging folder, has `finish` add what it will and say what is published, and publishes it.
+    pub(crate) fn run<T>(
+        &self,
+        interrupt: &AtomicBool,
+        destination: &Location,
+        progress: &dyn Progress,
+        finish: impl FnOnce(&Staging, Vec<FileRecord>, Outcome) -> Result<(Vec<String>, T)>,
+    ) -> Result<T> {
+        let Options { ref device, hash_source, force, ref trace, .. } = *self.options;
+        self.check_place(destination)?;
+        if !is_there(&destination.join(STAGING_NAME))? {
+            self.check_space(destination, &[])?;
+        }
+        let staging = Staging::take(destination, &self.source.location, force)?;
+        let (device, trace) = (&**device, trace.as_deref());
+        let context = ExecutionContext { device, budget: self.budget, hash_source, interrupt, progress, trace };
+        let files = self.write_files(&staging, context);
+        match files.and_then(|(files, outcome)| finish(&staging, files, outcome)) {
+            Ok((names, result)) => {
+                staging.publish(&names)?;
+                Ok(result)
+            }
+            Err(error) => {
+                // Another job's files are not ours to tidy.
+                if !matches!(error, Error::JobChanged { .. }) {
+                    progress.kept(staging.abandon());
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Weights, side files, config.json and index, in the staging folder.
+    fn write_files(&self, staging: &Staging, context: ExecutionContext<'_>) -> Result<(Vec<FileRecord>, Outcome)> {
+        let (source, plan) = (self.source, self.plan);
+        let sealed = self.take_up(staging, context)?;
+        self.check_space(staging.destination(), &sealed)?;
+        let (outcome, side_files) = thread::scope(|scope| {
+            let side_files = scope.spawn(|| side_files::copy(source, plan, self.decodes, staging));
+            let outputs = Staged { staging };
+            let outcome = pipeline::run(source, plan, &outputs, sealed, context);
+            (outcome, side_files.join().unwrap_or(Err(Error::Stopped)))
+        });
+        let outcome = outcome?;
+        if let Some(manifest) = self.manifest {
+            check_source(source, manifest, &outcome)?;
+        }
+        let mut files = side_files?;
+        files.extend(plan.files.iter().zip(&outcome.files).map(|(file, sha256)| FileRecord {
+            name: file.name.clone(),
+            size: file.len,
+            sha256: *sha256,
+        }));
+        if let Some(config) = &plan.config {
+            files.push(write(staging, CONFIG_NAME, |file| file.write_all(config.as_bytes()))?);
+        }
+        if plan.files.len() > 1 {
+            files.push(write(staging, INDEX_NAME, |file| self.write_index(file))?);
+        }
+        files.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok((files, outcome))
+    }
+
+    /// Takes up what an earlier run left in the staging folder, or begins; returns which of the plan's files are finished.
+    fn take_up(&self, staging: &Staging, context: ExecutionContext<'_>) -> Result<Vec<Option<FileOutcome>>> {
+        let (source, plan) = (self.source, self.plan);
+        let job = JobFingerprint::new(source, &plan.recipe, self.decodes);
+        let resumed = job.take_up(staging, self.options.restart)?;
+        staging.remove_partial();
+        let weights = plan.files.iter().map(|file| file.name.as_str());
+        let names: Vec<&str> = weights.chain(source.side_files.iter().map(|file| file.name.as_str())).collect();
+        staging.unpublish(names.iter().copied())?;
+        let others = [model_card::NAME, CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, SUMS_NAME];
+        staging.check_names(names.into_iter().chain(others))?;
+        match resumed {
+            true => resume::sealed_files(staging, source, plan, context),
+            false => Ok(vec![None; plan.files.len()]),
+        }
+    }
+
+    fn write_index(&self, file: &mut dyn io::Write) -> io::Result<()> {
+        let outputs = self.plan.files.iter().flat_map(|file| {
+            let tensors = self.plan.tensors[file.tensors.clone()].iter();
+            tensors.flat_map(move |tensor| tensor.output_names().map(move |name| (name, file.name.as_str())))
+        });
+        let weight_map: Vec<(String, &str)> = outputs.collect();
+        let total_size = self.plan.tensors.iter().map(PlannedTensor::output_len).sum();
+        write_index(weight_map.iter().map(|(tensor, file)| (tensor.as_str(), *file)), total_size, file)
+    }
+}
+
+/// Checks what was read of a converted checkpoint against its manifest.
+fn check_source(converted: &Source, manifest: &Manifest, outcome: &Outcome) -> Result<()> {
+    for (file, sha256) in converted.files.iter().zip(outcome.source_files.iter().flatten()) {
+        if !manifest.files.iter().any(|record| record.name == file.name && record.sha256 == *sha256) {
+            let why = format!(
+                "its SHA-256 is {sha256}, which isn't {MANIFEST_NAME}'s; download it again, or convert the source again"
+            );
+            let path = file.location.path().to_owned();
+            return Err(Error::Malformed { path, why, hint: Some(Hint::Restart) });
+        }
+    }
+    Ok(())
+}
+
+/// Whether anything is there.
+pub(crate) fn is_there(place: &Location) -> Result<bool> {
+    place.exists().at(place.path(), "look at it")
+}
+
+/// SHA256SUMS, in the staging folder.
+pub(crate) fn write_sums<'a>(staging: &Staging, files: impl Iterator<Item = &'a FileRecord>) -> Result<()> {
+    let sums = sha256_sums(files.map(|file| (file.name.as_str(), file.sha256)));
+    staging.write(SUMS_NAME, |file| file.write_all(sums.as_bytes())).map(|_| ())
+}

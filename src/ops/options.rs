@@ -1,0 +1,52 @@
+//! How operations do their work.
+
+use std::sync::Arc;
+use std::thread;
+
+use crate::backend::{Backend, Cpu};
+use crate::pipeline::{Limits, Trace};
+
+/// How to convert: what decides nothing about the output's bytes.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The most memory to use, in bytes.
+    pub memory: u64,
+    /// Threads to use.
+    pub threads: usize,
+    /// What quantizes.
+    pub device: Arc<dyn Backend>,
+    /// The most memory to use of each device, in bytes.
+    pub device_memory: u64,
+    /// Whether the manifest gets the SHA-256 of the source's files.
+    pub hash_source: bool,
+    /// Whether to replace a checkpoint at the destination.
+    pub force: bool,
+    /// Whether to discard what an earlier, unfinished run left there.
+    pub restart: bool,
+    /// Where to record what each thread does, if anywhere. Failing to is no error of the run: [`Trace::check`] tells of it.
+    pub trace: Option<Arc<Trace>>,
+}
+
+impl Default for Options {
+    /// 256 MiB here and on a device, all cores, the processor with its fastest kernel.
+    fn default() -> Self {
+        let threads = thread::available_parallelism().map_or(1, usize::from);
+        Options {
+            memory: 256 << 20,
+            threads,
+            device: Arc::new(Cpu::detect()),
+            device_memory: 256 << 20,
+            hash_source: false,
+            force: false,
+            restart: false,
+            trace: None,
+        }
+    }
+}
+
+impl Options {
+    /// The bounds on memory and threads.
+    pub(crate) fn limits(&self) -> Limits {
+        Limits { memory: self.memory, threads: self.threads, device_memory: self.device_memory }
+    }
+}

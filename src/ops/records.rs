@@ -1,0 +1,103 @@
+//! What a manifest tells of a conversion: its source, its tensors, and all of them together.
+
+use crate::checkpoint::{Config, Source};
+use crate::manifest::{
+    DecisionRecord, FileRecord, Manifest, OutputRecord, SCHEMA_VERSION, SourceFileRecord, SourceRecord,
+    SourceTensorRecord, Summary, TensorRecord, Tool,
+};
+use crate::pipeline::{Outcome, TensorOutcome};
+use crate::plan::{Plan, PlannedTensor};
+
+/// The source of a plan, unless its files are hashed.
+pub(crate) fn source(source: &Source, plan: &Plan) -> SourceRecord {
+    let config = source.config.as_ref();
+    let files = source.files.iter().map(|file| SourceFileRecord {
+        name: file.name.clone(),
+        size: file.identity.len,
+        header_sha256: file.header_sha256,
+        sha256: None,
+    });
+    SourceRecord {
+        model_type: config.and_then(|config| config.model_types().first().map(|&name| name.to_owned())),
+        config_sha256: config.filter(|_| plan.tensors.iter().any(PlannedTensor::is_decoded)).map(Config::sha256),
+        files: files.collect(),
+    }
+}
+
+/// The manifest of a plan that came out so; `record` is its source's, and its files are `files`.
+pub(crate) fn manifest(
+    source: &Source,
+    plan: &Plan,
+    mut record: SourceRecord,
+    files: Vec<FileRecord>,
+    outcome: Outcome,
+) -> Manifest {
+    let Outcome { tensors, source_files, total, .. } = outcome;
+    for (file, sha256) in record.files.iter_mut().zip(source_files.into_iter().flatten()) {
+        file.sha256 = Some(sha256);
+    }
+    let elements = |quantized: bool| {
+        let chosen = plan.tensors.iter().filter(move |tensor| tensor.quantized_from().is_some() == quantized);
+        chosen.fold((0, 0), |(tensors, elements), tensor| (tensors + 1, elements + tensor.elements()))
+    };
+    let ((quantized_tensors, quantized_elements), (kept_tensors, kept_elements)) = (elements(true), elements(false));
+    let written = plan.files.iter().flat_map(|file| file.tensors.clone().map(move |i| (i, &file.name)));
+    Manifest {
+        schema_version: SCHEMA_VERSION,
+        older_schema: None,
+        tool: Tool::this(),
+        recipe: plan.recipe.clone(),
+        source: record,
+        relaid_from: None,
+        summary: Summary {
+            quantized_tensors,
+            kept_tensors,
+            quantized_elements,
+            kept_elements,
+            bits_per_quantized_weight: plan.bits_per_quantized_weight(),
+            bits_per_weight: plan.bits_per_weight(),
+            statistics: total,
+        },
+        files,
+        tensors: written
+            .zip(tensors)
+            .map(|((i, file), outcome)| tensor_record(source, &plan.tensors[i], file, outcome))
+            .collect(),
+    }
+}
+
+fn tensor_record(source: &Source, tensor: &PlannedTensor, file: &str, outcome: TensorOutcome) -> TensorRecord {
+    let outputs = tensor.outputs.iter().zip(tensor.output_names()).zip(outcome.sha256);
+    TensorRecord {
+        sources: source_tensors(source, tensor),
+        role: tensor.role,
+        decision: if tensor.quantized_from().is_some() { DecisionRecord::Quantize } else { DecisionRecord::Keep },
+        reason: tensor.reason.clone().into_owned(),
+        outputs: outputs
+            .map(|((output, name), sha256)| OutputRecord {
+                name,
+                file: file.to_owned(),
+                dtype: output.dtype.to_string(),
+                shape: output.shape.clone(),
+                sha256,
+            })
+            .collect(),
+        statistics: outcome.statistics,
+    }
+}
+
+/// The tensors that it is made of, each once.
+fn source_tensors(source: &Source, tensor: &PlannedTensor) -> Vec<SourceTensorRecord> {
+    let mut places: Vec<(usize, usize)> = Vec::new();
+    for place in tensor.read.spans().map(|span| (span.file, span.tensor)) {
+        if !places.contains(&place) {
+            places.push(place);
+        }
+    }
+    let record = |(file, tensor): (usize, usize)| {
+        let (file, info) = (&source.files[file], &source.files[file].tensors[tensor]);
+        let (name, dtype, shape) = (info.name.clone(), info.dtype.to_string(), info.shape.clone());
+        SourceTensorRecord { name, file: file.name.clone(), dtype, shape }
+    };
+    places.into_iter().map(record).collect()
+}
