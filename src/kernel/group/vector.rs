@@ -107,7 +107,7 @@ fn nearest_e2m1(x: f32, below: f32) -> (u32, f32) {
     let sum = clamped + steps;
     let value = sum - steps;
     // The code is the number of steps, in the sum's lowest bits, and two for each doubling of the power.
-    let code = sum.to_bits() + (sum.to_bits() >> 22) & 7;
+    let code = (sum.to_bits() + (sum.to_bits() >> 22)) & 7;
     let sign = if x < below { 8 } else { 0 };
     (code | sign, f32::from_bits(value.to_bits() | x.to_bits() & 0x8000_0000))
 }
