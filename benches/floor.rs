@@ -212,7 +212,7 @@ fn quantize_piece(
 ) -> Result<(), Failure> {
     let tensor_scale = match codec.has_tensor_scale() {
         true => {
-            let absmax = lane.absmax(0..len, dtype).map_err(|_| "weights that aren't finite")?;
+            let absmax = lane.absmax(0..len, dtype)?.ok_or("weights that aren't finite")?;
             Some(group::tensor_scale(codec, absmax, dtype))
         }
         false => None,
@@ -220,7 +220,7 @@ fn quantize_piece(
     let run = Run { codec, dtype, columns, tensor_scale, place: 0..len };
     let encoded = lane.quantize(&run)?.ok_or("weights that aren't finite")?;
     if codec.double_quant() {
-        let absmax = encoded.figures.absmax.to_vec();
+        let absmax = encoded.figures.absmax().to_vec();
         black_box(lane.quantize_absmax(&absmax, absmax.iter().sum::<f32>() / absmax.len() as f32)?);
     } else {
         black_box(encoded.packed);

@@ -26,7 +26,7 @@ impl Results<'_, '_, '_> {
     pub(crate) fn quantized(&mut self, first: u64, tensor_scale: Option<f32>, encoded: &Encoded<'_>) -> Result<Done> {
         let Encoded { packed, scales, zero_points, figures, .. } = encoded;
         let weight = Weight { codec: self.codec, dtype: self.dtype, shape: &self.tensor.shape };
-        let run = QuantizedRun { first, packed, scales, absmax: figures.absmax, zero_points, tensor_scale };
+        let run = QuantizedRun { first, packed, scales, absmax: figures.absmax(), zero_points, tensor_scale };
         for output in &self.tensor.outputs {
             let Some(kind) = output.kind else { continue };
             if let Some((at, bytes)) = weight.encode(kind, &run, self.bytes)? {
@@ -34,7 +34,7 @@ impl Results<'_, '_, '_> {
             }
         }
         let first_block = (first / self.codec.block_len(self.tensor.columns())) as usize;
-        let absmax = self.codec.double_quant().then(|| (first_block, figures.absmax.to_vec()));
+        let absmax = self.codec.double_quant().then(|| (first_block, figures.absmax().to_vec()));
         let mut accumulator = Box::<StatsAccumulator>::default();
         accumulator.add(figures);
         Ok(Done::Quantized { accumulator, absmax })
