@@ -435,9 +435,7 @@ def spans_of(path: Path) -> list[dict]:
 def memory(bench: Bench) -> Iterator[Row]:
     """Many tensors, many threads: buffers and what is kept of each tensor."""
     source = sparse.fresh("source")
-    shapes = {f"model.layers.{i // 500}.mlp.experts.{i % 500}.up_proj.weight": [64, 64] for i in range(bench.arguments.tensors)}
-    sparse.write_shard(source / "model.safetensors", shapes)
-    (source / "config.json").write_text('{"model_type": "qwen3_moe"}\n')
+    make_apart(source, bench.arguments.tensors, make=make_many)
     for words in (["nf4"], ["nf4", "--double-quant"], ["nvfp4"]):
         for count in (1, 16, 64):
             command = [bench.arguments.prequant, "convert", source, sparse.fresh("converted") / "to", "--quiet"]
@@ -445,6 +443,13 @@ def memory(bench: Bench) -> Iterator[Row]:
             name = f"{bench.arguments.tensors} tensors, {' '.join(words)}, threads: {count}: peak MiB"
             yield Row(name, seconds, ratio=peak / 2**20, of="MiB", bar=MEMORY)
     shutil.rmtree(sparse.WORK)
+
+
+def make_many(source: Path, tensors: int) -> None:
+    """A sparse checkpoint of small matrices."""
+    names = (f"model.layers.{i // 500}.mlp.experts.{i % 500}.up_proj.weight" for i in range(tensors))
+    sparse.write_shard(source / "model.safetensors", {name: [64, 64] for name in names})
+    (source / "config.json").write_text('{"model_type": "qwen3_moe"}\n')
 
 
 def replayed(bench: Bench) -> Iterator[Row]:
