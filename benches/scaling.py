@@ -458,7 +458,8 @@ def replayed(bench: Bench) -> Iterator[Row]:
         traced = replay.read_trace(json.loads(bench.trace(*bench.in_files(8)).read_text()), undisturbed=True)
     except replay.NothingTraced as why:
         raise Unavailable(str(why)) from None
-    yield Row(f"nf4, 8 output files, as traced with {traced.threads} threads", traced.seconds, bench.size / traced.seconds)
+    name = f"nf4, output files: {len(traced.files)}, as traced with {traced.threads} threads"
+    yield Row(name, traced.seconds, bench.size / traced.seconds)
     for number, count, result in replay.forecast(traced.files, [2, 4, 8, 16], None):
         name = f"replayed at its median rates on {number} cores, files in flight: {count}"
         yield Row(name, result.seconds, result.rate, result.seconds / traced.seconds, "the traced run's time")
