@@ -58,7 +58,9 @@ pub fn plan(source: impl Into<Location>, recipe: Recipe, mut options: Options) -
         }
     };
     let budget = Budget::new(&plan, options.limits(), &*options.device)?;
-    options.device.prepare(&plan.recipe.codec(), budget.device_peak())?;
+    if budget.lanes.is_some() {
+        options.device.prepare(&plan.recipe.codec(), budget.device_peak())?;
+    }
     Ok(Conversion { source, plan, budget, options, relayout })
 }
 

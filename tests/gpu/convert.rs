@@ -136,6 +136,66 @@ fn little_more_than_codes_and_scales_comes_back() {
     }
 }
 
+/// A layer's gate and up, which share NVFP4's scale of scales, in two files; and a tensor that shares it with none.
+fn checkpoint_with_sets() -> Folder {
+    let folder = Folder::new("llama");
+    let linear = |layer: usize, name: &str, dtype| {
+        Tensor::random(&format!("model.layers.{layer}.mlp.{name}.weight"), dtype, &[130, 512])
+    };
+    folder.write_shards(&[
+        vec![linear(0, "gate_proj", Dtype::BF16), linear(0, "down_proj", Dtype::F32)],
+        vec![linear(0, "up_proj", Dtype::BF16), linear(1, "up_proj", Dtype::F16), linear(1, "gate_proj", Dtype::F16)],
+    ]);
+    folder
+}
+
+#[test]
+fn tensors_that_share_a_scale_cross_the_link_once_where_a_slot_takes_them() {
+    let folder = checkpoint_with_sets();
+    let bytes = (130 * 512 * (4 * 2 + 4)) as u64;
+    for layout in ["compressed-tensors", "modelopt"] {
+        let flags = ["--format", "nvfp4", "--layout", layout];
+        let expected = on_the_cpu(&folder, &flags);
+        for (memory, is_measured_there) in [("64MiB", true), ("1MiB", false)] {
+            let (to, used) = (folder.beside(&[layout, memory].concat()), folder.beside("report"));
+            let settings = [("FAKE_CUDA_REPORT", used.to_str().unwrap())];
+            convert(&folder, &to, &[&flags[..], &["--device-memory", memory]].concat(), &settings).ok();
+            assert!(contents(&to) == expected, "{layout}, {memory}");
+            let used = report(&used);
+            assert_eq!(used["to_device"], bytes, "{layout}, {memory}");
+            assert_eq!(used.contains_key("largest_bf16"), is_measured_there, "{layout}, {memory}: {used:?}");
+            assert_eq!(used["leaked:0"], 0);
+        }
+    }
+}
+
+#[test]
+fn a_set_that_a_slot_ran_out_of_memory_in_is_finished_in_another() {
+    let folder = checkpoint_with_sets();
+    let flags = ["--format", "nvfp4", "--max-shard-size", "80kB", "--threads", "2"];
+    let expected = on_the_cpu(&folder, &flags);
+    for call in 1..=12 {
+        let failure = format!("cuLaunchKernel:{call}:2");
+        let to = folder.beside(&failure);
+        convert(&folder, &to, &flags, &[("FAKE_CUDA_FAIL", &failure)]).ok();
+        assert!(contents(&to) == expected, "{failure}");
+    }
+}
+
+#[test]
+fn a_set_with_what_is_not_finite_is_what_it_is_on_the_cpu() {
+    let folder = Folder::new("llama");
+    let name = |name: &str| format!("model.layers.0.mlp.{name}.weight");
+    let mut odd = Tensor::random(&name("up_proj"), Dtype::BF16, &[64, 512]);
+    odd.data[2 * 777..][..2].copy_from_slice(&0x7f80u16.to_le_bytes());
+    let other = Tensor::random(&name("gate_proj"), Dtype::BF16, &[64, 512]);
+    folder.write("model.safetensors", serialize(&[other, odd]));
+    for device in ["cuda", "cpu"] {
+        let flags = ["--format", "nvfp4", "--device", device];
+        convert(&folder, &folder.beside(device), &flags, &[]).fails(3, &["up_proj", "(inf) at element 777"]);
+    }
+}
+
 #[test]
 fn in_groups_too_what_is_not_finite_is_what_it_is_on_the_cpu() {
     let mut tensor = Tensor::random(LINEAR, Dtype::F16, &[300, 640]);
