@@ -11,6 +11,7 @@ mod element;
 mod figures;
 mod float8;
 pub(crate) mod group;
+mod rates;
 pub(crate) mod sha256;
 
 pub use figures::{BlockErrors, ErrorSums, Figures, SUMMED};
