@@ -435,9 +435,7 @@ def spans_of(path: Path) -> list[dict]:
 def memory(bench: Bench) -> Iterator[Row]:
     """Many tensors, many threads: buffers and what is kept of each tensor."""
     source = sparse.fresh("source")
-    shapes = {f"model.layers.{i // 500}.mlp.experts.{i % 500}.up_proj.weight": [64, 64] for i in range(bench.arguments.tensors)}
-    sparse.write_shard(source / "model.safetensors", shapes)
-    (source / "config.json").write_text('{"model_type": "qwen3_moe"}\n')
+    make_apart(source, bench.arguments.tensors, make=make_many)
     for words in (["nf4"], ["nf4", "--double-quant"], ["nvfp4"]):
         for count in (1, 16, 64):
             command = [bench.arguments.prequant, "convert", source, sparse.fresh("converted") / "to", "--quiet"]
@@ -447,13 +445,21 @@ def memory(bench: Bench) -> Iterator[Row]:
     shutil.rmtree(sparse.WORK)
 
 
+def make_many(source: Path, tensors: int) -> None:
+    """A sparse checkpoint of small matrices."""
+    names = (f"model.layers.{i // 500}.mlp.experts.{i % 500}.up_proj.weight" for i in range(tensors))
+    sparse.write_shard(source / "model.safetensors", {name: [64, 64] for name in names})
+    (source / "config.json").write_text('{"model_type": "qwen3_moe"}\n')
+
+
 def replayed(bench: Bench) -> Iterator[Row]:
     """A run's trace on more cores."""
     try:
         traced = replay.read_trace(json.loads(bench.trace(*bench.in_files(8)).read_text()), undisturbed=True)
     except replay.NothingTraced as why:
         raise Unavailable(str(why)) from None
-    yield Row(f"nf4, 8 output files, as traced with {traced.threads} threads", traced.seconds, bench.size / traced.seconds)
+    name = f"nf4, output files: {len(traced.files)}, as traced with {traced.threads} threads"
+    yield Row(name, traced.seconds, bench.size / traced.seconds)
     for number, count, result in replay.forecast(traced.files, [2, 4, 8, 16], None):
         name = f"replayed at its median rates on {number} cores, files in flight: {count}"
         yield Row(name, result.seconds, result.rate, result.seconds / traced.seconds, "the traced run's time")
