@@ -175,7 +175,7 @@ fn another_source_is_told_from_the_right_one() {
     let more = (1..4).map(|i| Tensor::random(&format!("model.layers.{i}.mlp.up_proj.weight"), Dtype::F16, &[60, 64]));
     folder.write("model.safetensors", serialize(&other.into_iter().chain(more).collect::<Vec<_>>()));
     let source = folder.source();
-    differs(&folder, &["--against", source.to_str().unwrap()], &[LINEAR, "its record isn't"]);
+    differs(&folder, &["--against", source.to_str().unwrap()], &[LINEAR, "its bytes aren't"]);
 }
 
 #[test]
