@@ -58,6 +58,7 @@ class Contender:
     seconds: list[float] = field(default_factory=list)
     without_imports: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
+    system: list[float] = field(default_factory=list)
     peak_rss: int = 0
 
     def run(self, destination: Path) -> None:
@@ -69,6 +70,7 @@ class Contender:
         _, status, usage = os.wait4(process.pid, 0)
         self.seconds.append(time.perf_counter() - start)
         self.processor.append(usage.ru_utime + usage.ru_stime)
+        self.system.append(usage.ru_stime)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             sys.exit(f"{self.name} failed with exit code {process.returncode}: {' '.join(command)}")
@@ -83,13 +85,7 @@ def main() -> None:
     arguments = parse_arguments()
     source = BENCH / f"experts-{arguments.size}"
     if not (source / "config.json").exists():
-        # In a process of its own: a child's peak RSS starts at that of the process it is forked from.
-        print(f"making {source.relative_to(ROOT)}", file=sys.stderr)
-        maker = multiprocessing.Process(target=make_source, args=(source, arguments.size))
-        maker.start()
-        maker.join()
-        if maker.exitcode:
-            sys.exit("could not make the source checkpoint")
+        make_apart(source, arguments.size)
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     if arguments.baseline:
         write(against_baseline(arguments, source), arguments.out)
@@ -115,6 +111,16 @@ def main() -> None:
         sys.exit("missed: " + "; ".join(missed))
 
 
+def make_apart(source: Path, *arguments: int) -> None:
+    """make_source in a process of its own: a child's peak RSS starts at that of the process it is forked from."""
+    print(f"making {source}", file=sys.stderr)
+    maker = multiprocessing.Process(target=make_source, args=(source, *arguments))
+    maker.start()
+    maker.join()
+    if maker.exitcode:
+        sys.exit("could not make the source checkpoint")
+
+
 def write(text: str, out: Path | None) -> None:
     """To standard output, and to the file if there is one."""
     print(text)
@@ -131,7 +137,7 @@ def against_baseline(arguments: argparse.Namespace, source: Path) -> str:
         "| | its wall s | wall s | ratio of a pair, median | its processor s | processor s | ratio |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for options in [["nf4"], ["nf4", "--double-quant"], ["fp4"], *([name] for name in GROUP_FORMATS)]:
+    for options in formats():
         words = ["convert", str(source), "DST", "--quiet", "--format", *options]
         pair = [Contender(name, [str(each.resolve()), *words]) for name, each in (("its", arguments.baseline), ("ours", arguments.prequant))]
         for number in range(arguments.runs):
@@ -186,10 +192,7 @@ def contenders_of(arguments: argparse.Namespace) -> tuple[list[Contender], list[
     convert = [str(arguments.prequant.resolve()), "convert", source, "DST", "--quiet", "--format"]
     contenders = [
         Contender("cp -r", ["cp", "-r", source, "DST"]),
-        Contender("prequant nf4", [*convert, "nf4"]),
-        Contender("prequant nf4 --double-quant", [*convert, "nf4", "--double-quant"]),
-        Contender("prequant fp4", [*convert, "fp4"]),
-        *(Contender(f"prequant {name}", [*convert, name]) for name in GROUP_FORMATS),
+        *(Contender(f"prequant {' '.join(words)}", [*convert, *words]) for words in formats()),
     ]
     if arguments.synced_copy:
         script = 'cp -r "$1" "$2" && sync "$2"/*'
@@ -207,6 +210,11 @@ def contenders_of(arguments: argparse.Namespace) -> tuple[list[Contender], list[
 def cores() -> str:
     """How many may be used."""
     return str(len(os.sched_getaffinity(0)))
+
+
+def formats() -> list[list[str]]:
+    """What `--format` is given, and the options that go with it: every recipe that is timed."""
+    return [["nf4"], ["nf4", "--double-quant"], ["fp4"], *([name] for name in GROUP_FORMATS)]
 
 
 def python(environment: str, script: str) -> list[str]:
@@ -272,9 +280,9 @@ def verifying(arguments: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def settle(source: Path) -> None:
+def settle(source: Path, output: Path = BENCH / "output") -> None:
     """The same start for everybody: no output, nothing left to write back, the source in the page cache."""
-    shutil.rmtree(BENCH / "output", ignore_errors=True)
+    shutil.rmtree(output, ignore_errors=True)
     os.sync()
     buffer = bytearray(1 << 20)
     for path in source.iterdir():
@@ -322,11 +330,11 @@ def machine() -> str:
     return f"{model}, {cores()} cores{memory}, {platform.system()} {platform.release()}"
 
 
-def make_source(folder: Path, size: int) -> None:
+def make_source(folder: Path, size: int, matrices: int = MATRICES) -> None:
     """The checkpoint: matrices cut from a pool of normal numbers, each from a place of its own."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    rows = max(1, round(size / (MATRICES * HIDDEN * 2 * GROUP))) * GROUP
+    rows = max(1, round(size / (matrices * HIDDEN * 2 * GROUP))) * GROUP
     experts = max(1, round(size / (rows * HIDDEN * 2 * LAYERS * len(PARTS))))
     rng = random.Random(2)
     pool = bf16_bytes(array("f", (rng.gauss(0.0, 0.02) for _ in range(1 << 21))))

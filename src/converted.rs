@@ -210,3 +210,43 @@ pub(crate) fn weights(source: &Source) -> Vec<FoundWeight<'_>> {
     weights.retain(|weight| !parts.contains(&*weight.codes.name));
     weights
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::SourceFile;
+    use crate::dtype::{Dtype, FloatDtype, byte_len};
+    use crate::format::{CodecOptions, FORMATS, Layout};
+    use crate::store::{Identity, Location, Sha256Hash};
+
+    /// A checkpoint with these tensors.
+    fn checkpoint(tensors: Vec<TensorInfo>) -> Source {
+        let (location, name) = (Location::from("checkpoint"), "model.safetensors".to_owned());
+        let identity = Identity { len: 0, version: String::new(), sha256: None };
+        let header_sha256 = Sha256Hash([0; 32]);
+        let file = SourceFile { name, location: location.clone(), identity, header_sha256, tensors };
+        Source { location, files: vec![file], config: None, side_files: Vec::new() }
+    }
+
+    /// Two formats whose tensors can't be told apart fail here.
+    #[test]
+    fn weights_of_every_format_and_layout_are_found_as_what_they_are() {
+        for format in FORMATS {
+            let layouts = if format.layouts.is_empty() { &[Layout::CompressedTensors][..] } else { format.layouts };
+            for (&layout, double_quant) in layouts.iter().flat_map(|layout| [(layout, false), (layout, true)]) {
+                let codec = format.codec(CodecOptions { layout, double_quant, ..CodecOptions::default() });
+                let shape: &[u64] = if layout == Layout::GptOss { &[2, 16, 256] } else { &[16, 256] };
+                let tensors = codec.output_tensors(FloatDtype::Bfloat16, shape).into_iter();
+                let tensors = tensors.map(|tensor| {
+                    let (name, dtype) = (format!("a_proj.weight{}", tensor.suffix), tensor.dtype.dtype(Dtype::BF16));
+                    let len = byte_len(dtype, &tensor.shape).unwrap();
+                    TensorInfo { name, dtype, shape: tensor.shape, offset: 0, len }
+                });
+                let source = checkpoint(tensors.collect());
+                let found = weights(&source);
+                let formats: Vec<_> = found.iter().map(|weight| weight.format).collect();
+                assert_eq!(formats, [Some(*format)], "{format:?} {layout:?}: {found:?}");
+            }
+        }
+    }
+}

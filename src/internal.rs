@@ -5,7 +5,8 @@ pub mod backend {
     #[cfg(feature = "cuda")]
     pub mod cuda {
         pub use crate::backend::cuda::{
-            GROUPS_PTX, GroupKernel, PTX, THREADS, codebook_table, dynamic_map_table, tensor_factor, thread_blocks,
+            GROUPS_PTX, GroupKernel, PTX, THREADS, codebook_table, dynamic_map_table, largest_name,
+            largest_thread_blocks, sum_thread_blocks, tensor_factor, thread_blocks,
         };
     }
 }
@@ -22,7 +23,7 @@ pub mod format {
     };
 }
 pub mod kernel {
-    pub use crate::kernel::{BlockErrors, Blocks, Kernel, NonFinite, quantize_any};
+    pub use crate::kernel::{BlockErrors, Blocks, ErrorSums, Figures, Kernel, NonFinite, SUMMED, quantize_any};
     pub mod block {
         pub mod nested {
             pub use crate::kernel::block::nested::{quantize, restore};
@@ -61,6 +62,11 @@ pub mod ops {
 pub mod pipeline {
     pub use crate::pipeline::{Budget, Limits};
 }
+pub mod stats {
+    pub use crate::stats::{GroupErrors, StatsAccumulator};
+}
 pub mod store {
-    pub use crate::store::{Fault, FaultyStore, Identity, LocalStore, Location, MemoryStore};
+    pub use crate::store::{
+        Fault, FaultyStore, Identity, Listing, LocalStore, Location, MemoryStore, ReadAt, Stat, Store, WriteAt,
+    };
 }

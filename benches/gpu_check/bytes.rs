@@ -7,6 +7,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use half::{bf16, f16};
 use prequant::internal::backend::{Backend, Cpu, CpuLane, Encoded, Lane, LaneSize, Run};
 use prequant::internal::format::{Codec, CodecOptions, FP4, NESTED_BLOCK_SIZE, NF4, nf4};
+use prequant::internal::kernel::{Figures, SUMMED};
+use prequant::internal::stats::GroupErrors;
 use prequant::{BlockSize, Bytes, FloatDtype, FormatSpec};
 
 use super::{Report, groups};
@@ -104,20 +106,8 @@ fn compare_piece(cpu: &mut CpuLane, lane: &mut dyn Lane, source: &[u8], run: &Ru
     let expected = cpu.quantize(run).map_err(|fault| fault.to_string())?.ok_or_else(not_finite)?;
     let found = lane.quantize(run).map_err(|fault| fault.to_string())?.ok_or_else(not_finite)?;
     compare_bytes(&expected, &found)?;
-    let absmax = expected.figures.absmax.to_vec();
-    let pairs = [
-        ("absmax", &*expected.figures.absmax, &*found.figures.absmax),
-        ("signal", expected.figures.signal, found.figures.signal),
-        ("noise", expected.figures.noise, found.figures.noise),
-        ("worst", expected.figures.worst, found.figures.worst),
-    ];
-    for (name, expected, found) in pairs {
-        let differs =
-            |i: usize| expected[i].to_bits() != found[i].to_bits() && !(expected[i].is_nan() && found[i].is_nan());
-        if let Some(i) = (0..expected.len()).find(|&i| differs(i)) {
-            return Err(format!("{name} {i} is {:e}, and {:e} on the CPU", found[i], expected[i]));
-        }
-    }
+    compare_figures(&expected.figures, &found.figures)?;
+    let absmax = expected.figures.absmax().to_vec();
     if !run.codec.is_blocks() {
         return Ok(());
     }
@@ -142,6 +132,29 @@ fn compare_bytes(expected: &Encoded<'_>, found: &Encoded<'_>) -> Result<(), Stri
         }
         if let Some(i) = (0..expected.len()).find(|&i| expected[i] != found[i]) {
             return Err(format!("{name} byte {i} is {:#04x}, and {:#04x} on the CPU", found[i], expected[i]));
+        }
+    }
+    Ok(())
+}
+
+/// A device's figures are summed already: held to what the statistics make of the CPU's.
+fn compare_figures(expected: &Figures<'_>, found: &Figures<'_>) -> Result<(), String> {
+    let (Figures::Blocks(expected), Figures::Sums { absmax, errors }) = (expected, found) else {
+        return Err("figures of another kind".to_owned());
+    };
+    let differs = |x: f32, y: f32| x.to_bits() != y.to_bits() && !(x.is_nan() && y.is_nan());
+    if let Some(i) = (0..absmax.len()).find(|&i| differs(expected.absmax[i], absmax[i])) {
+        return Err(format!("absmax {i} is {:e}, and {:e} on the CPU", absmax[i], expected.absmax[i]));
+    }
+    let all: [&[f32]; 4] = [expected.absmax, expected.signal, expected.noise, expected.worst];
+    for (i, start) in (0..absmax.len()).step_by(SUMMED).enumerate() {
+        let expected = GroupErrors::of(all.map(|figure| &figure[start..figure.len().min(start + SUMMED)]));
+        let (signal, noise, worst) = (errors.signal[i], errors.noise[i], errors.worst[i]);
+        let found = GroupErrors { signal, noise, worst, zeros: errors.zeros[i] };
+        let number = |x: f64| if x.is_nan() { u64::MAX } else { x.to_bits() };
+        let bits = |sums: GroupErrors| ([sums.signal, sums.noise, sums.worst].map(number), sums.zeros);
+        if bits(found) != bits(expected) {
+            return Err(format!("the sums of blocks from {start} on are {found:?}, and {expected:?} on the CPU"));
         }
     }
     Ok(())

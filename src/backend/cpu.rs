@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::format::{BlockSize, Codebook, Codec, NESTED_BLOCK_SIZE, Scales, dynamic_map};
 use crate::kernel::block::nested;
 use crate::kernel::group::Groups;
-use crate::kernel::{BlockErrors, Blocks, Kernel, NonFinite, quantize_any};
+use crate::kernel::{BlockErrors, Blocks, Figures, Kernel, quantize_any};
 use std::ops::Range;
 
 /// The processor, with one of its kernels.
@@ -99,14 +99,6 @@ impl CpuLane {
         &mut self.source
     }
 
-    /// The largest magnitude of weights in [`Lane::source`].
-    ///
-    /// # Errors
-    /// When one isn't finite.
-    pub fn absmax(&self, place: Range<usize>, dtype: FloatDtype) -> Result<f32, NonFinite> {
-        self.kernel.absmax(&self.source[place], dtype)
-    }
-
     /// Quantizes a run of blocks whatever is in them; see [`quantize_any`]. `None` if the codec has groups, which can't hold
     /// what isn't finite.
     pub fn quantize_any(&mut self, run: &Run<'_>) -> Option<Encoded<'_>> {
@@ -137,6 +129,10 @@ impl CpuLane {
 impl Lane for CpuLane {
     fn source(&mut self, len: usize) -> &mut [u8] {
         &mut self.source[..len]
+    }
+
+    fn absmax(&mut self, place: Range<usize>, dtype: FloatDtype) -> Result<Option<f32>, Fault> {
+        Ok(self.kernel.absmax(&self.source[place], dtype).ok())
     }
 
     fn quantize(&mut self, run: &Run<'_>) -> Result<Option<Encoded<'_>>, Fault> {
@@ -201,6 +197,6 @@ impl Outputs<'_> {
 
 impl<'a> From<Outputs<'a>> for Encoded<'a> {
     fn from(Outputs { packed, scales, zero_points, figures }: Outputs<'a>) -> Encoded<'a> {
-        Encoded { packed, scales, zero_points, figures }
+        Encoded { packed, scales, zero_points, figures: Figures::Blocks(figures) }
     }
 }

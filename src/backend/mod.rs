@@ -22,7 +22,7 @@ pub use cpu::{Cpu, CpuLane};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Result};
 use crate::format::{Codec, Coding};
-use crate::kernel::BlockErrors;
+use crate::kernel::Figures;
 
 /// Devices that can be chosen beside the processor, in the order that `auto` tries them.
 const KINDS: &[Kind] = &[
@@ -112,13 +112,20 @@ pub struct LaneSize {
 
 /// A place to quantize in, used by one thread at a time.
 pub trait Lane: Send {
-    /// Its room for weights: the first `len` bytes.
+    /// Its room for weights: the first `len` bytes, to be filled.
     ///
     /// # Panics
     /// When the lane is smaller.
     fn source(&mut self, len: usize) -> &mut [u8];
 
-    /// Quantizes a run of weights in [`Lane::source`]; `None` if one isn't finite.
+    /// The largest magnitude of weights in [`Lane::source`], 16 or a multiple of that, which start at a multiple of 16 bytes;
+    /// `None` if one isn't finite. A device that has them then needs them no more to quantize them.
+    ///
+    /// # Panics
+    /// When the lane is smaller, or the weights aren't such.
+    fn absmax(&mut self, place: Range<usize>, dtype: FloatDtype) -> Result<Option<f32>, Fault>;
+
+    /// Quantizes a run of weights in [`Lane::source`], which start at a multiple of 16 bytes; `None` if one isn't finite.
     ///
     /// # Panics
     /// When the lane is smaller, or for what [`Backend::quantizes`] denies.
@@ -183,8 +190,8 @@ pub struct Encoded<'a> {
     pub scales: &'a [u8],
     /// One zero point per group, 0 to 15; none for formats without them.
     pub zero_points: &'a [u8],
-    /// One figure per block or group.
-    pub figures: BlockErrors<'a>,
+    /// Of each block or group, or summed on the way: less has to come back from a device.
+    pub figures: Figures<'a>,
 }
 
 /// A device failed at its work.

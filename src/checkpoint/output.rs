@@ -33,6 +33,11 @@ impl OutputFile {
         self.location.path()
     }
 
+    /// Has the disk begin with `len` bytes from `offset` on.
+    pub(crate) fn write_back(&self, offset: u64, len: u64) {
+        self.file.write_back(offset, len);
+    }
+
     /// Waits until the file's bytes are on the disk.
     pub(crate) fn sync(&self) -> Result<()> {
         self.file.sync().at(self.path(), "sync it")

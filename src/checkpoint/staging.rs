@@ -3,7 +3,7 @@
 //! Everything is written to a staging folder inside the destination. The order, which every step below keeps:
 //!
 //! 1. `lock` is taken; `job` says what is being made.
-//! 2. A file of weights is written as `partial/NAME`, synced, and hashed.
+//! 2. A file of weights is written and hashed as `partial/NAME`, and synced.
 //! 3. `sealed/NAME`, which holds its hashes, is written and synced; then `partial/NAME` becomes `ready/NAME`.
 //! 4. Side files, config.json, index, manifest and checksums are written and synced.
 //! 5. `publishing` is written, and with `force` what marks the old checkpoint as whole is removed.

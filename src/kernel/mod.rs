@@ -8,9 +8,12 @@ mod avx2;
 pub(crate) mod block;
 pub(crate) mod decode;
 mod element;
+mod figures;
 mod float8;
 pub(crate) mod group;
 pub(crate) mod sha256;
+
+pub use figures::{BlockErrors, ErrorSums, Figures, SUMMED};
 
 use crate::dtype::FloatDtype;
 use crate::format::{BlockSize, Codebook};
@@ -31,18 +34,6 @@ pub struct Blocks<'a> {
     pub packed: &'a mut [u8],
     /// Out: one figure per block; each slice has one entry per block.
     pub figures: BlockErrors<'a>,
-}
-
-/// Per-block results besides the codes. Slices of one length: the number of blocks.
-pub struct BlockErrors<'a> {
-    /// The block's scale, as stored.
-    pub absmax: &'a mut [f32],
-    /// Sum of t², where t is an element over its block's absmax (the kernels' own scaled element).
-    pub signal: &'a mut [f32],
-    /// Sum of (t − v)², where v is the value that t's code decodes to.
-    pub noise: &'a mut [f32],
-    /// Largest |t − v|.
-    pub worst: &'a mut [f32],
 }
 
 /// A NaN or an infinity stands in the source; the outputs mean nothing.

@@ -143,5 +143,9 @@ impl Weight<'_> {
 
 /// Appends numbers as they stand in files.
 fn put(values: &[f32], buffer: &mut Vec<u8>) {
-    buffer.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+    let start = buffer.len();
+    buffer.resize(start + size_of_val(values), 0);
+    for (bytes, value) in buffer[start..].as_chunks_mut().0.iter_mut().zip(values) {
+        *bytes = value.to_le_bytes();
+    }
 }

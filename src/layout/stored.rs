@@ -2,7 +2,8 @@
 
 use super::{OutputKind, OutputTensor};
 use crate::checkpoint::TensorInfo;
-use crate::format::{CodecOptions, FORMATS, FormatSpec, Layout};
+use crate::dtype;
+use crate::format::{CodecOptions, FORMATS, FormatSpec, Layout, Sharing};
 
 /// A format in one of its layouts, as files have it.
 pub(crate) struct StoredFormat {
@@ -25,8 +26,8 @@ impl StoredFormat {
         .collect()
     }
 
-    /// The weight whose codes this tensor is, and all that is beside them; `None` if its name or dtype is another, or its scales are
-    /// missing. `find` gives a checkpoint's tensors by name.
+    /// The weight whose codes this tensor is, and all that is beside them; `None` if its name or dtype is another, its scales are
+    /// missing, or they are of groups of another size. `find` gives a checkpoint's tensors by name.
     pub(crate) fn parts<'a>(
         &self,
         codes: &'a TensorInfo,
@@ -37,7 +38,9 @@ impl StoredFormat {
         let mut parts = Vec::new();
         for other in others {
             match find(&format!("{name}{}", other.suffix)) {
-                Some(part) if other.dtype.fits(part.dtype) => parts.push(part),
+                Some(part) if other.dtype.fits(part.dtype) && self.has_as_many(other.kind, part, codes) => {
+                    parts.push(part)
+                }
                 // Constants may be left out.
                 None if matches!(other.kind, OutputKind::Shape | OutputKind::QuantMap | OutputKind::NestedQuantMap) => {
                 }
@@ -45,5 +48,16 @@ impl StoredFormat {
             }
         }
         Some((name, parts))
+    }
+
+    /// Whether there are as many scales as groups of the format's size, where it has one: formats may differ in that alone.
+    fn has_as_many(&self, kind: OutputKind, part: &TensorInfo, codes: &TensorInfo) -> bool {
+        match self.format.sharing {
+            Sharing::GroupsOf(columns) if kind == OutputKind::Scale => {
+                let covered = dtype::elements(&part.shape).and_then(|scales| scales.checked_mul(columns.into()));
+                covered.is_some() && covered == codes.len.checked_mul(2)
+            }
+            Sharing::GroupsOf(_) | Sharing::Groups | Sharing::Blocks => true,
+        }
     }
 }

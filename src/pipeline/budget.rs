@@ -24,6 +24,15 @@ const BASE: u64 = 12 << 20;
 /// for the codes.
 const MAX_SET_CHUNK: usize = 4 * MAX_CHUNK;
 
+/// Bytes of a finished piece that may wait for what comes before it in its file, over all files together.
+const WINDOW: u64 = 64 << 20;
+
+/// Bytes of absmax, with double quantization, that wait for their tensors' means, if no tensor has more.
+const MAX_ABSMAX: u64 = 32 << 20;
+
+/// The most output files in progress at once.
+const MAX_FILES: usize = 16;
+
 /// What a plan may use.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -44,6 +53,10 @@ pub struct Budget {
     pub chunk_elements: usize,
     /// The fewest that `chunk_elements` can be.
     step: usize,
+    /// Output files in progress at once.
+    pub files: usize,
+    /// Bytes of finished pieces that wait for what comes before them in their files.
+    window: u64,
     /// Bytes for absmax that wait for their tensor's mean, with double quantization.
     pub absmax: u64,
     /// All memory that the plan takes here, by estimate; pinned buffers included.
@@ -82,7 +95,9 @@ impl Budget {
         // Names and offsets take what they take; buffers shrink for them as far as they can.
         let plan_len = plan_len(plan);
         let fixed = BASE + plan_len.min(memory - least);
-        let room = memory - fixed - absmax;
+        // Without it, pieces go to the disk and are read back.
+        let window = WINDOW.min((memory - fixed - absmax) / 4);
+        let room = (memory - fixed - absmax - window).max(pair);
         let (waiting, lanes) = needs.devices.map_or((0, 0), |of| (of.waiting, of.lanes_each * of.count));
         let threads = (limits.threads + waiting).clamp(1, usize::try_from(room / pair).unwrap_or(usize::MAX));
         let least_lanes = threads.min(lanes);
@@ -102,9 +117,17 @@ impl Budget {
             buffers += count as u64 * len;
             LaneBudget { count, size: lane_size(plan, chunk_elements), len, devices }
         });
-        // Two tensors' worth, so that one can be read while the other's absmax are quantized.
-        let absmax = (2 * absmax).min(memory - fixed - buffers);
-        Ok(Budget { threads, chunk_elements, step, absmax, peak: BASE + plan_len + absmax + buffers, lanes })
+        let files = threads.min(MAX_FILES).min(plan.files.len()).max(1);
+        let window = window.min(memory - fixed - absmax - buffers);
+        // A tensor of each file, but at least two and few enough bytes, so that some are read while others' absmax are quantized.
+        let absmax = (absmax * files as u64).min(MAX_ABSMAX).max(2 * absmax).min(memory - fixed - buffers - window);
+        let peak = BASE + plan_len + absmax + buffers + window;
+        Ok(Budget { threads, chunk_elements, step, files, window, absmax, peak, lanes })
+    }
+
+    /// Bytes of one file's pieces that wait.
+    pub fn file_window(&self) -> usize {
+        (self.window / self.files as u64) as usize
     }
 
     /// Bytes that are taken on each device.
@@ -226,7 +249,8 @@ fn largest_absmax(plan: &Plan) -> u64 {
 
 /// The source's headers, the plan, the results and the manifest made of them, by estimate.
 fn plan_len(plan: &Plan) -> u64 {
-    let headers: u64 = plan.files.iter().map(|file| file.header.len() as u64).sum();
+    // The headers of files in progress.
+    let headers: u64 = plan.files.iter().map(|file| file.header_len).max().unwrap_or(0) * 2;
     let of_tensor = |tensor: &PlannedTensor| {
         let (name, outputs) = (tensor.name.len(), tensor.outputs.len());
         let parts = tensor.read.parts().iter().filter(|part| part.spans().next().is_some()).count();

@@ -1,18 +1,22 @@
 //! Executing a plan: read, quantize, write and hash, on all cores, in bounded memory.
 //!
-//! Threads take tasks from one `Scheduler`: a run of whole blocks of a tensor is read, quantized and written at the
-//! offset that the plan has for it, by the same thread and while it is in that core's cache. With a device the thread reads
-//! into a lane of it and sleeps while it quantizes; other threads read, hash and write meanwhile. No order is kept between
-//! tasks, since no output depends on one. When the last tensor of a file is written, the file is synced and hashed
-//! (whole, and tensor by tensor) out of the page cache, ahead of quantizing what comes next.
+//! Threads take tasks from one `Scheduler`: a run of whole blocks of a tensor, or all of a small one, is read and quantized
+//! by one thread while it is in that core's cache, and handed to its output file's `FileStream`, which is written and hashed
+//! front to back. Several output files are in progress at once, so that threads don't wait for each other's writes and
+//! hashes; each reads its own place of the source. With a device the thread reads into a lane of it and sleeps while it
+//! quantizes. One thread reads ahead, one has the disk catch up and gives finished files their names.
 
 mod budget;
-mod files;
+mod disk;
+mod frontier;
 mod lane_pool;
 mod nonfinite;
+mod output_files;
+mod read_ahead;
 mod results;
 mod scheduler;
-#[cfg_attr(not(test), expect(dead_code, reason = "the threads record no spans yet"))]
+mod source_files;
+mod stream;
 mod trace;
 mod worker;
 
@@ -25,6 +29,7 @@ use serde::{Deserialize, Serialize};
 
 pub use budget::{Budget, Limits};
 pub use trace::Trace;
+pub(crate) use trace::{Span, Subject, ThreadTrace};
 
 use crate::backend::Backend;
 use crate::checkpoint::{Source, SourceFile};
@@ -34,6 +39,7 @@ use crate::stats::{AbsmaxAccumulator, Statistics, StatsAccumulator};
 use crate::store::{ReadAt, Sha256Hash};
 use lane_pool::LanePool;
 use scheduler::Scheduler;
+use stream::FileStream;
 use worker::Worker;
 
 /// What is told while a plan is executed, from any thread.
@@ -73,7 +79,6 @@ pub(crate) struct ExecutionContext<'a> {
     /// Who is told.
     pub progress: &'a dyn Progress,
     /// Where threads record what they do.
-    #[expect(dead_code, reason = "the threads record no spans yet")]
     pub trace: Option<&'a Trace>,
 }
 
@@ -126,6 +131,10 @@ pub(crate) trait Outputs: Sync {
 pub(crate) trait Output: Send + Sync {
     /// Puts all of `bytes` at `offset`.
     fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()>;
+    /// Has the disk begin with `len` bytes from `offset` on. A hint: nothing depends on it.
+    fn write_back(&self, offset: u64, len: u64) {
+        let _ = (offset, len);
+    }
     /// Waits until the file is on the disk.
     fn sync(&self) -> Result<()>;
     /// The file, for reading back.
@@ -142,7 +151,8 @@ struct Execution<'a> {
     context: ExecutionContext<'a>,
     /// The lanes on devices, if there are any.
     lanes: Option<LanePool<'a>>,
-    open: Vec<Mutex<Option<Arc<dyn Output + 'a>>>>,
+    /// The output files that are being written.
+    streams: Vec<Mutex<Option<Arc<FileStream<'a>>>>>,
 }
 
 /// Executes `plan`: writes its files of weights to `outputs`. Files of which `sealed` has the outcome are there already.
@@ -159,47 +169,38 @@ pub(crate) fn run(
     sealed: Vec<Option<FileOutcome>>,
     context: ExecutionContext<'_>,
 ) -> Result<Outcome> {
-    let open = plan.files.iter().map(|_| Mutex::default()).collect();
+    let streams = plan.files.iter().map(|_| Mutex::default()).collect();
     let lanes = context.budget.lanes.map(|budget| LanePool::new(context.device, budget));
-    let execution = Execution { source, plan, outputs, context, lanes, open };
+    let execution = Execution { source, plan, outputs, context, lanes, streams };
     let scheduler = Scheduler::new(plan, source.files.len(), sealed, context);
     thread::scope(|scope| {
         for _ in 0..context.budget.threads {
-            scope.spawn(|| Worker::new(&execution).work(&scheduler));
+            scope.spawn(|| {
+                let trace = ThreadTrace::new(context.trace, "worker", source, plan);
+                Worker::new(&execution, &scheduler, &trace).work();
+            });
         }
-        scope.spawn(|| execution.sync_finished_files(&scheduler));
+        scope.spawn(|| execution.serve_disk(&scheduler, &ThreadTrace::new(context.trace, "disk", source, plan)));
+        scope.spawn(|| read_ahead::run(&execution, &scheduler));
     });
     scheduler.into_outcome()
 }
 
 impl<'a> Execution<'a> {
-    /// The output file, opened if it isn't yet.
-    fn output(&self, file: usize) -> Result<Arc<dyn Output + 'a>> {
-        let mut slot = self.open[file].lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(output) = &*slot {
-            return Ok(output.clone());
+    /// An output file, begun if it isn't yet.
+    fn stream(&self, file: usize) -> Result<Arc<FileStream<'a>>> {
+        let mut slot = self.streams[file].lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(stream) = &*slot {
+            return Ok(stream.clone());
         }
         let planned = &self.plan.files[file];
         let output = self.outputs.open(planned)?;
-        output.write_at(&planned.header, 0)?;
-        Ok(slot.insert(output).clone())
+        let stream = FileStream::new(self.plan, planned, output, self.context.budget.file_window());
+        Ok(slot.insert(Arc::new(stream)).clone())
     }
 
-    fn seal(&self, file: usize, outcome: &FileOutcome) -> Result<()> {
-        let planned = &self.plan.files[file];
-        self.open[file].lock().unwrap_or_else(PoisonError::into_inner).take();
-        self.outputs.seal(planned, outcome)?;
-        self.context.progress.sealed(&planned.name, planned.len);
-        Ok(())
-    }
-
-    /// Has the disk catch up with the files while other threads hash them.
-    fn sync_finished_files(&self, scheduler: &Scheduler<'_>) {
-        while let Some(file) = scheduler.next_to_sync() {
-            match self.output(file).and_then(|output| output.sync()) {
-                Ok(()) => scheduler.synced(file),
-                Err(error) => scheduler.fail(self.plan.files[file].tensors.start, error),
-            }
-        }
+    /// Lets go of a file that is finished.
+    fn close(&self, file: usize) {
+        self.streams[file].lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 }

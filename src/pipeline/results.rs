@@ -1,6 +1,6 @@
 //! Putting what quantizing gave where the plan has it.
 
-use super::files::Files;
+use super::output_files::OutputFiles;
 use super::scheduler::Done;
 use crate::backend::Encoded;
 use crate::dtype::FloatDtype;
@@ -11,9 +11,9 @@ use crate::layout::{NestedRun, QuantizedRun, Weight};
 use crate::plan::PlannedTensor;
 use crate::stats::{AbsmaxAccumulator, StatsAccumulator};
 
-/// One tensor's places in the output file that is open.
+/// One tensor's places in the output file that is in hand.
 pub(crate) struct Results<'x, 'j, 'a> {
-    pub files: &'x Files<'j, 'a>,
+    pub files: &'x OutputFiles<'j, 'a>,
     pub codec: &'x Codec,
     pub tensor: &'x PlannedTensor,
     pub dtype: FloatDtype,
@@ -26,15 +26,15 @@ impl Results<'_, '_, '_> {
     pub(crate) fn quantized(&mut self, first: u64, tensor_scale: Option<f32>, encoded: &Encoded<'_>) -> Result<Done> {
         let Encoded { packed, scales, zero_points, figures, .. } = encoded;
         let weight = Weight { codec: self.codec, dtype: self.dtype, shape: &self.tensor.shape };
-        let run = QuantizedRun { first, packed, scales, absmax: figures.absmax, zero_points, tensor_scale };
+        let run = QuantizedRun { first, packed, scales, absmax: figures.absmax(), zero_points, tensor_scale };
         for output in &self.tensor.outputs {
             let Some(kind) = output.kind else { continue };
             if let Some((at, bytes)) = weight.encode(kind, &run, self.bytes)? {
-                self.files.write(bytes, output.offset + at)?;
+                self.files.put(bytes, output.offset + at)?;
             }
         }
         let first_block = (first / self.codec.block_len(self.tensor.columns())) as usize;
-        let absmax = self.codec.double_quant().then(|| (first_block, figures.absmax.to_vec()));
+        let absmax = self.codec.double_quant().then(|| (first_block, figures.absmax().to_vec()));
         let mut accumulator = Box::<StatsAccumulator>::default();
         accumulator.add(figures);
         Ok(Done::Quantized { accumulator, absmax })
@@ -48,7 +48,7 @@ impl Results<'_, '_, '_> {
         offset: f32,
         codes: &[u8],
         nested_absmax: &[f32],
-    ) -> Result<Done> {
+    ) -> Result<AbsmaxAccumulator> {
         if !self.codec.double_quant() {
             let name = &self.tensor.name;
             return Err(Error::internal(format!(
@@ -60,7 +60,7 @@ impl Results<'_, '_, '_> {
         for output in &self.tensor.outputs {
             let Some(kind) = output.kind else { continue };
             if let Some((at, bytes)) = weight.encode_nested(kind, &run, self.bytes) {
-                self.files.write(bytes, output.offset + at)?;
+                self.files.put(bytes, output.offset + at)?;
             }
         }
         let map = dynamic_map();
@@ -70,6 +70,6 @@ impl Results<'_, '_, '_> {
             let restored = codes.iter().map(|&code| nested::restore(code, *nested, offset, map));
             error.add(absmax.iter().copied().zip(restored));
         }
-        Ok(Done::Nested(error))
+        Ok(error)
     }
 }

@@ -1,19 +1,22 @@
 //! Who does what next, and what is finished when.
 
+mod files;
 mod sets;
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::budget::{NESTED_CHUNK, chunk_elements};
+use super::stream::FileHashes;
 use super::{ExecutionContext, FileOutcome, Outcome, TensorOutcome};
 use crate::error::{Error, Result};
 use crate::format::Scales;
 use crate::plan::{Plan, PlannedTensor};
 use crate::stats::{AbsmaxAccumulator, StatsAccumulator};
 use crate::store::Sha256Hash;
+use files::FileState;
 use sets::ScaleSet;
 
 /// Something for a thread to do.
@@ -21,20 +24,14 @@ use sets::ScaleSet;
 pub(crate) enum Task {
     /// Read, quantize (or keep) and write a run of a tensor's bytes.
     Chunk { tensor: usize, offset: u64, len: usize, tensor_scale: Option<f32> },
-    /// Read tensors that share a scale, all at once; find that, quantize and write these of them.
-    Set { set: usize, tensors: Vec<usize> },
+    /// Read tensors that share a scale, all at once; find that, quantize and write these of them. It is the turn of `file`.
+    Set { file: usize, set: usize, tensors: Vec<usize> },
     /// Read a run of a tensor's bytes for the largest magnitude in it.
     Measure { tensor: usize, offset: u64, len: usize },
     /// Quantize a run of a tensor's absmax.
     Nested { tensor: usize, absmax: Arc<Vec<f32>>, offset: f32, first: usize, len: usize },
-    /// Hash a finished output file.
-    HashFile { file: usize },
-    /// Hash the outputs of a tensor in a finished output file.
-    HashTensor { tensor: usize },
     /// Hash a file of the source.
     HashSource { file: usize },
-    /// Note down what is known of an output file, and give it its name.
-    Seal { file: usize, outcome: Box<FileOutcome> },
 }
 
 /// What came of a task.
@@ -44,20 +41,31 @@ pub(crate) enum Done {
     Written,
     /// A chunk's figures; its absmax too, if double quantization still needs them.
     Quantized { accumulator: Box<StatsAccumulator>, absmax: Option<(usize, Vec<f32>)> },
+    /// The figures of a whole tensor and of its absmax, which are quantized too.
+    DoubleQuantized { accumulator: Box<StatsAccumulator>, absmax_error: AbsmaxAccumulator },
     /// The figures of tensors that were quantized at once.
     Set(Vec<(usize, Box<StatsAccumulator>)>),
     /// The largest magnitude in a run.
     Measured(f32),
     /// A run of absmax is quantized.
     Nested(AbsmaxAccumulator),
-    /// One hash, or one for each of a tensor's outputs.
-    Hashed(Vec<Sha256Hash>),
+    /// The hash of a file of the source.
+    Hashed(Sha256Hash),
+}
+
+/// Something for the disk to do.
+#[derive(Debug)]
+pub(crate) enum DiskTask {
+    /// Begin to write what is in the page cache.
+    WriteBack { file: usize, offset: u64, len: u64 },
+    /// Wait for all of a finished file, note down what is known of it, and give it its name.
+    Seal { file: usize, outcome: Box<FileOutcome> },
 }
 
 /// Hands out tasks and takes results.
 ///
-/// Chunks go in the plan's order, so that the source is read from front to back. Whatever finishes an output file goes
-/// before them, so that it happens while the file is still in the page cache.
+/// Several output files are in progress at once, each with its own place in the plan's order, so that its part of the source is
+/// read from front to back, and threads don't wait for each other's writes.
 pub(crate) struct Scheduler<'a> {
     plan: &'a Plan,
     /// The output file of each tensor.
@@ -66,18 +74,28 @@ pub(crate) struct Scheduler<'a> {
     set_of: Vec<Option<usize>>,
     context: ExecutionContext<'a>,
     source_files: usize,
+    /// Of each output file, the first byte that isn't written and hashed.
+    reached: Vec<AtomicU64>,
     state: Mutex<State>,
     changed: Condvar,
+    /// Threads that wait for it.
+    waiting: AtomicUsize,
+    /// There is something for the disk to do.
+    disk_changed: Condvar,
+    /// There is nothing to read any more.
+    ended: Condvar,
     stopped: AtomicBool,
 }
 
 #[derive(Default)]
 struct State {
-    /// The next chunk: tensor, and bytes of it already handed out.
-    next: (usize, u64),
+    /// The next file that no task of was handed out.
+    next_file: usize,
+    /// Files in progress of which there is more to hand out.
+    active: Vec<usize>,
     next_source_hash: usize,
     ready: VecDeque<Task>,
-    to_sync: VecDeque<usize>,
+    disk: VecDeque<DiskTask>,
     running: usize,
     finished: bool,
     /// Tensors of which chunks have been handed out and aren't all done.
@@ -104,18 +122,6 @@ struct OpenTensor {
     absmax_error: AbsmaxAccumulator,
 }
 
-#[derive(Default)]
-struct FileState {
-    /// It was there before, and nothing of it is to be done.
-    was_sealed: bool,
-    tensors_left: usize,
-    /// Hashing and syncing.
-    steps_left: usize,
-    sha256: Option<Sha256Hash>,
-    total: StatsAccumulator,
-    total_absmax: AbsmaxAccumulator,
-}
-
 impl<'a> Scheduler<'a> {
     pub(crate) fn new(
         plan: &'a Plan,
@@ -136,17 +142,28 @@ impl<'a> Scheduler<'a> {
             ..State::default()
         };
         for (planned, sealed) in plan.files.iter().zip(sealed) {
-            let Some(FileOutcome { sha256, tensors, total, total_absmax }) = sealed else {
-                state.files.push(FileState { tensors_left: planned.tensors.len(), ..FileState::default() });
+            let Some(outcome) = sealed else {
+                state.files.push(FileState::new(planned));
                 continue;
             };
             state.files_left -= 1;
-            state.tensors[planned.tensors.clone()].clone_from_slice(&tensors);
-            let sha256 = Some(sha256);
-            state.files.push(FileState { was_sealed: true, sha256, total, total_absmax, ..FileState::default() });
+            state.tensors[planned.tensors.clone()].clone_from_slice(&outcome.tensors);
+            state.files.push(FileState::sealed(planned, outcome));
         }
-        let (state, changed, stopped) = (Mutex::new(state), Condvar::new(), AtomicBool::new(false));
-        let scheduler = Scheduler { plan, file_of, set_of, context, source_files, state, changed, stopped };
+        let scheduler = Scheduler {
+            plan,
+            file_of,
+            set_of,
+            context,
+            source_files,
+            reached: plan.files.iter().map(|_| AtomicU64::new(0)).collect(),
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            waiting: AtomicUsize::new(0),
+            disk_changed: Condvar::new(),
+            ended: Condvar::new(),
+            stopped: AtomicBool::new(false),
+        };
         scheduler.check_finished(&mut scheduler.lock());
         scheduler
     }
@@ -156,26 +173,47 @@ impl<'a> Scheduler<'a> {
         self.file_of[tensor]
     }
 
-    /// Waits for the next task; `None` once there is none any more.
-    pub(crate) fn next(&self) -> Option<Task> {
+    /// Waits for the next task, of `file` rather than of another; `None` once there is none any more.
+    pub(crate) fn next(&self, file: Option<usize>) -> Option<Task> {
         let mut state = self.lock();
-        loop {
-            self.heed_interrupt(&mut state);
-            if state.failure.is_some() || state.finished {
-                return None;
+        if self.goes_on(&mut state)
+            && let Some(task) = self.take(&mut state, file)
+        {
+            return Some(task);
+        }
+        // Whoever changes anything after this line sees that there is a thread to be told.
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let mut task = None;
+        while self.goes_on(&mut state) {
+            task = self.take(&mut state, file);
+            if task.is_some() {
+                break;
             }
-            if let Some(task) = self.take(&mut state) {
-                state.running += 1;
+            state = wait(&self.changed, state);
+        }
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        task
+    }
+
+    /// Waits for the disk's next task; `None` once there is none any more.
+    pub(crate) fn next_of_disk(&self) -> Option<DiskTask> {
+        let mut state = self.lock();
+        while self.goes_on(&mut state) {
+            if let Some(task) = state.disk.pop_front() {
                 return Some(task);
             }
-            state = self.wait(state);
+            state = wait(&self.disk_changed, state);
         }
+        None
     }
 
     /// Takes the result of a task that [`Scheduler::next`] gave out.
     pub(crate) fn finish(&self, task: Task, done: Done) {
         let mut state = self.lock();
         state.running -= 1;
+        if let Some(file) = self.turn_of(&task) {
+            state.files[file].running -= 1;
+        }
         match (task, done) {
             (Task::Chunk { tensor, .. }, done) => self.finish_chunk(&mut state, tensor, done),
             (Task::Set { .. }, Done::Set(tensors)) => {
@@ -190,40 +228,33 @@ impl<'a> Scheduler<'a> {
                 drop(absmax);
                 self.finish_nested(&mut state, tensor, &error);
             }
-            (Task::HashFile { file }, Done::Hashed(hashes)) => {
-                state.files[file].sha256 = hashes.first().copied();
-                self.finish_step(&mut state, file);
-            }
-            (Task::HashTensor { tensor }, Done::Hashed(hashes)) => {
-                state.tensors[tensor].sha256 = hashes;
-                self.finish_step(&mut state, self.file_of[tensor]);
-            }
-            (Task::HashSource { file }, Done::Hashed(hashes)) => state.source_hashes[file] = hashes.first().copied(),
-            (Task::Seal { .. }, Done::Written) => state.files_left -= 1,
+            (Task::HashSource { file }, Done::Hashed(sha256)) => state.source_hashes[file] = Some(sha256),
             (task, done) => unreachable!("{task:?} doesn't give {done:?}"),
         }
         self.check_finished(&mut state);
+        self.tell();
     }
 
-    /// Notes that `file` is on the disk.
-    pub(crate) fn synced(&self, file: usize) {
+    /// Takes the hashes of a file of which all bytes are written.
+    pub(crate) fn hashed(&self, file: usize, hashes: FileHashes) {
         let mut state = self.lock();
-        self.finish_step(&mut state, file);
-    }
-
-    /// Waits for the next file to be synced; `None` once there is none any more.
-    pub(crate) fn next_to_sync(&self) -> Option<usize> {
-        let mut state = self.lock();
-        loop {
-            self.heed_interrupt(&mut state);
-            if state.failure.is_some() || state.finished {
-                return None;
-            }
-            if let Some(file) = state.to_sync.pop_front() {
-                return Some(file);
-            }
-            state = self.wait(state);
+        for (tensor, sha256) in self.plan.files[file].tensors.clone().zip(hashes.tensors) {
+            state.tensors[tensor].sha256 = sha256;
         }
+        state.files[file].sha256 = Some(hashes.sha256);
+        self.seal_if_complete(&mut state, file);
+    }
+
+    /// Notes that a file is on the disk and has its name.
+    pub(crate) fn sealed(&self) {
+        let mut state = self.lock();
+        state.files_left -= 1;
+        self.check_finished(&mut state);
+    }
+
+    /// Has the disk begin with what was written of a file.
+    pub(crate) fn write_back(&self, file: usize, offset: u64, len: u64) {
+        self.give_to_disk(&mut self.lock(), DiskTask::WriteBack { file, offset, len });
     }
 
     /// Has all threads stop. Of several failures, the one that is first in the plan's order is kept.
@@ -237,7 +268,7 @@ impl<'a> Scheduler<'a> {
             state.failure = Some((tensor, error));
         }
         self.stopped.store(true, Ordering::Relaxed);
-        self.changed.notify_all();
+        self.wake_all();
     }
 
     /// Whether threads should stop what they are doing.
@@ -270,60 +301,71 @@ impl<'a> Scheduler<'a> {
         })
     }
 
-    /// Waits for news, but not for long: an interrupt brings none.
-    fn wait<'s>(&self, state: MutexGuard<'s, State>) -> MutexGuard<'s, State> {
-        let waited = self.changed.wait_timeout(state, Duration::from_millis(100));
-        waited.unwrap_or_else(PoisonError::into_inner).0
-    }
-
-    fn heed_interrupt(&self, state: &mut State) {
-        if self.context.interrupt.load(Ordering::Relaxed) && state.failure.is_none() && !state.finished {
-            state.failure = Some((0, Error::Interrupted));
+    /// Has the threads that wait look again, if any do.
+    fn tell(&self) {
+        if self.waiting.load(Ordering::SeqCst) > 0 {
             self.changed.notify_all();
         }
+    }
+
+    /// Wakes every thread, to stop or to end.
+    fn wake_all(&self) {
+        self.changed.notify_all();
+        self.disk_changed.notify_all();
+        self.ended.notify_all();
+    }
+
+    /// Whether there can be anything more to do.
+    fn goes_on(&self, state: &mut State) -> bool {
+        if self.context.interrupt.load(Ordering::Relaxed) && state.failure.is_none() && !state.finished {
+            state.failure = Some((0, Error::Interrupted));
+            self.wake_all();
+        }
+        state.failure.is_none() && !state.finished
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn take(&self, state: &mut State) -> Option<Task> {
+    /// Hands out the next task, if there is one.
+    fn take(&self, state: &mut State, file: Option<usize>) -> Option<Task> {
+        let task = self.choose(state, file)?;
+        state.running += 1;
+        if let Some(file) = self.turn_of(&task) {
+            state.files[file].running += 1;
+        }
+        Some(task)
+    }
+
+    fn choose(&self, state: &mut State, file: Option<usize>) -> Option<Task> {
         if let Some(task) = state.ready.pop_front() {
             return Some(task);
         }
-        let reading = self
-            .plan
-            .tensors
-            .get(state.next.0)
-            .map_or(self.source_files, |tensor| tensor.read.spans().next().map_or(0, |span| span.file + 1));
-        if self.context.hash_source && state.next_source_hash < reading.min(self.source_files) {
+        self.fill_active(state);
+        if self.context.hash_source && state.next_source_hash < self.source_files_begun(state) {
             state.next_source_hash += 1;
             return Some(Task::HashSource { file: state.next_source_hash - 1 });
         }
-        self.take_chunk(state)
+        self.by_preference(state, file).into_iter().find_map(|file| self.take_of(state, file))
     }
 
-    /// The next chunk in the plan's order, if there is room for what must be held of it.
-    fn take_chunk(&self, state: &mut State) -> Option<Task> {
-        while self.file_of.get(state.next.0).is_some_and(|&file| state.files[file].was_sealed)
-            || state.taken.remove(&state.next.0)
-        {
-            state.next.0 += 1;
-        }
-        let (tensor, offset) = state.next;
-        let planned = self.plan.tensors.get(tensor)?;
-        let chunk_len = self.chunk_len(planned);
+    /// The next task of a file in progress, if there is room for what must be held of it.
+    fn take_of(&self, state: &mut State, file: usize) -> Option<Task> {
+        let (tensor, offset) = state.files[file].next;
+        let planned = &self.plan.tensors[tensor];
         let tensor_scale = match self.set_of[tensor] {
             None => None,
-            Some(set) if self.fits(set) => return Some(self.take_set(state, set)),
+            Some(set) if self.fits(set) => return Some(self.take_set(state, file, set)),
             Some(set) => match self.tensor_scale(state, set) {
                 None => return state.ready.pop_front(),
                 scale => scale,
             },
         };
+        let chunk_len = self.chunk_len(planned);
         if offset == 0 {
             let absmax = self.absmax_len(planned);
-            if state.absmax_held > 0 && state.absmax_held + absmax > self.context.budget.absmax {
+            if state.absmax_held > 0 && absmax > 0 && state.absmax_held + absmax > self.context.budget.absmax {
                 return None;
             }
             state.absmax_held += absmax;
@@ -332,7 +374,9 @@ impl<'a> Scheduler<'a> {
             state.open.insert(tensor, OpenTensor { tasks_left, absmax, ..OpenTensor::default() });
         }
         let len = chunk_len.min(planned.source_len() - offset);
-        state.next = if offset + len == planned.source_len() { (tensor + 1, 0) } else { (tensor, offset + len) };
+        let is_last = offset + len == planned.source_len();
+        state.files[file].next = if is_last { (tensor + 1, 0) } else { (tensor, offset + len) };
+        self.skip_taken(state, file);
         Some(Task::Chunk { tensor, offset, len: len as usize, tensor_scale })
     }
 
@@ -343,10 +387,12 @@ impl<'a> Scheduler<'a> {
         (elements * tensor.quantized_from().map_or(2, |dtype| dtype.size())) as u64
     }
 
-    /// Bytes of absmax to be held while `tensor` is open.
+    /// Bytes of absmax to be held while `tensor` is open: those of one chunk are quantized by the thread that has them.
     fn absmax_len(&self, tensor: &PlannedTensor) -> u64 {
         match self.plan.recipe.codec().scales {
-            Scales::Blocks { size, double_quant: true, .. } if tensor.quantized_from().is_some() => {
+            Scales::Blocks { size, double_quant: true, .. }
+                if tensor.quantized_from().is_some() && tensor.source_len() > self.chunk_len(tensor) =>
+            {
                 size.blocks(tensor.elements()) * size_of::<f32>() as u64
             }
             Scales::Blocks { .. } | Scales::Groups { .. } => 0,
@@ -363,6 +409,10 @@ impl<'a> Scheduler<'a> {
                 if let Some((first, absmax)) = absmax {
                     open.absmax[first..][..absmax.len()].copy_from_slice(&absmax);
                 }
+            }
+            Done::DoubleQuantized { accumulator, absmax_error } if is_quantized => {
+                open.accumulator.merge(&accumulator);
+                open.absmax_error.merge(&absmax_error);
             }
             Done::Written if !is_quantized => {}
             done => unreachable!("a chunk of tensor {tensor} doesn't give {done:?}"),
@@ -388,7 +438,6 @@ impl<'a> Scheduler<'a> {
             let len = NESTED_CHUNK.min(absmax.len() - first);
             Task::Nested { tensor, absmax: absmax.clone(), offset, first, len }
         }));
-        self.changed.notify_all();
     }
 
     fn finish_nested(&self, state: &mut State, tensor: usize, error: &AbsmaxAccumulator) {
@@ -398,11 +447,11 @@ impl<'a> Scheduler<'a> {
         if open.tasks_left == 0 {
             state.absmax_held -= self.absmax_len(&self.plan.tensors[tensor]);
             self.finish_tensor(state, tensor);
-            self.changed.notify_all();
         }
     }
 
     fn finish_tensor(&self, state: &mut State, tensor: usize) {
+        let file = self.file_of[tensor];
         if let Some(open) = state.open.remove(&tensor)
             && self.plan.tensors[tensor].quantized_from().is_some()
         {
@@ -411,43 +460,44 @@ impl<'a> Scheduler<'a> {
                 statistics.double_quantization = Some(open.absmax_error.finish());
             }
             state.tensors[tensor].statistics = Some(statistics);
-            let file = &mut state.files[self.file_of[tensor]];
+            let file = &mut state.files[file];
             file.total.merge(&open.accumulator);
             file.total_absmax.merge(&open.absmax_error);
         }
-        let file = self.file_of[tensor];
         state.files[file].tensors_left -= 1;
-        if state.files[file].tensors_left == 0 {
-            let tensors = self.plan.files[file].tensors.clone();
-            state.files[file].steps_left = tensors.len() + 2;
-            state.to_sync.push_back(file);
-            state.ready.push_back(Task::HashFile { file });
-            state.ready.extend(tensors.map(|tensor| Task::HashTensor { tensor }));
-            self.changed.notify_all();
-        }
+        self.seal_if_complete(state, file);
     }
 
-    /// One step less until the file is hashed and synced; after the last one it is sealed.
-    fn finish_step(&self, state: &mut State, file: usize) {
-        state.files[file].steps_left -= 1;
-        let FileState { steps_left: 0, sha256: Some(sha256), .. } = state.files[file] else { return };
+    /// Has a file sealed of which all tensors are done and all bytes hashed.
+    fn seal_if_complete(&self, state: &mut State, file: usize) {
+        let FileState { tensors_left: 0, sha256: Some(sha256), .. } = state.files[file] else { return };
         let outcome = FileOutcome {
             sha256,
             tensors: state.tensors[self.plan.files[file].tensors.clone()].to_vec(),
             total: state.files[file].total.clone(),
             total_absmax: state.files[file].total_absmax.clone(),
         };
-        state.ready.push_front(Task::Seal { file, outcome: Box::new(outcome) });
-        self.changed.notify_one();
+        self.give_to_disk(state, DiskTask::Seal { file, outcome: Box::new(outcome) });
+    }
+
+    fn give_to_disk(&self, state: &mut State, task: DiskTask) {
+        state.disk.push_back(task);
+        self.disk_changed.notify_one();
     }
 
     fn check_finished(&self, state: &mut State) {
         let hashing = self.context.hash_source && state.next_source_hash < self.source_files;
         if state.files_left == 0 && state.running == 0 && !hashing {
             state.finished = true;
-            self.changed.notify_all();
+            self.wake_all();
         }
     }
+}
+
+/// Waits for news, but not for long: an interrupt brings none.
+fn wait<'s>(changed: &Condvar, state: MutexGuard<'s, State>) -> MutexGuard<'s, State> {
+    let waited = changed.wait_timeout(state, Duration::from_millis(100));
+    waited.unwrap_or_else(PoisonError::into_inner).0
 }
 
 /// A tensor that tasks are under way for.

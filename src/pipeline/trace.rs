@@ -148,7 +148,7 @@ pub(crate) enum Subject {
 }
 
 /// When a span began; empty if there is no trace.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 #[must_use = "a span is recorded when it ends"]
 pub(crate) struct Stamp(Option<Instant>);
 

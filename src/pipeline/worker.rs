@@ -1,13 +1,15 @@
 //! One thread's work, task by task.
 
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use super::budget::lane_size;
-use super::files::Files;
+use super::budget::{NESTED_CHUNK, lane_size};
 use super::lane_pool::Failed;
+use super::output_files::OutputFiles;
 use super::results::Results;
 use super::scheduler::{Done, Scheduler, Task};
+use super::source_files::SourceFiles;
+use super::trace::{Span, Subject, ThreadTrace};
 use super::{Execution, nonfinite};
 use crate::backend::{CpuLane, Lane, Run};
 use crate::dtype::FloatDtype;
@@ -15,13 +17,17 @@ use crate::error::{Error, IoContext, Result};
 use crate::format::Codec;
 use crate::kernel::group;
 use crate::plan::{Decision, PlannedTensor};
-use crate::store::{ReadAt, Sha256Hash, hash_range};
+use crate::stats::AbsmaxAccumulator;
+use crate::store::hash_range;
 
 /// A thread with its lane on the processor and the files it has in hand.
 pub(crate) struct Worker<'j, 'a> {
     execution: &'j Execution<'a>,
+    scheduler: &'j Scheduler<'a>,
+    trace: &'j ThreadTrace<'a>,
     codec: Codec,
-    files: Files<'j, 'a>,
+    source: SourceFiles<'j, 'a>,
+    output: OutputFiles<'j, 'a>,
     /// What is copied and hashed goes through its room, too.
     lane: CpuLane,
     /// Numbers as they stand in the file.
@@ -29,87 +35,102 @@ pub(crate) struct Worker<'j, 'a> {
 }
 
 impl<'j, 'a> Worker<'j, 'a> {
-    pub(crate) fn new(execution: &'j Execution<'a>) -> Worker<'j, 'a> {
+    pub(crate) fn new(
+        execution: &'j Execution<'a>,
+        scheduler: &'j Scheduler<'a>,
+        trace: &'j ThreadTrace<'a>,
+    ) -> Worker<'j, 'a> {
+        let size = lane_size(execution.plan, execution.context.budget.chunk_elements);
         Worker {
             execution,
+            scheduler,
+            trace,
             codec: execution.plan.recipe.codec(),
-            files: Files::new(execution),
-            lane: execution
-                .context
-                .device
-                .cpu()
-                .lane(&lane_size(execution.plan, execution.context.budget.chunk_elements)),
+            source: SourceFiles::new(execution, trace),
+            output: OutputFiles::new(execution, scheduler, trace),
+            lane: execution.context.device.cpu().lane(&size),
             bytes: Vec::new(),
         }
     }
 
     /// Takes tasks until there is none any more.
-    pub(crate) fn work(mut self, scheduler: &Scheduler<'_>) {
+    pub(crate) fn work(mut self) {
+        let scheduler = self.scheduler;
         let _guard = StopOnPanic(scheduler);
-        while let Some(task) = scheduler.next() {
-            match self.perform(&task, scheduler) {
+        loop {
+            let begin = self.trace.begin();
+            let Some(task) = scheduler.next(self.output.in_hand()) else { break };
+            self.trace.end(begin, Span::Wait, Subject::None, 0);
+            match self.perform(&task) {
                 Ok(done) => scheduler.finish(task, done),
                 Err(error) => scheduler.fail(task.place(self.execution), error),
             }
         }
     }
 
-    fn perform(&mut self, task: &Task, scheduler: &Scheduler<'_>) -> Result<Done> {
+    fn perform(&mut self, task: &Task) -> Result<Done> {
+        let plan = self.execution.plan;
         match task {
             Task::Chunk { tensor, offset, len, tensor_scale } => {
-                self.files.open_output(scheduler.file_of(*tensor))?;
-                self.chunk(&self.execution.plan.tensors[*tensor], *offset, *len, *tensor_scale)
+                self.output.turn_to(self.scheduler.file_of(*tensor))?;
+                self.chunk(*tensor, *offset, *len, *tensor_scale)
             }
-            Task::Set { set, tensors } => self.set(*set, tensors, scheduler),
-            Task::Measure { tensor, offset, len } => self.measure(&self.execution.plan.tensors[*tensor], *offset, *len),
+            Task::Set { set, tensors, .. } => self.set(*set, tensors),
+            Task::Measure { tensor, offset, len } => self.measure(*tensor, *offset, *len),
             Task::Nested { tensor, absmax, offset, first, len } => {
-                self.files.open_output(scheduler.file_of(*tensor))?;
-                self.nested(&self.execution.plan.tensors[*tensor], &absmax[*first..][..*len], *first, *offset)
+                self.output.turn_to(self.scheduler.file_of(*tensor))?;
+                let absmax = &absmax[*first..][..*len];
+                Ok(Done::Nested(self.nested(&plan.tensors[*tensor], absmax, *first, *offset)?))
             }
-            Task::HashFile { file } => {
-                let output = self.files.open_output(*file)?;
-                let hash =
-                    self.hash(output.file(), output.path(), 0, self.execution.plan.files[*file].len, scheduler)?;
-                Ok(Done::Hashed(vec![hash]))
-            }
-            Task::HashTensor { tensor } => {
-                let output = self.files.open_output(scheduler.file_of(*tensor))?;
-                let outputs = self.execution.plan.tensors[*tensor].outputs.iter();
-                let hashes =
-                    outputs.map(|part| self.hash(output.file(), output.path(), part.offset, part.len, scheduler));
-                Ok(Done::Hashed(hashes.collect::<Result<_>>()?))
-            }
-            Task::HashSource { file } => {
-                let source = &self.execution.source.files[*file];
-                let file = source.reopen()?;
-                let hash = self.hash(&*file, source.location.path(), 0, source.identity.len, scheduler)?;
-                self.execution.outputs.source_hashed(source, hash)?;
-                Ok(Done::Hashed(vec![hash]))
-            }
-            Task::Seal { file, outcome } => {
-                self.files.close_output();
-                self.execution.seal(*file, outcome)?;
-                Ok(Done::Written)
-            }
+            Task::HashSource { file } => self.hash_source(*file),
         }
     }
 
+    fn hash_source(&mut self, file: usize) -> Result<Done> {
+        let source = &self.execution.source.files[file];
+        let opened = source.reopen()?;
+        let (scheduler, path) = (self.scheduler, source.location.path());
+        let (begin, len) = (self.trace.begin(), source.identity.len);
+        let hash = hash_range(&*opened, 0, len, self.lane.buffer(), || !scheduler.stopped());
+        self.trace.end(begin, Span::Hash, Subject::Source(file), len);
+        let hash = hash.at(path, "read it back")?.ok_or(Error::Stopped)?;
+        self.execution.outputs.source_hashed(source, hash)?;
+        Ok(Done::Hashed(hash))
+    }
+
     /// Reads a run of a tensor's bytes, and does with them what the plan says.
-    fn chunk(&mut self, tensor: &PlannedTensor, offset: u64, len: usize, tensor_scale: Option<f32>) -> Result<Done> {
+    fn chunk(&mut self, index: usize, offset: u64, len: usize, tensor_scale: Option<f32>) -> Result<Done> {
+        let tensor = &self.execution.plan.tensors[index];
         let done = match tensor.decision {
             Decision::Quantize(dtype) => {
                 let first = offset / dtype.size() as u64;
-                self.quantize(&Piece { tensor, dtype, first, place: 0..len, tensor_scale })?
+                let done = self.quantize(&Piece { index, tensor, dtype, first, place: 0..len, tensor_scale })?;
+                self.quantize_absmax(tensor, len, done)?
             }
             Decision::Keep => {
                 let bytes = self.lane.source(len);
-                self.files.read(tensor, offset, bytes)?;
-                self.files.write(bytes, tensor.outputs[0].offset + offset)?;
+                self.source.read(index, offset, bytes)?;
+                self.output.put(bytes, tensor.outputs[0].offset + offset)?;
                 Done::Written
             }
         };
         self.execution.context.progress.advanced(&tensor.name, len as u64);
         Ok(done)
+    }
+
+    /// Of a whole tensor, does the second step of double quantization, too: all that it takes is here.
+    fn quantize_absmax(&mut self, tensor: &PlannedTensor, len: usize, done: Done) -> Result<Done> {
+        match done {
+            Done::Quantized { accumulator, absmax: Some((0, absmax)) } if len as u64 == tensor.source_len() => {
+                let offset = accumulator.mean_absmax() as f32;
+                let mut absmax_error = AbsmaxAccumulator::default();
+                for (i, run) in absmax.chunks(NESTED_CHUNK).enumerate() {
+                    absmax_error.merge(&self.nested(tensor, run, i * NESTED_CHUNK, offset)?);
+                }
+                Ok(Done::DoubleQuantized { accumulator, absmax_error })
+            }
+            done => Ok(done),
+        }
     }
 
     /// Reads and quantizes a run: on a device, if there is one that has a kernel for it.
@@ -118,11 +139,11 @@ impl<'j, 'a> Worker<'j, 'a> {
         let lanes =
             execution.lanes.as_ref().filter(|_| execution.context.device.quantizes(&self.codec, tensor.columns()));
         let Some(lanes) = lanes else {
-            self.files.read(tensor, piece.offset(), self.lane.source(len))?;
+            self.source.read(piece.index, piece.offset(), self.lane.source(len))?;
             return self.quantize_here(piece);
         };
         lanes.with(|lane| {
-            self.files.read(tensor, piece.offset(), lane.source(len))?;
+            self.source.read(piece.index, piece.offset(), lane.source(len))?;
             let (_, mut results) = self.parts(piece);
             if let Some(done) = quantize_in(lane, &mut results, piece)? {
                 return Ok(done);
@@ -149,17 +170,17 @@ impl<'j, 'a> Worker<'j, 'a> {
                 return results.quantized(piece.first, piece.tensor_scale, &encoded);
             }
         }
-        Err(self.describe_nonfinite(piece.tensor, piece.dtype))
+        Err(self.describe_nonfinite(piece.index, piece.dtype))
     }
 
     /// The thread's own lane, and where a run's results go.
     fn parts<'s>(&'s mut self, piece: &Piece<'s>) -> (&'s mut CpuLane, Results<'s, 'j, 'a>) {
-        let Worker { files, codec, lane, bytes, .. } = self;
-        (lane, Results { files, codec, tensor: piece.tensor, dtype: piece.dtype, bytes })
+        let Worker { output, codec, lane, bytes, .. } = self;
+        (lane, Results { files: output, codec, tensor: piece.tensor, dtype: piece.dtype, bytes })
     }
 
     /// Reads tensors that share a scale one after the other into the thread's lane, and quantizes there `written` of them.
-    fn set(&mut self, set: usize, written: &[usize], scheduler: &Scheduler<'_>) -> Result<Done> {
+    fn set(&mut self, set: usize, written: &[usize]) -> Result<Done> {
         let plan = self.execution.plan;
         let (mut absmax, mut end, mut places) = (0f32, 0, Vec::new());
         for &i in &plan.scale_sets[set] {
@@ -167,10 +188,10 @@ impl<'j, 'a> Worker<'j, 'a> {
             let dtype = quantized_from(tensor)?;
             let place = end..end + tensor.source_len() as usize;
             end = place.end;
-            self.files.read(tensor, 0, &mut self.lane.buffer()[place.clone()])?;
-            match self.lane.absmax(place.clone(), dtype) {
-                Ok(found) => absmax = absmax.max(found),
-                Err(_) => return Err(self.describe_nonfinite(tensor, dtype)),
+            self.source.read(i, 0, &mut self.lane.buffer()[place.clone()])?;
+            match self.lane.absmax(place.clone(), dtype)? {
+                Some(found) => absmax = absmax.max(found),
+                None => return Err(self.describe_nonfinite(i, dtype)),
             }
             places.push((i, dtype, place));
         }
@@ -178,8 +199,8 @@ impl<'j, 'a> Worker<'j, 'a> {
         let tensor_scale = Some(group::tensor_scale(&self.codec, absmax, plan.scale_dtype(set)));
         for (i, dtype, place) in places.into_iter().filter(|(i, ..)| written.contains(i)) {
             let tensor = &plan.tensors[i];
-            self.files.open_output(scheduler.file_of(i))?;
-            let piece = Piece { tensor, dtype, first: 0, place, tensor_scale };
+            self.output.turn_to(self.scheduler.file_of(i))?;
+            let piece = Piece { index: i, tensor, dtype, first: 0, place, tensor_scale };
             match self.quantize_here(&piece)? {
                 Done::Quantized { accumulator, .. } => done.push((i, accumulator)),
                 other => return Err(Error::internal(format!("tensor {:?} gave {other:?}", tensor.name))),
@@ -190,20 +211,26 @@ impl<'j, 'a> Worker<'j, 'a> {
     }
 
     /// The largest magnitude in a run of a tensor's bytes.
-    fn measure(&mut self, tensor: &PlannedTensor, offset: u64, len: usize) -> Result<Done> {
-        let dtype = quantized_from(tensor)?;
-        self.files.read(tensor, offset, self.lane.source(len))?;
-        match self.lane.absmax(0..len, dtype) {
-            Ok(absmax) => Ok(Done::Measured(absmax)),
-            Err(_) => Err(self.describe_nonfinite(tensor, dtype)),
+    fn measure(&mut self, tensor: usize, offset: u64, len: usize) -> Result<Done> {
+        let dtype = quantized_from(&self.execution.plan.tensors[tensor])?;
+        self.source.read(tensor, offset, self.lane.source(len))?;
+        match self.lane.absmax(0..len, dtype)? {
+            Some(absmax) => Ok(Done::Measured(absmax)),
+            None => Err(self.describe_nonfinite(tensor, dtype)),
         }
     }
 
     /// Quantizes a run of absmax that starts at entry `first`.
-    fn nested(&mut self, tensor: &PlannedTensor, absmax: &[f32], first: usize, offset: f32) -> Result<Done> {
+    fn nested(
+        &mut self,
+        tensor: &PlannedTensor,
+        absmax: &[f32],
+        first: usize,
+        offset: f32,
+    ) -> Result<AbsmaxAccumulator> {
         let (execution, dtype) = (self.execution, quantized_from(tensor)?);
-        let Worker { files, codec, lane, bytes, .. } = self;
-        let mut results = Results { files, codec, tensor, dtype, bytes };
+        let Worker { output, codec, lane, bytes, .. } = self;
+        let mut results = Results { files: output, codec, tensor, dtype, bytes };
         let mut quantize = |lane: &mut dyn Lane| {
             let (codes, nested_absmax) = lane.quantize_absmax(absmax, offset)?;
             Ok(results.nested(first, absmax, offset, codes, nested_absmax)?)
@@ -214,23 +241,12 @@ impl<'j, 'a> Worker<'j, 'a> {
         }
     }
 
-    fn hash(
-        &mut self,
-        file: &dyn ReadAt,
-        path: &Path,
-        offset: u64,
-        len: u64,
-        scheduler: &Scheduler<'_>,
-    ) -> Result<Sha256Hash> {
-        let buffer = self.lane.buffer();
-        hash_range(file, offset, len, buffer, || !scheduler.stopped()).at(path, "read it back")?.ok_or(Error::Stopped)
-    }
-
-    fn describe_nonfinite(&mut self, tensor: &PlannedTensor, dtype: FloatDtype) -> Error {
+    fn describe_nonfinite(&mut self, index: usize, dtype: FloatDtype) -> Error {
+        let tensor = &self.execution.plan.tensors[index];
         let buffer = self.lane.buffer();
         if tensor.is_decoded() {
             let path = self.execution.source.files[tensor.read.first_file()].location.path().to_owned();
-            let read = |offset, bytes: &mut [u8]| self.files.read(tensor, offset, bytes);
+            let read = |offset, bytes: &mut [u8]| self.source.read(index, offset, bytes);
             return nonfinite::describe(&path, &tensor.name, tensor.source_len(), dtype, buffer, read)
                 .unwrap_or_else(Some)
                 .unwrap_or_else(|| no_longer(path, tensor));
@@ -239,7 +255,7 @@ impl<'j, 'a> Worker<'j, 'a> {
         let source = self.execution.source;
         for span in tensor.read.spans() {
             let (path, info) = (source.files[span.file].location.path(), &source.files[span.file].tensors[span.tensor]);
-            let read = |offset, bytes: &mut [u8]| self.files.read_at(span.file, info.offset + offset, bytes);
+            let read = |offset, bytes: &mut [u8]| self.source.read_at(span.file, info.offset + offset, bytes);
             match nonfinite::describe(path, &info.name, info.len, dtype, buffer, read) {
                 Ok(None) => {}
                 Ok(Some(error)) | Err(error) => return error,
@@ -266,7 +282,11 @@ fn quantize_in(
     results: &mut Results<'_, '_, '_>,
     piece: &Piece<'_>,
 ) -> Result<Option<Done>, Failed> {
-    match lane.quantize(&piece.run(results.codec))? {
+    let trace = results.files.trace();
+    let begin = trace.begin();
+    let quantized = lane.quantize(&piece.run(results.codec))?;
+    trace.end(begin, Span::Quantize, Subject::Tensor(piece.index), piece.place.len() as u64);
+    match quantized {
         Some(encoded) => Ok(Some(results.quantized(piece.first, piece.tensor_scale, &encoded)?)),
         None => Ok(None),
     }
@@ -274,6 +294,8 @@ fn quantize_in(
 
 /// A run of whole blocks or groups in a lane.
 struct Piece<'p> {
+    /// Its place in the plan.
+    index: usize,
     tensor: &'p PlannedTensor,
     dtype: FloatDtype,
     /// The run's first element in the tensor.
@@ -301,17 +323,16 @@ impl Task {
         match self {
             Task::Chunk { tensor, .. } | Task::Measure { tensor, .. } => *tensor,
             Task::Set { set, .. } => execution.plan.scale_sets[*set].iter().copied().min().unwrap_or_default(),
-            Task::Nested { tensor, .. } | Task::HashTensor { tensor } => *tensor,
-            Task::HashFile { file } | Task::Seal { file, .. } => execution.plan.files[*file].tensors.start,
+            Task::Nested { tensor, .. } => *tensor,
             Task::HashSource { .. } => execution.plan.tensors.len(),
         }
     }
 }
 
 /// A thread that panics would leave the others waiting for it.
-struct StopOnPanic<'a>(&'a Scheduler<'a>);
+pub(super) struct StopOnPanic<'s, 'a>(pub &'s Scheduler<'a>);
 
-impl Drop for StopOnPanic<'_> {
+impl Drop for StopOnPanic<'_, '_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.0.fail(usize::MAX, Error::Stopped);

@@ -1,10 +1,11 @@
 //! Output tensors, files and offsets.
 
 use std::borrow::Cow;
+use std::cmp::Reverse;
 use std::ops::Range;
 
 use super::{Decision, PlannedTensor};
-use crate::checkpoint::{Described, header_bytes, shard_name, sort_canonically};
+use crate::checkpoint::{Described, header_bytes, shard_name};
 use crate::dtype::{Dtype, byte_len};
 use crate::format::Codec;
 use crate::layout::OutputKind;
@@ -33,8 +34,8 @@ pub struct PlannedFile {
     pub name: String,
     /// Which of the plan's tensors it holds.
     pub tensors: Range<usize>,
-    /// Its first bytes.
-    pub(crate) header: Vec<u8>,
+    /// Bytes before its tensors.
+    pub(crate) header_len: u64,
     /// Its size in bytes.
     pub len: u64,
 }
@@ -64,8 +65,8 @@ pub(crate) fn lay_out(tensors: &mut [PlannedTensor], max_shard_size: u64) -> Vec
     let files = ranges.into_iter().enumerate();
     files
         .map(|(i, range)| {
-            let (header, len) = place(&mut tensors[range.clone()]);
-            PlannedFile { name: shard_name(i, count), tensors: range, header, len }
+            let (header_len, len) = place(&mut tensors[range.clone()]);
+            PlannedFile { name: shard_name(i, count), tensors: range, header_len, len }
         })
         .collect()
 }
@@ -107,8 +108,28 @@ impl Described for Placed<'_> {
     }
 }
 
-/// Sets the offsets of one file's outputs; returns its header and its size.
-fn place(tensors: &mut [PlannedTensor]) -> (Vec<u8>, u64) {
+/// Every dtype's elements start at a multiple of their size where a tensor starts at one of this.
+const ALIGNMENT: u64 = 8;
+
+/// Sets the offsets of one file's outputs; returns the length of its header and its size.
+fn place(tensors: &mut [PlannedTensor]) -> (u64, u64) {
+    let placed = in_order(tensors);
+    let header_len = header_bytes(&placed).len() as u64;
+    let order: Vec<(usize, usize)> = placed.iter().map(|placed| placed.index).collect();
+    let mut position = header_len;
+    for (tensor, output) in order {
+        let output = &mut tensors[tensor].outputs[output];
+        output.offset = position;
+        position += output.len;
+    }
+    (header_len, position)
+}
+
+/// A file's outputs in the order of their bytes.
+///
+/// Tensors are written as they are made: each with all that belongs to it, in the plan's order, so that a file can be hashed
+/// while it grows. Outputs that would leave the next one unaligned stand behind all others, the widest dtypes first.
+fn in_order(tensors: &[PlannedTensor]) -> Vec<Placed<'_>> {
     let mut placed = Vec::new();
     for (i, tensor) in tensors.iter().enumerate() {
         placed.extend(tensor.outputs.iter().enumerate().map(|(j, output)| Placed {
@@ -117,14 +138,17 @@ fn place(tensors: &mut [PlannedTensor]) -> (Vec<u8>, u64) {
             output,
         }));
     }
-    sort_canonically(&mut placed);
-    let header = header_bytes(&placed);
-    let order: Vec<(usize, usize)> = placed.iter().map(|placed| placed.index).collect();
-    let mut position = header.len() as u64;
-    for (tensor, output) in order {
-        let output = &mut tensors[tensor].outputs[output];
-        output.offset = position;
-        position += output.len;
+    // A stable sort: what has the same key keeps its order.
+    placed.sort_by_key(|placed| match placed.output.len.is_multiple_of(ALIGNMENT) {
+        true => (false, Reverse(0)),
+        false => (true, Reverse(placed.output.dtype.bitsize())),
+    });
+    placed
+}
+
+impl PlannedFile {
+    /// Its first bytes, of the tensors that it holds. Made when it is written: all files' take as much memory as the plan.
+    pub(crate) fn header(&self, tensors: &[PlannedTensor]) -> Vec<u8> {
+        header_bytes(&in_order(tensors))
     }
-    (header, position)
 }

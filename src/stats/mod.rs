@@ -1,18 +1,17 @@
 //! What quantizing cost: error statistics of a tensor, gathered block by block.
 //!
-//! Results are bit-identical across kernels, chunk sizes and thread counts. Blocks are taken in groups of
-//! [`GROUP`]; each group's figures are added in f64, in order, and the groups' sums exactly.
+//! Results are bit-identical across kernels, devices, chunk sizes and thread counts. Blocks are taken in groups of
+//! [`GROUP`]; each group's figures are added in f64, in order, and the groups' sums exactly. A device may have added up each group's
+//! figures itself, in the same order.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 mod exact_sum;
 
-use crate::kernel::BlockErrors;
+pub(crate) use crate::kernel::SUMMED as GROUP;
+use crate::kernel::{BlockErrors, ErrorSums, Figures};
 use exact_sum::ExactSum;
-
-/// Blocks whose figures are added in order. What is handed in at once is whole groups, except at a tensor's end.
-pub(crate) const GROUP: usize = 16;
 
 /// Groups that are added side by side. NVFP4 has as many blocks as 16 weights, and their statistics are to cost little.
 const GROUPS: usize = 8;
@@ -62,7 +61,7 @@ pub struct AbsmaxError {
 
 /// Statistics in the making.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct StatsAccumulator {
+pub struct StatsAccumulator {
     signal: ExactSum,
     noise: ExactSum,
     absmax: ExactSum,
@@ -90,9 +89,45 @@ impl Default for StatsAccumulator {
     }
 }
 
+/// The figures of at most [`GROUP`] blocks, added in order; those whose absmax isn't finite count nowhere.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct GroupErrors {
+    /// Sum of absmax² · signal.
+    pub signal: f64,
+    /// Sum of absmax² · noise.
+    pub noise: f64,
+    /// The largest absmax · worst.
+    pub worst: f64,
+    /// Blocks with a signal of 0.
+    pub zeros: u8,
+}
+
+impl GroupErrors {
+    /// Of these figures: absmax, signal, noise and worst.
+    pub fn of([absmax, signal, noise, worst]: [&[f32]; 4]) -> GroupErrors {
+        let mut sums = GroupErrors::default();
+        for i in (0..absmax.len()).filter(|&i| absmax[i].is_finite()) {
+            // Products of two f32 are exact in f64.
+            let scale = f64::from(absmax[i]);
+            sums.signal += scale * scale * f64::from(signal[i]);
+            sums.noise += scale * scale * f64::from(noise[i]);
+            sums.worst = sums.worst.max(scale * f64::from(worst[i]));
+            sums.zeros += u8::from(signal[i] == 0.0);
+        }
+        sums
+    }
+}
+
 impl StatsAccumulator {
     /// Adds a run of blocks that starts at a multiple of [`GROUP`] blocks.
-    pub(crate) fn add(&mut self, figures: &BlockErrors<'_>) {
+    pub fn add(&mut self, figures: &Figures<'_>) {
+        match figures {
+            Figures::Blocks(errors) => self.add_blocks(errors),
+            Figures::Sums { absmax, errors } => self.add_summed(absmax, errors),
+        }
+    }
+
+    fn add_blocks(&mut self, figures: &BlockErrors<'_>) {
         let BlockErrors { absmax, signal, noise, worst } = figures;
         let all: [&[f32]; 4] = [absmax, signal, noise, worst];
         for start in (0..absmax.len()).step_by(GROUPS * GROUP) {
@@ -102,36 +137,72 @@ impl StatsAccumulator {
                     self.add_groups([absmax, signal, noise, worst]);
                 }
                 _ => (0..groups[0].len()).step_by(GROUP).for_each(|start| {
-                    self.add_group(groups.map(|figure| &figure[start..figure.len().min(start + GROUP)]));
+                    let group = groups.map(|figure| &figure[start..figure.len().min(start + GROUP)]);
+                    self.add_absmax(group[0]);
+                    self.add_errors(GroupErrors::of(group));
                 }),
             }
         }
         self.blocks += absmax.len() as u64;
     }
 
-    /// Adds a group, or a tensor's last blocks.
-    fn add_group(&mut self, [absmax, signal, noise, worst]: [&[f32]; 4]) {
-        let mut sums = [0.0; 3];
-        for i in 0..absmax.len() {
-            if !absmax[i].is_finite() {
-                self.nonfinite_blocks += 1;
-                continue;
+    /// Adds a run of blocks of which a device has added up each group's errors.
+    fn add_summed(&mut self, absmax: &[f32], errors: &ErrorSums<'_>) {
+        let (groups, rest) = absmax.as_chunks::<{ GROUPS * GROUP }>();
+        for groups in groups {
+            match are_finite(groups) {
+                true => self.add_absmax_of_groups(groups),
+                false => groups.chunks(GROUP).for_each(|group| self.add_absmax(group)),
             }
-            // Products of two f32 are exact in f64.
-            let scale = f64::from(absmax[i]);
-            sums[0] += scale * scale * f64::from(signal[i]);
-            sums[1] += scale * scale * f64::from(noise[i]);
-            sums[2] += scale;
-            self.worst = self.worst.max(scale * f64::from(worst[i]));
-            self.absmax_min = self.absmax_min.min(absmax[i]);
-            self.absmax_max = self.absmax_max.max(absmax[i]);
-            self.zero_blocks += u64::from(signal[i] == 0.0);
         }
-        self.add_sums(sums);
+        rest.chunks(GROUP).for_each(|group| self.add_absmax(group));
+        for group in 0..absmax.len().div_ceil(GROUP) {
+            let (signal, noise) = (errors.signal[group], errors.noise[group]);
+            self.add_errors(GroupErrors { signal, noise, worst: errors.worst[group], zeros: errors.zeros[group] });
+        }
+        self.blocks += absmax.len() as u64;
     }
 
-    /// [`StatsAccumulator::add_group`] of several without NaN or infinities, side by side: their sums needn't wait for each
-    /// other, and compilers make vectors of them.
+    fn add_errors(&mut self, GroupErrors { signal, noise, worst, zeros }: GroupErrors) {
+        self.signal.add(signal);
+        self.noise.add(noise);
+        self.worst = self.worst.max(worst);
+        self.zero_blocks += u64::from(zeros);
+    }
+
+    /// Adds the absmax of a group, or of a tensor's last blocks.
+    fn add_absmax(&mut self, absmax: &[f32]) {
+        let mut sum = 0.0;
+        for &absmax in absmax {
+            if absmax.is_finite() {
+                sum += f64::from(absmax);
+                self.absmax_min = self.absmax_min.min(absmax);
+                self.absmax_max = self.absmax_max.max(absmax);
+            } else {
+                self.nonfinite_blocks += 1;
+            }
+        }
+        self.absmax.add(sum);
+    }
+
+    /// [`StatsAccumulator::add_absmax`] of several groups without NaN or infinities, side by side.
+    fn add_absmax_of_groups(&mut self, absmax: &[f32; GROUPS * GROUP]) {
+        let (mut sums, mut least, mut greatest) = ([0f64; GROUPS], [f32::MAX; GROUPS], [0f32; GROUPS]);
+        for i in 0..GROUP {
+            for group in 0..GROUPS {
+                let x = absmax[group * GROUP + i];
+                sums[group] += f64::from(x);
+                least[group] = if x < least[group] { x } else { least[group] };
+                greatest[group] = if x > greatest[group] { x } else { greatest[group] };
+            }
+        }
+        sums.iter().for_each(|&sum| self.absmax.add(sum));
+        self.absmax_min = least.iter().fold(self.absmax_min, |min, &x| min.min(x));
+        self.absmax_max = greatest.iter().fold(self.absmax_max, |max, &x| max.max(x));
+    }
+
+    /// Adds the figures of several groups without NaN or infinities, side by side: their sums needn't wait for each other, and
+    /// compilers make vectors of them.
     fn add_groups(&mut self, [absmax, signal, noise, worst]: [&[f32; GROUPS * GROUP]; 4]) {
         let [mut signals, mut noises, mut scales, mut worsts] = [[0f64; GROUPS]; 4];
         let (mut least, mut greatest, mut zeros) = ([f32::MAX; GROUPS], [0f32; GROUPS], [0; GROUPS]);
@@ -150,18 +221,12 @@ impl StatsAccumulator {
             }
         }
         for group in 0..GROUPS {
-            self.add_sums([signals[group], noises[group], scales[group]]);
-            self.worst = self.worst.max(worsts[group]);
+            let (signal, noise) = (signals[group], noises[group]);
+            self.add_errors(GroupErrors { signal, noise, worst: worsts[group], zeros: zeros[group] as u8 });
+            self.absmax.add(scales[group]);
             self.absmax_min = self.absmax_min.min(least[group]);
             self.absmax_max = self.absmax_max.max(greatest[group]);
-            self.zero_blocks += u64::from(zeros[group]);
         }
-    }
-
-    fn add_sums(&mut self, [signal, noise, absmax]: [f64; 3]) {
-        self.signal.add(signal);
-        self.noise.add(noise);
-        self.absmax.add(absmax);
     }
 
     /// Adds what was gathered elsewhere.
@@ -184,7 +249,7 @@ impl StatsAccumulator {
     }
 
     /// The statistics so far.
-    pub(crate) fn finish(&self) -> Statistics {
+    pub fn finish(&self) -> Statistics {
         let error = ratio(&self.noise, &self.signal);
         Statistics {
             blocks: self.blocks,
@@ -254,7 +319,19 @@ mod tests {
     fn add(gathering: &mut StatsAccumulator, figures: [&[f32]; 4]) {
         let [mut absmax, mut signal, mut noise, mut worst] = figures.map(<[f32]>::to_vec);
         let figures = BlockErrors { absmax: &mut absmax, signal: &mut signal, noise: &mut noise, worst: &mut worst };
-        gathering.add(&figures);
+        gathering.add(&Figures::Blocks(figures));
+    }
+
+    /// As a device hands them in.
+    fn add_summed(gathering: &mut StatsAccumulator, figures: [&[f32]; 4]) {
+        let groups = (0..figures[0].len()).step_by(GROUP);
+        let group = |start: usize| figures.map(|figure| &figure[start..figure.len().min(start + GROUP)]);
+        let sums: Vec<GroupErrors> = groups.map(|start| GroupErrors::of(group(start))).collect();
+        let each = |of: fn(&GroupErrors) -> f64| sums.iter().map(of).collect::<Vec<f64>>();
+        let (signal, noise, worst) = (each(|sums| sums.signal), each(|sums| sums.noise), each(|sums| sums.worst));
+        let zeros: Vec<u8> = sums.iter().map(|sums| sums.zeros).collect();
+        let errors = ErrorSums { signal: &signal, noise: &noise, worst: &worst, zeros: &zeros };
+        gathering.add(&Figures::Sums { absmax: figures[0], errors });
     }
 
     #[test]
@@ -292,6 +369,12 @@ mod tests {
                     add(&mut alone, figures.each_ref().map(|figure| &figure[start..1000.min(start + GROUP)]));
                 }
                 assert_eq!(together.finish(), alone.finish(), "{odd} at {place}");
+                for len in [1000, 999, 993, 128, 16, 15, 1] {
+                    let (mut blocks, mut summed) = (StatsAccumulator::default(), StatsAccumulator::default());
+                    add(&mut blocks, figures.each_ref().map(|figure| &figure[..len]));
+                    add_summed(&mut summed, figures.each_ref().map(|figure| &figure[..len]));
+                    assert_eq!(blocks.finish(), summed.finish(), "{len}: {odd} at {place}");
+                }
                 figures[0][place] = normal;
             }
         }

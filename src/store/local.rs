@@ -76,18 +76,62 @@ impl ReadAt for LocalFile {
     }
 
     fn will_read(&self, offset: u64, len: u64) {
+        self.advise(Hint::WillRead, offset, len);
+    }
+
+    fn is_cached(&self, offset: u64) -> bool {
         #[cfg(target_os = "linux")]
-        if let Some(len) = std::num::NonZeroU64::new(len) {
-            let _ = rustix::fs::fadvise(&self.0, offset, Some(len), rustix::fs::Advice::WillNeed);
+        {
+            use rustix::io::{Errno, ReadWriteFlags, preadv2};
+            let mut byte = [0];
+            let read = preadv2(&self.0, &mut [io::IoSliceMut::new(&mut byte)], offset, ReadWriteFlags::NOWAIT);
+            // Other errors are those of file systems that don't know the flag.
+            read != Err(Errno::AGAIN)
         }
         #[cfg(not(target_os = "linux"))]
-        let _ = (offset, len);
+        {
+            let _ = offset;
+            true
+        }
+    }
+
+    fn will_not_read(&self, offset: u64, len: u64) {
+        self.advise(Hint::WillNotRead, offset, len);
+    }
+}
+
+/// What the system can be told about a range of a file.
+#[derive(Clone, Copy)]
+enum Hint {
+    WillRead,
+    WillNotRead,
+}
+
+impl LocalFile {
+    /// Tells the system, which may do with it what it likes.
+    fn advise(&self, hint: Hint, offset: u64, len: u64) {
+        #[cfg(target_os = "linux")]
+        if let Some(len) = std::num::NonZeroU64::new(len) {
+            use rustix::fs::{Advice, fadvise};
+            let advice = match hint {
+                Hint::WillRead => Advice::WillNeed,
+                Hint::WillNotRead => Advice::DontNeed,
+            };
+            let _ = fadvise(&self.0, offset, Some(len), advice);
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = (hint, offset, len);
     }
 }
 
 impl WriteAt for LocalFile {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
         self.0.write_at(bytes, offset)
+    }
+
+    fn write_back(&self, offset: u64, len: u64) {
+        // Linux begins to write what is dirty in the range, and drops what isn't; that is little so soon after writing it.
+        self.advise(Hint::WillNotRead, offset, len);
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -107,4 +151,15 @@ fn reserve(file: &File, len: u64) -> io::Result<()> {
         }
     }
     file.set_len(len)
+}
+
+/// Bytes of this machine's memory; `None` where it doesn't tell.
+pub(crate) fn memory() -> Option<u64> {
+    #[cfg(target_os = "linux")]
+    {
+        let info = rustix::system::sysinfo();
+        Some((info.totalram as u64).saturating_mul(u64::from(info.mem_unit)))
+    }
+    #[cfg(not(target_os = "linux"))]
+    None
 }

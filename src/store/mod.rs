@@ -21,6 +21,7 @@ pub use faulty::{Fault, FaultyStore};
 pub use hash::Sha256Hash;
 pub(crate) use hash::{HashingReader, HashingWriter, hash_range};
 pub use local::LocalStore;
+pub(crate) use local::memory;
 pub use location::Location;
 pub(crate) use location::is_no_file;
 pub use memory::MemoryStore;
@@ -62,12 +63,28 @@ pub trait ReadAt: Send + Sync {
     fn will_read(&self, offset: u64, len: u64) {
         let _ = (offset, len);
     }
+
+    /// Whether the byte at `offset` can be had without waiting for a disk; true where that can't be told.
+    fn is_cached(&self, offset: u64) -> bool {
+        let _ = offset;
+        true
+    }
+
+    /// Says that `len` bytes from `offset` on won't be read again. A hint.
+    fn will_not_read(&self, offset: u64, len: u64) {
+        let _ = (offset, len);
+    }
 }
 
 /// A file being written, which can be read back.
 pub trait WriteAt: ReadAt {
     /// Writes from `bytes` at `offset`.
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize>;
+
+    /// Has the disk begin with `len` written bytes from `offset` on, so that [`WriteAt::sync`] finds less to wait for. A hint.
+    fn write_back(&self, offset: u64, len: u64) {
+        let _ = (offset, len);
+    }
 
     /// Waits until what was written survives a crash.
     fn sync(&self) -> io::Result<()>;

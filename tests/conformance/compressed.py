@@ -27,6 +27,7 @@ import vllm_check
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy, preset_name_to_scheme
 from llmcompressor import model_free_ptq
 from loguru import logger
+from mapped import check_mapped
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -134,6 +135,7 @@ def check(prequant: str, work: Path, name: str, source: Path, label: str) -> Non
     command = [prequant, "convert", source, ours, "--format", format_name, "--quiet", "--max-shard-size", "200kB"]
     subprocess.run([*command, *(["--group-size", size] if size else [])], check=True)
     subprocess.run([prequant, "verify", ours], check=True, stdout=subprocess.DEVNULL)
+    check_mapped(ours)
     our_config, ignored = config(ours)
     found = stored(ours)
     # It has no list of its own, and would quantize embeddings and convolutions too.

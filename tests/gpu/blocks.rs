@@ -41,7 +41,9 @@ fn the_module_has_the_kernels_that_the_library_launches() {
         assert_eq!(KERNELS.0.entry(&name).unwrap().max_threads, THREADS, "{name}");
     }
     assert_eq!(sizes("quantize_absmax"), [8, 4, 4, 8, 8, 8]);
-    assert_eq!(KERNELS.0.entries().count(), 7);
+    assert_eq!(sizes("sum_figures"), [8, 8, 8, 8, 4, 8, 8]);
+    assert_eq!(KERNELS.0.entry("sum_figures").unwrap().max_threads, THREADS);
+    assert_eq!(KERNELS.0.entries().count(), 8);
 }
 
 #[test]

@@ -12,6 +12,9 @@ const MXFP4: &str = "quantize_mxfp4_bf16";
 const MXFP4_F16: &str = "quantize_mxfp4_f16";
 const ROWS: &str = "quantize_int4_rows_bf16";
 const ASYM_ROWS: &str = "quantize_int4_asym_rows_f32";
+const LARGEST: &str = "largest_bf16";
+const LARGEST_F16: &str = "largest_f16";
+const LARGEST_F32: &str = "largest_f32";
 
 #[rustfmt::skip]
 pub const GROUP_MUTATIONS: &[Mutation] = &[
@@ -133,4 +136,22 @@ pub const GROUP_MUTATIONS: &[Mutation] = &[
     fault(ROWS, "figures: stored by all threads", "setp.ne.s32 %0, %1, 0;\n@%0 bra $0;", -1, ""),
     fault(ASYM_ROWS, "extent: the rest isn't taken for the greatest", "max.f32 %0, %0, %1;", 1, ""),
     fault(ASYM_ROWS, "scale: another epsilon", "0f34000000", 1, "0f34800000"),
+    fault(LARGEST, "largest: a round too many", "setp.lt.u32 %0, %1, %2;", 1, "setp.le.u32 %0, %1, %2;"),
+    fault(LARGEST, "largest: one round alone", "setp.lt.u32 %0, %1, %2;\n@%0 bra $0;", 1, ""),
+    fault(LARGEST, "largest: a thread past the end", "setp.ge.u32 %0, %1, %2;", 1, "setp.gt.u32 %0, %1, %2;"),
+    fault(LARGEST, "largest: rounds left out", "shl.b32 %0, %1, 7;", 2, "shl.b32 %0, %1, 8;"),
+    fault(LARGEST, "largest: with its sign", "and.b32 %0, %1, 32767;", 1, "and.b32 %0, %1, 65535;"),
+    fault(LARGEST, "largest: odd elements left out", "and.b32 %0, %1, 2147418112;", -1, "and.b32 %0, %1, 0;"),
+    fault(LARGEST, "largest: of the odd elements", "shl.b32 %0, %1, 16;", 1, "mov.u32 %0, 0;"),
+    fault(LARGEST, "largest: the first shuffle over 8 lanes", "mov.u32 %0, 16;", 1, "mov.u32 %0, 8;"),
+    fault(LARGEST, "largest: the mask is half of the warp", "mov.u32 %0, -1;", 1, "mov.u32 %0, 65535;"),
+    fault(LARGEST, "largest: no barrier", "bar.sync 0;", 1, ""),
+    fault(LARGEST, "largest: the last warp left out",
+        "max.u32 %0, %1, %2;\ncvta.to.global.u64", 1, "mov.u32 %0, %1;\ncvta.to.global.u64"),
+    fault(LARGEST, "largest: all lanes store the warp's", "setp.ne.s32 %0, %1, 0;\n@%0 bra $0;", 1, ""),
+    fault(LARGEST, "largest: all threads store the block's", "setp.ne.s32 %0, %1, 0;\n@%0 bra $0;", 2, ""),
+    fault(LARGEST, "largest: thread blocks store in one place", "mul.wide.u32 %0, %1, 4;", -1, "mul.wide.u32 %0, %1, 0;"),
+    fault(LARGEST_F16, "largest: f16 taken for bf16",
+        "{ .reg .b16 h; cvt.u16.u32 h, %0; cvt.f32.f16 %1, h; }", 1, "shl.b32 %0, %0, 16; mov.b32 %1, %0;"),
+    fault(LARGEST_F32, "largest: the second half of a round left out", "+16];", 1, "];"),
 ];

@@ -4,7 +4,7 @@ use std::sync::LazyLock;
 
 use half::{bf16, f16};
 use prequant::FloatDtype;
-use prequant::internal::backend::cuda::{GROUPS_PTX, GroupKernel, THREADS};
+use prequant::internal::backend::cuda::{GROUPS_PTX, GroupKernel, THREADS, largest_name};
 use prequant::internal::format::{Coding, ElementCode};
 
 use super::launch::Kernels;
@@ -65,7 +65,12 @@ fn the_module_has_the_kernels_that_the_library_launches() {
             assert_eq!(entry.max_threads, THREADS, "{name}");
         }
     }
-    assert_eq!(KERNELS.0.entries().count(), 3 * GroupKernel::ALL.len());
+    for name in DTYPES.map(largest_name) {
+        let entry = KERNELS.entry(&name);
+        let sizes: Vec<usize> = entry.params.iter().map(|param| param.size).collect();
+        assert_eq!((&sizes[..], entry.max_threads), (&[8, 4, 8][..], THREADS), "{name}");
+    }
+    assert_eq!(KERNELS.0.entries().count(), 3 * GroupKernel::ALL.len() + 3);
 }
 
 #[test]
@@ -279,5 +284,35 @@ fn many_nans_and_infinities() {
             if i.is_multiple_of(9) { bytes } else { encode(dtype, &[random.normal(); 16]) }
         };
         assert_source_equal(&(0..4 * COLUMNS / 16).flat_map(|i| run(i, &mut random)).collect::<Vec<u8>>(), dtype);
+    }
+}
+
+fn assert_largest_equal(source: &[u8], dtype: FloatDtype) {
+    KERNELS.check_largest(source, dtype).unwrap_or_else(|wrong| panic!("{wrong}"));
+}
+
+#[test]
+fn the_largest_magnitude_of_any_number_of_elements() {
+    let mut random = Random(10);
+    let elements: Vec<f32> = (0..40_000).map(|_| random.any()).collect();
+    let small: Vec<f32> = (0..40_000).map(|_| random.normal() * 0.02).collect();
+    for dtype in DTYPES {
+        for n in (8..=64).step_by(8).chain([1016, 1024, 1032, 8184, 8192, 8200, 16_384, 16_400, 40_000]) {
+            assert_largest_equal(&encode(dtype, &elements[..n]), dtype);
+            assert_largest_equal(&encode(dtype, &small[..n]), dtype);
+        }
+    }
+}
+
+#[test]
+fn the_largest_magnitude_wherever_it_is_and_whatever_is_not_finite() {
+    for dtype in DTYPES {
+        for at in (0..8192).step_by(37).chain(8100..8192) {
+            for x in [-7.0, f32::NAN, f32::INFINITY, -f32::from_bits(1)] {
+                let mut source = encode(dtype, &vec![f32::from_bits(0); 8192]);
+                source[at * dtype.size()..][..dtype.size()].copy_from_slice(&encode_one(dtype, x));
+                assert_largest_equal(&source, dtype);
+            }
+        }
     }
 }

@@ -1,10 +1,11 @@
 //! The GPU's kernels on the CPU: a module's entry points, launched with buffers exactly as large as they must be, and
 //! held to the specification.
 
-use prequant::internal::backend::cuda::{THREADS, codebook_table, dynamic_map_table, thread_blocks};
+use prequant::internal::backend::cuda::{THREADS, codebook_table, dynamic_map_table, sum_thread_blocks, thread_blocks};
 use prequant::internal::format::{Codebook, NESTED_BLOCK_SIZE, dynamic_map, fp4, nf4};
 use prequant::internal::kernel::block::nested;
-use prequant::internal::kernel::{BlockErrors, Blocks, Kernel, quantize_any};
+use prequant::internal::kernel::{BlockErrors, Blocks, Kernel, SUMMED, quantize_any};
+use prequant::internal::stats::GroupErrors;
 use prequant::{BlockSize, FloatDtype};
 use ptx_interpreter::{Entry, Fault, Memory, Module};
 
@@ -80,6 +81,51 @@ impl Kernels {
         let block = [NESTED_BLOCK_SIZE as u32, 1, 1];
         self.entry("quantize_absmax").launch(&mut memory, [blocks as u32, 1, 1], block, &params)?;
         Ok((memory.read(codes, count)?, words(&memory.read(nested, 4 * blocks)?)))
+    }
+
+    /// The sums of every 16 blocks' figures, absmax, signal, noise and worst; `None` where it says that an absmax is NaN.
+    pub fn sum_figures(&self, figures: [&[f32]; 4]) -> Result<Vec<Option<GroupErrors>>, Fault> {
+        let (blocks, count) = (figures[0].len(), figures[0].len().div_ceil(SUMMED));
+        let mut memory = Memory::new();
+        let mut params = Vec::new();
+        for figure in figures {
+            let bits: Vec<u32> = figure.iter().map(|x| x.to_bits()).collect();
+            params.push(upload(&mut memory, &little_endian(&bits))?.to_le_bytes().to_vec());
+        }
+        let (sums, zeros) = (memory.allocate(24 * count), memory.allocate(count));
+        params.push((blocks as u32).to_le_bytes().to_vec());
+        params.extend([sums, zeros].map(|address| address.to_le_bytes().to_vec()));
+        let grid = [sum_thread_blocks(blocks), 1, 1];
+        self.entry("sum_figures").launch(&mut memory, grid, [THREADS, 1, 1], &params)?;
+        let sums: Vec<f64> = doubles(&memory.read(sums, 24 * count)?);
+        let zeros = memory.read(zeros, count)?;
+        let of = |i: usize| GroupErrors {
+            signal: sums[i],
+            noise: sums[count + i],
+            worst: sums[2 * count + i],
+            zeros: zeros[i],
+        };
+        Ok((0..count).map(|i| (zeros[i] != 255).then(|| of(i))).collect())
+    }
+
+    /// Holds the sums of figures to the specification.
+    pub fn check_sums(&self, figures: [&[f32]; 4]) -> Result<(), String> {
+        let blocks = figures[0].len();
+        let found = self.sum_figures(figures).map_err(|fault| format!("sum_figures of {blocks}: {fault}"))?;
+        let bits = |sums: GroupErrors| {
+            // One NaN is as good as another.
+            let bits = |x: f64| if x.is_nan() { u64::MAX } else { x.to_bits() };
+            ([sums.signal, sums.noise, sums.worst].map(bits), sums.zeros)
+        };
+        for (i, found) in found.into_iter().enumerate() {
+            let group = figures.map(|figure| &figure[i * SUMMED..blocks.min((i + 1) * SUMMED)]);
+            let has_nan = group[0].iter().any(|absmax| absmax.is_nan());
+            let expected = (!has_nan).then(|| GroupErrors::of(group));
+            if found.map(bits) != expected.map(bits) {
+                return Err(format!("sum_figures of {blocks}: group {i} is {found:?}, expected {expected:?}"));
+            }
+        }
+        Ok(())
     }
 
     /// Holds the kernel to the specification.
@@ -165,6 +211,10 @@ pub fn upload(memory: &mut Memory, bytes: &[u8]) -> Result<u64, Fault> {
 
 fn little_endian(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+fn doubles(bytes: &[u8]) -> Vec<f64> {
+    bytes.as_chunks().0.iter().map(|&number| f64::from_le_bytes(number)).collect()
 }
 
 pub fn words(bytes: &[u8]) -> Vec<u32> {

@@ -1,7 +1,7 @@
 //! The GPU's kernels for groups on the CPU, held to the specification.
 
 use prequant::FloatDtype;
-use prequant::internal::backend::cuda::{GroupKernel, THREADS, tensor_factor};
+use prequant::internal::backend::cuda::{GroupKernel, THREADS, largest_name, largest_thread_blocks, tensor_factor};
 use prequant::internal::format::Coding;
 use prequant::internal::kernel::Kernel;
 use prequant::internal::kernel::group::scalar;
@@ -77,6 +77,31 @@ impl Kernels {
         let (packed, scales, zero_points, all) = (read(0)?, read(1)?, read(2)?, words(&read(3)?));
         let figures = std::array::from_fn(|i| all[i * count..][..count].to_vec());
         Ok(Quantized { packed, scales, zero_points, figures })
+    }
+
+    /// The largest magnitude that the kernel finds; `None` if something isn't finite.
+    pub fn largest(&self, source: &[u8], dtype: FloatDtype) -> Result<Option<f32>, Fault> {
+        let rounds = source.len() / (8 * dtype.size());
+        let mut memory = Memory::new();
+        let from = upload(&mut memory, source)?;
+        // Half as many thread blocks as there could be, so that threads take several rounds.
+        let grid = largest_thread_blocks(rounds).div_ceil(2);
+        let to = memory.allocate(4 * grid as usize);
+        let params = [from.to_le_bytes().to_vec(), (rounds as u32).to_le_bytes().to_vec(), to.to_le_bytes().to_vec()];
+        self.entry(&largest_name(dtype)).launch(&mut memory, [grid, 1, 1], [THREADS, 1, 1], &params)?;
+        let largest = words(&memory.read(to, 4 * grid as usize)?).into_iter().max().unwrap();
+        Ok(Some(f32::from_bits(largest)).filter(|absmax| absmax.is_finite()))
+    }
+
+    /// Holds the largest magnitude to the specification.
+    pub fn check_largest(&self, source: &[u8], dtype: FloatDtype) -> Result<(), String> {
+        let case = format!("{}, {} elements", largest_name(dtype), source.len() / dtype.size());
+        let found = self.largest(source, dtype).map_err(|fault| format!("{case}: {fault}"))?;
+        let expected = scalar::absmax(source, dtype).ok();
+        if found.map(f32::to_bits) == expected.map(f32::to_bits) {
+            return Ok(());
+        }
+        Err(format!("{case}: {found:?}, expected {expected:?}"))
     }
 
     /// Holds the kernel to the specification; for groups with a NaN or an infinity, to what it promises of them.

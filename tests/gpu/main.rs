@@ -15,3 +15,4 @@ mod groups;
 mod launch;
 mod launch_groups;
 mod mutations;
+mod sums;

@@ -7,13 +7,14 @@ use std::ops::Range;
 use regex::Regex;
 
 use prequant::FloatDtype;
-use prequant::internal::backend::cuda::{GROUPS_PTX, GroupKernel, PTX};
+use prequant::internal::backend::cuda::{GROUPS_PTX, GroupKernel, PTX, largest_name};
 use prequant::internal::format::{Codebook, Coding, dynamic_map};
 
 use super::block_faults::{MUTATIONS, Mutation};
 use super::group_faults::GROUP_MUTATIONS;
 use super::launch::{Kernels, kernel_name};
 use super::launch_groups::{Rows, schemes};
+use super::sums::random_figures;
 use crate::support::codings;
 use crate::support::weights::*;
 
@@ -133,14 +134,55 @@ fn try_absmax(kernels: &Kernels) -> Result<(), String> {
     Ok(())
 }
 
+/// What is wrong with `sum_figures`.
+fn try_sums(kernels: &Kernels) -> Result<(), String> {
+    let mut random = Random(16);
+    for blocks in [1, 15, 16, 17, 40, 2049, 4111] {
+        let mut figures = random_figures(&mut random, blocks);
+        kernels.check_sums(figures.each_ref().map(Vec::as_slice))?;
+        for (at, odd) in [(0, f32::NAN), (blocks / 2, f32::INFINITY), (blocks - 1, 0.0)] {
+            // A block of zeros, and one that counts nowhere.
+            figures[1][at] = 0.0;
+            figures[0][at] = odd;
+            kernels.check_sums(figures.each_ref().map(Vec::as_slice))?;
+            figures[0][at] = 1.0;
+        }
+    }
+    Ok(())
+}
+
+/// What is wrong with a kernel that finds the largest magnitude.
+fn try_largest(kernels: &Kernels, dtype: FloatDtype) -> Result<(), String> {
+    let mut random = Random(17);
+    for n in [8, 1016, 1024, 8192, 24_008] {
+        let elements: Vec<f32> = (0..n).map(|_| random.normal() * 0.02).collect();
+        kernels.check_largest(&encode(dtype, &elements), dtype)?;
+        let mut places: Vec<usize> = (0..16).map(|_| random.bits() as usize % n).collect();
+        places.extend([n - 1, n - 2, n / 2]);
+        for x in [-7.0, f32::NEG_INFINITY] {
+            for &at in &places {
+                let mut source = encode(dtype, &elements);
+                source[at * dtype.size()..][..dtype.size()].copy_from_slice(&encode_one(dtype, x));
+                kernels.check_largest(&source, dtype)?;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// What is wrong with the kernel of this name.
 fn try_entry(kernels: &Kernels, entry: &str) -> Result<(), String> {
-    if entry == "quantize_absmax" {
-        return try_absmax(kernels);
+    match entry {
+        "quantize_absmax" => return try_absmax(kernels),
+        "sum_figures" => return try_sums(kernels),
+        _ => {}
     }
     for dtype in DTYPES {
         if let Some(codebook) = CODEBOOKS.into_iter().find(|codebook| kernel_name(dtype, codebook) == entry) {
             return try_weights(kernels, dtype, codebook);
+        }
+        if largest_name(dtype) == entry {
+            return try_largest(kernels, dtype);
         }
         if let Some(kernel) = GroupKernel::ALL.into_iter().find(|kernel| kernel.name(dtype) == entry) {
             return try_groups(kernels, kernel, dtype);

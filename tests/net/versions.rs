@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::prequant;
-use crate::support::{Run, Tensor, contents, with_header};
+use crate::support::{Run, Tensor, contents, read_tensors, with_header};
 
 /// A checkpoint as 0.1.0 wrote it.
 fn converted_by_0_1_0(name: &str) -> PathBuf {
@@ -64,8 +64,7 @@ fn what_0_1_0_wrote_is_rewritten_with_other_experts() {
     for (name, other, experts) in [("nf4", "nf4-fused", "fuse"), ("nf4-fused", "nf4", "keep")] {
         let to = temporary.path().join(name);
         prequant("convert", &converted_by_0_1_0(name), &to, &["--experts", experts, "--device", "cpu"]).ok();
-        let [found, expected] =
-            [&to, &converted_by_0_1_0(other)].map(|folder| contents(folder)["model.safetensors"].clone());
+        let [found, expected] = [&to, &converted_by_0_1_0(other)].map(|folder| read_tensors(folder));
         assert!(found == expected, "{name}: not what 0.1.0 gave with --experts {experts}");
         let manifest: Value = serde_json::from_slice(&fs::read(to.join("prequant.json")).unwrap()).unwrap();
         assert_eq!((&manifest["schema_version"], &manifest["recipe"]["experts"]), (&2.into(), &experts.into()));

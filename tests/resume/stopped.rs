@@ -15,7 +15,7 @@ use prequant::internal::ops::verify::{Options as VerifyOptions, verify};
 use prequant::internal::store::{Fault, FaultyStore, LocalStore, Location};
 use prequant::{Conversion, Error, Manifest, Options, Progress, Recipe, RecipeOptions};
 use safetensors::tensor::Dtype;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::support::{Folder, Tensor, contents, file_names, serialize};
 
@@ -173,6 +173,23 @@ fn a_sealed_file_that_was_changed_is_made_again() {
     assert!(run.stderr.contains("from an earlier run"), "{}", run.stderr);
     assert!(run.stderr.contains(&format!("wrote {sealed}")), "{}", run.stderr);
     assert!(contents(&folder.destination()) == expected(false));
+}
+
+#[test]
+fn a_trace_tells_of_hashing_what_an_earlier_run_finished() {
+    let folder = stopped();
+    let ready = folder.destination().join(STAGING).join("ready");
+    let sealed = file_names(&ready).into_iter().find(|name| name.ends_with(".safetensors")).unwrap();
+    let len = fs::metadata(ready.join(&sealed)).unwrap().len();
+    let path = folder.beside("run.json");
+    folder.convert(&[&FLAGS[..], &["--trace", path.to_str().unwrap()]].concat()).ok();
+    let trace: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+    let events = trace["traceEvents"].as_array().unwrap();
+    let of_file = events.iter().filter(|event| event["args"]["file"] == sealed.as_str()).collect::<Vec<_>>();
+    assert_eq!(of_file.len(), 1, "{of_file:?}");
+    assert_eq!((&of_file[0]["name"], &of_file[0]["args"]["bytes"]), (&"hash".into(), &len.into()));
+    let name = events.iter().find(|event| event["ph"] == "M" && event["tid"] == of_file[0]["tid"]).unwrap();
+    assert!(name["args"]["name"].as_str().unwrap().starts_with("resume "), "{name}");
 }
 
 /// A record that was cut, or is of fewer tensors than the file has, proves nothing.

@@ -196,6 +196,34 @@ pub fn read_tensors(folder: &Path) -> BTreeMap<String, (String, Stored)> {
     tensors
 }
 
+/// Checks that a file of weights has its tensors one after the other, each where a reader that maps the file can take its
+/// elements as they are, and that the safetensors library would write the same names, dtypes, shapes and bytes.
+pub fn assert_well_formed(file: &[u8]) {
+    let (header_len, header) = SafeTensors::read_metadata(file).unwrap();
+    let mut tensors: Vec<_> = header.tensors().into_iter().collect();
+    tensors.sort_by_key(|(_, info)| info.data_offsets);
+    assert_eq!(header_len % 8, 0);
+    for (name, info) in &tensors {
+        let size = (info.dtype.bitsize() / 8).clamp(1, 8);
+        assert_eq!(info.data_offsets.0 % size, 0, "{name}: {info:?}");
+    }
+    let end = tensors.last().map_or(0, |(_, info)| info.data_offsets.1);
+    assert_eq!(8 + header_len + end, file.len());
+    let read = SafeTensors::deserialize(file).unwrap();
+    let tensors = read.iter().map(|(name, t)| Tensor::new(name, t.dtype(), t.shape(), t.data().to_vec()));
+    let rewritten = serialize(&tensors.collect::<Vec<_>>());
+    let rewritten = SafeTensors::deserialize(&rewritten).unwrap();
+    assert_eq!(rewritten.names().len(), read.names().len());
+    for (name, tensor) in read.iter() {
+        let other = rewritten.tensor(name).unwrap();
+        assert_eq!(
+            (tensor.dtype(), tensor.shape(), tensor.data()),
+            (other.dtype(), other.shape(), other.data()),
+            "{name}"
+        );
+    }
+}
+
 /// The tensors of a golden file in a folder of `fixtures`.
 pub fn goldens(folder: &str, file: &str) -> BTreeMap<String, Stored> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(folder).join(format!("{file}.safetensors"));

@@ -1,6 +1,7 @@
 //! The CUDA driver's objects as Rust values, freed when dropped. All unsafe calls into the driver are here.
 
 use std::ffi::{CStr, CString, c_void};
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::{Arc, OnceLock};
 
@@ -288,6 +289,26 @@ pub(crate) struct Launch<'a> {
     pub arguments: &'a [Argument],
 }
 
+/// Bytes for a device, and where they go.
+pub(crate) struct Upload<'a> {
+    /// In a [`PinnedBuffer`].
+    pub bytes: &'a [u8],
+    /// The device's buffer.
+    pub to: &'a mut DeviceBuffer,
+    /// Their place in it.
+    pub at: usize,
+}
+
+/// Bytes of a device that are wanted here.
+pub(crate) struct Download<'a> {
+    /// The device's buffer.
+    pub from: &'a DeviceBuffer,
+    /// A [`PinnedBuffer`]'s.
+    pub bytes: &'a mut [u8],
+    /// Where they lie, in both; empty if there is nothing more.
+    pub pieces: [Range<usize>; 2],
+}
+
 /// Work done by a GPU in order, beside other streams; and the event that tells of its end.
 #[derive(Debug)]
 pub(crate) struct Stream {
@@ -316,22 +337,26 @@ impl Stream {
         Ok(stream)
     }
 
-    /// Copies `source` to the device, runs a kernel, copies its results back to `results`, and waits for the end.
+    /// Copies `source` to the device, unless there is nothing of it; runs kernels one after the other, copies their results back, and
+    /// waits for the end.
     ///
     /// # Safety
-    /// The arguments must be what the kernel takes, and all it reads or writes must lie in buffers that live and that
+    /// The arguments must be what the kernels take, and all they read or write must lie in buffers that live and that
     /// nothing else uses meanwhile.
     pub(crate) unsafe fn run(
         &self,
-        source: (&[u8], &mut DeviceBuffer),
-        launch: &Launch<'_>,
-        results: (&DeviceBuffer, &mut [u8]),
+        source: Upload<'_>,
+        launches: &[Launch<'_>],
+        results: Download<'_>,
     ) -> Result<(), Fault> {
-        assert!(source.0.len() <= source.1.len() && results.1.len() <= results.0.len(), "copies past a buffer's end");
+        let room = results.from.len().min(results.bytes.len());
+        let fits = source.bytes.len() <= source.to.len().saturating_sub(source.at)
+            && results.pieces.iter().all(|piece| piece.end <= room);
+        assert!(fits, "copies past a buffer's end");
         self.context.make_current()?;
-        // SAFETY: both copies are within their buffers, which are borrowed until the work is waited for; the launch is
+        // SAFETY: all copies are within their buffers, which are borrowed until the work is waited for; the launches are
         // the caller's promise.
-        let started = unsafe { self.start(source.0, source.1.address, launch, results.0.address, results.1) };
+        let started = unsafe { self.start(&source, launches, results) };
         let started = started.map_err(|fault| self.context.first(fault));
         // Whatever has been started uses the buffers until it ends.
         // SAFETY: the stream lives.
@@ -339,14 +364,25 @@ impl Stream {
         started.and(ended)
     }
 
-    unsafe fn start(
-        &self,
-        source: &[u8],
-        to: sys::CUdeviceptr,
-        launch: &Launch<'_>,
-        from: sys::CUdeviceptr,
-        results: &mut [u8],
-    ) -> Result<(), Fault> {
+    unsafe fn start(&self, source: &Upload<'_>, launches: &[Launch<'_>], results: Download<'_>) -> Result<(), Fault> {
+        if !source.bytes.is_empty() {
+            let to = source.to.address + source.at as u64;
+            // SAFETY: promised by the callers.
+            unsafe { result::memcpy_htod_async(to, source.bytes, self.stream) }.in_call("cuMemcpyHtoDAsync")?;
+        }
+        for launch in launches {
+            // SAFETY: promised by the callers.
+            unsafe { self.launch(launch)? };
+        }
+        for piece in results.pieces.into_iter().filter(|piece| !piece.is_empty()) {
+            let (from, to) = (results.from.address + piece.start as u64, &mut results.bytes[piece]);
+            // SAFETY: promised by the callers.
+            unsafe { result::memcpy_dtoh_async(to, from, self.stream) }.in_call("cuMemcpyDtoHAsync")?;
+        }
+        Ok(())
+    }
+
+    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Fault> {
         let mut values = launch.arguments.to_vec();
         let pointer = |value: &mut Argument| match value {
             Argument::Address(x) => std::ptr::from_mut(x).cast::<c_void>(),
@@ -356,12 +392,9 @@ impl Stream {
         let mut pointers: Vec<*mut c_void> = values.iter_mut().map(pointer).collect();
         let (grid, threads) = ((launch.grid, 1, 1), (launch.threads, 1, 1));
         // SAFETY: promised by the callers; the driver copies the arguments before it returns.
-        unsafe {
-            result::memcpy_htod_async(to, source, self.stream).in_call("cuMemcpyHtoDAsync")?;
-            result::launch_kernel(launch.function.0, grid, threads, 0, self.stream, &mut pointers)
-                .in_call("cuLaunchKernel")?;
-            result::memcpy_dtoh_async(results, from, self.stream).in_call("cuMemcpyDtoHAsync")
-        }
+        let launched =
+            unsafe { result::launch_kernel(launch.function.0, grid, threads, 0, self.stream, &mut pointers) };
+        launched.in_call("cuLaunchKernel")
     }
 
     unsafe fn wait(&self) -> Result<(), Fault> {

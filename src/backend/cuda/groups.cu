@@ -326,3 +326,30 @@ template <Dtype D, Scheme S> __device__ __forceinline__ void quantize_rows(const
 KERNELS(BF16, bf16)
 KERNELS(F16, f16)
 KERNELS(F32, f32)
+
+// The largest magnitude among `rounds` times 8 elements, as an f32's bits: one for each thread block. `source` starts at a multiple of 16.
+template <Dtype D> __device__ __forceinline__ void find_largest(const u8* source, u32 rounds, u32* largest) {
+    __shared__ u32 warp_largest[THREADS / 32];
+    Largest mine = {0, 0};
+    for (u32 i = blockIdx.x * THREADS + threadIdx.x; i < rounds; i += gridDim.x * THREADS)
+        take_in<D>(mine, load<D>(source + size_t(i) * ROUND * (D == F32 ? 4 : 2)));
+    u32 bits = magnitude<D>(mine);
+#pragma unroll
+    for (u32 step = 16; step > 0; step /= 2) bits = max(bits, __shfl_xor_sync(FULL_MASK, bits, step));
+    if (threadIdx.x % 32 == 0) warp_largest[threadIdx.x / 32] = bits;
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+#pragma unroll
+    for (u32 warp = 1; warp < THREADS / 32; warp++) bits = max(bits, warp_largest[warp]);
+    largest[blockIdx.x] = bits;
+}
+
+#define LARGEST(dtype, name)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                                   \
+    largest_##name(const u8* __restrict__ source, u32 rounds, u32* __restrict__ largest) {                                 \
+        find_largest<dtype>(source, rounds, largest);                                                                      \
+    }
+
+LARGEST(BF16, bf16)
+LARGEST(F16, f16)
+LARGEST(F32, f32)

@@ -110,9 +110,20 @@ pub fn tensor_factor(coding: Coding) -> f32 {
     }
 }
 
+/// The name of the kernel that finds the largest magnitude.
+pub fn largest_name(dtype: FloatDtype) -> String {
+    format!("largest_{}", dtype_name(dtype))
+}
+
+/// Thread blocks to launch for it, for so many times 8 elements: few enough that what they find is little to bring back.
+pub fn largest_thread_blocks(rounds: usize) -> u32 {
+    (rounds.div_ceil(8 * THREADS as usize)).clamp(1, 1024) as u32
+}
+
 /// The module of groups.cu on a GPU.
 pub(super) struct GroupModule {
     functions: Vec<[Function; 3]>,
+    largest: [Function; 3],
     _module: Module,
 }
 
@@ -120,11 +131,18 @@ impl GroupModule {
     /// Has the driver compile it.
     pub(crate) fn load(context: &Arc<Context>) -> Result<GroupModule, Fault> {
         let module = Module::load(context, &CString::new(GROUPS_PTX).unwrap_or_default())?;
-        let functions = GroupKernel::ALL.iter().map(|kernel| {
-            let function = |dtype| module.function(&kernel.name(dtype));
+        let of_dtypes = |name: &dyn Fn(FloatDtype) -> String| -> Result<[Function; 3], Fault> {
+            let function = |dtype| module.function(&name(dtype));
             Ok([function(FloatDtype::Bfloat16)?, function(FloatDtype::Float16)?, function(FloatDtype::Float32)?])
-        });
-        Ok(GroupModule { functions: functions.collect::<Result<_, Fault>>()?, _module: module })
+        };
+        let functions = GroupKernel::ALL.iter().map(|kernel| of_dtypes(&|dtype| kernel.name(dtype)));
+        let functions = functions.collect::<Result<_, Fault>>()?;
+        Ok(GroupModule { functions, largest: of_dtypes(&largest_name)?, _module: module })
+    }
+
+    /// The kernel that finds the largest magnitude.
+    pub(crate) fn largest(&self, dtype: FloatDtype) -> Function {
+        super::of_dtype(&self.largest, dtype)
     }
 
     pub(crate) fn function(&self, kernel: GroupKernel, dtype: FloatDtype) -> Function {

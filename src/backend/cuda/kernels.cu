@@ -246,3 +246,37 @@ quantize_absmax(const float* __restrict__ absmax, u32 count, float offset, const
     if (i < count) codes[i] = u8(code);
     if (threadIdx.x == 0) nested_absmax[blockIdx.x] = most;
 }
+
+// Blocks or groups whose figures are summed together.
+#define SUMMED 16
+
+// Sums the figures of 16 blocks, or of 16 groups, in their order, one thread for each 16: what the statistics add up, operation by
+// operation (src/stats/mod.rs). `sums` are all signals, then all noises and the worst errors, in units of the weights. `zeros` counts
+// blocks of zeros; 255 says that an absmax is NaN. Blocks with an absmax that isn't finite count nowhere.
+extern "C" __global__ void __launch_bounds__(THREADS)
+sum_figures(const float* __restrict__ absmax, const float* __restrict__ signal, const float* __restrict__ noise,
+            const float* __restrict__ worst, u32 blocks, double* __restrict__ sums, u8* __restrict__ zeros) {
+    const u32 mine = blockIdx.x * THREADS + threadIdx.x, count = (blocks + SUMMED - 1) / SUMMED;
+    if (mine >= count) return;
+    const u32 end = min(mine * SUMMED + SUMMED, blocks);
+    double signals = 0.0, noises = 0.0, most = 0.0;
+    u32 zero = 0;
+    bool has_nan = false;
+#pragma unroll 1
+    for (u32 i = mine * SUMMED; i < end; i++) {
+        const float scale = absmax[i], squares = signal[i], errors = noise[i], largest = worst[i];
+        has_nan |= isnan(scale);
+        if (!(scale < __uint_as_float(0x7f800000))) continue;
+        // Exact: the product of two f32.
+        const double square = __dmul_rn(double(scale), double(scale));
+        signals = __dadd_rn(signals, __dmul_rn(square, double(squares)));
+        noises = __dadd_rn(noises, __dmul_rn(square, double(errors)));
+        const double error = __dmul_rn(double(scale), double(largest));
+        most = error > most ? error : most;
+        zero += squares == 0.0f;
+    }
+    sums[mine] = signals;
+    sums[count + mine] = noises;
+    sums[2 * size_t(count) + mine] = most;
+    zeros[mine] = has_nan ? 255 : u8(zero);
+}

@@ -6,6 +6,7 @@
 
 mod driver;
 mod groups;
+mod results;
 mod slot;
 mod tables;
 
@@ -13,7 +14,7 @@ use std::ffi::CString;
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 
-pub use groups::{GROUPS_PTX, GroupKernel, tensor_factor};
+pub use groups::{GROUPS_PTX, GroupKernel, largest_name, largest_thread_blocks, tensor_factor};
 use slot::{Slot, SlotSize};
 pub use tables::{codebook_table, dynamic_map_table};
 
@@ -21,6 +22,7 @@ use super::{Backend, Devices, Kind, Lane, LaneSize};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Result};
 use crate::format::{Codebook, Codec, Scales, fp4, nf4};
+use crate::kernel::SUMMED;
 use driver::{Context, DeviceBuffer, Fault, Function, Module};
 use groups::GroupModule;
 
@@ -38,6 +40,11 @@ const BLOCKS_AT_A_TIME: u32 = 64;
 pub fn thread_blocks(blocks: usize) -> u32 {
     let all = u32::try_from(blocks).unwrap_or(u32::MAX).div_ceil(BLOCKS_AT_A_TIME);
     all.min((all / 16).max(1024))
+}
+
+/// Thread blocks to launch for summing the figures of so many blocks or groups.
+pub fn sum_thread_blocks(blocks: usize) -> u32 {
+    blocks.div_ceil(SUMMED).div_ceil(THREADS as usize) as u32
 }
 
 /// GPUs, named `cuda:N`.
@@ -146,6 +153,7 @@ struct Gpu {
     version: i32,
     functions: [[Function; 3]; 2],
     absmax: Function,
+    sum: Function,
     nf4: DeviceBuffer,
     fp4: DeviceBuffer,
     dynamic_map: DeviceBuffer,
@@ -271,6 +279,7 @@ impl Gpu {
             version,
             functions: [of_format("nf4")?, of_format("fp4")?],
             absmax: module.function("quantize_absmax")?,
+            sum: module.function("sum_figures")?,
             nf4: table(&nf4::CODEBOOK)?,
             fp4: table(&fp4::CODEBOOK)?,
             dynamic_map: DeviceBuffer::with_words(&context, &dynamic_map_table())?,
@@ -306,6 +315,10 @@ impl Gpu {
 
     fn absmax_function(&self) -> Function {
         self.absmax
+    }
+
+    fn sum_function(&self) -> Function {
+        self.sum
     }
 
     fn table(&self, kernel: BlockKernel) -> &DeviceBuffer {

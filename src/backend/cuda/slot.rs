@@ -1,79 +1,56 @@
 //! A lane on a GPU: pinned buffers here, buffers there, and a stream between them.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use crate::backend::cuda::driver::{Argument, DeviceBuffer, Fault, Launch, PinnedBuffer, Stream};
-use crate::backend::cuda::groups::{GroupKernel, tensor_factor};
-use crate::backend::cuda::{BlockKernel, Gpu, THREADS, thread_blocks};
-use crate::backend::{self, Encoded, Lane, LaneSize, Run, row_len};
+use crate::backend::cuda::driver::{Argument, DeviceBuffer, Download, Fault, Launch, PinnedBuffer, Stream, Upload};
+use crate::backend::cuda::groups::{GroupKernel, largest_thread_blocks, tensor_factor};
+use crate::backend::cuda::results::{Results, nested_len};
+use crate::backend::cuda::{BlockKernel, Gpu, THREADS, sum_thread_blocks, thread_blocks};
+use crate::backend::{self, Encoded, Lane, LaneSize, Run};
 use crate::dtype::FloatDtype;
-use crate::format::{BlockSize, Coding, NESTED_BLOCK_SIZE, Scales};
-use crate::kernel::BlockErrors;
+use crate::format::{BlockSize, NESTED_BLOCK_SIZE, Scales};
+use crate::kernel::decode::scale_values;
+use crate::kernel::{ErrorSums, Figures};
 
-/// Bytes of a slot's buffers, on the device and here alike.
+/// Elements that the kernels for the largest magnitude take at once.
+const ROUND: usize = 8;
+
+/// Where runs must start for the kernels' loads.
+const ALIGNMENT: usize = 16;
+
+/// Bytes of a slot's buffers.
 #[derive(Clone, Copy)]
 pub(super) struct SlotSize {
+    /// On the device and here.
     source: usize,
+    /// On the device and here.
     results: usize,
+    /// On the device: figures of each block, before they are summed.
+    figures: usize,
+    /// Groups whose scales are decoded here.
+    groups: usize,
 }
 
 impl From<&LaneSize> for SlotSize {
     fn from(size: &LaneSize) -> SlotSize {
-        let results = size.packed + size.groups * (4 * size_of::<f32>() + size.group_len);
+        let is_blocks = size.group_len == 0;
+        // Blocks' absmax are results, as they are stored.
+        let (group_len, figures) = if is_blocks { (size_of::<f32>(), 3) } else { (size.group_len, 4) };
+        let results = Results::room(size.packed, size.groups, group_len);
         SlotSize {
             source: size.source.max(size.absmax * size_of::<f32>()),
             results: results.max(nested_len(size.absmax)),
+            figures: size.groups * figures * size_of::<f32>(),
+            groups: if is_blocks { 0 } else { size.groups },
         }
     }
 }
 
 impl SlotSize {
-    /// Bytes on the device, which are as many as here.
+    /// Bytes on the device; here it is no more.
     pub(crate) fn total(self) -> u64 {
-        (self.source + self.results) as u64
-    }
-}
-
-/// Four figures per block, then the codes: what a `quantize_*` kernel leaves behind. The codes start at a multiple of 16.
-fn results_len(elements: usize, blocks: usize) -> usize {
-    blocks * 4 * size_of::<f32>() + elements.div_ceil(2)
-}
-
-/// One f32 for each nested block, then the codes: what `quantize_absmax` leaves behind.
-fn nested_len(count: usize) -> usize {
-    count.div_ceil(NESTED_BLOCK_SIZE) * size_of::<f32>() + count
-}
-
-/// Where the results of a kernel for groups lie, one after the other: four figures per group, codes, scales, zero points.
-/// All but zero points start at multiples of 4.
-struct GroupResults {
-    groups: usize,
-    packed: usize,
-    scales: usize,
-    zero_points: usize,
-}
-
-impl GroupResults {
-    fn new(elements: usize, dtype: FloatDtype, columns: usize, coding: Coding) -> GroupResults {
-        let group = coding.group;
-        let rows = elements / columns;
-        assert_eq!(elements, rows * columns, "not whole rows");
-        assert!(columns.is_multiple_of(group), "group: divides columns");
-        let groups = elements / group;
-        GroupResults {
-            groups,
-            packed: rows * coding.packed_row(columns),
-            scales: groups * coding.scale_size(dtype),
-            zero_points: if coding.has_zero_points() { groups } else { 0 },
-        }
-    }
-
-    fn figures(&self) -> usize {
-        self.groups * 4 * size_of::<f32>()
-    }
-
-    fn len(&self) -> usize {
-        self.figures() + self.packed + self.scales + self.zero_points
+        (self.source + self.results + self.figures) as u64
     }
 }
 
@@ -85,6 +62,11 @@ pub(crate) struct Slot {
     results: PinnedBuffer,
     device_source: DeviceBuffer,
     device_results: DeviceBuffer,
+    device_figures: DeviceBuffer,
+    /// What of `source` the device has.
+    uploaded: Range<usize>,
+    /// The scales of groups, decoded.
+    scale_values: Vec<f32>,
     gpu: Arc<Gpu>,
 }
 
@@ -97,6 +79,9 @@ impl Slot {
             results: PinnedBuffer::new(&gpu.context, size.results)?,
             device_source: DeviceBuffer::new(&gpu.context, size.source)?,
             device_results: DeviceBuffer::new(&gpu.context, size.results)?,
+            device_figures: DeviceBuffer::new(&gpu.context, size.figures.max(1))?,
+            uploaded: 0..0,
+            scale_values: vec![0.0; size.groups],
             gpu: gpu.clone(),
         })
     }
@@ -108,70 +93,143 @@ impl Slot {
         kernel: BlockKernel,
         block_size: BlockSize,
     ) -> Result<Option<Encoded<'_>>, Fault> {
-        let (elements, blocks) = (run.elements(), run.groups());
-        let results = self.device_results.address();
-        let figure = |i: usize| Argument::Address(results + (i * blocks * size_of::<f32>()) as u64);
-        let launch = Launch {
+        let len = Results::new(run);
+        let (results, figures) = (self.device_results.address(), self.device_figures.address());
+        let figure = |i: usize| figures + (i * len.groups * size_of::<f32>()) as u64;
+        let absmax = results + len.scales_at() as u64;
+        let quantize = Launch {
             function: self.gpu.quantize_function(kernel, run.dtype),
-            grid: thread_blocks(blocks),
+            grid: thread_blocks(len.groups),
             threads: THREADS,
             arguments: &[
-                Argument::Address(self.device_source.address()),
-                Argument::U32(elements as u32),
+                Argument::Address(self.device_source.address() + run.place.start as u64),
+                Argument::U32(run.elements() as u32),
                 Argument::U32(block_size.get() as u32),
                 Argument::Address(self.gpu.table(kernel).address()),
-                figure(4),
-                figure(0),
-                figure(1),
-                figure(2),
-                figure(3),
+                Argument::Address(results),
+                Argument::Address(absmax),
+                Argument::Address(figure(0)),
+                Argument::Address(figure(1)),
+                Argument::Address(figure(2)),
             ],
         };
-        let source = &self.source.bytes()[run.place.clone()];
-        let bytes = &mut self.results.bytes()[..results_len(elements, blocks)];
         // SAFETY: these are the parameters in kernels.cu. The kernel reads `elements` elements of the source and the
-        // table; it writes four figures per block and then the codes, which together are as long as `bytes`.
-        unsafe { self.stream.run((source, &mut self.device_source), &launch, (&self.device_results, bytes))? };
-        let (figures, packed) = bytes.split_at_mut(blocks * 4 * size_of::<f32>());
-        let figures = as_figures(figures);
-        let finite = figures.absmax.iter().all(|absmax| absmax.is_finite());
-        Ok(finite.then_some(Encoded { packed, scales: &[], zero_points: &[], figures }))
+        // table; it writes codes and absmax, as `Results` has them, and three figures per block.
+        unsafe { self.quantize_and_sum(run, quantize, [absmax, figure(0), figure(1), figure(2)])? };
+        let (packed, scales, zero_points, errors) = parts(self.results.bytes(), len);
+        debug_assert!(zero_points.is_empty());
+        let absmax = as_numbers::<f32>(scales);
+        let is_finite = absmax.iter().all(|absmax| absmax.is_finite());
+        let figures = Figures::Sums { absmax, errors };
+        Ok(is_finite.then_some(Encoded { packed, scales: &[], zero_points: &[], figures }))
     }
 
-    /// Quantizes groups of weights. A group with a NaN or an infinity gets NaN for an absmax, and its other results mean
-    /// nothing; an infinite absmax is a scale that overflowed.
+    /// Quantizes groups of weights. A group with a NaN or an infinity shows in the counts, and its other results mean
+    /// nothing; an infinite scale is one that overflowed.
     fn groups(&mut self, run: &Run<'_>, kernel: GroupKernel) -> Result<Option<Encoded<'_>>, Fault> {
-        let (columns, coding) = (row_len(run.codec, run.columns), run.coding());
-        let len = GroupResults::new(run.elements(), run.dtype, columns, coding);
-        let figures = self.device_results.address();
-        let packed = figures + len.figures() as u64;
-        let scales = packed + len.packed as u64;
-        let launch = Launch {
-            function: self.gpu.groups()?.function(kernel, run.dtype),
+        let (len, coding) = (Results::new(run), run.coding());
+        let (results, figures) = (self.device_results.address(), self.device_figures.address());
+        let figure = |i: usize| figures + (i * len.groups * size_of::<f32>()) as u64;
+        let gpu = self.gpu.clone();
+        let quantize = Launch {
+            function: gpu.groups()?.function(kernel, run.dtype),
             grid: kernel.thread_blocks(len.groups),
             threads: THREADS,
             arguments: &[
-                Argument::Address(self.device_source.address()),
+                Argument::Address(self.device_source.address() + run.place.start as u64),
                 Argument::U32(len.groups as u32),
                 Argument::U32(coding.group as u32),
                 Argument::F32(tensor_factor(coding)),
-                Argument::Address(packed),
-                Argument::Address(scales),
-                Argument::Address(scales + len.scales as u64),
+                Argument::Address(results),
+                Argument::Address(results + len.scales_at() as u64),
+                Argument::Address(results + len.zero_points_at() as u64),
                 Argument::Address(figures),
             ],
         };
-        let source = &self.source.bytes()[run.place.clone()];
-        let bytes = &mut self.results.bytes()[..len.len()];
-        // SAFETY: these are the parameters in groups.cu. The kernel reads `groups` groups of the source; it writes what
-        // `GroupResults` says, which together is as long as `bytes`.
-        unsafe { self.stream.run((source, &mut self.device_source), &launch, (&self.device_results, bytes))? };
-        let (figures, rest) = bytes.split_at_mut(len.figures());
-        let (packed, rest) = rest.split_at(len.packed);
-        let (scales, zero_points) = rest.split_at(len.scales);
-        let figures = as_figures(figures);
-        let finite = !figures.absmax.iter().any(|absmax| absmax.is_nan());
-        Ok(finite.then_some(Encoded { packed, scales, zero_points, figures }))
+        // SAFETY: these are the parameters in groups.cu. The kernel reads `groups` groups of the source; it writes codes,
+        // scales and zero points, as `Results` has them, and four figures per group.
+        unsafe { self.quantize_and_sum(run, quantize, [0, 1, 2, 3].map(figure))? };
+        let (packed, scales, zero_points, errors) = parts(self.results.bytes(), len);
+        let absmax = &mut self.scale_values[..len.groups];
+        scale_values(coding, run.dtype, scales, absmax);
+        let is_finite = !errors.zeros.contains(&NAN_SEEN);
+        let figures = Figures::Sums { absmax, errors };
+        Ok(is_finite.then_some(Encoded { packed, scales, zero_points, figures }))
+    }
+
+    /// Has a run quantized, and its figures, at these addresses, summed.
+    ///
+    /// # Safety
+    /// The launch must be sound, and leave [`Results`] but for the sums and counts, and one figure per block or group at each address.
+    unsafe fn quantize_and_sum(&mut self, run: &Run<'_>, quantize: Launch<'_>, figures: [u64; 4]) -> Result<(), Fault> {
+        let len = Results::new(run);
+        let results = self.device_results.address();
+        let [absmax, signal, noise, worst] = figures.map(Argument::Address);
+        let sum = Launch {
+            function: self.gpu.sum_function(),
+            grid: sum_thread_blocks(len.groups),
+            threads: THREADS,
+            arguments: &[
+                absmax,
+                signal,
+                noise,
+                worst,
+                Argument::U32(len.groups as u32),
+                Argument::Address(results + len.sums_at() as u64),
+                Argument::Address(results + len.zeros_at() as u64),
+            ],
+        };
+        // SAFETY: of the first launch the caller's promise; of the second, these are the parameters in kernels.cu: it reads what the
+        // first has left, and writes sums and counts, as `Results` has them.
+        unsafe { self.run(run.place.clone(), &[quantize, sum], len.pieces()) }
+    }
+
+    /// Runs kernels on what is at `place` in the source, which the device gets unless it has it. Brings back these pieces of the results.
+    ///
+    /// # Safety
+    /// As [`Stream::run`].
+    unsafe fn run(
+        &mut self,
+        place: Range<usize>,
+        launches: &[Launch<'_>],
+        pieces: [Range<usize>; 2],
+    ) -> Result<(), Fault> {
+        assert!(place.start.is_multiple_of(ALIGNMENT), "weights start at a multiple of 16 bytes");
+        let is_there = self.uploaded.start <= place.start && place.end <= self.uploaded.end;
+        let missing = if is_there { place.end..place.end } else { place.clone() };
+        let at = missing.start;
+        let upload = Upload { bytes: &self.source.bytes()[missing], to: &mut self.device_source, at };
+        let download = Download { from: &self.device_results, bytes: self.results.bytes(), pieces };
+        // SAFETY: the caller's promise.
+        unsafe { self.stream.run(upload, launches, download)? };
+        if !is_there {
+            let follows = self.uploaded.end == place.start;
+            self.uploaded = if follows { self.uploaded.start..place.end } else { place };
+        }
+        Ok(())
+    }
+
+    fn largest(&mut self, place: Range<usize>, dtype: FloatDtype) -> Result<Option<f32>, Fault> {
+        let rounds = place.len() / (ROUND * dtype.size());
+        assert_eq!(rounds * ROUND * dtype.size(), place.len(), "not whole rounds");
+        let grid = largest_thread_blocks(rounds);
+        let gpu = self.gpu.clone();
+        let launch = Launch {
+            function: gpu.groups()?.largest(dtype),
+            grid,
+            threads: THREADS,
+            arguments: &[
+                Argument::Address(self.device_source.address() + place.start as u64),
+                Argument::U32(rounds as u32),
+                Argument::Address(self.device_results.address()),
+            ],
+        };
+        let results = grid as usize * size_of::<u32>();
+        // SAFETY: these are the parameters in groups.cu. The kernel reads `rounds` times 8 elements of the source, and writes one
+        // word for each thread block.
+        unsafe { self.run(place, &[launch], [0..results, 0..0])? };
+        let bits = as_numbers::<u32>(&self.results.bytes()[..results]).iter().copied().max().unwrap_or(0);
+        Ok(Some(f32::from_bits(bits)).filter(|absmax| absmax.is_finite()))
     }
 
     fn absmax(&mut self, absmax: &[f32], offset: f32) -> Result<(&[u8], &[f32]), Fault> {
@@ -180,6 +238,7 @@ impl Slot {
         for (bytes, x) in source.chunks_exact_mut(4).zip(absmax) {
             bytes.copy_from_slice(&x.to_ne_bytes());
         }
+        self.uploaded = 0..0;
         let results = self.device_results.address();
         let launch = Launch {
             function: self.gpu.absmax_function(),
@@ -194,18 +253,24 @@ impl Slot {
                 Argument::Address(results),
             ],
         };
-        let bytes = &mut self.results.bytes()[..nested_len(absmax.len())];
         // SAFETY: these are the parameters in kernels.cu. The kernel reads the absmax and the midpoints; it writes one f32
-        // a nested block and then the codes, which together are as long as `bytes`.
-        unsafe { self.stream.run((source, &mut self.device_source), &launch, (&self.device_results, bytes))? };
-        let (nested_absmax, codes) = bytes.split_at_mut(blocks * size_of::<f32>());
-        Ok((codes, as_floats(nested_absmax)))
+        // a nested block and then the codes, which together are as long as what is brought back.
+        unsafe { self.run(0..size_of_val(absmax), &[launch], [0..nested_len(absmax.len()), 0..0])? };
+        let bytes = &self.results.bytes()[..nested_len(absmax.len())];
+        let (nested_absmax, codes) = bytes.split_at(blocks * size_of::<f32>());
+        Ok((codes, as_numbers(nested_absmax)))
     }
 }
 
 impl Lane for Slot {
     fn source(&mut self, len: usize) -> &mut [u8] {
+        self.uploaded = 0..0;
         &mut self.source.bytes()[..len]
+    }
+
+    fn absmax(&mut self, place: Range<usize>, dtype: FloatDtype) -> Result<Option<f32>, backend::Fault> {
+        let gpu = self.gpu.clone();
+        self.largest(place, dtype).map_err(|fault| gpu.fault(fault))
     }
 
     fn quantize(&mut self, run: &Run<'_>) -> Result<Option<Encoded<'_>>, backend::Fault> {
@@ -230,45 +295,59 @@ impl Lane for Slot {
     }
 }
 
-/// Four figures per block or group, each figure's one after the other.
-fn as_figures(bytes: &mut [u8]) -> BlockErrors<'_> {
-    let floats = as_floats(bytes);
-    let count = floats.len() / 4;
-    let (absmax, rest) = floats.split_at_mut(count);
-    let (signal, rest) = rest.split_at_mut(count);
-    let (noise, worst) = rest.split_at_mut(count);
-    BlockErrors { absmax, signal, noise, worst }
+/// In place of a count of blocks of zeros: one of the blocks holds a NaN, or what a kernel marks so.
+const NAN_SEEN: u8 = 255;
+
+/// Codes, scales, zero points and sums.
+fn parts(bytes: &[u8], len: Results) -> (&[u8], &[u8], &[u8], ErrorSums<'_>) {
+    let sums = as_numbers::<f64>(&bytes[len.sums_at()..len.scales_at()]);
+    let (signal, rest) = sums.split_at(len.summed());
+    let (noise, worst) = rest.split_at(len.summed());
+    let zeros = &bytes[len.zeros_at()..len.len()];
+    let scales = &bytes[len.scales_at()..len.zero_points_at()];
+    let zero_points = &bytes[len.zero_points_at()..len.zeros_at()];
+    (&bytes[..len.packed], scales, zero_points, ErrorSums { signal, noise, worst, zeros })
 }
 
-/// Whole f32 at a multiple of 4, as the start of pinned memory is.
-fn as_floats(bytes: &mut [u8]) -> &mut [f32] {
-    // SAFETY: any bits are an f32; what doesn't fit the alignment is left out, and checked to be nothing.
-    let (before, floats, after) = unsafe { bytes.align_to_mut::<f32>() };
-    assert!(before.is_empty() && after.is_empty(), "pinned memory starts at a page");
-    floats
+/// Numbers that any bits are.
+trait Number: Copy {}
+
+impl Number for u32 {}
+impl Number for f32 {}
+impl Number for f64 {}
+
+/// Whole numbers of a kind, at a multiple of their size: pinned memory starts at a page.
+fn as_numbers<T: Number>(bytes: &[u8]) -> &[T] {
+    // SAFETY: any bits are such a number; what doesn't fit the alignment is left out, and checked to be nothing.
+    let (before, numbers, after) = unsafe { bytes.align_to::<T>() };
+    assert!(before.is_empty() && after.is_empty(), "results lie at multiples of their size");
+    numbers
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::{ElementCode, Highest, ScaleCode};
+    use crate::format::{CodecOptions, FORMATS, GroupSize};
 
     #[test]
-    fn a_slot_for_groups_has_room_for_every_coding() {
-        let floats = [ScaleCode::E4m3, ScaleCode::E8m0(Highest::Infinite)].map(|scale| (ElementCode::E2m1, scale));
-        let integers = [true, false].map(|zero_point| (ElementCode::Int { zero_point }, ScaleCode::SourceFloat));
-        let rows = (1..40).flat_map(|columns| integers.map(|codes| (columns, columns, codes)));
-        let groups = floats.into_iter().chain(integers).map(|codes| (64, 16, codes));
-        for (columns, group, (element, scale)) in rows.chain(groups) {
-            let coding = Coding::new(element, scale, group);
-            for dtype in [FloatDtype::Bfloat16, FloatDtype::Float32] {
-                let elements = 3 * columns;
-                let packed = 3 * coding.packed_row(columns);
-                let group_len = coding.scale_size(dtype) + 1;
-                let (source, groups) = (elements * dtype.size(), elements / group);
-                let size = SlotSize::from(&LaneSize { source, packed, groups, group_len, absmax: 0 });
-                let needed = GroupResults::new(elements, dtype, columns, coding).len();
-                assert!(needed <= size.results, "{columns} {coding:?}: {needed} of {}", size.results);
+    fn a_slot_has_room_for_every_format() {
+        for format in FORMATS {
+            for columns in (32usize..70).chain([96, 128, 640]) {
+                for group_size in [GroupSize::Channel, GroupSize::default()] {
+                    let codec = format.codec(CodecOptions { group_size, ..CodecOptions::default() });
+                    if !codec.is_blocks() && !columns.is_multiple_of(codec.block_len(columns as u64) as usize) {
+                        continue;
+                    }
+                    for dtype in [FloatDtype::Bfloat16, FloatDtype::Float32] {
+                        let place = 0..3 * columns * dtype.size();
+                        let run = Run { codec: &codec, dtype, columns: columns as u64, tensor_scale: None, place };
+                        let (packed, groups) = (run.packed_len(), run.groups());
+                        let group_len = if codec.is_blocks() { 0 } else { dtype.size() + 1 };
+                        let size = LaneSize { source: run.place.len(), packed, groups, group_len, absmax: 0 };
+                        let (needed, room) = (Results::new(&run).len(), SlotSize::from(&size).results);
+                        assert!(needed <= room, "{} {columns}: {needed} of {room}", format.name);
+                    }
+                }
             }
         }
     }

@@ -30,6 +30,7 @@ use std::ops::Range;
 
 use nibbles::{LookUp, OneByOne};
 use scale::Scales;
+pub(crate) use scale::scale_values;
 
 use super::{Isa, Kernel};
 use crate::dtype::FloatDtype;

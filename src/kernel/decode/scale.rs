@@ -39,3 +39,18 @@ impl Scales<'_> {
         self.coding.scale == ScaleCode::E8m0(Highest::Finite) && self.bytes[i] == 255
     }
 }
+
+/// What decoding multiplies by in each group, of scales as they are stored.
+///
+/// # Panics
+/// When `values` has another length than there are groups.
+pub(crate) fn scale_values(coding: Coding, dtype: FloatDtype, bytes: &[u8], values: &mut [f32]) {
+    assert_eq!(bytes.len(), values.len() * coding.scale_size(dtype), "scales: length");
+    let of = |bytes: &[u8], i| Scales { coding, dtype, bytes }.of(i);
+    if coding.scale_size(dtype) > 1 {
+        values.iter_mut().enumerate().for_each(|(i, value)| *value = of(bytes, i));
+        return;
+    }
+    let table: [f32; 256] = std::array::from_fn(|byte| of(&[byte as u8], 0));
+    values.iter_mut().zip(bytes).for_each(|(value, &byte)| *value = table[usize::from(byte)]);
+}

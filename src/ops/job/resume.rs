@@ -4,10 +4,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-use crate::checkpoint::Staging;
+use crate::checkpoint::{Source, Staging};
 use crate::error::{Error, IoContext, Result};
 use crate::ops::job::journal;
-use crate::pipeline::{ExecutionContext, FileOutcome, TensorOutcome};
+use crate::pipeline::{ExecutionContext, FileOutcome, Span, Subject, TensorOutcome, ThreadTrace};
 use crate::plan::{Plan, PlannedTensor};
 use crate::store::hash_range;
 
@@ -17,6 +17,7 @@ const BUFFER: usize = 1 << 20;
 /// The outcome of each of the plan's files that an earlier run sealed and that still is what it was then, by its hash.
 pub(crate) fn sealed_files(
     staging: &Staging,
+    source: &Source,
     plan: &Plan,
     context: ExecutionContext<'_>,
 ) -> Result<Vec<Option<FileOutcome>>> {
@@ -29,10 +30,13 @@ pub(crate) fn sealed_files(
     let next = AtomicUsize::new(0);
     let check = || -> Result<()> {
         let mut buffer = vec![0; BUFFER];
+        let trace = ThreadTrace::new(context.trace, "resume", source, plan);
         while let Some(i) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&i| i < noted.len()) {
-            if let Some(outcome) = &noted[i]
-                && is_unchanged(staging, plan, i, outcome, context, &mut buffer)?
-            {
+            let Some(outcome) = &noted[i] else { continue };
+            let begin = trace.begin();
+            let unchanged = is_unchanged(staging, plan, i, outcome, context, &mut buffer);
+            trace.end(begin, Span::Hash, Subject::Output(i), plan.files[i].len);
+            if unchanged? {
                 trusted.lock().unwrap_or_else(PoisonError::into_inner)[i] = Some(outcome.clone());
             }
         }

@@ -48,6 +48,10 @@ impl Output for OutputFile {
         OutputFile::write_at(self, bytes, offset)
     }
 
+    fn write_back(&self, offset: u64, len: u64) {
+        OutputFile::write_back(self, offset, len);
+    }
+
     fn sync(&self) -> Result<()> {
         OutputFile::sync(self)
     }

@@ -154,7 +154,7 @@ impl Job<'_> {
         let others = [model_card::NAME, CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, SUMS_NAME];
         staging.check_names(names.into_iter().chain(others))?;
         match resumed {
-            true => resume::sealed_files(staging, plan, context),
+            true => resume::sealed_files(staging, source, plan, context),
             false => Ok(vec![None; plan.files.len()]),
         }
     }

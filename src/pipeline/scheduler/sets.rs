@@ -23,15 +23,17 @@ impl Scheduler<'_> {
         self.context.budget.lanes.is_none() && elements <= self.context.budget.chunk_elements as u64
     }
 
-    /// All tensors of a set that aren't written yet.
-    pub(super) fn take_set(&self, state: &mut State, set: usize) -> Task {
+    /// All tensors of a set that aren't written yet; it is the turn of `file`.
+    pub(super) fn take_set(&self, state: &mut State, file: usize, set: usize) -> Task {
         let tensors = self.plan.scale_sets[set].iter().copied();
         let tensors: Vec<usize> = tensors.filter(|&tensor| !state.files[self.file_of[tensor]].was_sealed).collect();
         for &tensor in &tensors {
             state.open.insert(tensor, OpenTensor { tasks_left: 1, ..OpenTensor::default() });
         }
         state.taken.extend(tensors.iter().copied());
-        Task::Set { set, tensors }
+        // Other files that are at one of them have nothing to do with it any more.
+        tensors.iter().for_each(|&tensor| self.skip_taken(state, self.file_of[tensor]));
+        Task::Set { file, set, tensors }
     }
 
     /// The scale that a set's tensors share, if all of them are measured. Has that done otherwise, and for the next that is
@@ -62,7 +64,7 @@ impl Scheduler<'_> {
         }
         state.sets.insert(set, ScaleSet { tasks_left: tasks.len(), absmax: 0.0 });
         state.ready.append(&mut tasks);
-        self.changed.notify_all();
+        self.tell();
     }
 
     /// Takes the largest magnitude in a run of a tensor.
@@ -71,6 +73,5 @@ impl Scheduler<'_> {
             set.absmax = set.absmax.max(absmax);
             set.tasks_left -= 1;
         }
-        self.changed.notify_all();
     }
 }

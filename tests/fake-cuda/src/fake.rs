@@ -52,6 +52,9 @@ pub struct Fake {
     /// Pinned memory: length by address.
     pinned: BTreeMap<usize, usize>,
     launches: BTreeMap<String, u64>,
+    /// Bytes that were copied asynchronously.
+    to_device: usize,
+    to_host: usize,
 }
 
 #[derive(Default)]
@@ -121,6 +124,8 @@ impl Fake {
             functions: Vec::new(),
             pinned: BTreeMap::new(),
             launches: BTreeMap::new(),
+            to_device: 0,
+            to_host: 0,
         }
     }
 
@@ -168,6 +173,7 @@ impl Fake {
         let open = self.streams.iter().flatten().count() + self.events.iter().flatten().count();
         let open = open + self.modules.iter().flatten().count() + self.pinned.len();
         let _ = writeln!(text, "streams {}\nopen {open}", self.streams.len());
+        let _ = writeln!(text, "to_device {}\nto_host {}", self.to_device, self.to_host);
         for (kernel, launches) in &self.launches {
             let _ = writeln!(text, "{kernel} {launches}");
         }
@@ -324,6 +330,11 @@ impl Fake {
         let Some(Some(stream)) = self.streams.get_mut(stream.wrapping_sub(1)) else { return Err(INVALID_HANDLE) };
         if stream.gpu != current {
             return Err(INVALID_CONTEXT);
+        }
+        match work {
+            Work::ToDevice { len, .. } => self.to_device += len,
+            Work::ToHost { len, .. } => self.to_host += len,
+            _ => {}
         }
         stream.queue.push_back(work);
         Ok(())

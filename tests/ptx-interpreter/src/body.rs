@@ -231,11 +231,15 @@ fn operand<'a>(cursor: &mut Cursor<'a>) -> Result<Operand<'a>, String> {
     Ok(if cursor.take("|") { Operand::Pair(word, cursor.next()?) } else { Operand::Word(word) })
 }
 
-/// A number in the text: `0f` and an f32's bits, or an integer that fits.
+/// A number in the text: `0f` and an f32's bits, `0d` and an f64's, or an integer that fits.
 fn immediate(text: &str, wanted: Type) -> Result<u64, String> {
     let wrong = || format!("`{text}` is no number of that type");
     if wanted == Type::F32 {
         let digits = text.strip_prefix("0f").filter(|digits| digits.len() == 8).ok_or_else(wrong)?;
+        return u64::from_str_radix(digits, 16).map_err(|_| wrong());
+    }
+    if wanted == Type::F64 {
+        let digits = text.strip_prefix("0d").filter(|digits| digits.len() == 16).ok_or_else(wrong)?;
         return u64::from_str_radix(digits, 16).map_err(|_| wrong());
     }
     let value = match text.strip_prefix("0x") {

@@ -13,6 +13,7 @@ pub(crate) enum Type {
     I32,
     F32,
     B64,
+    F64,
 }
 
 impl Type {
@@ -25,6 +26,7 @@ impl Type {
             "u32" | "s32" => Type::I32,
             "f32" => Type::F32,
             "b64" | "u64" | "s64" => Type::B64,
+            "f64" => Type::F64,
             _ => return None,
         })
     }
@@ -35,7 +37,7 @@ impl Type {
             Type::Pred => 1,
             Type::B16 => 16,
             Type::B32 | Type::I32 | Type::F32 => 32,
-            Type::B64 => 64,
+            Type::B64 | Type::F64 => 64,
         }
     }
 
@@ -57,6 +59,15 @@ fn float(x: u64) -> f32 {
 /// An f32's bits; every NaN is the one that GPUs make.
 fn bits(x: f32) -> u64 {
     if x.is_nan() { 0x7fff_ffff } else { u64::from(x.to_bits()) }
+}
+
+fn double(x: u64) -> f64 {
+    f64::from_bits(x)
+}
+
+/// An f64's bits; every NaN is the one that GPUs make.
+fn double_bits(x: f64) -> u64 {
+    if x.is_nan() { 0x7fff_ffff_ffff_ffff } else { x.to_bits() }
 }
 
 /// An f16's bits, to the nearest; every NaN is the one that GPUs make.
@@ -90,6 +101,8 @@ pub(crate) fn unary(opcode: &str) -> Option<Unary> {
         "mov.pred" => (Pred, Pred, |a| a),
         "mov.f32" => (F32, F32, |a| a),
         "mov.u64" | "cvta.to.global.u64" => (B64, B64, |a| a),
+        "mov.f64" => (F64, F64, |a| a),
+        "cvt.f64.f32" => (F64, F32, |a| double_bits(f64::from(float(a)))),
         "abs.f32" => (F32, F32, |a| a & 0x7fff_ffff),
         "neg.f32" => (F32, F32, |a| a ^ 1 << 31),
         "not.pred" => (Pred, Pred, |a| a ^ 1),
@@ -112,12 +125,14 @@ pub(crate) fn unary(opcode: &str) -> Option<Unary> {
 /// The instruction with two sources of this name.
 pub(crate) fn binary(opcode: &str) -> Option<Binary> {
     use Type::*;
-    let (floats, integers, longs) = ([F32; 3], [I32; 3], [B64; 3]);
+    let (floats, doubles, integers, longs) = ([F32; 3], [F64; 3], [I32; 3], [B64; 3]);
     Some(match opcode {
         "add.rn.f32" => (floats, |a, b| bits(float(a) + float(b))),
         "sub.rn.f32" => (floats, |a, b| bits(float(a) - float(b))),
         "mul.rn.f32" => (floats, |a, b| bits(float(a) * float(b))),
         "div.rn.f32" => (floats, |a, b| bits(float(a) / float(b))),
+        "add.rn.f64" => (doubles, |a, b| double_bits(double(a) + double(b))),
+        "mul.rn.f64" => (doubles, |a, b| double_bits(double(a) * double(b))),
         "max.f32" => (floats, |a, b| bits(max(float(a), float(b)))),
         "min.f32" => (floats, |a, b| bits(min(float(a), float(b)))),
         "add.s16" => ([B16; 3], |a, b| a.wrapping_add(b) & 0xffff),
@@ -159,6 +174,7 @@ fn comparison(opcode: &str) -> Option<Binary> {
         "setp.leu.f32" => (floats, |a, b| u64::from(unordered(a, b) || float(a) <= float(b))),
         "setp.geu.f32" => (floats, |a, b| u64::from(unordered(a, b) || float(a) >= float(b))),
         "setp.gtu.f32" => (floats, |a, b| u64::from(unordered(a, b) || float(a) > float(b))),
+        "setp.gt.f64" => ([Pred, F64, F64], |a, b| u64::from(double(a) > double(b))),
         "setp.eq.b32" => ([Pred, B32, B32], |a, b| u64::from(a == b)),
         "setp.eq.s32" => (integers, |a, b| u64::from(a == b)),
         "setp.ne.s32" => (integers, |a, b| u64::from(a != b)),
@@ -183,10 +199,13 @@ pub(crate) fn ternary(opcode: &str) -> Option<Ternary> {
     let select = |a, b, p| if p != 0 { a } else { b };
     Some(match opcode {
         "fma.rn.f32" => ([F32; 4], |a, b, c| bits(float(a).mul_add(float(b), float(c)))),
+        "fma.rn.f64" => ([F64; 4], |a, b, c| double_bits(double(a).mul_add(double(b), double(c)))),
         "mad.lo.s32" => ([I32; 4], |a, b, c| low(a.wrapping_mul(b).wrapping_add(c))),
+        "selp.b16" => ([B16, B16, B16, Pred], select),
         "selp.b32" => ([B32, B32, B32, Pred], select),
         "selp.u32" => ([I32, I32, I32, Pred], select),
         "selp.f32" => ([F32, F32, F32, Pred], select),
+        "selp.f64" => ([F64, F64, F64, Pred], select),
         _ => return None,
     })
 }
@@ -259,6 +278,18 @@ mod tests {
         let x = 1.0 + f32::EPSILON;
         let b = |x: f32| u64::from(x.to_bits());
         assert_eq!(float(fma(b(x), b(x), b(-(1.0 + 2.0 * f32::EPSILON)))), f32::EPSILON * f32::EPSILON);
+    }
+
+    #[test]
+    fn doubles_keep_what_floats_round() {
+        let (_, _, widen) = unary("cvt.f64.f32").unwrap();
+        let (_, multiply) = binary("mul.rn.f64").unwrap();
+        let x = widen(u64::from((1.0 + f32::EPSILON).to_bits()));
+        let epsilon = f64::from(f32::EPSILON);
+        assert_eq!(double(multiply(x, x)), 1.0 + 2.0 * epsilon + epsilon * epsilon);
+        assert_eq!(double(widen(1)), 2f64.powi(-149));
+        let (_, greater) = binary("setp.gt.f64").unwrap();
+        assert_eq!((greater(f64::NAN.to_bits(), 0), greater(x, x), greater(x, 0)), (0, 0, 1));
     }
 
     #[test]

@@ -1,0 +1,152 @@
+//! Reading ahead: one thread waits for the disk, so that those that compute don't.
+//!
+//! The system reads files ahead by itself, but it gives up where several threads read one, each a piece of its own.
+
+use std::collections::{HashMap, VecDeque};
+use std::time::Duration;
+
+use super::Execution;
+use super::scheduler::Scheduler;
+use super::source_files::OpenFile;
+use super::worker::StopOnPanic;
+use crate::read::{Read, Span};
+
+/// Bytes of the source that are read ahead, of all files in progress together.
+const AHEAD: u64 = 64 << 20;
+
+/// Bytes that the system is asked for at once.
+const PIECE: u64 = 2 << 20;
+
+/// Bytes of an output file's part of the source that were handed out longest ago, and may still be being read.
+const BEHIND: u64 = 64 << 20;
+
+/// While something is read from the disk; and while everything is in memory.
+const INTERVALS: [Duration; 2] = [Duration::from_millis(2), Duration::from_millis(20)];
+
+/// Reads ahead of what is handed out, and lets go of what was read from the disk, if there is much of it.
+pub(super) fn run(execution: &Execution<'_>, scheduler: &Scheduler<'_>) {
+    let _guard = StopOnPanic(scheduler);
+    let mut ahead = ReadAhead {
+        execution,
+        source: OpenFile::new(execution),
+        lets_go: execution.crowds_memory(),
+        files: HashMap::new(),
+    };
+    let mut interval = INTERVALS[0];
+    while let Some(files) = scheduler.soon(interval) {
+        let share = AHEAD / files.len().max(1) as u64;
+        ahead.forget_others(&files);
+        let any_read = files.into_iter().fold(false, |any, (file, next)| ahead.follow(file, next, share) | any);
+        interval = INTERVALS[usize::from(!any_read)];
+    }
+}
+
+struct ReadAhead<'j, 'a> {
+    execution: &'j Execution<'a>,
+    source: OpenFile<'j, 'a>,
+    lets_go: bool,
+    /// Output files in progress.
+    files: HashMap<usize, Place>,
+}
+
+/// Where reading ahead has come to in one output file's part of the source.
+#[derive(Default)]
+struct Place {
+    /// The tensor whose bytes come next, and those of them that weren't asked for.
+    tensor: usize,
+    pieces: VecDeque<Span>,
+    /// Bytes asked for, by tensor.
+    asked: VecDeque<(usize, u64)>,
+    /// What was read from the disk, by tensor.
+    read: VecDeque<(usize, Span)>,
+}
+
+impl ReadAhead<'_, '_> {
+    /// Keeps `share` bytes ahead of a file's `next`; tells whether the disk was asked for any.
+    fn follow(&mut self, file: usize, (tensor, offset): (usize, u64), share: u64) -> bool {
+        let plan = self.execution.plan;
+        let end = plan.files[file].tensors.end;
+        let mut place = self.files.remove(&file).unwrap_or_default();
+        if place.tensor < tensor {
+            (place.tensor, place.pieces) = (tensor, pieces(&plan.tensors[tensor].read));
+        }
+        place.asked.retain(|(asked, _)| *asked >= tensor);
+        let planned = &plan.tensors[tensor];
+        let handed_out =
+            (stored_len(&planned.read) as f64 * (offset as f64 / planned.source_len().max(1) as f64)) as u64;
+        let mut any_read = false;
+        while place.asked.iter().map(|(_, len)| len).sum::<u64>() < share + handed_out {
+            let Some(span) = place.pieces.pop_front() else {
+                if place.tensor + 1 >= end {
+                    break;
+                }
+                place.tensor += 1;
+                place.pieces = pieces(&plan.tensors[place.tensor].read);
+                continue;
+            };
+            match place.asked.back_mut() {
+                Some((last, len)) if *last == place.tensor => *len += span.len,
+                _ => place.asked.push_back((place.tensor, span.len)),
+            }
+            if self.read(span) {
+                any_read = true;
+                place.read.push_back((place.tensor, span));
+            }
+        }
+        self.let_go(&mut place, tensor);
+        self.files.insert(file, place);
+        any_read
+    }
+
+    /// Drops the places in files of which everything was handed out.
+    fn forget_others(&mut self, files: &[(usize, (usize, u64))]) {
+        let is_left = |file: &usize| files.iter().any(|(other, _)| other == file);
+        let done: Vec<usize> = self.files.keys().copied().filter(|file| !is_left(file)).collect();
+        for place in done.into_iter().filter_map(|file| self.files.remove(&file)).collect::<Vec<_>>() {
+            place.read.into_iter().for_each(|(_, span)| self.let_go_of(span));
+        }
+    }
+
+    /// Asks for bytes that aren't in memory. Whoever reads them later tells what is wrong, if anything is.
+    fn read(&mut self, span: Span) -> bool {
+        let Ok(file) = self.source.get(span.file) else { return false };
+        let is_cached = file.is_cached(span.offset) && file.is_cached(span.offset + span.len.saturating_sub(1));
+        if !is_cached {
+            file.will_read(span.offset, span.len);
+        }
+        !is_cached
+    }
+
+    /// Lets go of what was read long before `tensor`.
+    fn let_go(&mut self, place: &mut Place, tensor: usize) {
+        let mut behind =
+            place.read.iter().take_while(|(read, _)| *read < tensor).map(|(_, span)| span.len).sum::<u64>();
+        while behind > BEHIND
+            && let Some((_, span)) = place.read.pop_front()
+        {
+            behind -= span.len;
+            self.let_go_of(span);
+        }
+    }
+
+    fn let_go_of(&mut self, span: Span) {
+        if self.lets_go
+            && let Ok(file) = self.source.get(span.file)
+        {
+            file.will_not_read(span.offset, span.len);
+        }
+    }
+}
+
+fn stored_len(read: &Read) -> u64 {
+    read.spans().map(|span| span.len).sum()
+}
+
+/// What of the source is read, in pieces of at most [`PIECE`] bytes.
+fn pieces(read: &Read) -> VecDeque<Span> {
+    let cut = |span: Span| {
+        let starts = (0..span.len).step_by(PIECE as usize);
+        starts.map(move |start| Span { offset: span.offset + start, len: PIECE.min(span.len - start), ..span })
+    };
+    read.spans().flat_map(cut).collect()
+}

@@ -1,0 +1,214 @@
+//! Pieces in any order, from any number of threads, in any memory.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::dtype::Dtype;
+use crate::models::Role;
+use crate::plan::{Decision, Plan, PlannedOutput};
+use crate::read::Read;
+use crate::recipe::RecipeOptions;
+use crate::store::{Location, MemoryStore, ReadAt, WriteAt};
+use crate::store::{read_exact_at, write_all_at};
+
+/// A file in memory, which counts what is written to it.
+struct Counted {
+    file: Box<dyn WriteAt>,
+    writes: AtomicUsize,
+}
+
+impl Output for Counted {
+    fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        self.writes.fetch_add(1, Ordering::Relaxed);
+        write_all_at(&*self.file, bytes, offset).unwrap();
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn file(&self) -> &dyn ReadAt {
+        &*self.file
+    }
+
+    fn path(&self) -> &Path {
+        Path::new("model.safetensors")
+    }
+}
+
+/// Keeps what it is told.
+#[derive(Default)]
+struct Heard {
+    reached: AtomicU64,
+    written: Mutex<Vec<(u64, u64)>>,
+}
+
+impl Watcher for Heard {
+    fn reached(&self, at: u64) {
+        self.reached.fetch_max(at, Ordering::Relaxed);
+    }
+
+    fn written(&self, offset: u64, len: u64) {
+        self.written.lock().unwrap().push((offset, len));
+    }
+
+    fn stopped(&self) -> bool {
+        false
+    }
+
+    fn begin(&self) -> Stamp {
+        Stamp::default()
+    }
+
+    fn end(&self, _: Stamp, _: Span, _: usize) {}
+}
+
+/// A plan of one file, with outputs of these lengths, by tensor.
+fn plan(lens: &[Vec<u64>]) -> Plan {
+    let tensors = lens.iter().enumerate().map(|(i, lens)| {
+        let outputs = lens.iter().enumerate().map(|(j, &len)| PlannedOutput {
+            kind: None,
+            suffix: format!(".{j}").into(),
+            dtype: Dtype::U8,
+            shape: vec![len],
+            len,
+            offset: 0,
+        });
+        PlannedTensor {
+            name: i.to_string(),
+            dtype: Dtype::U8,
+            shape: Vec::new(),
+            read: Read::Literal([].into()),
+            role: Role::Unknown,
+            decision: Decision::Keep,
+            reason: "".into(),
+            outputs: outputs.collect(),
+        }
+    });
+    let mut tensors: Vec<PlannedTensor> = tensors.collect();
+    let mut file =
+        PlannedFile { name: "model.safetensors".to_owned(), tensors: 0..tensors.len(), header_len: 0, len: 0 };
+    file.header_len = file.header(&tensors).len() as u64;
+    file.len = file.header_len;
+    for output in tensors.iter_mut().flat_map(|tensor| &mut tensor.outputs) {
+        output.offset = file.len;
+        file.len += output.len;
+    }
+    let recipe = RecipeOptions::default().build().unwrap();
+    let (scale_sets, side_files, warnings) = Default::default();
+    Plan { recipe, tensors, files: vec![file], scale_sets, config: None, side_files, warnings }
+}
+
+/// Cuts every output into pieces of at most `step` bytes: offset and length.
+fn pieces(plan: &Plan, step: u64) -> Vec<(u64, u64)> {
+    let outputs = plan.tensors.iter().flat_map(|tensor| &tensor.outputs);
+    let cut = |output: &PlannedOutput| {
+        let (offset, len) = (output.offset, output.len);
+        (0..len.max(1)).step_by(step as usize).map(move |at| (offset + at, step.min(len - at))).collect::<Vec<_>>()
+    };
+    outputs.flat_map(cut).collect()
+}
+
+fn check(lens: &[Vec<u64>], step: u64, window: usize, threads: usize, order: impl Fn(&mut Vec<(u64, u64)>)) {
+    let plan = plan(lens);
+    let planned = &plan.files[0];
+    let mut content: Vec<u8> = (0..planned.len).map(|i| (i * 31 % 251) as u8).collect();
+    let header = planned.header(&plan.tensors);
+    content[..header.len()].copy_from_slice(&header);
+    let location = Location::new(Arc::new(MemoryStore::default()), "model.safetensors");
+    let output = Counted { file: location.create(planned.len).unwrap(), writes: AtomicUsize::new(0) };
+    let stream = FileStream::new(&plan, planned, Arc::new(output), window);
+    let mut pieces = pieces(&plan, step);
+    order(&mut pieces);
+    let (next, heard, hashes) = (AtomicUsize::new(0), Heard::default(), Mutex::new(Vec::new()));
+    thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while let Some(&(offset, len)) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let bytes = &content[offset as usize..][..len as usize];
+                    hashes.lock().unwrap().extend(stream.put(bytes, offset, &heard).unwrap());
+                }
+            });
+        }
+    });
+    let [hashes] = &hashes.into_inner().unwrap()[..] else { panic!("a file is finished once") };
+    assert_eq!(hashes.sha256, Sha256Hash::of(&content));
+    for (tensor, hashes) in plan.tensors.iter().zip(&hashes.tensors) {
+        let of = |output: &PlannedOutput| Sha256Hash::of(&content[output.offset as usize..][..output.len as usize]);
+        assert_eq!(*hashes, tensor.outputs.iter().map(of).collect::<Vec<_>>());
+    }
+    let mut there = vec![0; content.len()];
+    read_exact_at(&*location.open().unwrap(), &mut there, 0).unwrap();
+    assert!(there == content, "the file holds other bytes");
+    assert_eq!(heard.reached.into_inner(), planned.len);
+    let mut written = heard.written.into_inner().unwrap();
+    written.sort_unstable();
+    assert!(
+        written.windows(2).all(|pair| pair[0].0 + pair[0].1 == pair[1].0),
+        "told twice, or not at all: {written:?}"
+    );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn a_file_is_written_and_hashed_whatever_the_order_of_its_pieces(
+        lens in prop::collection::vec(prop::collection::vec(prop_oneof![Just(0u64), 1..90u64, 1..400_000u64], 1..4), 1..6),
+        step in prop_oneof![Just(60_000u64), Just(200_000), Just(u64::MAX)],
+        window in prop_oneof![Just(0usize), Just(100_000), Just(1 << 20), Just(1 << 30)],
+        threads in 1..5usize,
+        seed in any::<u64>(),
+    ) {
+        check(&lens, step, window, threads, |pieces| {
+            // Any order, from the plan's own to its reverse.
+            let far = seed % pieces.len() as u64 + 1;
+            pieces.sort_by_key(|&(offset, _)| offset.wrapping_mul(seed | 1) % (far * 1000) + offset / far);
+        });
+    }
+}
+
+#[test]
+fn a_large_file_from_back_to_front_takes_no_more_than_its_window() {
+    check(&[vec![9 << 20, 64, 20 << 20], vec![0, 5]], 1 << 20, 1 << 20, 2, |pieces| pieces.reverse());
+}
+
+#[test]
+fn a_file_without_bytes_is_finished() {
+    check(&[vec![0]], 1, 0, 1, |_| {});
+    check(&[vec![0, 0], vec![0]], 1, 0, 3, |_| {});
+}
+
+#[test]
+fn what_fails_to_be_written_is_an_error_and_ends_nothing() {
+    struct Full;
+    impl Output for Full {
+        fn write_at(&self, _: &[u8], _: u64) -> Result<()> {
+            Err(crate::error::Error::Stopped)
+        }
+        fn sync(&self) -> Result<()> {
+            Ok(())
+        }
+        fn file(&self) -> &dyn ReadAt {
+            unreachable!("nothing was written")
+        }
+        fn path(&self) -> &Path {
+            Path::new("model.safetensors")
+        }
+    }
+    let plan = plan(&[vec![1 << 20, 1 << 20]]);
+    let stream = FileStream::new(&plan, &plan.files[0], Arc::new(Full), 1 << 30);
+    let bytes = vec![0; 1 << 20];
+    assert!(stream.put(&bytes, plan.files[0].header_len, &Heard::default()).is_err());
+    assert!(
+        stream
+            .put(&bytes, plan.files[0].header_len + (1 << 20), &Heard::default())
+            .is_ok_and(|hashes| hashes.is_none())
+    );
+}
