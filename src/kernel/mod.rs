@@ -11,6 +11,8 @@ mod element;
 mod figures;
 mod float8;
 pub(crate) mod group;
+mod lanes;
+mod rates;
 pub(crate) mod sha256;
 
 pub use figures::{BlockErrors, ErrorSums, Figures, SUMMED};
@@ -58,7 +60,7 @@ impl Kernel {
     /// The specification itself, on any machine.
     pub const SCALAR: Kernel = Kernel(Isa::Scalar);
 
-    /// Loops that compilers turn into vector instructions, on any machine. Formats without such loops take the scalar ones.
+    /// Loops that compilers turn into vector instructions, on any machine.
     pub const PORTABLE: Kernel = Kernel(Isa::Portable);
 
     /// The fastest kernel this processor runs.
@@ -104,7 +106,8 @@ impl Kernel {
     pub fn quantize(self, blocks: Blocks<'_>) -> Result<(), NonFinite> {
         blocks.check_lengths();
         match self.0 {
-            Isa::Scalar | Isa::Portable => block::scalar::quantize(blocks),
+            Isa::Scalar => block::scalar::quantize(blocks),
+            Isa::Portable => block::portable::quantize(blocks),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => block::x86::quantize_avx2(blocks),
             #[cfg(target_arch = "x86_64")]

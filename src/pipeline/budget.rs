@@ -20,6 +20,9 @@ const MAX_CHUNK: usize = 1 << 21;
 /// The program itself, its threads' stacks and what libraries hold.
 const BASE: u64 = 12 << 20;
 
+/// With devices, chunks of more elements than this are made smaller until each thread has a lane; below it, fewer lanes will do.
+const MIN_SHARED_CHUNK: usize = 1 << 19;
+
 /// The same for tensors that share a scale: what a thread's buffer doesn't hold together is read twice, for the scale and
 /// for the codes.
 const MAX_SET_CHUNK: usize = 4 * MAX_CHUNK;
@@ -85,7 +88,7 @@ impl Budget {
     /// When it is too little.
     pub fn new(plan: &Plan, limits: Limits, backend: &dyn Backend) -> Result<Budget> {
         let memory = limits.memory;
-        let needs = Needs { plan, limits, backend, devices: backend.devices() };
+        let needs = Needs { plan, limits, backend, devices: devices_for(plan, backend) };
         let absmax = largest_absmax(plan);
         let step = plan.quantized().map(|tensor| chunk_unit(plan, tensor)).max().unwrap_or(0).max(CHUNK_STEP);
         // A thread, and a lane on a device for it to work in.
@@ -100,10 +103,11 @@ impl Budget {
         let room = (memory - fixed - absmax - window).max(pair);
         let (waiting, lanes) = needs.devices.map_or((0, 0), |of| (of.waiting, of.lanes_each * of.count));
         let threads = (limits.threads + waiting).clamp(1, usize::try_from(room / pair).unwrap_or(usize::MAX));
-        let least_lanes = threads.min(lanes);
         let fits = |chunk| {
-            let here = needs.buffers_len(chunk) * threads as u64 + needs.lane_len(chunk) * least_lanes as u64;
-            here <= room && needs.lanes_on_devices(chunk) >= least_lanes
+            // A thread keeps its lane until what came of it is written and hashed.
+            let wanted = if lanes > 0 && chunk > MIN_SHARED_CHUNK { threads } else { threads.min(lanes) };
+            let here = needs.buffers_len(chunk) * threads as u64 + needs.lane_len(chunk) * wanted as u64;
+            here <= room && needs.lanes_on_devices(chunk) >= wanted
         };
         let mut chunk_elements = MAX_CHUNK.max(largest_set(plan)).max(step);
         while chunk_elements > step && !fits(chunk_elements) {
@@ -188,6 +192,12 @@ impl Needs<'_> {
         let coded = if decodes { chunk.saturating_add(chunk / 4) } else { 0 };
         lane.saturating_add(coded as u64)
     }
+}
+
+/// The devices, if they have a kernel for any of the plan's tensors.
+fn devices_for(plan: &Plan, backend: &dyn Backend) -> Option<Devices> {
+    let codec = plan.recipe.codec();
+    backend.devices().filter(|_| plan.quantized().any(|tensor| backend.quantizes(&codec, tensor.columns())))
 }
 
 /// Bytes of the largest element that is quantized.

@@ -1,10 +1,12 @@
 //! One thread's work, task by task.
 
+mod set;
+
 use std::ops::Range;
 use std::path::PathBuf;
 
 use super::budget::{NESTED_CHUNK, lane_size};
-use super::lane_pool::Failed;
+use super::lane_pool::{Failed, LanePool};
 use super::output_files::OutputFiles;
 use super::results::Results;
 use super::scheduler::{Done, Scheduler, Task};
@@ -15,7 +17,6 @@ use crate::backend::{CpuLane, Lane, Run};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, IoContext, Result};
 use crate::format::Codec;
-use crate::kernel::group;
 use crate::plan::{Decision, PlannedTensor};
 use crate::stats::AbsmaxAccumulator;
 use crate::store::hash_range;
@@ -135,10 +136,8 @@ impl<'j, 'a> Worker<'j, 'a> {
 
     /// Reads and quantizes a run: on a device, if there is one that has a kernel for it.
     fn quantize(&mut self, piece: &Piece<'_>) -> Result<Done> {
-        let (execution, tensor, len) = (self.execution, piece.tensor, piece.place.len());
-        let lanes =
-            execution.lanes.as_ref().filter(|_| execution.context.device.quantizes(&self.codec, tensor.columns()));
-        let Some(lanes) = lanes else {
+        let len = piece.place.len();
+        let Some(lanes) = self.lanes_for([piece.tensor]) else {
             self.source.read(piece.index, piece.offset(), self.lane.source(len))?;
             return self.quantize_here(piece);
         };
@@ -151,6 +150,13 @@ impl<'j, 'a> Worker<'j, 'a> {
             self.lane.source(len).copy_from_slice(lane.source(len));
             Ok(self.quantize_nonfinite(piece)?)
         })
+    }
+
+    /// The lanes on devices, if these have kernels for all of the tensors.
+    fn lanes_for<'t>(&self, tensors: impl IntoIterator<Item = &'t PlannedTensor>) -> Option<&'j LanePool<'a>> {
+        let has_kernel =
+            |tensor: &PlannedTensor| self.execution.context.device.quantizes(&self.codec, tensor.columns());
+        self.execution.lanes.as_ref().filter(|_| tensors.into_iter().all(has_kernel))
     }
 
     /// Quantizes a run that is in the thread's own lane.
@@ -179,37 +185,6 @@ impl<'j, 'a> Worker<'j, 'a> {
         (lane, Results { files: output, codec, tensor: piece.tensor, dtype: piece.dtype, bytes })
     }
 
-    /// Reads tensors that share a scale one after the other into the thread's lane, and quantizes there `written` of them.
-    fn set(&mut self, set: usize, written: &[usize]) -> Result<Done> {
-        let plan = self.execution.plan;
-        let (mut absmax, mut end, mut places) = (0f32, 0, Vec::new());
-        for &i in &plan.scale_sets[set] {
-            let tensor = &plan.tensors[i];
-            let dtype = quantized_from(tensor)?;
-            let place = end..end + tensor.source_len() as usize;
-            end = place.end;
-            self.source.read(i, 0, &mut self.lane.buffer()[place.clone()])?;
-            match self.lane.absmax(place.clone(), dtype)? {
-                Some(found) => absmax = absmax.max(found),
-                None => return Err(self.describe_nonfinite(i, dtype)),
-            }
-            places.push((i, dtype, place));
-        }
-        let mut done = Vec::new();
-        let tensor_scale = Some(group::tensor_scale(&self.codec, absmax, plan.scale_dtype(set)));
-        for (i, dtype, place) in places.into_iter().filter(|(i, ..)| written.contains(i)) {
-            let tensor = &plan.tensors[i];
-            self.output.turn_to(self.scheduler.file_of(i))?;
-            let piece = Piece { index: i, tensor, dtype, first: 0, place, tensor_scale };
-            match self.quantize_here(&piece)? {
-                Done::Quantized { accumulator, .. } => done.push((i, accumulator)),
-                other => return Err(Error::internal(format!("tensor {:?} gave {other:?}", tensor.name))),
-            }
-            self.execution.context.progress.advanced(&tensor.name, tensor.source_len());
-        }
-        Ok(Done::Set(done))
-    }
-
     /// The largest magnitude in a run of a tensor's bytes.
     fn measure(&mut self, tensor: usize, offset: u64, len: usize) -> Result<Done> {
         let dtype = quantized_from(&self.execution.plan.tensors[tensor])?;
@@ -228,14 +203,14 @@ impl<'j, 'a> Worker<'j, 'a> {
         first: usize,
         offset: f32,
     ) -> Result<AbsmaxAccumulator> {
-        let (execution, dtype) = (self.execution, quantized_from(tensor)?);
+        let (lanes, dtype) = (self.lanes_for([tensor]), quantized_from(tensor)?);
         let Worker { output, codec, lane, bytes, .. } = self;
         let mut results = Results { files: output, codec, tensor, dtype, bytes };
         let mut quantize = |lane: &mut dyn Lane| {
             let (codes, nested_absmax) = lane.quantize_absmax(absmax, offset)?;
             Ok(results.nested(first, absmax, offset, codes, nested_absmax)?)
         };
-        match execution.lanes.as_ref().filter(|_| execution.context.device.quantizes(codec, tensor.columns())) {
+        match lanes {
             Some(lanes) => lanes.with(quantize),
             None => quantize(lane).map_err(Failed::into),
         }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use safetensors::tensor::Dtype;
 
 use super::driver::{NO_DRIVER, convert, on_the_cpu, prequant, report};
-use crate::support::{Folder, LINEAR, Tensor, contents, serialize};
+use crate::support::{Folder, LINEAR, Tensor, contents, serialize, with_header};
 
 /// Elements of the smallest chunk: tensors of more take several.
 const CHUNK: usize = 65_536;
@@ -133,6 +133,66 @@ fn little_more_than_codes_and_scales_comes_back() {
         assert!(there >= 2.0 && there <= 2.0 + 4.0 * absmax, "{flags:?}: {there} bytes per weight");
         let rest = back - 0.5 - scales - absmax * (1.0 + 4.0 / 256.0);
         assert!((0.0..=0.1).contains(&rest), "{flags:?}: {rest} bytes of figures per weight");
+    }
+}
+
+/// A layer's gate and up, which share NVFP4's scale of scales, in two files; and a tensor that shares it with none.
+fn checkpoint_with_sets() -> Folder {
+    let folder = Folder::new("llama");
+    let linear = |layer: usize, name: &str, dtype| {
+        Tensor::random(&format!("model.layers.{layer}.mlp.{name}.weight"), dtype, &[130, 512])
+    };
+    folder.write_shards(&[
+        vec![linear(0, "gate_proj", Dtype::BF16), linear(0, "down_proj", Dtype::F32)],
+        vec![linear(0, "up_proj", Dtype::BF16), linear(1, "up_proj", Dtype::F16), linear(1, "gate_proj", Dtype::F16)],
+    ]);
+    folder
+}
+
+#[test]
+fn tensors_that_share_a_scale_cross_the_link_once_where_a_slot_takes_them() {
+    let folder = checkpoint_with_sets();
+    let bytes = (130 * 512 * (4 * 2 + 4)) as u64;
+    for layout in ["compressed-tensors", "modelopt"] {
+        let flags = ["--format", "nvfp4", "--layout", layout];
+        let expected = on_the_cpu(&folder, &flags);
+        for (memory, is_measured_there) in [("64MiB", true), ("1MiB", false)] {
+            let (to, used) = (folder.beside(&[layout, memory].concat()), folder.beside("report"));
+            let settings = [("FAKE_CUDA_REPORT", used.to_str().unwrap())];
+            convert(&folder, &to, &[&flags[..], &["--device-memory", memory]].concat(), &settings).ok();
+            assert!(contents(&to) == expected, "{layout}, {memory}");
+            let used = report(&used);
+            assert_eq!(used["to_device"], bytes, "{layout}, {memory}");
+            assert_eq!(used.contains_key("largest_bf16"), is_measured_there, "{layout}, {memory}: {used:?}");
+            assert_eq!(used["leaked:0"], 0);
+        }
+    }
+}
+
+#[test]
+fn a_set_that_a_slot_ran_out_of_memory_in_is_finished_in_another() {
+    let folder = checkpoint_with_sets();
+    let flags = ["--format", "nvfp4", "--max-shard-size", "80kB", "--threads", "2"];
+    let expected = on_the_cpu(&folder, &flags);
+    for call in 1..=12 {
+        let failure = format!("cuLaunchKernel:{call}:2");
+        let to = folder.beside(&failure);
+        convert(&folder, &to, &flags, &[("FAKE_CUDA_FAIL", &failure)]).ok();
+        assert!(contents(&to) == expected, "{failure}");
+    }
+}
+
+#[test]
+fn a_set_with_what_is_not_finite_is_what_it_is_on_the_cpu() {
+    let folder = Folder::new("llama");
+    let name = |name: &str| format!("model.layers.0.mlp.{name}.weight");
+    let mut odd = Tensor::random(&name("up_proj"), Dtype::BF16, &[64, 512]);
+    odd.data[2 * 777..][..2].copy_from_slice(&0x7f80u16.to_le_bytes());
+    let other = Tensor::random(&name("gate_proj"), Dtype::BF16, &[64, 512]);
+    folder.write("model.safetensors", serialize(&[other, odd]));
+    for device in ["cuda", "cpu"] {
+        let flags = ["--format", "nvfp4", "--device", device];
+        convert(&folder, &folder.beside(device), &flags, &[]).fails(3, &["up_proj", "(inf) at element 777"]);
     }
 }
 
@@ -309,25 +369,67 @@ fn a_gpu_that_is_asked_for_and_can_not_be_used_is_an_error_before_anything_is_wr
     assert!(!to.exists());
 }
 
+/// A Linear of so many bytes in a file that is one hole: what reads headers alone is fast.
+fn large(bytes: u64) -> Folder {
+    let folder = Folder::new("llama");
+    let (rows, len) = (bytes / 8192, bytes / 8192 * 8192);
+    let header = format!("{{\"{LINEAR}\":{{\"dtype\":\"BF16\",\"shape\":[{rows},4096],\"data_offsets\":[0,{len}]}}}}");
+    folder.write("model.safetensors", with_header(&header, &[]));
+    let file = std::fs::OpenOptions::new().write(true).open(folder.source().join("model.safetensors")).unwrap();
+    file.set_len(8 + header.len() as u64 + len).unwrap();
+    folder
+}
+
+/// The line about the device of a dry run with `--device auto`, and its fields in JSON.
+fn chosen(folder: &Folder, threads: &str, settings: &[(&str, &str)]) -> (String, [serde_json::Value; 2]) {
+    let flags = ["--device", "auto", "--dry-run", "--threads", threads];
+    let said = convert(folder, &folder.destination(), &flags, settings).ok().stdout;
+    let line = said.lines().find(|line| line.starts_with("device:")).unwrap();
+    let json = convert(folder, &folder.destination(), &[&flags[..], &["--json"]].concat(), settings).ok().stdout;
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    (line.to_owned(), ["device", "device_reason"].map(|field| json[field].clone()))
+}
+
 #[test]
-fn auto_takes_a_usable_gpu_and_else_says_why_it_is_the_cpu() {
-    let folder = Folder::llama();
-    let dry_run = |settings: &[(&str, &str)]| {
-        convert(&folder, &folder.destination(), &["--device", "auto", "--dry-run"], settings).ok().stdout
-    };
+fn auto_takes_a_usable_gpu_for_much_work_and_else_says_why_it_is_the_cpu() {
+    let folder = large(64_000_000_000);
+    let (line, [device, why]) = chosen(&folder, "1", &[]);
+    assert!(
+        line.contains("cuda:0 (Fake GPU), CUDA 12.4 driver: quantizing alone would take 1 thread about "),
+        "{line}"
+    );
+    assert_eq!(device, "cuda:0 (Fake GPU)");
+    assert!(why.as_str().unwrap().starts_with("quantizing alone would take 1 thread about "), "{why}");
     for (settings, words) in [
-        (&[][..], "cuda:0 (Fake GPU), CUDA 12.4 driver"),
-        (&[("FAKE_CUDA_DEVICES", "0")], "): the NVIDIA driver finds no GPU"),
-        (&[("FAKE_CUDA_VERSION", "11040")], "): the NVIDIA driver serves CUDA 11.4"),
-        (&[("FAKE_CUDA_FREE", "1000000")], "): Fake GPU has 998 kB of memory free"),
-        (&[("LD_LIBRARY_PATH", NO_DRIVER.path().to_str().unwrap())], "): no NVIDIA driver is installed"),
+        (&[("FAKE_CUDA_DEVICES", "0")][..], "the NVIDIA driver finds no GPU"),
+        (&[("FAKE_CUDA_VERSION", "11040")], "the NVIDIA driver serves CUDA 11.4"),
+        (&[("FAKE_CUDA_FREE", "1000000")], "Fake GPU has 998 kB of memory free"),
+        (&[("LD_LIBRARY_PATH", NO_DRIVER.path().to_str().unwrap())], "no NVIDIA driver is installed"),
     ] {
-        let said = dry_run(settings);
-        let line = said.lines().find(|line| line.starts_with("device:")).unwrap();
-        assert!(line.contains(words), "{line}");
-        assert_eq!(line.contains("CPU ("), words.starts_with(')'), "{line}");
+        let (line, [device, why]) = chosen(&folder, "1", settings);
+        assert!(line.contains("CPU (") && line.contains(&format!("): {words}")), "{line}");
+        assert!(device.as_str().unwrap().starts_with("CPU (") && why.as_str().unwrap().starts_with(words), "{why}");
     }
-    let said = convert(&folder, &folder.destination(), &["--device", "auto"], &[]).ok().stderr;
+}
+
+#[test]
+fn auto_starts_no_gpu_where_it_would_gain_nothing() {
+    let small = Folder::llama();
+    let words = "sources below 8.00 GB are converted sooner without a GPU";
+    let used = small.beside("report");
+    for (folder, threads, words) in
+        [(&small, "1", words), (&large(9_000_000_000), "1000", "quantizing takes 1000 threads about 0.")]
+    {
+        let settings = [("FAKE_CUDA_REPORT", used.to_str().unwrap())];
+        let (line, [device, why]) = chosen(folder, threads, &settings);
+        assert!(line.contains(&format!("): {words}")), "{line}");
+        assert!(device.as_str().unwrap().starts_with("CPU (") && why.as_str().unwrap().starts_with(words), "{why}");
+    }
+    let run = convert(&small, &small.destination(), &["--device", "auto"], &[("FAKE_CUDA_FAIL", "cuInit:1:999")]).ok();
+    assert!(run.stderr.contains(words), "{}", run.stderr);
+    assert!(!used.exists(), "the driver was started");
+    // What is asked for is taken, however little there is to do.
+    let said = convert(&small, &small.beside("asked"), &["--device", "cuda"], &[]).ok().stderr;
     assert!(said.starts_with("device: cuda:0 (Fake GPU), CUDA 12.4 driver\n"), "{said}");
 }
 

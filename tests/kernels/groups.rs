@@ -227,6 +227,22 @@ fn a_group_far_beyond_its_scale_changes_no_other() {
     }
 }
 
+/// A tensor's scale so small that nothing is left of its product with a group's.
+#[test]
+fn a_scale_of_zero_is_divided_by_alike() {
+    let (mut random, dtype) = (Random(8), FloatDtype::Float32);
+    let mut weights: Vec<f32> =
+        (0..40 * 16).map(|_| f32::from_bits(random.bits() % 3) * random.uniform().signum()).collect();
+    weights[5 * 16] = f32::from_bits(2688);
+    let (source, scheme) = (encode(dtype, &weights), codings::nvfp4_modelopt(scalar::scale_2(weights[5 * 16])));
+    let expected = quantize(Kernel::SCALAR, &source, dtype, 16, 16, scheme).unwrap();
+    assert!(expected.figures[0].contains(&0), "no scale is zero");
+    for kernel in Kernel::available() {
+        let found = quantize(kernel, &source, dtype, 16, 16, scheme).unwrap();
+        assert_eq!(found.difference(&expected), None, "{}", kernel.name());
+    }
+}
+
 /// The sign of a code is that of the element over its scale, rounded: none where nothing is left of it.
 #[test]
 fn elements_that_round_to_zero_lose_their_sign() {

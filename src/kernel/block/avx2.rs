@@ -17,7 +17,7 @@ const GROUP: usize = LANES;
 pub(super) fn quantize<E: Element, const SIZE: usize>(blocks: Blocks<'_>) -> Result<(), NonFinite> {
     let lookup = Lookup::new(blocks.codebook);
     let mut lanes = Lanes::new();
-    in_groups::<E, SIZE, GROUP>(blocks, |source, packed, figures| {
+    in_groups::<E, GROUP>(SIZE, blocks, |source, packed, figures| {
         quantize_group::<E, SIZE>(source, &lookup, &mut lanes, packed, figures)
     })
 }

@@ -14,24 +14,25 @@ use crate::kernel::{BlockErrors, Blocks, NonFinite};
 /// Elements that the kernels take at a time: one for each lane of scalar.rs's sums.
 pub(super) const CHUNK: usize = 32;
 
-/// Hands whole blocks, at most `GROUP` at a time, to `quantize_group`, and a short last block to scalar.rs.
+/// Hands whole blocks of `size` elements, at most `GROUP` at a time, to `quantize_group`, and a short last block to scalar.rs.
 #[inline(always)]
-pub(super) fn in_groups<E: Element, const SIZE: usize, const GROUP: usize>(
+pub(super) fn in_groups<E: Element, const GROUP: usize>(
+    size: usize,
     blocks: Blocks<'_>,
     mut quantize_group: impl FnMut(&[u8], &mut [u8], BlockErrors<'_>) -> Result<(), NonFinite>,
 ) -> Result<(), NonFinite> {
-    let block_bytes = SIZE * E::DTYPE.size();
+    let block_bytes = size * E::SIZE;
     let Blocks { mut source, mut packed, mut figures, codebook, .. } = blocks;
     while source.len() >= block_bytes {
         let blocks = GROUP.min(source.len() / block_bytes);
         let (group_source, group_packed, group_figures);
         (group_source, source) = source.split_at(blocks * block_bytes);
-        (group_packed, packed) = packed.split_at_mut(blocks * SIZE / 2);
+        (group_packed, packed) = packed.split_at_mut(blocks * size / 2);
         (group_figures, figures) = figures.split_at(blocks);
         quantize_group(group_source, group_packed, group_figures)?;
     }
     if !source.is_empty() {
-        let block = scalar::quantize_block(source, E::DTYPE, SIZE, codebook, packed)?;
+        let block = scalar::quantize_block(source, E::DTYPE, size, codebook, packed)?;
         let BlockErrors { absmax, signal, noise, worst } = figures;
         (absmax[0], signal[0], noise[0], worst[0]) = (block.absmax, block.signal, block.noise, block.worst);
     }

@@ -2,12 +2,11 @@
 
 use crate::format::Codebook;
 
-/// The values of the sixteen codes in a block with this absmax.
-#[inline(always)]
-pub(crate) fn values(codebook: &Codebook, absmax: f32) -> [f32; 16] {
+/// The values of the sixteen codes, in units of absmax.
+pub(crate) fn values(codebook: &Codebook) -> [f32; 16] {
     let mut values = codebook.values();
     if let Some(code) = codebook.negative_zero {
         values[usize::from(code)] = -0.0;
     }
-    values.map(|value| value * absmax)
+    values
 }

@@ -30,11 +30,12 @@ use std::ops::Range;
 
 use nibbles::{LookUp, OneByOne};
 use scale::Scales;
+#[cfg(feature = "cuda")]
 pub(crate) use scale::scale_values;
 
 use super::{Isa, Kernel};
 use crate::dtype::FloatDtype;
-use crate::format::{Coding, ElementCode};
+use crate::format::{Coding, ElementCode, ScaleCode};
 
 /// A run of a row's elements: what they are decoded from, and where they go.
 pub struct Row<'a> {
@@ -102,11 +103,16 @@ fn to_elements<L: LookUp, const SIZE: usize>(row: Row<'_>, round: impl Fn(f32) -
     let scales = Scales { coding, dtype: row.dtype, bytes: scales };
     match coding.element {
         ElementCode::Codebook(codebook) => {
-            nibbles::decode::<L, SIZE, true>(run, |i| codebook::values(codebook, scales.of(i)), round);
+            let values = codebook::values(codebook);
+            nibbles::decode::<L, SIZE, true>(run, |i| nibbles::times(&values, scales.of(i)), round);
         }
         ElementCode::Int { .. } => {
             let values = |i| int::values(scales.of(i), zero_points.get(i).copied());
             nibbles::decode::<L, SIZE, false>(run, values, round);
+        }
+        ElementCode::E2m1 if coding.scale == ScaleCode::E4m3 => {
+            let nvfp4 = e2m1::Nvfp4::new(coding.tensor_scale);
+            nibbles::decode::<L, SIZE, false>(run, |i| nvfp4.values(scales.bytes[i]), round);
         }
         ElementCode::E2m1 => nibbles::decode::<L, SIZE, false>(run, |i| e2m1::values(scales, i), round),
         ElementCode::E4m3 => e4m3::decode(run, scales, round),

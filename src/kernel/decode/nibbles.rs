@@ -41,7 +41,6 @@ pub(super) fn decode<L: LookUp, const SIZE: usize, const EVEN_HIGH: bool>(
     let groups = run.groups();
     let Run { first, codes, mut into, .. } = run;
     for (i, columns) in groups.enumerate() {
-        // A loop and not map(), which compilers don't turn into vector instructions.
         let mut outputs = [[0; SIZE]; 16];
         for (output, value) in outputs.iter_mut().zip(values(i)) {
             *output = round(value);
@@ -51,6 +50,16 @@ pub(super) fn decode<L: LookUp, const SIZE: usize, const EVEN_HIGH: bool>(
         let codes = &codes[columns.start / 2 - first / 2..];
         look_up::<L, SIZE, EVEN_HIGH>(&outputs, codes, columns.start % 2 == 1, elements);
     }
+}
+
+/// Values times a scale. A loop and not map(), which compilers don't turn into vector instructions.
+#[inline(always)]
+pub(super) fn times(values: &[f32; 16], scale: f32) -> [f32; 16] {
+    let mut products = [0.0; 16];
+    for (product, value) in products.iter_mut().zip(values) {
+        *product = value * scale;
+    }
+    products
 }
 
 /// Writes the outputs of codes; `odd` says that the first is its byte's second.

@@ -14,6 +14,7 @@ mod vector;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+use super::lanes::Portable;
 use super::{BlockErrors, Isa, Kernel, NonFinite};
 use crate::dtype::FloatDtype;
 use crate::format::{Codec, Coding, TensorScale};
@@ -94,7 +95,7 @@ impl Kernel {
         groups.check_lengths();
         match self.0 {
             Isa::Scalar => scalar::quantize(groups),
-            Isa::Portable => vector::quantize(groups),
+            Isa::Portable => vector::quantize::<Portable>(groups),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => x86::quantize_avx2(groups),
             #[cfg(target_arch = "x86_64")]

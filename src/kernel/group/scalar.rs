@@ -23,7 +23,6 @@ pub(super) fn quantize(groups: Groups<'_>) -> Result<(), NonFinite> {
     let BlockErrors { absmax, signal, noise, worst } = figures;
     packed.fill(0);
     let (group, scale_size, scale_dtype) = (coding.group, coding.scale_size(dtype), coding.scale.float_dtype(dtype));
-    let first_high = matches!(coding.element, ElementCode::Codebook(_));
     let per_row = columns / group;
     for (i, source) in source.chunks_exact(group * dtype.size()).enumerate() {
         let elements: Vec<f32> = source.chunks_exact(dtype.size()).map(|bytes| decode(bytes, dtype)).collect();
@@ -36,16 +35,9 @@ pub(super) fn quantize(groups: Groups<'_>) -> Result<(), NonFinite> {
             *point = (chosen.zero_point + 8.0) as u8;
         }
         let row = &mut packed[i / per_row * coding.packed_row(columns)..][..coding.packed_row(columns)];
-        let mut sums = Lanes::default();
-        for (j, &x) in elements.iter().enumerate() {
-            let (code, value) = chosen.code(x, dtype, coding);
-            let column = i % per_row * group + j;
-            let is_high = (column % 2 == 1) != first_high;
-            row[column / 2] |= if is_high { code << 4 } else { code };
-            sums.add(j % LANES, x / chosen.scale, value);
-        }
+        let first = i % per_row * group;
+        (signal[i], noise[i], worst[i]) = chosen.codes(&elements, dtype, coding, first, row);
         absmax[i] = chosen.scale;
-        (signal[i], noise[i], worst[i]) = sums.finish();
     }
     Ok(())
 }
@@ -166,6 +158,27 @@ impl Chosen {
                 Chosen { stored: Stored::Byte(byte), scale: power_of_two(byte), zero_point: 0.0 }
             }
         }
+    }
+
+    /// Writes the codes of a group that begins at column `first` of a row of zeros; gives its signal, noise and worst.
+    pub(super) fn codes(
+        &self,
+        elements: &[f32],
+        dtype: FloatDtype,
+        coding: Coding,
+        first: usize,
+        row: &mut [u8],
+    ) -> (f32, f32, f32) {
+        let first_high = matches!(coding.element, ElementCode::Codebook(_));
+        let mut sums = Lanes::default();
+        for (j, &x) in elements.iter().enumerate() {
+            let (code, value) = self.code(x, dtype, coding);
+            let column = first + j;
+            let is_high = (column % 2 == 1) != first_high;
+            row[column / 2] |= if is_high { code << 4 } else { code };
+            sums.add(j % LANES, x / self.scale, value);
+        }
+        sums.finish()
     }
 
     /// An element's code, and the value that it stands for, in units of the scale.

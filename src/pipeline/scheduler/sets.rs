@@ -1,6 +1,6 @@
 //! Tensors that share a scale, which must be known before the first of them is quantized.
 //!
-//! A set that a thread's buffer takes is read once, and quantized out of it. Of a larger one all tensors are measured first, run by run,
+//! A set that a lane takes is read once, and quantized out of it. Of a larger one all tensors are measured first, run by run,
 //! while the set before it is quantized, and read again; nothing of them is held.
 
 use std::collections::VecDeque;
@@ -16,11 +16,11 @@ pub(super) struct ScaleSet {
 }
 
 impl Scheduler<'_> {
-    /// Whether a thread's buffer takes all of a set.
+    /// Whether a lane takes all of a set.
     pub(super) fn fits(&self, set: usize) -> bool {
         let tensors = self.plan.scale_sets[set].iter().map(|&tensor| &self.plan.tensors[tensor]);
         let elements = tensors.map(PlannedTensor::elements).sum::<u64>();
-        self.context.budget.lanes.is_none() && elements <= self.context.budget.chunk_elements as u64
+        elements <= self.context.budget.chunk_elements as u64
     }
 
     /// All tensors of a set that aren't written yet; it is the turn of `file`.

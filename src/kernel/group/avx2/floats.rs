@@ -5,7 +5,6 @@ use std::arch::x86_64::*;
 
 use super::scales::{Scales, reciprocals};
 use super::{Groups, NonFinite, Outcome, larger};
-use crate::dtype::FloatDtype;
 use crate::kernel::avx2::*;
 use crate::kernel::element::Element;
 
@@ -129,13 +128,8 @@ impl<const POWERS_OF_TWO: bool> E2m1<POWERS_OF_TWO> {
     #[target_feature(enable = "avx2,fma,f16c")]
     #[inline]
     fn new<E: Element>(scales: &Scales) -> E2m1<POWERS_OF_TWO> {
-        // MXFP4's elements are rounded to their dtype before they are coded. Only what rounds to zero is changed by that: up
-        // to half the least number.
-        let below = match E::DTYPE {
-            FloatDtype::Bfloat16 if POWERS_OF_TWO => f32::from_bits(0x8000_8000),
-            FloatDtype::Float16 if POWERS_OF_TWO => f32::from_bits(0xb300_0000),
-            _ => 0.0,
-        };
+        // MXFP4's elements are rounded to their dtype before they are coded. Only what rounds to zero is changed by that.
+        let below = if POWERS_OF_TWO { -E::NOTHING } else { 0.0 };
         let divisor = if POWERS_OF_TWO { reciprocals(scales) } else { scales.scale };
         E2m1 { divisor, below: _mm256_set1_ps(below) }
     }

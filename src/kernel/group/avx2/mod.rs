@@ -18,6 +18,7 @@ use crate::kernel::NonFinite;
 use crate::kernel::avx2::LANES;
 use crate::kernel::block::scalar;
 use crate::kernel::element::{Bfloat16, Element, Float16, Float32};
+use crate::kernel::lanes::Fused;
 
 /// [`crate::kernel::Kernel::quantize_groups`].
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -71,7 +72,7 @@ fn in_batches<const BATCH: usize>(
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline(never)]
 fn other(groups: Groups<'_>) -> Result<(), NonFinite> {
-    vector::quantize(groups)
+    vector::quantize::<Fused>(groups)
 }
 
 /// The nearest number of the source's dtype, ties to even, of numbers that aren't NaN.
