@@ -44,6 +44,7 @@ impl Scales<'_> {
 ///
 /// # Panics
 /// When `values` has another length than there are groups.
+#[cfg(feature = "cuda")]
 pub(crate) fn scale_values(coding: Coding, dtype: FloatDtype, bytes: &[u8], values: &mut [f32]) {
     assert_eq!(bytes.len(), values.len() * coding.scale_size(dtype), "scales: length");
     let of = |bytes: &[u8], i| Scales { coding, dtype, bytes }.of(i);
