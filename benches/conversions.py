@@ -35,6 +35,7 @@ import subprocess
 import sys
 import time
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,10 +112,10 @@ def main() -> None:
         sys.exit("missed: " + "; ".join(missed))
 
 
-def make_apart(source: Path, *arguments: int) -> None:
+def make_apart(source: Path, *arguments: object, make: Callable[..., None] | None = None) -> None:
     """make_source in a process of its own: a child's peak RSS starts at that of the process it is forked from."""
     print(f"making {source}", file=sys.stderr)
-    maker = multiprocessing.Process(target=make_source, args=(source, *arguments))
+    maker = multiprocessing.Process(target=make or make_source, args=(source, *arguments))
     maker.start()
     maker.join()
     if maker.exitcode:

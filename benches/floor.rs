@@ -100,7 +100,7 @@ fn run(arguments: &Arguments) -> Result<(), Failure> {
     };
     let threads = arguments.threads.map_or_else(|| thread::available_parallelism().map(usize::from), Ok)?;
     let kernel = kernel(arguments.kernel.as_deref())?;
-    let device = Arc::new(Cpu::new(kernel));
+    let device = Arc::new(Cpu::new(kernel)).into();
     let (format, double_quant) = (arguments.format.parse()?, arguments.double_quant.then_some(true));
     let recipe = RecipeOptions { format: Some(format), double_quant, ..RecipeOptions::default() }.build()?;
     let conversion = plan(source, recipe, Options { threads, device, ..Options::default() })?;

@@ -1,7 +1,9 @@
 //! The door through which this repository's tests, benchmarks and fuzzers reach inside. Nothing here is stable.
 
 pub mod backend {
-    pub use crate::backend::{Backend, Cpu, CpuLane, DeviceChoice, Devices, Encoded, Fault, Lane, LaneSize, Run};
+    pub use crate::backend::{
+        Backend, Cpu, CpuLane, Device, DeviceChoice, Devices, Encoded, Fault, Lane, LaneSize, Run,
+    };
     #[cfg(feature = "cuda")]
     pub mod cuda {
         pub use crate::backend::cuda::{

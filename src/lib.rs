@@ -64,7 +64,7 @@ mod units;
 
 use std::path::Path;
 
-pub use backend::{Backend, DeviceChoice};
+pub use backend::{Backend, ChosenDevice, Device, DeviceChoice};
 pub use dtype::{Dtype, FloatDtype};
 pub use error::{Error, ErrorKind, Hint, Result, Setting, Warning};
 pub use format::{BlockSize, FORMATS, FormatSpec, GroupSize, Layout};

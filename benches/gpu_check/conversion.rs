@@ -61,7 +61,7 @@ fn convert(
         let mut best = f64::INFINITY;
         let (mut len, mut taken, mut bound) = (0, 0, 0);
         for _ in 0..3 {
-            let options = Options { device: backend.clone(), ..Options::default() };
+            let options = Options { device: backend.clone().into(), ..Options::default() };
             bound = options.device_memory;
             let conversion = plan(&source, recipe.clone(), options)?;
             len = conversion.plan.source_len();

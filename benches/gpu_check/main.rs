@@ -95,7 +95,7 @@ fn main() -> ExitCode {
 
 fn check(arguments: &Arguments, report: &mut Report) -> Result<(), Box<dyn std::error::Error>> {
     let gpu = format!("cuda:{}", arguments.gpu);
-    let (backend, _) = gpu.parse::<DeviceChoice>()?.open(0).map_err(|why| format!("{gpu}: {why}"))?;
+    let backend = gpu.parse::<DeviceChoice>()?.open()?;
     let driver = backend.driver().unwrap_or_default();
     report.line(&format!("{}, {driver}, prequant {}", backend.name(), env!("CARGO_PKG_VERSION")));
     // "NVRM version: NVIDIA UNIX ... 535.104.05 ..."

@@ -16,7 +16,8 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-pub use choice::DeviceChoice;
+pub use choice::{ChosenDevice, Device, DeviceChoice};
+pub(crate) use choice::{Opening, Work};
 pub use cpu::{Cpu, CpuLane};
 
 use crate::dtype::FloatDtype;

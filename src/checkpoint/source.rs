@@ -10,7 +10,7 @@ use super::side_files::{self, SideFile};
 use super::{CONFIG_NAME, Config, Header, INDEX_NAME, MANIFEST_NAME, TensorInfo};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, IoContext, Result};
-use crate::store::{Identity, Kind, Location, ReadAt, Reader, Sha256Hash};
+use crate::store::{Identity, Kind, Listing, Location, ReadAt, Reader, Sha256Hash, Stat};
 
 /// Headers that are read at the same time.
 const OPEN_AT_ONCE: usize = 8;
@@ -65,6 +65,16 @@ impl Source {
         let source = if kind == Kind::Folder { open_folder(&place)? } else { open_file(&place, kind)? };
         source.check_names_differ()?;
         Ok(source)
+    }
+
+    /// Bytes of the safetensors files at a place, before anything of them is read; 0 if it can't be told.
+    pub fn len_of_weights(place: &Location) -> u64 {
+        let is_weights = |entry: &Listing| Path::new(&entry.name).extension().is_some_and(|name| name == "safetensors");
+        match (place.stat(), place.list()) {
+            (Ok(Stat { kind: Kind::File, len }), _) => len,
+            (_, Ok(entries)) => entries.iter().filter(|entry| is_weights(entry)).map(|entry| entry.stat.len).sum(),
+            _ => 0,
+        }
     }
 
     /// All tensors with the file they are in: files by name, tensors in the order of their bytes.

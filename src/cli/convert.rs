@@ -205,13 +205,13 @@ impl Arguments {
         }
     }
 
-    fn options(&self, device: &device::Opened) -> Options {
+    fn options(&self) -> Options {
         let default = Options::default();
         Options {
             memory: self.memory.0,
             threads: self.threads.map_or(default.threads, NonZeroUsize::get),
-            device: device.device.clone(),
-            device_memory: device.device_memory,
+            device: self.device.device.clone().into(),
+            device_memory: self.device.device_memory.0,
             hash_source: self.hash_source,
             force: self.force,
             restart: self.restart,
@@ -240,15 +240,14 @@ pub fn run(arguments: &Arguments) -> ExitCode {
 fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
     let start = Instant::now();
     let recipe = arguments.recipe()?;
-    let device = arguments.device.open()?;
-    let mut conversion = plan(&arguments.source, recipe, arguments.options(&device))?;
+    let mut conversion = plan(&arguments.source, recipe, arguments.options())?;
     if arguments.dry_run {
-        return Ok(dry_run::report(&conversion, &arguments.destination, &device.line, arguments.audience()));
+        return Ok(dry_run::report(&conversion, &arguments.destination, arguments.audience()));
     }
     let tracing = Tracing::start(arguments.trace.as_deref(), &[&arguments.source, &arguments.destination])?;
     conversion.options.trace = tracing.trace();
     if let Audience::People = arguments.audience() {
-        eprintln!("{}", device.line);
+        eprintln!("{}", device::line(&conversion.device));
     }
     if !arguments.quiet {
         for warning in &conversion.plan.warnings {

@@ -6,28 +6,28 @@ use std::path::Path;
 use prequant::{Bytes, Conversion, Error, Plan, PlannedTensor};
 use serde_json::{Value, json};
 
-use super::hints;
 use super::output::{Audience, Outcome, error_json};
 use super::summary::format_name;
 use super::words::count;
+use super::{device, hints};
 
 /// The plan, and the obstacle to it if there is one.
-pub fn report(conversion: &Conversion, destination: &Path, device: &str, audience: Audience) -> Outcome {
+pub fn report(conversion: &Conversion, destination: &Path, audience: Audience) -> Outcome {
     let (free, obstacle) = match (conversion.disk_free(destination), conversion.check_destination(destination)) {
         (Ok(free), checked) => (free, checked.err()),
         (Err(error), _) => (None, Some(error)),
     };
     let output = match audience {
-        Audience::People => text(conversion, destination, device, free),
+        Audience::People => text(conversion, destination, free),
         Audience::Machines => format!("{}\n", json(conversion, destination, free, obstacle.as_ref())),
         Audience::Nobody => String::new(),
     };
     Outcome { output, error: obstacle, code: 0 }
 }
 
-fn text(conversion: &Conversion, destination: &Path, device: &str, free: Option<u64>) -> String {
+fn text(conversion: &Conversion, destination: &Path, free: Option<u64>) -> String {
     let mut text = decisions(conversion.decisions());
-    for line in totals(conversion, destination, device, free) {
+    for line in totals(conversion, destination, free) {
         text += &line;
         text.push('\n');
     }
@@ -55,7 +55,7 @@ fn decisions(plan: &Plan) -> String {
 }
 
 /// Sizes, disk space and memory of the whole conversion.
-fn totals(conversion: &Conversion, destination: &Path, device: &str, free: Option<u64>) -> Vec<String> {
+fn totals(conversion: &Conversion, destination: &Path, free: Option<u64>) -> Vec<String> {
     let Conversion { plan, budget, .. } = conversion;
     let decisions = conversion.decisions();
     let quantized = decisions.quantized().count();
@@ -89,7 +89,7 @@ fn totals(conversion: &Conversion, destination: &Path, device: &str, free: Optio
         ),
         format!("disk:    {} needed, {free} free at {}", Bytes(conversion.disk_needed()), destination.display()),
         format!("memory:  at most {}, {}", Bytes(budget.peak), count(budget.threads, "thread")),
-        format!("{:9}{}", "device:", device.trim_start_matches("device: ")),
+        format!("{:9}{}", "device:", device::line(&conversion.device).trim_start_matches("device: ")),
     ]);
     lines.extend(budget.lanes.map(|lanes| {
         let (gpus, each) = (lanes.devices.count, Bytes(lanes.len));
@@ -132,7 +132,8 @@ fn json(conversion: &Conversion, destination: &Path, free: Option<u64>, obstacle
         "disk_free": free,
         "peak_memory": conversion.budget.peak,
         "threads": conversion.budget.threads,
-        "device": conversion.options.device.name(),
+        "device": conversion.device.backend.name(),
+        "device_reason": conversion.device.why,
         "ring_slots": conversion.budget.lanes.map(|lanes| lanes.count),
         "peak_device_memory": conversion.budget.device_peak(),
         "bits_per_quantized_weight": decisions.bits_per_quantized_weight(),

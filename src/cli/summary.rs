@@ -77,7 +77,8 @@ impl Done<'_> {
         let (read, seconds) = (conversion.plan.source_len(), elapsed.as_secs_f64());
         json!({
             "destination": destination.display().to_string(),
-            "device": conversion.options.device.name(),
+            "device": conversion.device.backend.name(),
+            "device_reason": conversion.device.why,
             "recipe": manifest.recipe,
             "files": manifest.files,
             "summary": manifest.summary,

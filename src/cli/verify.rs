@@ -81,15 +81,17 @@ fn check(arguments: &Arguments) -> Result<Report, Error> {
         threads,
         interrupt: interrupt::flag(),
         hashed: &|bytes| progress.inc(bytes),
+        planned: &|conversion| {
+            if !arguments.quiet && !arguments.json {
+                progress.suspend(|| eprintln!("{}", device::line(&conversion.device)));
+            }
+        },
     };
     let report = match &arguments.against {
         Some(source) => {
-            let opened = device::open(&arguments.device, convert.device_memory)?;
-            if !arguments.quiet && !arguments.json {
-                progress.suspend(|| eprintln!("{}", opened.line));
-            }
             let tracing = Tracing::start(arguments.trace.as_deref(), &[source, &arguments.folder])?;
-            let convert = Options { threads, device: opened.device, trace: tracing.trace(), ..convert };
+            let convert =
+                Options { threads, device: arguments.device.clone().into(), trace: tracing.trace(), ..convert };
             verify_against(&arguments.folder, source, convert, options)
         }
         None => verify(&arguments.folder, options),

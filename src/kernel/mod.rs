@@ -12,6 +12,7 @@ mod figures;
 mod float8;
 pub(crate) mod group;
 mod lanes;
+mod rates;
 pub(crate) mod sha256;
 
 pub use figures::{BlockErrors, ErrorSums, Figures, SUMMED};

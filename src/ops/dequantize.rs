@@ -4,7 +4,6 @@
 //! like any other, in which all tensors are kept and some are read decoded.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use crate::backend::Cpu;
@@ -63,9 +62,8 @@ pub fn plan(converted: impl Into<Location>, max_shard_size: u64, mut options: Op
                 .into(),
         );
     }
-    options.device = Arc::new(Cpu::detect());
     options.hash_source = true; // what is read must be what its manifest says
-    let budget = Budget::new(&plan, options.limits(), &*options.device)?;
+    let budget = Budget::new(&plan, options.limits(), &Cpu::detect())?;
     Ok(Dequantization { source, plan, budget, options, manifest })
 }
 
@@ -101,7 +99,15 @@ impl Dequantization {
         progress: &dyn Progress,
     ) -> Result<Vec<FileRecord>> {
         let Dequantization { source, plan, budget, options, manifest } = self;
-        let job = Job { source, plan, budget: *budget, options, manifest: Some(manifest), decodes: true };
+        let job = Job {
+            source,
+            plan,
+            budget: *budget,
+            device: &Cpu::detect(),
+            options,
+            manifest: Some(manifest),
+            decodes: true,
+        };
         job.run(interrupt, destination, progress, |staging, files, _| {
             write_sums(staging, files.iter())?;
             let names = files.iter().map(|file| file.name.clone()).chain([SUMS_NAME.to_owned()]).collect();

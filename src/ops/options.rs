@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::thread;
 
-use crate::backend::{Backend, Cpu};
+use crate::backend::{Device, DeviceChoice};
 use crate::pipeline::{Limits, Trace};
 
 /// How to convert: what decides nothing about the output's bytes.
@@ -13,8 +13,8 @@ pub struct Options {
     pub memory: u64,
     /// Threads to use.
     pub threads: usize,
-    /// What quantizes.
-    pub device: Arc<dyn Backend>,
+    /// What quantizes: a backend or a [`DeviceChoice`], which is opened while the conversion is planned.
+    pub device: Device,
     /// The most memory to use of each device, in bytes.
     pub device_memory: u64,
     /// Whether the manifest gets the SHA-256 of the source's files.
@@ -34,7 +34,7 @@ impl Default for Options {
         Options {
             memory: 256 << 20,
             threads,
-            device: Arc::new(Cpu::detect()),
+            device: DeviceChoice::Cpu.into(),
             device_memory: 256 << 20,
             hash_source: false,
             force: false,

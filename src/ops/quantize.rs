@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
+use crate::backend::{ChosenDevice, Opening, Work};
 use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, STAGING_NAME, SUMS_NAME, Source, Staging, free_space};
 use crate::error::{Error, IoContext, Result};
 use crate::layout::recognize;
@@ -14,9 +15,12 @@ use crate::ops::records;
 use crate::ops::relayout;
 use crate::ops::relayout::Relayout;
 use crate::pipeline::{Budget, Outcome, Progress};
-use crate::plan::{Plan, source_quantization};
+use crate::plan::{Plan, PlannedTensor, source_quantization};
 use crate::recipe::{ExpertLayout, Recipe};
 use crate::store::{Location, Sha256Hash};
+
+/// The length of rows, before it is known.
+const LIKELY_COLUMNS: u64 = 4096;
 
 /// A conversion that is planned to the last byte and not begun.
 #[derive(Debug)]
@@ -27,6 +31,8 @@ pub struct Conversion {
     pub plan: Plan,
     /// The memory it takes.
     pub budget: Budget,
+    /// What quantizes.
+    pub device: ChosenDevice,
     /// How it is done.
     pub options: Options,
     /// The relayout, if the source is a converted checkpoint whose experts are rewritten.
@@ -41,6 +47,14 @@ pub struct Conversion {
 /// # Errors
 /// When the source is no checkpoint or damaged, or the recipe doesn't fit it; or a device has too little memory free.
 pub fn plan(source: impl Into<Location>, recipe: Recipe, mut options: Options) -> Result<Conversion> {
+    let source = source.into();
+    let codec = recipe.codec();
+    let opening = options.device.begin(options.device_memory, || {
+        let source_len = Source::len_of_weights(&source);
+        // As if all of it were 16-bit weights.
+        let (weights, threads) = (source_len / 2, options.threads);
+        Work { source_len, weights, codec: &codec, columns: LIKELY_COLUMNS, threads }.too_little()
+    });
     let source = Source::open(source)?;
     let manifest = match recognize::of(&source) {
         Some(_) => relayout::manifest_of(&source.location)?,
@@ -57,11 +71,21 @@ pub fn plan(source: impl Into<Location>, recipe: Recipe, mut options: Options) -
             (plan, Some(relayout))
         }
     };
-    let budget = Budget::new(&plan, options.limits(), &*options.device)?;
+    let device = choose(opening, &plan, options.threads)?;
+    let budget = Budget::new(&plan, options.limits(), &*device.backend)?;
     if budget.lanes.is_some() {
-        options.device.prepare(&plan.recipe.codec(), budget.device_peak())?;
+        device.backend.prepare(&plan.recipe.codec(), budget.device_peak())?;
     }
-    Ok(Conversion { source, plan, budget, options, relayout })
+    Ok(Conversion { source, plan, budget, device, options, relayout })
+}
+
+/// What quantizes this plan.
+fn choose(opening: Opening, plan: &Plan, threads: usize) -> Result<ChosenDevice> {
+    let codec = plan.recipe.codec();
+    let columns = plan.quantized().next().map_or(LIKELY_COLUMNS, PlannedTensor::columns);
+    let weights = plan.quantized().map(PlannedTensor::elements).sum();
+    let work = Work { source_len: plan.source_len(), weights, codec: &codec, columns, threads };
+    opening.finish(&work, |backend| plan.quantized().any(|tensor| backend.quantizes(&codec, tensor.columns())))
 }
 
 impl Conversion {
@@ -105,9 +129,9 @@ impl Conversion {
     }
 
     fn job(&self) -> Job<'_> {
-        let Conversion { source, plan, budget, options, relayout } = self;
+        let Conversion { source, plan, budget, device, options, relayout } = self;
         let manifest = relayout.as_ref().map(|relayout| &relayout.manifest);
-        Job { source, plan, budget: *budget, options, manifest, decodes: false }
+        Job { source, plan, budget: *budget, device: &*device.backend, options, manifest, decodes: false }
     }
 
     /// The manifest in `destination`, if it is of this very conversion, finished: same tool, recipe, config.json and

@@ -154,7 +154,8 @@ impl<'j, 'a> Worker<'j, 'a> {
 
     /// The lanes on devices, if these have kernels for all of the tensors.
     fn lanes_for<'t>(&self, tensors: impl IntoIterator<Item = &'t PlannedTensor>) -> Option<&'j LanePool<'a>> {
-        let has_kernel = |tensor: &PlannedTensor| self.execution.context.device.quantizes(&self.codec, tensor.columns());
+        let has_kernel =
+            |tensor: &PlannedTensor| self.execution.context.device.quantizes(&self.codec, tensor.columns());
         self.execution.lanes.as_ref().filter(|_| tensors.into_iter().all(has_kernel))
     }
 

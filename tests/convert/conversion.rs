@@ -37,7 +37,7 @@ struct How {
 }
 
 fn convert(source: &Path, destination: &Path, recipe: &Recipe, how: How) -> Manifest {
-    let options = Options { threads: how.threads, device: Arc::new(Cpu::new(how.kernel)), ..Options::default() };
+    let options = Options { threads: how.threads, device: Arc::new(Cpu::new(how.kernel)).into(), ..Options::default() };
     let mut conversion = plan(source, recipe.clone(), options).unwrap();
     conversion.budget = conversion.budget.with_chunk_elements(how.chunk_elements);
     conversion.execute(destination, &Unseen).unwrap()

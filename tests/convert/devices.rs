@@ -13,7 +13,8 @@ use prequant::internal::format::{Codec, FP4, INT4, INT4_ASYM, MXFP4, NF4, NVFP4}
 use prequant::internal::kernel::{BlockErrors, Figures, Kernel};
 use prequant::internal::ops::quantize::plan;
 use prequant::{
-    ErrorKind, FloatDtype, GroupSize, Hint, Layout, Manifest, NonFinitePolicy, Options, Progress, Recipe, RecipeOptions, Result,
+    ErrorKind, FloatDtype, GroupSize, Hint, Layout, Manifest, NonFinitePolicy, Options, Progress, Recipe,
+    RecipeOptions, Result,
 };
 use safetensors::tensor::Dtype;
 
@@ -184,7 +185,7 @@ fn source() -> Folder {
 }
 
 fn convert(source: &Path, to: &Path, recipe: &Recipe, device: Arc<dyn Backend>) -> Result<Manifest> {
-    let options = Options { threads: 3, device, ..Options::default() };
+    let options = Options { threads: 3, device: device.into(), ..Options::default() };
     let mut conversion = plan(source, recipe.clone(), options)?;
     conversion.budget = conversion.budget.with_chunk_elements(1);
     conversion.execute(to, &Unseen)
@@ -237,6 +238,19 @@ fn what_a_device_has_no_kernel_for_the_processor_quantizes() {
             assert_eq!(works, recipe.codec().is_blocks(), "{recipe:?}");
         },
     );
+}
+
+#[test]
+fn a_device_without_a_kernel_needs_no_memory() {
+    let folder = source();
+    let with = |queue: Arc<Queue>| {
+        let device = Arc::new(Queued(queue)).into();
+        plan(folder.source(), Recipe::default(), Options { threads: 2, device, device_memory: 1, ..Options::default() })
+    };
+    assert_eq!(with(Queue::with_all_kernels()).unwrap_err().kind(), ErrorKind::DeviceMemory);
+    let conversion = with(Queue::new(|_| false, None)).unwrap();
+    assert_eq!((conversion.budget.lanes, conversion.budget.device_peak()), (None, 0));
+    conversion.execute(folder.destination(), &Unseen).unwrap();
 }
 
 #[test]

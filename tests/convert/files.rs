@@ -74,7 +74,7 @@ fn tensors_longer_than_any_chunk_are_what_one_pass_gives_in_any_memory() {
             (3, 14 << 20, Kernel::detect()), // room for one tensor's absmax at a time
         ] {
             let to = folder.beside(&format!("{double_quant}-{threads}"));
-            let options = Options { threads, memory, device: Arc::new(Cpu::new(kernel)), ..Options::default() };
+            let options = Options { threads, memory, device: Arc::new(Cpu::new(kernel)).into(), ..Options::default() };
             plan(folder.source(), recipe.clone(), options).unwrap().execute(&to, &Unseen).unwrap();
             let files = contents(&to);
             let reference = reference.get_or_insert_with(|| {
@@ -336,7 +336,8 @@ fn a_checkpoint_in_memory_gives_the_bytes_that_one_in_a_folder_gives() {
         assert!(contents(&here) == contents(&there), "{format:?}");
 
         let (interrupt, hashed) = (AtomicBool::new(false), |_| ());
-        let options = verify::Options { threads: 2, quick: false, interrupt: &interrupt, hashed: &hashed };
+        let options =
+            verify::Options { threads: 2, quick: false, interrupt: &interrupt, hashed: &hashed, planned: &|_| () };
         let converted = in_memory(&here);
         let report = verify::against(&converted, &source, Options::default(), options).unwrap();
         assert!(report.differences.is_empty(), "{:?}", report.differences);

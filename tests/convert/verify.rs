@@ -27,7 +27,7 @@ fn run(command: &str, folder: &Folder, flags: &[&str]) -> Run {
 
 fn check(folder: &Folder) -> Report {
     let interrupt = AtomicBool::new(false);
-    let options = Options { quick: false, threads: 2, interrupt: &interrupt, hashed: &|_| {} };
+    let options = Options { quick: false, threads: 2, interrupt: &interrupt, hashed: &|_| {}, planned: &|_| {} };
     verify(folder.destination(), options).unwrap()
 }
 

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use safetensors::tensor::Dtype;
 
 use super::driver::{NO_DRIVER, convert, on_the_cpu, prequant, report};
-use crate::support::{Folder, LINEAR, Tensor, contents, serialize};
+use crate::support::{Folder, LINEAR, Tensor, contents, serialize, with_header};
 
 /// Elements of the smallest chunk: tensors of more take several.
 const CHUNK: usize = 65_536;
@@ -369,25 +369,67 @@ fn a_gpu_that_is_asked_for_and_can_not_be_used_is_an_error_before_anything_is_wr
     assert!(!to.exists());
 }
 
+/// A Linear of so many bytes in a file that is one hole: what reads headers alone is fast.
+fn large(bytes: u64) -> Folder {
+    let folder = Folder::new("llama");
+    let (rows, len) = (bytes / 8192, bytes / 8192 * 8192);
+    let header = format!("{{\"{LINEAR}\":{{\"dtype\":\"BF16\",\"shape\":[{rows},4096],\"data_offsets\":[0,{len}]}}}}");
+    folder.write("model.safetensors", with_header(&header, &[]));
+    let file = std::fs::OpenOptions::new().write(true).open(folder.source().join("model.safetensors")).unwrap();
+    file.set_len(8 + header.len() as u64 + len).unwrap();
+    folder
+}
+
+/// The line about the device of a dry run with `--device auto`, and its fields in JSON.
+fn chosen(folder: &Folder, threads: &str, settings: &[(&str, &str)]) -> (String, [serde_json::Value; 2]) {
+    let flags = ["--device", "auto", "--dry-run", "--threads", threads];
+    let said = convert(folder, &folder.destination(), &flags, settings).ok().stdout;
+    let line = said.lines().find(|line| line.starts_with("device:")).unwrap();
+    let json = convert(folder, &folder.destination(), &[&flags[..], &["--json"]].concat(), settings).ok().stdout;
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    (line.to_owned(), ["device", "device_reason"].map(|field| json[field].clone()))
+}
+
 #[test]
-fn auto_takes_a_usable_gpu_and_else_says_why_it_is_the_cpu() {
-    let folder = Folder::llama();
-    let dry_run = |settings: &[(&str, &str)]| {
-        convert(&folder, &folder.destination(), &["--device", "auto", "--dry-run"], settings).ok().stdout
-    };
+fn auto_takes_a_usable_gpu_for_much_work_and_else_says_why_it_is_the_cpu() {
+    let folder = large(64_000_000_000);
+    let (line, [device, why]) = chosen(&folder, "1", &[]);
+    assert!(
+        line.contains("cuda:0 (Fake GPU), CUDA 12.4 driver: quantizing alone would take 1 thread about "),
+        "{line}"
+    );
+    assert_eq!(device, "cuda:0 (Fake GPU)");
+    assert!(why.as_str().unwrap().starts_with("quantizing alone would take 1 thread about "), "{why}");
     for (settings, words) in [
-        (&[][..], "cuda:0 (Fake GPU), CUDA 12.4 driver"),
-        (&[("FAKE_CUDA_DEVICES", "0")], "): the NVIDIA driver finds no GPU"),
-        (&[("FAKE_CUDA_VERSION", "11040")], "): the NVIDIA driver serves CUDA 11.4"),
-        (&[("FAKE_CUDA_FREE", "1000000")], "): Fake GPU has 998 kB of memory free"),
-        (&[("LD_LIBRARY_PATH", NO_DRIVER.path().to_str().unwrap())], "): no NVIDIA driver is installed"),
+        (&[("FAKE_CUDA_DEVICES", "0")][..], "the NVIDIA driver finds no GPU"),
+        (&[("FAKE_CUDA_VERSION", "11040")], "the NVIDIA driver serves CUDA 11.4"),
+        (&[("FAKE_CUDA_FREE", "1000000")], "Fake GPU has 998 kB of memory free"),
+        (&[("LD_LIBRARY_PATH", NO_DRIVER.path().to_str().unwrap())], "no NVIDIA driver is installed"),
     ] {
-        let said = dry_run(settings);
-        let line = said.lines().find(|line| line.starts_with("device:")).unwrap();
-        assert!(line.contains(words), "{line}");
-        assert_eq!(line.contains("CPU ("), words.starts_with(')'), "{line}");
+        let (line, [device, why]) = chosen(&folder, "1", settings);
+        assert!(line.contains("CPU (") && line.contains(&format!("): {words}")), "{line}");
+        assert!(device.as_str().unwrap().starts_with("CPU (") && why.as_str().unwrap().starts_with(words), "{why}");
     }
-    let said = convert(&folder, &folder.destination(), &["--device", "auto"], &[]).ok().stderr;
+}
+
+#[test]
+fn auto_starts_no_gpu_where_it_would_gain_nothing() {
+    let small = Folder::llama();
+    let words = "sources below 8.00 GB are converted sooner without a GPU";
+    let used = small.beside("report");
+    for (folder, threads, words) in
+        [(&small, "1", words), (&large(9_000_000_000), "1000", "quantizing takes 1000 threads about 0.")]
+    {
+        let settings = [("FAKE_CUDA_REPORT", used.to_str().unwrap())];
+        let (line, [device, why]) = chosen(folder, threads, &settings);
+        assert!(line.contains(&format!("): {words}")), "{line}");
+        assert!(device.as_str().unwrap().starts_with("CPU (") && why.as_str().unwrap().starts_with(words), "{why}");
+    }
+    let run = convert(&small, &small.destination(), &["--device", "auto"], &[("FAKE_CUDA_FAIL", "cuInit:1:999")]).ok();
+    assert!(run.stderr.contains(words), "{}", run.stderr);
+    assert!(!used.exists(), "the driver was started");
+    // What is asked for is taken, however little there is to do.
+    let said = convert(&small, &small.beside("asked"), &["--device", "cuda"], &[]).ok().stderr;
     assert!(said.starts_with("device: cuda:0 (Fake GPU), CUDA 12.4 driver\n"), "{said}");
 }
 

@@ -40,9 +40,10 @@ type Record = BTreeMap<String, String>;
 const OF_THE_PROGRAM: [&str; 3] = ["recipe", "schema_version", "tool"];
 
 /// Keys of `--dry-run --json` that tell of the machine, of the options, or of sizes with headers in them.
-const OF_THE_MACHINE: [&str; 10] = [
+const OF_THE_MACHINE: [&str; 11] = [
     "destination",
     "device",
+    "device_reason",
     "disk_free",
     "disk_needed",
     "files",

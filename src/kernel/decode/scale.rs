@@ -40,7 +40,7 @@ impl Scales<'_> {
     }
 }
 
-/// What decoding multiplies by in each group, of scales as they are stored.
+/// What decoding multiplies by in each group, of scales as they are stored. Only devices bring back nothing but these.
 ///
 /// # Panics
 /// When `values` has another length than there are groups.

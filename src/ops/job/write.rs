@@ -4,6 +4,7 @@ use std::io;
 use std::sync::atomic::AtomicBool;
 use std::thread;
 
+use crate::backend::Backend;
 use crate::checkpoint::{
     CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, STAGING_NAME, SUMS_NAME, Source, Staging, free_space, write_index,
 };
@@ -29,6 +30,8 @@ pub(crate) struct Job<'a> {
     pub plan: &'a Plan,
     /// The memory it takes.
     pub budget: Budget,
+    /// What quantizes.
+    pub device: &'a dyn Backend,
     /// How it is done.
     pub options: &'a Options,
     /// The source's manifest, if it has one that it must agree with.
@@ -87,13 +90,13 @@ impl Job<'_> {
         progress: &dyn Progress,
         finish: impl FnOnce(&Staging, Vec<FileRecord>, Outcome) -> Result<(Vec<String>, T)>,
     ) -> Result<T> {
-        let Options { ref device, hash_source, force, ref trace, .. } = *self.options;
+        let Options { hash_source, force, ref trace, .. } = *self.options;
         self.check_place(destination)?;
         if !is_there(&destination.join(STAGING_NAME))? {
             self.check_space(destination, &[])?;
         }
         let staging = Staging::take(destination, &self.source.location, force)?;
-        let (device, trace) = (&**device, trace.as_deref());
+        let (device, trace) = (self.device, trace.as_deref());
         let context = ExecutionContext { device, budget: self.budget, hash_source, interrupt, progress, trace };
         let files = self.write_files(&staging, context);
         match files.and_then(|(files, outcome)| finish(&staging, files, outcome)) {

@@ -15,7 +15,7 @@ pub(crate) fn execute(
     options: Options<'_>,
 ) -> Result<pipeline::Outcome> {
     let context = ExecutionContext {
-        device: &*conversion.options.device,
+        device: &*conversion.device.backend,
         budget: conversion.budget,
         hash_source: conversion.options.hash_source,
         interrupt: options.interrupt,

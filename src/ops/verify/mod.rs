@@ -20,6 +20,7 @@ use crate::error::{Error, IoContext, Result};
 use crate::layout::OutputKind;
 use crate::manifest::{DecisionRecord, Manifest};
 use crate::models::Rules;
+use crate::ops::quantize::Conversion;
 use crate::plan::kept_modules::{bitsandbytes, compressed_tensors};
 use crate::store::{Location, Sha256Hash, is_no_file};
 
@@ -37,6 +38,8 @@ pub struct Options<'a> {
     pub interrupt: &'a AtomicBool,
     /// Told how many bytes more of the files are about to be hashed (or, of the source, were compared), from any thread.
     pub hashed: &'a (dyn Fn(u64) + Sync),
+    /// Told what is compared with, before it begins; of verifying against a source.
+    pub planned: &'a (dyn Fn(&Conversion) + Sync),
 }
 
 static NEVER: AtomicBool = AtomicBool::new(false);
@@ -45,7 +48,7 @@ impl Default for Options<'_> {
     /// All of it, on all cores, in silence.
     fn default() -> Self {
         let threads = thread::available_parallelism().map_or(1, usize::from);
-        Options { quick: false, threads, interrupt: &NEVER, hashed: &|_| () }
+        Options { quick: false, threads, interrupt: &NEVER, hashed: &|_| (), planned: &|_| () }
     }
 }
 

@@ -37,6 +37,7 @@ pub fn against(
     let hash_source = manifest.source.files.iter().any(|file| file.sha256.is_some());
     let convert = options::Options { hash_source, ..convert };
     let conversion = quantize::plan(source, manifest.recipe.clone(), convert)?;
+    (options.planned)(&conversion);
     if let Some(version) = manifest.other_version() {
         by_tensor::compare(&conversion, &checkpoint, options, &mut report)?;
         report.written_by = Some(version);
