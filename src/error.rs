@@ -234,6 +234,12 @@ pub enum Error {
         /// The system's error.
         source: io::Error,
     },
+    /// The system starts no further thread.
+    #[error("can't start a thread: {source}; allow the user or the container more processes")]
+    Threads {
+        /// The system's error.
+        source: io::Error,
+    },
     /// A defect of prequant: what can't be.
     #[error("{what}: this is a defect of prequant; please report it with the command that was run")]
     Internal {
@@ -276,6 +282,7 @@ impl Error {
             Error::SourceChanged { .. } => ErrorKind::SourceChanged,
             Error::Io { .. } => ErrorKind::Io,
             Error::JobChanged { .. } => ErrorKind::JobChanged,
+            Error::Threads { .. } => ErrorKind::Io,
             Error::Internal { .. } => ErrorKind::Internal,
             Error::Interrupted => ErrorKind::Interrupted,
             Error::Stopped => ErrorKind::Stopped,
@@ -306,6 +313,7 @@ impl Error {
             | Error::DeviceMemory { .. }
             | Error::NoSpace { .. }
             | Error::Io { .. }
+            | Error::Threads { .. }
             | Error::Internal { .. }
             | Error::Interrupted
             | Error::Stopped => Vec::new(),

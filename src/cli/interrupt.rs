@@ -40,7 +40,7 @@ pub fn listen() -> io::Result<()> {
             thread::sleep(Duration::from_millis(50));
         }
         thread::sleep(PATIENCE);
-        eprintln!("error: interrupted; run the same command again to go on");
+        eprintln!("error: interrupted; run the same command again to resume");
         std::process::exit(128 + SIGNAL.load(Ordering::Relaxed) as i32);
     })?;
     Ok(())

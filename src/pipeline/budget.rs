@@ -1,5 +1,8 @@
 //! How much memory a plan takes, and how it is shared out.
 
+use std::sync::atomic::AtomicUsize;
+
+use super::stream::StreamMemory;
 use crate::backend::{Backend, Devices, LaneSize};
 use crate::error::{Error, Hint, Result};
 use crate::format::{BlockSize, NESTED_BLOCK_SIZE, Scales};
@@ -32,6 +35,10 @@ const WINDOW: u64 = 64 << 20;
 
 /// Bytes of absmax, with double quantization, that wait for their tensors' means, if no tensor has more.
 const MAX_ABSMAX: u64 = 32 << 20;
+
+/// Bytes of an output file that are gathered, or read back, at once.
+const MIN_BUFFER: usize = 16 << 10;
+const MAX_BUFFER: usize = 1 << 20;
 
 /// The most output files in progress at once.
 const MAX_FILES: usize = 16;
@@ -129,9 +136,18 @@ impl Budget {
         Ok(Budget { threads, chunk_elements, step, files, window, absmax, peak, lanes })
     }
 
-    /// Bytes of one file's pieces that wait.
-    pub fn file_window(&self) -> usize {
-        (self.window / self.files as u64) as usize
+    /// Memory for the pieces of output files that wait, of which `held` is taken.
+    pub(crate) fn stream_memory<'a>(&self, held: &'a AtomicUsize) -> StreamMemory<'a> {
+        let each = self.window as usize / self.files;
+        let buffer = (each / 4).clamp(MIN_BUFFER, MAX_BUFFER);
+        // One is gathered, another read back.
+        let window = each.saturating_sub(2 * buffer);
+        StreamMemory { window, of_all: window * self.files, held, buffer }
+    }
+
+    /// Bytes of one output file that may be on their way, handed out and not hashed.
+    pub(crate) fn file_window(&self) -> u64 {
+        self.window / self.files as u64
     }
 
     /// Bytes that are taken on each device.

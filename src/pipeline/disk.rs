@@ -1,19 +1,11 @@
 //! Having the disk catch up: what is written goes to it early, so that little is left to wait for when a file is finished.
 
 use super::Execution;
-use super::scheduler::{DiskTask, Scheduler};
+use super::scheduler::{DiskTask, Scheduler, StopOnPanic};
 use super::trace::{Span, Subject, ThreadTrace};
-use super::worker::StopOnPanic;
 use crate::error::Result;
-use crate::store::memory;
 
 impl Execution<'_> {
-    /// Whether the source and what is made of it would fill the page cache with what nobody needs again soon.
-    pub(super) fn crowds_memory(&self) -> bool {
-        let len = self.plan.source_len().saturating_add(self.plan.output_len());
-        memory().is_some_and(|memory| len > memory / 2)
-    }
-
     /// Does the disk's tasks until there is none any more.
     pub(super) fn serve_disk(&self, scheduler: &Scheduler<'_>, trace: &ThreadTrace<'_>) {
         let _guard = StopOnPanic(scheduler);
@@ -38,7 +30,7 @@ impl Execution<'_> {
                 let begin = trace.begin();
                 self.stream(file)?.output().sync()?;
                 trace.end(begin, Span::Sync, Subject::Output(file), planned.len);
-                if self.crowds_memory() {
+                if self.crowds_memory {
                     self.stream(file)?.output().file().will_not_read(0, planned.len);
                 }
                 self.close(file);

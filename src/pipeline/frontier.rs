@@ -10,12 +10,6 @@ use crate::kernel::sha256::{Pairing, Sha256Stream};
 use crate::plan::{PlannedOutput, PlannedTensor};
 use crate::store::{Sha256Hash, read_exact_at};
 
-/// Bytes of small pieces that are gathered before they are written.
-const GATHERED: usize = 1 << 20;
-
-/// Bytes of a file that are read back at once.
-const READ_BACK: usize = 1 << 20;
-
 /// Bytes after which the disk is given what was written.
 const WRITEBACK: u64 = 8 << 20;
 
@@ -69,13 +63,20 @@ pub(super) struct Frontier<'a> {
     hashes: Vec<Vec<Sha256Hash>>,
     /// Bytes before it that aren't written yet.
     gathered: Vec<u8>,
+    /// Bytes that are gathered, or read back at once.
+    buffer: usize,
     /// How far the disk was given what is written.
     given: u64,
 }
 
 impl<'a> Frontier<'a> {
     /// Behind the header, which is not written yet.
-    pub(super) fn new(tensors: &'a [PlannedTensor], parts: Arc<[Part]>, header: Vec<u8>) -> Frontier<'a> {
+    pub(super) fn new(
+        tensors: &'a [PlannedTensor],
+        parts: Arc<[Part]>,
+        header: Vec<u8>,
+        buffer: usize,
+    ) -> Frontier<'a> {
         let hashes = tensors.iter().map(|tensor| vec![Sha256Hash([0; 32]); tensor.outputs.len()]).collect();
         let left = parts.first().map_or(0, |part| part.of(tensors).len);
         let at = header.len() as u64;
@@ -85,7 +86,7 @@ impl<'a> Frontier<'a> {
         let gathered = header;
         let pairing = Pairing::detect();
         let mut frontier =
-            Frontier { tensors, parts, at, pairing, file, part, next: 0, left, hashes, gathered, given: 0 };
+            Frontier { tensors, parts, at, pairing, file, part, next: 0, left, hashes, gathered, buffer, given: 0 };
         frontier.end_parts();
         frontier
     }
@@ -126,10 +127,10 @@ impl<'a> Frontier<'a> {
     /// Hashes the next `len` bytes, which are in the file.
     pub(super) fn read_back(&mut self, output: &dyn Output, len: u64, watcher: &dyn Watcher) -> Result<()> {
         self.write_gathered(output, 0, watcher)?;
-        let mut buffer = vec![0; READ_BACK.min(usize::try_from(len).unwrap_or(READ_BACK))];
+        let mut buffer = vec![0; self.buffer.min(usize::try_from(len).unwrap_or(usize::MAX))];
         let end = self.at + len;
         while self.at < end {
-            let piece = &mut buffer[..READ_BACK.min((end - self.at) as usize)];
+            let piece = &mut buffer[..self.buffer.min(usize::try_from(end - self.at).unwrap_or(usize::MAX))];
             let begin = watcher.begin();
             read_exact_at(output.file(), piece, self.at).at(output.path(), "read it back")?;
             watcher.end(begin, Span::Read, piece.len());
@@ -184,7 +185,7 @@ impl<'a> Frontier<'a> {
     fn write(&mut self, output: &dyn Output, bytes: &[u8], watcher: &dyn Watcher) -> Result<()> {
         if bytes.len() < SMALL {
             self.gathered.extend_from_slice(bytes);
-            return match self.gathered.len() >= GATHERED {
+            return match self.gathered.len() >= self.buffer {
                 true => self.write_gathered(output, bytes.len(), watcher),
                 false => Ok(()),
             };
@@ -203,6 +204,7 @@ impl<'a> Frontier<'a> {
             output.write_at(&self.gathered, self.at + ahead as u64 - self.gathered.len() as u64)?;
             watcher.end(begin, Span::Write, self.gathered.len());
             self.gathered.clear();
+            self.gathered.shrink_to(self.buffer + SMALL); // a long header was in it
         }
         Ok(())
     }

@@ -21,7 +21,7 @@ mod trace;
 mod worker;
 
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
@@ -33,12 +33,12 @@ pub(crate) use trace::{Span, Subject, ThreadTrace};
 
 use crate::backend::Backend;
 use crate::checkpoint::{Source, SourceFile};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::plan::{Plan, PlannedFile};
 use crate::stats::{AbsmaxAccumulator, Statistics, StatsAccumulator};
-use crate::store::{ReadAt, Sha256Hash};
+use crate::store::{ReadAt, Sha256Hash, memory_size};
 use lane_pool::LanePool;
-use scheduler::Scheduler;
+use scheduler::{Scheduler, StopOnPanic};
 use stream::FileStream;
 use worker::Worker;
 
@@ -151,8 +151,22 @@ struct Execution<'a> {
     context: ExecutionContext<'a>,
     /// The lanes on devices, if there are any.
     lanes: Option<LanePool<'a>>,
-    /// The output files that are being written.
-    streams: Vec<Mutex<Option<Arc<FileStream<'a>>>>>,
+    streams: Vec<Mutex<Slot<'a>>>,
+    /// What pieces that wait for their turn take, in all files.
+    held: &'a AtomicUsize,
+    /// Whether the source and what is made of it would fill the page cache with what nobody needs again soon.
+    crowds_memory: bool,
+}
+
+/// An output file.
+#[derive(Default)]
+enum Slot<'a> {
+    /// Nothing of it is there.
+    #[default]
+    Planned,
+    Open(Arc<FileStream<'a>>),
+    /// It is finished.
+    Closed,
 }
 
 /// Executes `plan`: writes its files of weights to `outputs`. Files of which `sealed` has the outcome are there already.
@@ -171,17 +185,32 @@ pub(crate) fn run(
 ) -> Result<Outcome> {
     let streams = plan.files.iter().map(|_| Mutex::default()).collect();
     let lanes = context.budget.lanes.map(|budget| LanePool::new(context.device, budget));
-    let execution = Execution { source, plan, outputs, context, lanes, streams };
+    let held = AtomicUsize::new(0);
+    let touched = plan.source_len().saturating_add(plan.output_len());
+    let crowds_memory = memory_size().is_some_and(|memory| touched > memory / 2);
+    let execution = Execution { source, plan, outputs, context, lanes, streams, held: &held, crowds_memory };
     let scheduler = Scheduler::new(plan, source.files.len(), sealed, context);
     thread::scope(|scope| {
-        for _ in 0..context.budget.threads {
-            scope.spawn(|| {
-                let trace = ThreadTrace::new(context.trace, "worker", source, plan);
-                Worker::new(&execution, &scheduler, &trace).work();
-            });
+        let _guard = StopOnPanic(&scheduler);
+        let serve_disk = || execution.serve_disk(&scheduler, &ThreadTrace::new(context.trace, "disk", source, plan));
+        let work = || {
+            let trace = ThreadTrace::new(context.trace, "worker", source, plan);
+            Worker::new(&execution, &scheduler, &trace).work();
+        };
+        let disk = thread::Builder::new().spawn_scoped(scope, serve_disk).map(drop);
+        // Where the system allows fewer threads, fewer do.
+        let mut workers = 0..context.budget.threads;
+        let first = workers.next().map_or(Ok(()), |_| thread::Builder::new().spawn_scoped(scope, work).map(drop));
+        if let Err(source) = disk.and(first) {
+            return scheduler.fail(0, Error::Threads { source });
         }
-        scope.spawn(|| execution.serve_disk(&scheduler, &ThreadTrace::new(context.trace, "disk", source, plan)));
-        scope.spawn(|| read_ahead::run(&execution, &scheduler));
+        for _ in workers {
+            if thread::Builder::new().spawn_scoped(scope, work).is_err() {
+                return;
+            }
+        }
+        // Without it the threads wait for the disk themselves.
+        let _ = thread::Builder::new().spawn_scoped(scope, || read_ahead::run(&execution, &scheduler));
     });
     scheduler.into_outcome()
 }
@@ -190,17 +219,22 @@ impl<'a> Execution<'a> {
     /// An output file, begun if it isn't yet.
     fn stream(&self, file: usize) -> Result<Arc<FileStream<'a>>> {
         let mut slot = self.streams[file].lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(stream) = &*slot {
-            return Ok(stream.clone());
-        }
         let planned = &self.plan.files[file];
-        let output = self.outputs.open(planned)?;
-        let stream = FileStream::new(self.plan, planned, output, self.context.budget.file_window());
-        Ok(slot.insert(Arc::new(stream)).clone())
+        match &*slot {
+            Slot::Open(stream) => Ok(stream.clone()),
+            Slot::Closed => Err(Error::internal(format!("{} is finished, and was to be written to", planned.name))),
+            Slot::Planned => {
+                let output = self.outputs.open(planned)?;
+                let memory = self.context.budget.stream_memory(self.held);
+                let stream = Arc::new(FileStream::new(self.plan, planned, output, memory));
+                *slot = Slot::Open(stream.clone());
+                Ok(stream)
+            }
+        }
     }
 
     /// Lets go of a file that is finished.
     fn close(&self, file: usize) {
-        self.streams[file].lock().unwrap_or_else(PoisonError::into_inner).take();
+        *self.streams[file].lock().unwrap_or_else(PoisonError::into_inner) = Slot::Closed;
     }
 }

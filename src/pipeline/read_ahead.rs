@@ -6,9 +6,8 @@ use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
 use super::Execution;
-use super::scheduler::Scheduler;
+use super::scheduler::{Scheduler, StopOnPanic};
 use super::source_files::OpenFile;
-use super::worker::StopOnPanic;
 use crate::read::{Read, Span};
 
 /// Bytes of the source that are read ahead, of all files in progress together.
@@ -17,21 +16,16 @@ const AHEAD: u64 = 64 << 20;
 /// Bytes that the system is asked for at once.
 const PIECE: u64 = 2 << 20;
 
-/// Bytes of an output file's part of the source that were handed out longest ago, and may still be being read.
+/// Bytes of an output file's part of the source that were handed out last, and may still be being read.
 const BEHIND: u64 = 64 << 20;
 
 /// While something is read from the disk; and while everything is in memory.
 const INTERVALS: [Duration; 2] = [Duration::from_millis(2), Duration::from_millis(20)];
 
 /// Reads ahead of what is handed out, and lets go of what was read from the disk, if there is much of it.
-pub(super) fn run(execution: &Execution<'_>, scheduler: &Scheduler<'_>) {
+pub(super) fn run<'a>(execution: &Execution<'a>, scheduler: &Scheduler<'a>) {
     let _guard = StopOnPanic(scheduler);
-    let mut ahead = ReadAhead {
-        execution,
-        source: OpenFile::new(execution),
-        lets_go: execution.crowds_memory(),
-        files: HashMap::new(),
-    };
+    let mut ahead = ReadAhead { execution, scheduler, files: HashMap::new() };
     let mut interval = INTERVALS[0];
     while let Some(files) = scheduler.soon(interval) {
         let share = AHEAD / files.len().max(1) as u64;
@@ -43,20 +37,20 @@ pub(super) fn run(execution: &Execution<'_>, scheduler: &Scheduler<'_>) {
 
 struct ReadAhead<'j, 'a> {
     execution: &'j Execution<'a>,
-    source: OpenFile<'j, 'a>,
-    lets_go: bool,
+    scheduler: &'j Scheduler<'a>,
     /// Output files in progress.
-    files: HashMap<usize, Place>,
+    files: HashMap<usize, Place<'j, 'a>>,
 }
 
 /// Where reading ahead has come to in one output file's part of the source.
-#[derive(Default)]
-struct Place {
+struct Place<'j, 'a> {
+    source: OpenFile<'j, 'a>,
     /// The tensor whose bytes come next, and those of them that weren't asked for.
     tensor: usize,
     pieces: VecDeque<Span>,
-    /// Bytes asked for, by tensor.
+    /// Bytes asked for, by tensor, and all of them.
     asked: VecDeque<(usize, u64)>,
+    asked_len: u64,
     /// What was read from the disk, by tensor.
     read: VecDeque<(usize, Span)>,
 }
@@ -66,16 +60,19 @@ impl ReadAhead<'_, '_> {
     fn follow(&mut self, file: usize, (tensor, offset): (usize, u64), share: u64) -> bool {
         let plan = self.execution.plan;
         let end = plan.files[file].tensors.end;
-        let mut place = self.files.remove(&file).unwrap_or_default();
+        let mut place = self.files.remove(&file).unwrap_or_else(|| Place::new(self.execution));
         if place.tensor < tensor {
             (place.tensor, place.pieces) = (tensor, pieces(&plan.tensors[tensor].read));
         }
-        place.asked.retain(|(asked, _)| *asked >= tensor);
+        while let Some((_, len)) = place.asked.front().filter(|(asked, _)| *asked < tensor) {
+            place.asked_len -= len;
+            place.asked.pop_front();
+        }
         let planned = &plan.tensors[tensor];
-        let handed_out =
-            (stored_len(&planned.read) as f64 * (offset as f64 / planned.source_len().max(1) as f64)) as u64;
+        let part = offset as f64 / planned.source_len().max(1) as f64;
+        let handed_out = (stored_len(&planned.read) as f64 * part) as u64;
         let mut any_read = false;
-        while place.asked.iter().map(|(_, len)| len).sum::<u64>() < share + handed_out {
+        while place.asked_len < share + handed_out && !self.scheduler.stopped() {
             let Some(span) = place.pieces.pop_front() else {
                 if place.tensor + 1 >= end {
                     break;
@@ -84,16 +81,11 @@ impl ReadAhead<'_, '_> {
                 place.pieces = pieces(&plan.tensors[place.tensor].read);
                 continue;
             };
-            match place.asked.back_mut() {
-                Some((last, len)) if *last == place.tensor => *len += span.len,
-                _ => place.asked.push_back((place.tensor, span.len)),
-            }
-            if self.read(span) {
-                any_read = true;
-                place.read.push_back((place.tensor, span));
-            }
+            any_read |= place.ask(span);
         }
-        self.let_go(&mut place, tensor);
+        if self.execution.crowds_memory {
+            place.let_go(tensor, BEHIND);
+        }
         self.files.insert(file, place);
         any_read
     }
@@ -102,38 +94,48 @@ impl ReadAhead<'_, '_> {
     fn forget_others(&mut self, files: &[(usize, (usize, u64))]) {
         let is_left = |file: &usize| files.iter().any(|(other, _)| other == file);
         let done: Vec<usize> = self.files.keys().copied().filter(|file| !is_left(file)).collect();
-        for place in done.into_iter().filter_map(|file| self.files.remove(&file)).collect::<Vec<_>>() {
-            place.read.into_iter().for_each(|(_, span)| self.let_go_of(span));
+        for mut place in done.into_iter().filter_map(|file| self.files.remove(&file)).collect::<Vec<_>>() {
+            if self.execution.crowds_memory {
+                place.let_go(usize::MAX, 0);
+            }
         }
     }
+}
 
-    /// Asks for bytes that aren't in memory. Whoever reads them later tells what is wrong, if anything is.
-    fn read(&mut self, span: Span) -> bool {
+impl<'j, 'a> Place<'j, 'a> {
+    fn new(execution: &'j Execution<'a>) -> Place<'j, 'a> {
+        let (pieces, asked, read) = Default::default();
+        Place { source: OpenFile::new(execution), tensor: 0, pieces, asked, asked_len: 0, read }
+    }
+
+    /// Asks the disk for bytes that aren't in memory; tells whether there are any. Whoever reads them later says what is wrong,
+    /// if anything is.
+    fn ask(&mut self, span: Span) -> bool {
+        match self.asked.back_mut() {
+            Some((last, len)) if *last == self.tensor => *len += span.len,
+            _ => self.asked.push_back((self.tensor, span.len)),
+        }
+        self.asked_len += span.len;
         let Ok(file) = self.source.get(span.file) else { return false };
         let is_cached = file.is_cached(span.offset) && file.is_cached(span.offset + span.len.saturating_sub(1));
         if !is_cached {
             file.will_read(span.offset, span.len);
+            self.read.push_back((self.tensor, span));
         }
         !is_cached
     }
 
-    /// Lets go of what was read long before `tensor`.
-    fn let_go(&mut self, place: &mut Place, tensor: usize) {
-        let mut behind =
-            place.read.iter().take_while(|(read, _)| *read < tensor).map(|(_, span)| span.len).sum::<u64>();
-        while behind > BEHIND
-            && let Some((_, span)) = place.read.pop_front()
+    /// Lets go of what was read from the disk for tensors before `tensor`, but for the last bytes, so many.
+    fn let_go(&mut self, tensor: usize, keep: u64) {
+        let before = self.read.iter().take_while(|(read, _)| *read < tensor);
+        let mut len = before.map(|(_, span)| span.len).sum::<u64>();
+        while len > keep
+            && let Some((_, span)) = self.read.pop_front()
         {
-            behind -= span.len;
-            self.let_go_of(span);
-        }
-    }
-
-    fn let_go_of(&mut self, span: Span) {
-        if self.lets_go
-            && let Ok(file) = self.source.get(span.file)
-        {
-            file.will_not_read(span.offset, span.len);
+            len -= span.len;
+            if let Ok(file) = self.source.get(span.file) {
+                file.will_not_read(span.offset, span.len);
+            }
         }
     }
 }

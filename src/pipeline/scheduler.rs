@@ -89,7 +89,7 @@ pub(crate) struct Scheduler<'a> {
 
 #[derive(Default)]
 struct State {
-    /// The next file that no task of was handed out.
+    /// The first file of which no task was handed out.
     next_file: usize,
     /// Files in progress of which there is more to hand out.
     active: Vec<usize>,
@@ -204,7 +204,9 @@ impl<'a> Scheduler<'a> {
             }
             state = wait(&self.disk_changed, state);
         }
-        None
+        // What is complete is kept for the next run, unless the user waits for this one to end.
+        let keeps = !self.context.interrupt.load(Ordering::Relaxed);
+        std::iter::from_fn(|| state.disk.pop_front()).find(|task| keeps && matches!(task, DiskTask::Seal { .. }))
     }
 
     /// Takes the result of a task that [`Scheduler::next`] gave out.
@@ -214,6 +216,8 @@ impl<'a> Scheduler<'a> {
         if let Some(file) = self.turn_of(&task) {
             state.files[file].running -= 1;
         }
+        // This thread takes what a chunk makes room for; other tasks let several threads proceed.
+        let lets_proceed = !matches!(task, Task::Chunk { .. } | Task::Set { .. });
         match (task, done) {
             (Task::Chunk { tensor, .. }, done) => self.finish_chunk(&mut state, tensor, done),
             (Task::Set { .. }, Done::Set(tensors)) => {
@@ -232,7 +236,11 @@ impl<'a> Scheduler<'a> {
             (task, done) => unreachable!("{task:?} doesn't give {done:?}"),
         }
         self.check_finished(&mut state);
-        self.tell();
+        if lets_proceed || !state.ready.is_empty() {
+            self.tell();
+        } else if self.waiting.load(Ordering::SeqCst) > 0 {
+            self.changed.notify_one();
+        }
     }
 
     /// Takes the hashes of a file of which all bytes are written.
@@ -343,7 +351,7 @@ impl<'a> Scheduler<'a> {
             return Some(task);
         }
         self.fill_active(state);
-        if self.context.hash_source && state.next_source_hash < self.source_files_begun(state) {
+        if self.context.hash_source && state.next_source_hash < self.source_files_handed_out(state) {
             state.next_source_hash += 1;
             return Some(Task::HashSource { file: state.next_source_hash - 1 });
         }
@@ -470,7 +478,16 @@ impl<'a> Scheduler<'a> {
 
     /// Has a file sealed of which all tensors are done and all bytes hashed.
     fn seal_if_complete(&self, state: &mut State, file: usize) {
-        let FileState { tensors_left: 0, sha256: Some(sha256), .. } = state.files[file] else { return };
+        let sha256 = match state.files[file] {
+            FileState { tensors_left: 0, sha256: Some(sha256), .. } => sha256,
+            FileState { tensors_left: 0, .. } => {
+                let name = &self.plan.files[file].name;
+                let error = Error::internal(format!("all tensors of {name} are written, and not all of its bytes"));
+                state.failure.get_or_insert((self.plan.files[file].tensors.start, error));
+                return self.wake_all();
+            }
+            _ => return,
+        };
         let outcome = FileOutcome {
             sha256,
             tensors: state.tensors[self.plan.files[file].tensors.clone()].to_vec(),
@@ -494,13 +511,24 @@ impl<'a> Scheduler<'a> {
     }
 }
 
+/// A thread that panics would leave the others waiting for it.
+pub(super) struct StopOnPanic<'s, 'a>(pub &'s Scheduler<'a>);
+
+impl Drop for StopOnPanic<'_, '_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.fail(usize::MAX, Error::Stopped);
+        }
+    }
+}
+
 /// Waits for news, but not for long: an interrupt brings none.
 fn wait<'s>(changed: &Condvar, state: MutexGuard<'s, State>) -> MutexGuard<'s, State> {
     let waited = changed.wait_timeout(state, Duration::from_millis(100));
     waited.unwrap_or_else(PoisonError::into_inner).0
 }
 
-/// A tensor that tasks are under way for.
+/// A tensor of which tasks are under way.
 ///
 /// # Panics
 /// When there are none: a task ended that was never given out.

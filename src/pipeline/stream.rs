@@ -5,7 +5,7 @@
 //! once the frontier gets there. So no thread waits for another here, and no order of pieces takes more memory.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Output;
@@ -26,20 +26,38 @@ pub(crate) struct FileStream<'a> {
     output: Arc<dyn Output + 'a>,
     /// The outputs of the file's tensors, in the order of their bytes.
     parts: Arc<[Part]>,
-    /// Bytes that may wait in memory.
-    window: usize,
-    /// The first byte that isn't hashed.
-    reached: AtomicU64,
+    memory: StreamMemory<'a>,
     /// Held by the thread that writes ahead of the frontier: two writers of a file are as fast as any number.
     early_writer: Mutex<()>,
     state: Mutex<State<'a>>,
 }
 
+/// Memory for pieces that wait.
+#[derive(Clone, Copy)]
+pub(crate) struct StreamMemory<'a> {
+    /// Bytes of a file's pieces; no piece waits in memory that lies further ahead than this.
+    pub window: usize,
+    /// Bytes of all files' pieces.
+    pub of_all: usize,
+    /// What all files' pieces take now.
+    pub held: &'a AtomicUsize,
+    /// Bytes of small pieces that are gathered before they are written, and of a file that are read back at once.
+    pub buffer: usize,
+}
+
+/// What a piece that waits takes beside its bytes, about.
+const PIECE: usize = 128;
+
+/// A piece of fewer bytes waits however far ahead it lies: writing it by itself would cost more.
+const TINY: usize = 4 << 10;
+
 #[derive(Default)]
 struct State<'a> {
+    /// The first byte that isn't hashed, as far as the others know.
+    reached: u64,
     /// Pieces ahead of the frontier, by their first byte.
     waiting: BTreeMap<u64, Piece>,
-    /// Bytes of them.
+    /// What they take.
     held: usize,
     /// Ranges, by their first byte, that are in the file, not hashed, and no longer in memory.
     written: BTreeMap<u64, u64>,
@@ -87,30 +105,24 @@ enum Next {
 }
 
 impl<'a> FileStream<'a> {
-    /// A file of `plan`, of which nothing is written; up to `window` bytes of it may wait in memory.
+    /// A file of `plan`, of which nothing is written.
     pub(crate) fn new(
         plan: &'a Plan,
         planned: &'a PlannedFile,
         output: Arc<dyn Output + 'a>,
-        window: usize,
+        memory: StreamMemory<'a>,
     ) -> FileStream<'a> {
         let tensors = &plan.tensors[planned.tensors.clone()];
         let parts = Part::all(tensors);
-        let frontier = Frontier::new(tensors, parts.clone(), planned.header(tensors));
-        let reached = AtomicU64::new(planned.header_len);
-        let state = Mutex::new(State { frontier: Some(Box::new(frontier)), ..State::default() });
+        let frontier = Some(Box::new(Frontier::new(tensors, parts.clone(), planned.header(tensors), memory.buffer)));
+        let state = Mutex::new(State { reached: planned.header_len, frontier, ..State::default() });
         let early_writer = Mutex::new(());
-        FileStream { planned, tensors, output, parts, window, reached, early_writer, state }
+        FileStream { planned, tensors, output, parts, memory, early_writer, state }
     }
 
     /// The file.
     pub(crate) fn output(&self) -> &dyn Output {
         &*self.output
-    }
-
-    /// The first byte that isn't hashed yet.
-    pub(crate) fn reached(&self) -> u64 {
-        self.reached.load(Ordering::Acquire)
     }
 
     /// Takes `bytes` of an output, which belong at `offset`; gives the hashes once the file is complete.
@@ -119,32 +131,33 @@ impl<'a> FileStream<'a> {
     /// Those of the disk; [`Error::Stopped`](crate::error::Error::Stopped).
     pub(crate) fn put(&self, bytes: &[u8], offset: u64, watcher: &dyn Watcher) -> Result<Option<FileHashes>> {
         let mut state = self.lock();
-        let is_next = offset == self.reached() && state.frontier.is_some();
+        let is_next = offset == state.reached && state.frontier.is_some();
         if !is_next && !bytes.is_empty() {
             state = self.put_early(state, bytes, offset, watcher)?;
         }
         let Some(mut frontier) = state.frontier.take() else { return Ok(None) };
-        let mut next = match is_next {
-            true => None,
-            false => state.next(self.reached()),
-        };
+        let mut next = if is_next { None } else { state.next() };
         drop(state);
         if is_next {
             frontier.pass(self.output(), bytes, watcher)?;
         }
         loop {
-            match next.take() {
-                Some(Next::Piece(piece)) => frontier.pass_piece(self.output(), &piece, watcher)?,
-                Some(Next::Written(len)) => frontier.read_back(self.output(), len, watcher)?,
+            match &next {
+                Some(Next::Piece(piece)) => frontier.pass_piece(self.output(), piece, watcher)?,
+                Some(Next::Written(len)) => frontier.read_back(self.output(), *len, watcher)?,
                 None => {}
             }
-            self.reached.store(frontier.at(), Ordering::Release);
             watcher.reached(frontier.at());
+            let mut state = self.lock();
+            state.reached = frontier.at();
+            if let Some(Next::Piece(piece)) = next.take() {
+                self.let_go(&mut state, piece.bytes.len());
+            }
             if frontier.at() == self.planned.len {
+                drop(state);
                 return frontier.finish(self.output(), watcher).map(Some);
             }
-            let mut state = self.lock();
-            next = state.next(frontier.at());
+            next = state.next();
             if next.is_none() {
                 state.frontier = Some(frontier);
                 return Ok(None);
@@ -160,27 +173,46 @@ impl<'a> FileStream<'a> {
         offset: u64,
         watcher: &dyn Watcher,
     ) -> Result<MutexGuard<'s, State<'a>>> {
-        let has_room = state.held + bytes.len() <= self.window;
+        let window = self.memory.window as u64;
+        let is_near = offset + bytes.len() as u64 <= state.reached + window || bytes.len() <= TINY;
+        if !is_near || !self.hold(&mut state, bytes.len()) {
+            drop(state);
+            self.write_early(bytes, offset, watcher)?;
+            let mut state = self.lock();
+            state.leave_in_file(offset, bytes.len() as u64);
+            return Ok(state);
+        }
         // The thread at the frontier is behind: this one does for it what it can.
-        let is_far = offset > self.reached() + self.window as u64 / 4;
-        let helps = has_room && is_far && state.frontier.is_none() && bytes.len() >= SMALL;
-        state.held += if has_room { bytes.len() } else { 0 };
+        let helps = offset > state.reached + window / 4 && state.frontier.is_none() && bytes.len() >= SMALL;
         drop(state);
         let sha256 = (helps && self.is_whole(offset, bytes.len())).then(|| hash(bytes, watcher));
         let is_written = match self.early_writer.try_lock() {
             Ok(_writer) if helps => self.write_early(bytes, offset, watcher).map(|()| true)?,
             _ => false,
         };
-        if !has_room {
-            self.write_early(bytes, offset, watcher)?;
-        }
-        let piece = has_room.then(|| Piece { bytes: bytes.to_vec(), is_written, sha256 });
+        let piece = Piece { bytes: bytes.to_vec(), is_written, sha256 };
         let mut state = self.lock();
-        match piece {
-            Some(piece) => drop(state.waiting.insert(offset, piece)),
-            None => state.leave_in_file(offset, bytes.len() as u64),
-        }
+        state.waiting.insert(offset, piece);
         Ok(state)
+    }
+
+    /// Takes memory for a piece of so many bytes, if there is some.
+    fn hold(&self, state: &mut State<'a>, len: usize) -> bool {
+        let (len, StreamMemory { window, of_all, held, .. }) = (len + PIECE, self.memory);
+        if state.held + len > window {
+            return false;
+        }
+        if held.fetch_add(len, Ordering::Relaxed) + len > of_all {
+            held.fetch_sub(len, Ordering::Relaxed);
+            return false;
+        }
+        state.held += len;
+        true
+    }
+
+    fn let_go(&self, state: &mut State<'a>, len: usize) {
+        state.held -= len + PIECE;
+        self.memory.held.fetch_sub(len + PIECE, Ordering::Relaxed);
     }
 
     fn write_early(&self, bytes: &[u8], offset: u64, watcher: &dyn Watcher) -> Result<()> {
@@ -214,12 +246,12 @@ impl State<'_> {
         self.written.insert(offset, len);
     }
 
-    fn next(&mut self, at: u64) -> Option<Next> {
-        if let Some(piece) = self.waiting.remove(&at) {
-            self.held -= piece.bytes.len();
-            return Some(Next::Piece(piece));
+    /// What was put where the frontier is.
+    fn next(&mut self) -> Option<Next> {
+        match self.waiting.remove(&self.reached) {
+            Some(piece) => Some(Next::Piece(piece)),
+            None => self.written.remove(&self.reached).map(Next::Written),
         }
-        self.written.remove(&at).map(Next::Written)
     }
 }
 

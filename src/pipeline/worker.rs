@@ -9,7 +9,7 @@ use super::budget::{NESTED_CHUNK, lane_size};
 use super::lane_pool::{Failed, LanePool};
 use super::output_files::OutputFiles;
 use super::results::Results;
-use super::scheduler::{Done, Scheduler, Task};
+use super::scheduler::{Done, Scheduler, StopOnPanic, Task};
 use super::source_files::SourceFiles;
 use super::trace::{Span, Subject, ThreadTrace};
 use super::{Execution, nonfinite};
@@ -300,17 +300,6 @@ impl Task {
             Task::Set { set, .. } => execution.plan.scale_sets[*set].iter().copied().min().unwrap_or_default(),
             Task::Nested { tensor, .. } => *tensor,
             Task::HashSource { .. } => execution.plan.tensors.len(),
-        }
-    }
-}
-
-/// A thread that panics would leave the others waiting for it.
-pub(super) struct StopOnPanic<'s, 'a>(pub &'s Scheduler<'a>);
-
-impl Drop for StopOnPanic<'_, '_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.0.fail(usize::MAX, Error::Stopped);
         }
     }
 }

@@ -27,6 +27,13 @@ pub struct PlannedOutput {
     pub offset: u64,
 }
 
+impl PlannedOutput {
+    /// Whether it stands behind a file's other outputs, since it would leave the next one unaligned.
+    pub(crate) fn is_at_the_end(&self) -> bool {
+        !self.len.is_multiple_of(ALIGNMENT)
+    }
+}
+
 /// A file to be written.
 #[derive(Clone, Debug)]
 pub struct PlannedFile {
@@ -139,9 +146,9 @@ fn in_order(tensors: &[PlannedTensor]) -> Vec<Placed<'_>> {
         }));
     }
     // A stable sort: what has the same key keeps its order.
-    placed.sort_by_key(|placed| match placed.output.len.is_multiple_of(ALIGNMENT) {
-        true => (false, Reverse(0)),
-        false => (true, Reverse(placed.output.dtype.bitsize())),
+    placed.sort_by_key(|placed| match placed.output.is_at_the_end() {
+        false => (false, Reverse(0)),
+        true => (true, Reverse(placed.output.dtype.bitsize())),
     });
     placed
 }

@@ -154,7 +154,7 @@ fn reserve(file: &File, len: u64) -> io::Result<()> {
 }
 
 /// Bytes of this machine's memory; `None` where it doesn't tell.
-pub(crate) fn memory() -> Option<u64> {
+pub(crate) fn memory_size() -> Option<u64> {
     #[cfg(target_os = "linux")]
     {
         let info = rustix::system::sysinfo();

@@ -21,7 +21,7 @@ pub use faulty::{Fault, FaultyStore};
 pub use hash::Sha256Hash;
 pub(crate) use hash::{HashingReader, HashingWriter, hash_range};
 pub use local::LocalStore;
-pub(crate) use local::memory;
+pub(crate) use local::memory_size;
 pub use location::Location;
 pub(crate) use location::is_no_file;
 pub use memory::MemoryStore;

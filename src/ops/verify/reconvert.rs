@@ -1,8 +1,9 @@
 //! Doing a conversion again, without writing, and comparing every byte with what is there: proof that a checkpoint came
 //! from a source by its recipe.
 
+use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, SourceFile};
@@ -16,7 +17,7 @@ use crate::ops::verify::conversion::{execute, hash_side_files};
 use crate::ops::verify::{Checkpoint, Difference, Options, Report, by_tensor, open, verify};
 use crate::pipeline;
 use crate::pipeline::{FileOutcome, Output, Outputs};
-use crate::plan::PlannedFile;
+use crate::plan::{Plan, PlannedFile};
 use crate::store::{Location, ReadAt, Sha256Hash, read_exact_at};
 
 /// Checks the checkpoint in `folder` against its manifest, and against what converting `source` by the manifest's recipe
@@ -59,18 +60,21 @@ fn compare(conversion: &Conversion, checkpoint: &Checkpoint, options: Options<'_
         report.differ(MANIFEST_NAME, None, format!("converting the source gives {count} files of weights"));
         return Ok(());
     }
-    let compared = Compared { folder: checkpoint.folder.clone(), differences: Mutex::default() };
-    match execute(conversion, &compared, options) {
+    let (folder, plan) = (checkpoint.folder.clone(), &conversion.plan);
+    let compared = Compared { folder, plan, differences: Mutex::default() };
+    let executed = execute(conversion, &compared, options);
+    let differences = compared.into_differences();
+    match executed {
         Ok(outcome) => {
-            compare_others(conversion, &outcome, checkpoint, report)?;
-            compare_manifests(conversion, outcome, manifest, report);
+            compare_others(conversion, &outcome, checkpoint, &differences, report)?;
+            compare_manifests(conversion, outcome, manifest, &differences, report);
         }
         Err(Error::Io { source, path, .. }) if source.kind() == std::io::ErrorKind::UnexpectedEof => {
             report.differ(&path.file_name().unwrap_or_default().to_string_lossy(), None, "it is too short");
         }
         Err(error) => return Err(error),
     }
-    report.differences.extend(compared.into_differences());
+    report.differences.extend(differences);
     Ok(())
 }
 
@@ -79,9 +83,12 @@ fn compare_others(
     conversion: &Conversion,
     outcome: &pipeline::Outcome,
     checkpoint: &Checkpoint,
+    different: &[Difference],
     report: &mut Report,
 ) -> Result<()> {
+    // A file with other bytes is told already, and its hash may be that of what was found.
     let weights = conversion.plan.files.iter().zip(&outcome.files);
+    let weights = weights.filter(|(file, _)| !different.iter().any(|difference| difference.file == file.name));
     let mut expected: Vec<(String, Sha256Hash)> = weights.map(|(file, sha256)| (file.name.clone(), *sha256)).collect();
     if let Some(config) = &conversion.plan.config {
         expected.push((CONFIG_NAME.to_owned(), Sha256Hash::of(config.as_bytes())));
@@ -105,7 +112,13 @@ fn compare_others(
 }
 
 /// What the manifest says of weights and tensors must be what a manifest made now would say.
-fn compare_manifests(conversion: &Conversion, outcome: pipeline::Outcome, found: &Manifest, report: &mut Report) {
+fn compare_manifests(
+    conversion: &Conversion,
+    outcome: pipeline::Outcome,
+    found: &Manifest,
+    different: &[Difference],
+    report: &mut Report,
+) {
     let weights = conversion.plan.files.iter().map(|file| file.name.as_str()).collect::<Vec<_>>();
     let files = found.files.iter().filter(|file| !weights.contains(&file.name.as_str())).cloned().collect();
     let mut expected = conversion.manifest(files, outcome);
@@ -122,10 +135,19 @@ fn compare_manifests(conversion: &Conversion, outcome: pipeline::Outcome, found:
         found.tensors.sort_by_cached_key(by_name);
         expected.tensors.sort_by_cached_key(by_name);
     }
+    // The hashes of tensors with other bytes may be those of what was found.
+    let different: HashSet<&str> = different.iter().filter_map(|difference| difference.tensor.as_deref()).collect();
+    let is_comparable =
+        |record: &TensorRecord| !record.outputs.iter().any(|output| different.contains(output.name.as_str()));
     for (found, expected) in found.tensors.iter().zip(&expected.tensors) {
-        if *found != (TensorRecord { statistics: statistics(expected, found), ..expected.clone() }) {
-            let name = expected.sources.first().map(|source| source.name.as_str());
-            report.differ(MANIFEST_NAME, name, "its record isn't what converting the source gives");
+        let sources = expected.sources.iter().map(|source| source.name.as_str());
+        if !is_comparable(expected) {
+            // Of what was put together the first part is named, too.
+            for name in sources.filter(|name| !different.contains(name)).take(1) {
+                report.differ(MANIFEST_NAME, Some(name), "its bytes aren't what converting the source gives");
+            }
+        } else if *found != (TensorRecord { statistics: statistics(expected, found), ..expected.clone() }) {
+            report.differ(MANIFEST_NAME, { sources }.next(), "its record isn't what converting the source gives");
         }
     }
     let same = found.tensors.len() == expected.tensors.len()
@@ -138,12 +160,13 @@ fn compare_manifests(conversion: &Conversion, outcome: pipeline::Outcome, found:
 }
 
 /// The files that are there, read where a conversion would write.
-struct Compared {
+struct Compared<'a> {
     folder: Location,
+    plan: &'a Plan,
     differences: Mutex<Vec<Difference>>,
 }
 
-impl Compared {
+impl Compared<'_> {
     fn into_differences(self) -> Vec<Difference> {
         self.differences.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
@@ -152,23 +175,41 @@ impl Compared {
 struct ComparedFile<'a> {
     file: Box<dyn ReadAt>,
     location: Location,
-    name: String,
+    planned: PlannedFile,
     /// The lowest offset at which bytes differ, if any do.
     first: AtomicU64,
-    differs: AtomicBool,
-    all: &'a Compared,
+    /// The tensors whose bytes differ.
+    tensors: Mutex<BTreeSet<String>>,
+    all: &'a Compared<'a>,
 }
 
-impl Outputs for Compared {
+impl ComparedFile<'_> {
+    /// Notes which tensors differ in bytes at `offset`.
+    fn note(&self, found: &[u8], expected: &[u8], offset: u64) {
+        let end = offset + expected.len() as u64;
+        for tensor in &self.all.plan.tensors[self.planned.tensors.clone()] {
+            for output in &tensor.outputs {
+                let (from, to) = (output.offset.max(offset), (output.offset + output.len).min(end));
+                let here = |bytes: &[u8]| bytes[(from - offset) as usize..(to - offset) as usize].to_vec();
+                if from < to && here(found) != here(expected) {
+                    let mut tensors = self.tensors.lock().unwrap_or_else(PoisonError::into_inner);
+                    tensors.insert(format!("{}{}", tensor.name, output.suffix));
+                }
+            }
+        }
+    }
+}
+
+impl Outputs for Compared<'_> {
     fn open(&self, file: &PlannedFile) -> Result<Arc<dyn Output + '_>> {
         let location = self.folder.join(&file.name);
         let opened = location.open().at(location.path(), "open it")?;
         Ok(Arc::new(ComparedFile {
             file: opened,
             location,
-            name: file.name.clone(),
+            planned: file.clone(),
             first: AtomicU64::new(u64::MAX),
-            differs: AtomicBool::new(false),
+            tensors: Mutex::default(),
             all: self,
         }))
     }
@@ -188,7 +229,7 @@ impl Output for ComparedFile<'_> {
         read_exact_at(&*self.file, &mut found, offset).at(self.path(), "read it")?;
         if let Some(at) = found.iter().zip(bytes).position(|(found, expected)| found != expected) {
             self.first.fetch_min(offset + at as u64, Ordering::Relaxed);
-            self.differs.store(true, Ordering::Relaxed);
+            self.note(&found, bytes, offset);
         }
         Ok(())
     }
@@ -208,11 +249,15 @@ impl Output for ComparedFile<'_> {
 
 impl Drop for ComparedFile<'_> {
     fn drop(&mut self) {
-        if self.differs.load(Ordering::Relaxed) {
-            let first = self.first.load(Ordering::Relaxed);
-            let what = format!("isn't what converting the source gives, from byte {first} on");
-            let difference = Difference { file: self.name.clone(), tensor: None, what };
-            self.all.differences.lock().unwrap_or_else(PoisonError::into_inner).push(difference);
+        let first = *self.first.get_mut();
+        if first == u64::MAX {
+            return;
         }
+        let difference = |tensor, what| Difference { file: self.planned.name.clone(), tensor, what };
+        let mut differences = self.all.differences.lock().unwrap_or_else(PoisonError::into_inner);
+        differences.push(difference(None, format!("isn't what converting the source gives, from byte {first} on")));
+        let tensors = self.tensors.lock().unwrap_or_else(PoisonError::into_inner);
+        let what = "its bytes aren't what converting the source gives";
+        differences.extend(tensors.iter().map(|name| difference(Some(name.clone()), what.to_owned())));
     }
 }

@@ -1,4 +1,4 @@
-//! Which of the files in progress a thread goes on with.
+//! Which of the files in progress a thread takes its next task from.
 
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
@@ -45,9 +45,9 @@ impl Scheduler<'_> {
     pub(crate) fn reached(&self, file: usize, at: u64) {
         self.reached[file].store(at, Ordering::SeqCst);
         if self.waiting.load(Ordering::SeqCst) > 0 {
-            // Not between a thread's look at the state and its waiting.
+            // Not between a thread's look at the state and its waiting. There is room for about one more task.
             drop(self.lock());
-            self.changed.notify_all();
+            self.changed.notify_one();
         }
     }
 
@@ -85,7 +85,7 @@ impl Scheduler<'_> {
         }
     }
 
-    /// Files in progress that a thread can go on with: the one that it has in hand, then those with the fewest threads.
+    /// Files in progress that can give a task: the one that the thread has in hand first, then those with the fewest threads.
     pub(super) fn by_preference(&self, state: &State, in_hand: Option<usize>) -> Vec<usize> {
         let mut files: Vec<usize> =
             state.active.iter().copied().filter(|&file| !self.is_far_ahead(state, file)).collect();
@@ -97,10 +97,11 @@ impl Scheduler<'_> {
     fn is_far_ahead(&self, state: &State, file: usize) -> bool {
         let FileState { next: (tensor, offset), running, .. } = state.files[file];
         let planned = &self.plan.tensors[tensor];
-        let first = planned.outputs.iter().map(|output| output.offset).min().unwrap_or(0);
+        // What stands at the file's end waits anyway.
+        let Some(first) = planned.outputs.iter().find(|output| !output.is_at_the_end()) else { return false };
         let ratio = offset as f64 / planned.source_len().max(1) as f64;
-        let next = first + (planned.outputs.first().map_or(0, |output| output.len) as f64 * ratio) as u64;
-        running > 0 && next > self.reached[file].load(Ordering::SeqCst) + self.context.budget.file_window() as u64
+        let next = first.offset + (first.len as f64 * ratio) as u64;
+        running > 0 && next > self.reached[file].load(Ordering::SeqCst) + self.context.budget.file_window()
     }
 
     /// Passes over tensors that were handed out with others of their set.
@@ -113,13 +114,11 @@ impl Scheduler<'_> {
         }
     }
 
-    /// Of the source's files, in their order, so many are read by now.
-    pub(super) fn source_files_begun(&self, state: &State) -> usize {
-        if state.active.is_empty() && state.next_file == self.plan.files.len() {
-            return self.source_files;
-        }
-        let tensors = state.active.iter().map(|&file| &self.plan.tensors[state.files[file].next.0]);
-        let files = tensors.filter_map(|tensor| Some(tensor.read.spans().next()?.file + 1));
-        files.max().unwrap_or(0).min(self.source_files)
+    /// Of the source's files, in their order, so many were handed out.
+    pub(super) fn source_files_handed_out(&self, state: &State) -> usize {
+        let next = state.active.iter().map(|&file| state.files[file].next.0);
+        let further = self.plan.files.get(state.next_file).map(|file| file.tensors.start);
+        let files = next.chain(further).filter_map(|tensor| Some(self.plan.tensors[tensor].read.spans().next()?.file));
+        files.min().unwrap_or(self.source_files)
     }
 }

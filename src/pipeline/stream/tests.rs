@@ -123,7 +123,9 @@ fn check(lens: &[Vec<u64>], step: u64, window: usize, threads: usize, order: imp
     content[..header.len()].copy_from_slice(&header);
     let location = Location::new(Arc::new(MemoryStore::default()), "model.safetensors");
     let output = Counted { file: location.create(planned.len).unwrap(), writes: AtomicUsize::new(0) };
-    let stream = FileStream::new(&plan, planned, Arc::new(output), window);
+    let held = AtomicUsize::new(0);
+    let memory = StreamMemory { window, of_all: window, held: &held, buffer: 1 << 16 };
+    let stream = FileStream::new(&plan, planned, Arc::new(output), memory);
     let mut pieces = pieces(&plan, step);
     order(&mut pieces);
     let (next, heard, hashes) = (AtomicUsize::new(0), Heard::default(), Mutex::new(Vec::new()));
@@ -147,6 +149,7 @@ fn check(lens: &[Vec<u64>], step: u64, window: usize, threads: usize, order: imp
     read_exact_at(&*location.open().unwrap(), &mut there, 0).unwrap();
     assert!(there == content, "the file holds other bytes");
     assert_eq!(heard.reached.into_inner(), planned.len);
+    assert_eq!(held.load(Ordering::Relaxed), 0, "memory that nobody gave back");
     let mut written = heard.written.into_inner().unwrap();
     written.sort_unstable();
     assert!(
@@ -203,7 +206,9 @@ fn what_fails_to_be_written_is_an_error_and_ends_nothing() {
         }
     }
     let plan = plan(&[vec![1 << 20, 1 << 20]]);
-    let stream = FileStream::new(&plan, &plan.files[0], Arc::new(Full), 1 << 30);
+    let held = AtomicUsize::new(0);
+    let memory = StreamMemory { window: 1 << 30, of_all: 1 << 30, held: &held, buffer: 1 << 16 };
+    let stream = FileStream::new(&plan, &plan.files[0], Arc::new(Full), memory);
     let bytes = vec![0; 1 << 20];
     assert!(stream.put(&bytes, plan.files[0].header_len, &Heard::default()).is_err());
     assert!(
