@@ -15,6 +15,7 @@ Modes, all by default:
     cold     the source's pages dropped, against `cat` and against a run with them
     writers  how many of 16 threads wait in the file system's write path, sampled
     tail     the time from the last write, and from the last weight quantized, to the last hash, from a trace
+    verify   `prequant verify` against SHA-256 alone, of as many bytes in memory: many files, and one; one core, and all
     memory   peak RSS of a checkpoint with --tensors tensors, with up to 64 threads
     replay   the trace of a run on 2 to 16 simulated cores; see scripts/replay-trace
 
@@ -53,7 +54,7 @@ THREADS, FILES, WARMING = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16), 3
 PARTS = {"read": 1, "kernel": 1, "write": 1, "hash": 2}  # and how often a conversion does them
 # Samples of what threads wait in, and how far apart.
 SAMPLES, INTERVAL, MANY = 200, 0.005, 16
-FLOOR, COLD, WRITERS, WRITERS_P95, TAIL, MEMORY = 1.3, 1.15, 2.0, 4.0, 0.05, 300.0
+FLOOR, COLD, WRITERS, WRITERS_P95, TAIL, VERIFY, MEMORY = 1.3, 1.15, 2.0, 4.0, 0.05, 1 / 0.9, 300.0
 # System calls that write, by machine; and functions in which threads wait where these can't be seen.
 WRITING = {"x86_64": {1, 18, 20, 296, 328}, "aarch64": {64, 66, 68, 70, 287}}
 WAITING = re.compile(r"rwsem_down_write|_write_iter|perform_write|write_(begin|end)|dirty_pages|jbd2|start_this_handle|folio_wait")
@@ -448,6 +449,31 @@ def spans_of(path: Path) -> list[dict]:
     return [event for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"]
 
 
+def verify(bench: Bench) -> Iterator[Row]:
+    """Every file and every tensor; a large file's own hash can't be divided among cores, its tensors' can."""
+    folder = bench.output.with_name("verified")
+    for name, options in (("16 files", bench.in_files(16)), ("one file", ["--max-shard-size", "1000GB"])):
+        shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run([str(folder) if word == "DST" else word for word in bench.convert(*options)], check=True)
+        for count in dict.fromkeys((1, int(cores()))):
+            is_serial = name == "one file" and count > 1
+            hashing, times = (1, 1) if is_serial else (count, 2)
+            own = Contender("SHA-256 alone", bench.floor("hash", "--threads", str(hashing)))
+            command = [str(bench.arguments.prequant), "verify", str(folder), "--quiet", "--threads", str(count)]
+            ours = Contender(f"verify, {name}, threads: {count}", command)
+            ratios = []
+            for number in range(bench.arguments.pairs):
+                settle(folder, bench.output)
+                for each in [own, ours] if number % 2 else [ours, own]:
+                    each.run(bench.output)
+                ratios.append(ours.seconds[-1] / own.seconds[-1] / times)
+            of = f"SHA-256's of {'the file' if is_serial else 'files and tensors'}, threads: {hashing}"
+            row = bench.row(ours, statistics.median(ratios), f"{of}, median of {bench.arguments.pairs} pairs", VERIFY)
+            row.rate = None
+            yield row
+    shutil.rmtree(folder)
+
+
 def memory(bench: Bench) -> Iterator[Row]:
     """Many tensors, many threads: buffers and what is kept of each tensor."""
     source = sparse.fresh("source")
@@ -491,6 +517,7 @@ MODES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "cold": cold,
     "writers": writers,
     "tail": tail,
+    "verify": verify,
     "memory": memory,
     "replay": replayed,
 }

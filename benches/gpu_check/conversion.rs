@@ -1,95 +1,171 @@
-//! A conversion from the page cache, against the link; and the device memory it takes.
+//! Conversions from the page cache on the GPU and on the CPU: the same bytes, the time of each, and the device memory taken.
 
-use std::fs;
-use std::io::Write;
+use std::error::Error;
+use std::fs::{self, File};
+use std::io::Read;
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use prequant::internal::backend::Backend;
+use prequant::internal::backend::{Backend, Device, DeviceChoice};
 use prequant::internal::ops::quantize::plan;
-use prequant::{Bytes, Options, Progress, RecipeOptions};
+use prequant::{Bytes, Layout, Options, Recipe, RecipeOptions};
 
 use super::speed::free_memory;
-use super::{Arguments, Report};
+use super::{Arguments, Report, checkpoint};
 
-/// Of the link's rate, a conversion must reach this much.
-const LINK_BAR: f64 = 0.8;
+/// Of the CPU's rate, the GPU must reach this much, with sources of [`LEAST_SOURCE`] bytes or more.
+const RATIO_BAR: f64 = 0.97;
 
-/// Bytes of bf16 in one shard.
-const SHARD: u64 = 1 << 30;
+const LEAST_SOURCE: u64 = 8_000_000_000;
 
-struct Unseen;
+/// Bytes of two files that are compared at once.
+const BUFFER: usize = 1 << 20;
 
-impl Progress for Unseen {
-    fn found(&self, _: usize, _: usize) {}
-    fn resumed(&self, _: usize, _: u64) {}
-    fn advanced(&self, _: &str, _: u64) {}
-    fn sealed(&self, _: &str, _: u64) {}
-    fn kept(&self, _: usize) {}
+/// The recipes' names.
+pub const RECIPES: [&str; 8] =
+    ["nf4", "nf4-double-quant", "fp4", "int4", "int4-asym", "nvfp4", "nvfp4-modelopt", "mxfp4"];
+
+fn recipe(name: &str) -> Result<Recipe, Box<dyn Error>> {
+    let (format, double_quant, layout) = match name {
+        "nf4-double-quant" => ("nf4", Some(true), None),
+        "nvfp4-modelopt" => ("nvfp4", None, Some(Layout::Modelopt)),
+        format => (format, None, None),
+    };
+    let format = Some(format.parse()?);
+    Ok(RecipeOptions { format, double_quant, layout, ..RecipeOptions::default() }.build()?)
 }
 
-/// Converts a checkpoint several times; the best run counts.
+/// Converts a checkpoint by every recipe, on the GPU and on the CPU.
 pub fn check(
     backend: &Arc<dyn Backend>,
     arguments: &Arguments,
     link: f64,
     report: &mut Report,
-) -> Result<(), Box<dyn std::error::Error>> {
+) -> Result<(), Box<dyn Error>> {
     let folder = arguments.folder.join(format!("prequant-gpu-check-{}", std::process::id()));
-    let source = folder.join("source");
-    fs::create_dir_all(&source)?;
-    let result = write_checkpoint(&source, arguments.checkpoint_size.0)
-        .and_then(|()| convert(backend, arguments.gpu, &folder, arguments.report_only, link, report));
+    let result = checkpoint::write(&folder.join("source"), arguments.checkpoint_size.0)
+        .map_err(Box::from)
+        .and_then(|()| check_in(backend, arguments, &folder, link, report));
     fs::remove_dir_all(&folder)?;
     result
 }
 
-fn convert(
+fn check_in(
     backend: &Arc<dyn Backend>,
-    number: usize,
+    arguments: &Arguments,
     folder: &Path,
-    report_only: bool,
     link: f64,
     report: &mut Report,
-) -> Result<(), Box<dyn std::error::Error>> {
-    let (source, to) = (folder.join("source"), folder.join("converted"));
-    for double_quant in [false, true] {
-        let recipe = RecipeOptions { double_quant: Some(double_quant), ..RecipeOptions::default() }.build()?;
-        let mut best = f64::INFINITY;
-        let (mut len, mut taken, mut bound) = (0, 0, 0);
-        for _ in 0..3 {
-            let options = Options { device: backend.clone().into(), ..Options::default() };
-            bound = options.device_memory;
-            let conversion = plan(&source, recipe.clone(), options)?;
-            len = conversion.plan.source_len();
-            let start = Instant::now();
-            taken = taken.max(device_memory(number, || conversion.execute(&to, &Unseen))??);
-            best = best.min(start.elapsed().as_secs_f64());
-            fs::remove_dir_all(&to)?;
-        }
-        let rate = len as f64 / best;
-        let what = if double_quant { "nf4, double quantization" } else { "nf4" };
+) -> Result<(), Box<dyn Error>> {
+    for name in RECIPES {
+        let (same, len) = compare(backend, arguments.gpu, folder, name, report)?;
+        let said = if same { "as on the CPU" } else { "differ from the CPU's" };
+        report.check(same, &format!("convert ({name}): files and manifest {said}"));
+        let [cpu, gpu] = times(arguments, folder, name)?;
+        let rate = |seconds: f64| len as f64 / seconds / 1e9;
         let line = format!(
-            "convert ({what}): {} in {best:.3} s: {:.1} GB/s, hashes included, {:.0} % of the link",
+            "  {}: CPU {cpu:.3} s ({:.1} GB/s), GPU {gpu:.3} s ({:.1} GB/s, {:.0} % of the link); GPU / CPU {:.2}x; medians of {}",
             Bytes(len),
-            rate / 1e9,
-            100.0 * rate / link
+            rate(cpu),
+            rate(gpu),
+            100.0 * rate(gpu) * 1e9 / link,
+            cpu / gpu,
+            arguments.runs
         );
-        report.check(rate >= LINK_BAR * link || report_only, &line);
-        let line = format!("  device memory: {} at most, of {} allowed", Bytes(taken), Bytes(bound));
-        report.check(taken <= bound, &line);
+        report.check(cpu / gpu >= RATIO_BAR || len < LEAST_SOURCE || arguments.report_only, &line);
+        let options = Options { device: DeviceChoice::Auto.into(), ..Options::default() };
+        let auto = plan(folder.join("source").as_path(), recipe(name)?, options)?.device;
+        report.line(&format!("  auto: {}: {}", auto.backend.name(), auto.why.unwrap_or_default()));
     }
     Ok(())
 }
 
-/// The most device memory that was taken during `work`, by what was free.
-fn device_memory<T, E>(
+/// Whether the GPU writes the CPU's files, statistics included, and the source's length; checks the device memory, too.
+fn compare(
+    backend: &Arc<dyn Backend>,
     number: usize,
-    work: impl FnOnce() -> Result<T, E>,
-) -> Result<Result<u64, E>, Box<dyn std::error::Error>> {
+    folder: &Path,
+    name: &str,
+    report: &mut Report,
+) -> Result<(bool, u64), Box<dyn Error>> {
+    let (cpu, gpu) = (folder.join("cpu"), folder.join("gpu"));
+    let planned = |device: Device| {
+        let options = Options { device, ..Options::default() };
+        plan(folder.join("source").as_path(), recipe(name)?, options).map_err(Box::<dyn Error>::from)
+    };
+    planned(DeviceChoice::Cpu.into())?.execute(&cpu, &())?;
+    let conversion = planned(backend.clone().into())?;
+    let (len, bound) = (conversion.plan.source_len(), conversion.options.device_memory);
+    let taken = device_memory(number, || conversion.execute(&gpu, &()))??;
+    report.check(
+        taken <= bound,
+        &format!("device memory ({name}): {} at most, of {} allowed", Bytes(taken), Bytes(bound)),
+    );
+    let mut same = true;
+    for entry in fs::read_dir(&cpu)? {
+        let entry = entry?.file_name();
+        same &= same_file(&cpu.join(&entry), &gpu.join(&entry))?;
+    }
+    same &= fs::read_dir(&cpu)?.count() == fs::read_dir(&gpu)?.count();
+    fs::remove_dir_all(&cpu)?;
+    fs::remove_dir_all(&gpu)?;
+    Ok((same, len))
+}
+
+fn same_file(one: &Path, other: &Path) -> Result<bool, Box<dyn Error>> {
+    let (mut one, mut other) = (File::open(one)?, File::open(other)?);
+    let mut left = one.metadata()?.len();
+    let same_len = left == other.metadata()?.len();
+    let (mut a, mut b) = (vec![0; BUFFER], vec![0; BUFFER]);
+    while same_len && left > 0 {
+        let step = left.min(BUFFER as u64) as usize;
+        one.read_exact(&mut a[..step])?;
+        other.read_exact(&mut b[..step])?;
+        if a[..step] != b[..step] {
+            return Ok(false);
+        }
+        left -= step as u64;
+    }
+    Ok(same_len)
+}
+
+/// Medians of the seconds on the CPU and on the GPU, each run in a process of its own, in turn: starting the GPU counts.
+fn times(arguments: &Arguments, folder: &Path, name: &str) -> Result<[f64; 2], Box<dyn Error>> {
+    let devices = ["cpu".to_owned(), format!("cuda:{}", arguments.gpu)];
+    let mut seconds = [Vec::new(), Vec::new()];
+    for run in 0..arguments.runs {
+        // Neither is always first.
+        for which in if run % 2 == 0 { [0, 1] } else { [1, 0] } {
+            let to = folder.join("timed");
+            let start = Instant::now();
+            let mut command = Command::new(std::env::current_exe()?);
+            command.args(["--one", name, "--device", &devices[which], "--folder"]).arg(folder);
+            if !command.status()?.success() {
+                return Err(format!("converting to {name} on {} failed", devices[which]).into());
+            }
+            seconds[which].push(start.elapsed().as_secs_f64());
+            fs::remove_dir_all(&to)?;
+        }
+    }
+    Ok(seconds.map(|mut seconds| {
+        seconds.sort_by(f64::total_cmp);
+        seconds[seconds.len() / 2]
+    }))
+}
+
+/// One of the runs that are timed.
+pub fn one(folder: &Path, name: &str, device: DeviceChoice) -> Result<(), Box<dyn Error>> {
+    let options = Options { device: device.into(), ..Options::default() };
+    plan(folder.join("source").as_path(), recipe(name)?, options)?.execute(folder.join("timed"), &())?;
+    Ok(())
+}
+
+/// The most device memory that was taken during `work`, by what was free.
+fn device_memory<T, E>(number: usize, work: impl FnOnce() -> Result<T, E>) -> Result<Result<u64, E>, Box<dyn Error>> {
     let before = free_memory(number)?;
     let (least, stop) = (AtomicU64::new(before), AtomicBool::new(false));
     let done = thread::scope(|scope| {
@@ -104,33 +180,4 @@ fn device_memory<T, E>(
         done
     });
     Ok(done.map(|_| before - least.into_inner()))
-}
-
-/// Shards with one 3-D tensor of experts each, of small random numbers.
-fn write_checkpoint(folder: &Path, len: u64) -> Result<(), Box<dyn std::error::Error>> {
-    fs::write(folder.join("config.json"), "{\"model_type\": \"qwen3_moe\"}\n")?;
-    let mut state = 1u32;
-    let mut piece = Vec::with_capacity(1 << 22);
-    while piece.len() < 1 << 22 {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        piece.extend((0x3c00 | (state >> 16 & 0x83ff) as u16).to_le_bytes());
-    }
-    let rows = SHARD.min(len) / 8192;
-    let shards = len.div_ceil(rows * 8192);
-    for shard in 0..shards {
-        let (name, bytes) = (format!("model.layers.{shard}.mlp.experts.gate_up_proj"), rows * 8192);
-        let entry = format!("{{\"dtype\":\"BF16\",\"shape\":[1,{rows},4096],\"data_offsets\":[0,{bytes}]}}");
-        let header = format!("{{\"{name}\":{entry}}}");
-        let path = folder.join(format!("model-{:05}-of-{shards:05}.safetensors", shard + 1));
-        let mut file = fs::File::create(path)?;
-        file.write_all(&(header.len() as u64).to_le_bytes())?;
-        file.write_all(header.as_bytes())?;
-        let mut left = bytes as usize;
-        while left > 0 {
-            let take = left.min(piece.len());
-            file.write_all(&piece[..take])?;
-            left -= take;
-        }
-    }
-    Ok(())
 }

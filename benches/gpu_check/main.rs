@@ -1,10 +1,11 @@
 //! What only a real GPU can tell: scripts/gpu-check runs this.
 //!
-//! Bytes against the CPU's on fresh random data; kernels by events against the device's own copy; a conversion from the
-//! page cache against the link; and the device memory it takes. Exits with 1 if bytes differ or memory is exceeded, or
-//! (but for --report-only) if a speed is below its bar.
+//! Bytes and sums of figures against the CPU's on fresh random data; kernels by events against the device's own copy; and, for
+//! every recipe, a conversion from the page cache: its files against the CPU's, its time against the CPU's, and the device memory it
+//! takes. Exits with 1 if bytes differ or memory is exceeded, or (but for --report-only) if a speed is below its bar.
 
 mod bytes;
+mod checkpoint;
 #[path = "../../tests/support/codings.rs"]
 mod codings;
 mod conversion;
@@ -40,6 +41,18 @@ struct Arguments {
     /// Where the checkpoint is made; it should stay in the page cache
     #[arg(long, default_value = "/dev/shm")]
     folder: PathBuf,
+
+    /// Conversions that are timed, on each of GPU and CPU
+    #[arg(long, default_value_t = 5)]
+    runs: usize,
+
+    /// Convert the checkpoint in --folder once, by this recipe, and do nothing else
+    #[arg(long, hide = true, requires = "device")]
+    one: Option<String>,
+
+    /// On what
+    #[arg(long, hide = true)]
+    device: Option<DeviceChoice>,
 
     /// Don't fail when a speed is below its bar
     #[arg(long)]
@@ -79,18 +92,25 @@ fn main() -> ExitCode {
         println!("scripts/gpu-check runs this");
         return ExitCode::SUCCESS;
     }
+    if let (Some(recipe), Some(device)) = (&arguments.one, &arguments.device) {
+        let done = conversion::one(&arguments.folder, recipe, device.clone());
+        return done.map_or_else(|why| failed(&why.to_string()), |()| ExitCode::SUCCESS);
+    }
     let mut report = Report { text: String::new(), ok: true };
     if let Err(why) = check(&arguments, &mut report) {
-        eprintln!("error: {why}");
-        return ExitCode::from(4);
+        return failed(&why.to_string());
     }
     if let Some(path) = &arguments.out
         && let Err(error) = std::fs::write(path, &report.text)
     {
-        eprintln!("error: {}: {error}", path.display());
-        return ExitCode::from(4);
+        return failed(&format!("{}: {error}", path.display()));
     }
     ExitCode::from(u8::from(!report.ok))
+}
+
+fn failed(why: &str) -> ExitCode {
+    eprintln!("error: {why}");
+    ExitCode::from(4)
 }
 
 fn check(arguments: &Arguments, report: &mut Report) -> Result<(), Box<dyn std::error::Error>> {

@@ -82,17 +82,15 @@ pub(super) fn largest<E: Element, const N: usize>(source: &[u8], of: Of) -> f32 
         let (flipped, kept) = ((flipped >> 16) as i16, (kept >> 16) as i16);
         let mut largest = [0i16; N];
         for array in source.as_chunks().0.as_chunks::<N>().0 {
-            for lane in 0..N {
-                largest[lane] = largest[lane].max((i16::from_le_bytes(array[lane]) ^ flipped) & kept);
-            }
+            let bits = array.map(|bytes| (i16::from_le_bytes(bytes) ^ flipped) & kept);
+            largest = std::array::from_fn(|lane| largest[lane].max(bits[lane]));
         }
         i32::from(fold(largest, |a, b| a.max(b)))
     } else {
         let mut largest = [0i32; N];
         for array in source.as_chunks().0.as_chunks::<N>().0 {
-            for lane in 0..N {
-                largest[lane] = largest[lane].max((i32::from_le_bytes(array[lane]) ^ flipped) & kept);
-            }
+            let bits = array.map(|bytes| (i32::from_le_bytes(bytes) ^ flipped) & kept);
+            largest = std::array::from_fn(|lane| largest[lane].max(bits[lane]));
         }
         fold(largest, |a, b| a.max(b))
     };

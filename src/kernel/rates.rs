@@ -4,17 +4,16 @@ use super::{Isa, Kernel};
 use crate::format::{Codec, Coding, ElementCode, ScaleCode};
 
 impl Kernel {
-    /// Weights that one core quantizes per second, in rows of `columns`: what `cargo bench --bench kernels` has for bf16, to one
-    /// digit.
+    /// Weights that one core quantizes per second, in rows of `columns`: what benches/kernels.rs has for bf16, to one digit.
     pub fn weights_per_second(self, codec: &Codec, columns: u64) -> f64 {
         let Coding { element, scale, .. } = codec.coding(columns, None);
         let [blocks, integers, nvfp4, mxfp4] = match self.0 {
-            Isa::Scalar => [0.02e9, 0.015e9, 0.04e9, 0.04e9],
-            Isa::Portable => [0.03e9, 0.04e9, 0.1e9, 0.08e9],
+            Isa::Scalar => [0.02e9, 0.02e9, 0.04e9, 0.04e9],
+            Isa::Portable => [0.1e9, 0.1e9, 0.1e9, 0.1e9],
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => [1.5e9, 0.7e9, 0.3e9, 0.4e9],
+            Isa::Avx2 => [1e9, 0.9e9, 1e9, 1e9],
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => [3e9, 2e9, 2.5e9, 3e9],
+            Isa::Avx512 => [2e9, 2e9, 2e9, 3e9],
         };
         match (element, scale) {
             _ if codec.is_blocks() => blocks,

@@ -45,8 +45,14 @@ impl Manifest {
     }
 }
 
-/// Reads it twice: for its version, and as what that has. Memory is that of the manifest, not of its text.
+/// Reads it as what this version writes; if it isn't that, again for its version, and as what that has. Memory is that of the
+/// manifest, not of its text.
 fn read<R: Read>(from_start: impl Fn() -> R) -> io::Result<Result<(Manifest, Sha256Hash), String>> {
+    if let Ok((manifest, sha256)) = parse::<Manifest>(from_start())?
+        && manifest.schema_version == SCHEMA_VERSION
+    {
+        return Ok(Ok((manifest, sha256)));
+    }
     let Version { schema_version, tool } = match parse::<Version>(from_start())? {
         Ok((version, _)) => version,
         Err(why) => return Ok(Err(why)),

@@ -1,8 +1,9 @@
 //! `verify` and `inspect`: every difference is found, and nothing else is.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use prequant::Report;
 use prequant::internal::ops::verify::{Options, verify};
@@ -133,6 +134,54 @@ fn differences_are_named_by_file_and_tensor() {
     restore();
     fs::write(folder.destination().join("model-00004-of-00004.safetensors"), "").unwrap();
     differs(&folder, &["--quick"], &["model-00004-of-00004.safetensors", "weights too many"]);
+}
+
+/// Files of several buffers, so that threads share one: tensors that aren't begun, tensors that end inside of a buffer.
+#[test]
+fn any_number_of_threads_finds_the_same() {
+    let folder = Folder::new("llama");
+    let embedding = Tensor::random("model.embed_tokens.weight", Dtype::BF16, &[1500, 1024]);
+    let name = |i| format!("model.layers.{i}.mlp.up_proj.weight");
+    let linears = (0..60).map(|i| Tensor::random(&name(i), Dtype::BF16, &[200 + 8 * i, 1024]));
+    folder.write("model.safetensors", serialize(&[embedding].into_iter().chain(linears).collect::<Vec<_>>()));
+    for shard_size in ["1GB", "6MB"] {
+        let destination = folder.beside(shard_size);
+        let command = env!("CARGO_BIN_EXE_prequant");
+        let convert = ["convert", "--max-shard-size", shard_size];
+        Run::of(Command::new(command).args(convert).arg(folder.source()).arg(&destination)).ok();
+        let all: u64 = sizes(&destination);
+        let mut reports = Vec::new();
+        for damaged in [false, true] {
+            if damaged {
+                damage(&destination);
+            }
+            for threads in [1, 2, 3, 8] {
+                let hashed = AtomicU64::new(0);
+                let count = |bytes| _ = hashed.fetch_add(bytes, Ordering::Relaxed);
+                let report = verify(&destination, Options { threads, hashed: &count, ..Options::default() }).unwrap();
+                assert_eq!(hashed.into_inner(), all);
+                assert_eq!((report.bytes, report.differences.is_empty()), (all, !damaged), "{threads} threads");
+                reports.push(serde_json::to_string(&report).unwrap());
+            }
+        }
+        assert!(reports[..4].iter().all(|report| *report == reports[0]));
+        assert!(reports[4..].iter().all(|report| *report == reports[4]), "{:?}", &reports[4..]);
+        assert!(reports[4].matches("\"tensor\"").count() > 20, "{}", reports[4]);
+    }
+}
+
+/// Bytes of all files that the manifest lists.
+fn sizes(folder: &Path) -> u64 {
+    let manifest: Value = serde_json::from_slice(&fs::read(folder.join("prequant.json")).unwrap()).unwrap();
+    manifest["files"].as_array().unwrap().iter().map(|file| file["size"].as_u64().unwrap()).sum()
+}
+
+/// Flips a bit of every 300,000th byte of the files of weights.
+fn damage(folder: &Path) {
+    for (name, mut content) in contents(folder).into_iter().filter(|(name, _)| name.ends_with(".safetensors")) {
+        content.iter_mut().rev().step_by(300_000).for_each(|byte| *byte ^= 4);
+        fs::write(folder.join(name), content).unwrap();
+    }
 }
 
 /// As an attacker would: everything is in step but one thing.

@@ -1,6 +1,7 @@
-//! Shared by the vector kernels, which are [`super::scalar`]'s arithmetic, 8 (AVX2) or 16 (AVX-512) elements at a time.
+//! Shared by the vector kernels, which are [`super::scalar`]'s arithmetic, 8 (AVX2) or 16 (AVX-512) elements at a time; or
+//! 32 in portable.rs, block by block.
 //!
-//! Both take a group of blocks, as many as a vector has lanes, through three passes, each one of scalar.rs's steps:
+//! The first two take a group of blocks, as many as a vector has lanes, through three passes, each one of scalar.rs's steps:
 //! absmax and reciprocals; codes and running sums; the tree that adds the sums' lanes. A group shares one division and
 //! one transposing tree a figure, which would cost more than the codes if each (short) block had its own.
 //!

@@ -25,13 +25,13 @@ mod round;
 mod scale;
 
 pub use absmax::restore_absmax;
+#[cfg(feature = "cuda")]
+pub(crate) use scale::scale_values;
 
 use std::ops::Range;
 
 use nibbles::{LookUp, OneByOne};
 use scale::Scales;
-#[cfg(feature = "cuda")]
-pub(crate) use scale::scale_values;
 
 use super::{Isa, Kernel};
 use crate::dtype::FloatDtype;

@@ -78,9 +78,7 @@ impl Kernel {
             Isa::Scalar => scalar::absmax(source, dtype),
             Isa::Portable => vector::absmax(source, dtype),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => x86::absmax_avx2(source, dtype),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => x86::absmax_avx512(source, dtype),
+            Isa::Avx2 | Isa::Avx512 => x86::absmax_avx2(source, dtype),
         }
     }
 

@@ -1,6 +1,5 @@
-//! [`super::scalar`]'s arithmetic on arrays of 32 elements, in loops that compilers turn into vector instructions. The
-//! copies that are made for AVX2, AVX-512 and what every processor of an architecture has (NEON, say) differ in nothing
-//! but the instructions. (bf16 has code of its own with AVX-512, in avx512/.)
+//! [`super::scalar`]'s arithmetic on arrays of 32 elements, in loops that compilers turn into vector instructions: on
+//! processors without code of their own, and for what avx2/ has no code for.
 //!
 //! Groups are whole arrays, or one half (NVFP4's 16 columns); others are left to scalar.rs.
 
@@ -136,8 +135,7 @@ fn by_coding<E: Element, S: AddSquares>(groups: Groups<'_>) -> Result<(), NonFin
     }
 }
 
-/// [`Kernel::absmax`](crate::kernel::Kernel::absmax), inlined into a function with an instruction set.
-#[inline(always)]
+/// [`Kernel::absmax`](crate::kernel::Kernel::absmax).
 pub(super) fn absmax(source: &[u8], dtype: FloatDtype) -> Result<f32, NonFinite> {
     let whole = source.len() / (LANES * dtype.size()) * LANES * dtype.size();
     let (arrays, rest) = source.split_at(whole);

@@ -1,6 +1,6 @@
 //! The instruction sets of x86-64: the kernels' entry points.
 
-use super::{Groups, avx2, avx512, vector};
+use super::{Groups, avx2, avx512};
 use crate::dtype::FloatDtype;
 use crate::kernel::NonFinite;
 use crate::kernel::block::x86;
@@ -21,22 +21,7 @@ pub(crate) fn quantize_avx512(groups: Groups<'_>) -> Result<(), NonFinite> {
 
 /// [`Kernel::absmax`](crate::kernel::Kernel::absmax) with AVX2.
 pub(crate) fn absmax_avx2(source: &[u8], dtype: FloatDtype) -> Result<f32, NonFinite> {
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn absmax(source: &[u8], dtype: FloatDtype) -> Result<f32, NonFinite> {
-        vector::absmax(source, dtype)
-    }
     assert!(x86::avx2_available());
     // SAFETY: the processor has the features, as just asserted.
-    unsafe { absmax(source, dtype) }
-}
-
-/// [`Kernel::absmax`](crate::kernel::Kernel::absmax) with AVX-512 F, BW, DQ and VL.
-pub(crate) fn absmax_avx512(source: &[u8], dtype: FloatDtype) -> Result<f32, NonFinite> {
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    fn absmax(source: &[u8], dtype: FloatDtype) -> Result<f32, NonFinite> {
-        vector::absmax(source, dtype)
-    }
-    assert!(x86::avx512_available());
-    // SAFETY: the processor has the features, as just asserted.
-    unsafe { absmax(source, dtype) }
+    unsafe { avx2::absmax(source, dtype) }
 }

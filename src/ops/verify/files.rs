@@ -1,15 +1,16 @@
-//! Files: which there are, their sizes, their hashes.
+//! Files: which there are, and their sizes.
 
 use std::collections::HashSet;
 use std::io;
 use std::path::{Component, Path};
-use std::sync::atomic::Ordering;
 
 use crate::checkpoint::{INDEX_NAME, MANIFEST_NAME, QUANT_CONFIG_NAME, SUMS_NAME};
-use crate::error::{Error, IoContext, Result};
+use crate::error::{IoContext, Result};
 use crate::manifest::{FileRecord, sha256_sums};
-use crate::ops::verify::{BUFFER, Checkpoint, Options, Report, on_threads};
-use crate::store::{Kind, hash_range};
+use crate::ops::verify::hashing::Job;
+use crate::ops::verify::headers::ByFile;
+use crate::ops::verify::{Checkpoint, Report};
+use crate::store::Kind;
 
 /// SHA256SUMS must say of every file what the manifest says, and of the manifest what it is.
 pub(crate) fn check_sums(checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
@@ -70,54 +71,54 @@ pub(crate) fn is_inside(name: &str) -> bool {
     !name.is_empty() && Path::new(name).components().all(|part| matches!(part, Component::Normal(_)))
 }
 
-/// Every file must be there, with its size and (but for `quick`) its hash.
-pub(crate) fn check_contents(checkpoint: &Checkpoint, options: Options<'_>, report: &mut Report) -> Result<()> {
-    // The largest first, so that no thread is left with one of them at the end.
-    let mut files: Vec<&FileRecord> = checkpoint.manifest.files.iter().collect();
-    files.sort_by_key(|file| std::cmp::Reverse(file.size));
-    let differences =
-        on_threads(options.threads, &files, |file, buffer| file_difference(checkpoint, file, options, buffer))?;
-    for (file, difference) in files.iter().zip(differences) {
+/// Every file must be there, with its size. Returns those that can be hashed, and those whose tensors can.
+pub(super) fn check_sizes<'a>(
+    checkpoint: &'a Checkpoint,
+    by_file: &ByFile<'a>,
+    quick: bool,
+    report: &mut Report,
+) -> Result<Vec<Job<'a>>> {
+    let mut jobs = Vec::new();
+    for record in &checkpoint.manifest.files {
         report.files += 1;
-        report.bytes += if options.quick { 0 } else { file.size };
-        if let Some(what) = difference {
-            report.differ(&file.name, None, what);
+        report.bytes += if quick { 0 } else { record.size };
+        let (name, len) = (record.name.as_str(), record.size);
+        match size_difference(checkpoint, record)? {
+            None => jobs.push(Job { name, len, sha256: Some(record.sha256) }),
+            Some(Unsound { what, len }) => {
+                report.differ(name, None, what);
+                jobs.extend(len.filter(|_| by_file.contains_key(name)).map(|len| Job { name, len, sha256: None }));
+            }
         }
     }
-    Ok(())
+    let known: HashSet<&str> = checkpoint.manifest.files.iter().map(|record| record.name.as_str()).collect();
+    for file in by_file.keys().filter(|file| !known.contains(*file)) {
+        report.differ(file, None, "it holds tensors, but is not among the manifest's files");
+    }
+    Ok(jobs)
 }
 
-fn file_difference(
-    checkpoint: &Checkpoint,
-    record: &FileRecord,
-    options: Options<'_>,
-    buffer: &mut [u8],
-) -> Result<Option<String>> {
+/// What is wrong with a file, and its size if it is one.
+struct Unsound {
+    what: String,
+    len: Option<u64>,
+}
+
+fn size_difference(checkpoint: &Checkpoint, record: &FileRecord) -> Result<Option<Unsound>> {
+    let unsound = |what: &str| Ok(Some(Unsound { what: what.to_owned(), len: None }));
     if !is_inside(&record.name) {
-        return Ok(Some("not looked at: its name leads out of the folder".to_owned()));
+        return unsound("not looked at: its name leads out of the folder");
     }
     let location = checkpoint.folder.join(&record.name);
     let path = location.path();
     let stat = match location.stat() {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Some("it is missing".to_owned())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return unsound("it is missing"),
         other => other.at(path, "look at it")?,
     };
     if stat.kind != Kind::File {
-        return Ok(Some("it is not a regular file".to_owned()));
+        return unsound("it is not a regular file");
     }
-    let file = location.open().at(path, "open it")?;
-    if stat.len != record.size {
-        return Ok(Some(format!("it has {} bytes, expected {}", stat.len, record.size)));
-    }
-    if options.quick {
-        return Ok(None);
-    }
-    let keep_going = || {
-        (options.hashed)(record.size.min(BUFFER as u64));
-        !options.interrupt.load(Ordering::Relaxed)
-    };
-    let hash = hash_range(&*file, 0, record.size, buffer, keep_going).at(path, "read it")?;
-    let hash = hash.ok_or(Error::Interrupted)?;
-    let differs = hash != record.sha256;
-    Ok(differs.then(|| format!("its SHA-256 is {hash}, expected {}", record.sha256)))
+    location.open().at(path, "open it")?;
+    let what = format!("it has {} bytes, expected {}", stat.len, record.size);
+    Ok((stat.len != record.size).then_some(Unsound { what, len: Some(stat.len) }))
 }

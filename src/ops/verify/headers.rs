@@ -1,7 +1,6 @@
-//! Tensors: what headers, index and quant_states say of them, and their hashes.
+//! Tensors: what headers, index and quant_states say of them.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::atomic::Ordering;
 
 use crate::checkpoint::{CONFIG_NAME, Config, INDEX_NAME, Index, Source, SourceFile, TensorInfo};
 use crate::converted::{self, Converted};
@@ -12,70 +11,102 @@ use crate::layout::gpt_oss;
 use crate::manifest::{DecisionRecord, Manifest, OutputRecord, SourceTensorRecord, TensorRecord};
 use crate::models::Role;
 use crate::ops::verify::files::is_inside;
-use crate::ops::verify::{Checkpoint, Options, Report, if_sound, on_threads};
-use crate::store::{ReadAt, hash_range};
+use crate::ops::verify::hashing::TensorJob;
+use crate::ops::verify::{Checkpoint, Report, if_sound};
+use crate::store::{ReadAt, Sha256Hash};
 
 /// The manifest's tensors: by file, then by name.
-type ByFile<'a> = BTreeMap<&'a str, HashMap<&'a str, (&'a OutputRecord, &'a TensorRecord)>>;
+pub(super) type ByFile<'a> = BTreeMap<&'a str, ByName<'a>>;
 
-/// Every tensor of the manifest must stand in its file's header, and no other, and (but for `quick`) have its hash.
-pub(crate) fn check(checkpoint: &Checkpoint, options: Options<'_>, report: &mut Report) -> Result<()> {
+/// The manifest's tensors of one file, with what each belongs to.
+type ByName<'a> = HashMap<&'a str, (&'a OutputRecord, &'a TensorRecord)>;
+
+/// The tensors that the manifest has.
+pub(super) fn by_file(manifest: &Manifest) -> ByFile<'_> {
     let mut by_file = ByFile::new();
-    for tensor in &checkpoint.manifest.tensors {
+    for tensor in &manifest.tensors {
         for output in &tensor.outputs {
             by_file.entry(&output.file).or_default().insert(&output.name, (output, tensor));
         }
     }
-    for (file, expected) in &by_file {
-        if !checkpoint.manifest.files.iter().any(|record| record.name == *file) {
-            report.differ(file, None, "it holds tensors, but is not among the manifest's files");
-            continue;
-        }
-        check_file(checkpoint, file, expected, options, report)?;
-    }
-    check_index(checkpoint, &by_file, report)
+    by_file
 }
 
-fn check_file(
-    checkpoint: &Checkpoint,
-    file: &str,
-    expected: &HashMap<&str, (&OutputRecord, &TensorRecord)>,
-    options: Options<'_>,
-    report: &mut Report,
-) -> Result<()> {
-    let Some(source) = open(checkpoint, file, report)? else { return Ok(()) };
-    let opened = &source.files[0];
-    report.tensors += opened.tensors.len();
-    let mut entries = Vec::new();
-    for info in &opened.tensors {
-        match expected.get(info.name.as_str()) {
-            Some((record, tensor)) => entries.push(Entry { file: opened, info, record, tensor }),
-            None => report.differ(file, Some(&info.name), "is not in the manifest"),
+/// A file of tensors whose header was compared with the manifest.
+pub(super) struct CheckedFile<'a> {
+    /// The file as a checkpoint of its own.
+    source: Source,
+    expected: &'a ByName<'a>,
+}
+
+impl<'a> CheckedFile<'a> {
+    /// Every tensor of the manifest must stand in the header as it has it, and no other. None if the file is damaged, which
+    /// is reported, or was reported as no file of the folder.
+    pub(super) fn open(
+        checkpoint: &Checkpoint,
+        file: &str,
+        expected: &'a ByName<'a>,
+        report: &mut Report,
+    ) -> Result<Option<CheckedFile<'a>>> {
+        let Some(source) = open(checkpoint, file, report)? else { return Ok(None) };
+        let checked = CheckedFile { source, expected };
+        let tensors = &checked.file().tensors;
+        report.tensors += tensors.len();
+        let found: HashSet<&str> = tensors.iter().map(|info| info.name.as_str()).collect();
+        for name in found.iter().filter(|name| !expected.contains_key(*name)) {
+            report.differ(file, Some(name), "is not in the manifest");
         }
+        for name in expected.keys().filter(|name| !found.contains(*name)) {
+            report.differ(file, Some(name), "is missing from the file");
+        }
+        for entry in checked.entries() {
+            let what = converted::difference(entry.info, entry.record);
+            what.into_iter().for_each(|what| entry.differ(report, what));
+        }
+        Ok(Some(checked))
     }
-    let found: HashSet<&str> = entries.iter().map(|entry| entry.info.name.as_str()).collect();
-    for name in expected.keys().filter(|name| !found.contains(*name)) {
-        report.differ(file, Some(name), "is missing from the file");
+
+    /// The file's content.
+    pub(super) fn reopen(&self) -> Result<Box<dyn ReadAt>> {
+        self.file().reopen()
     }
-    let (manifest, model) = (&checkpoint.manifest, source.model_dtype());
-    let mut converted = Converted::unchecked(&source, manifest);
-    for entry in &entries {
-        let what = converted::difference(entry.info, entry.record);
-        what.into_iter().for_each(|what| entry.differ(report, what));
-        if !options.quick && entry.info.name.contains(QUANT_STATE) {
+
+    /// The tensors that have a hash in the manifest. Those without bytes are compared at once.
+    pub(super) fn tensors(&self, report: &mut Report) -> Vec<TensorJob<'a>> {
+        let mut jobs = Vec::new();
+        for entry in self.entries() {
+            let (offset, len, sha256) = (entry.info.offset, entry.info.len, entry.record.sha256);
+            if len > 0 {
+                jobs.push(TensorJob { name: &entry.record.name, place: offset..offset + len, sha256 });
+            } else if sha256 != Sha256Hash::of(&[]) {
+                entry.differ(report, format!("its SHA-256 is {}, expected {sha256}", Sha256Hash::of(&[])));
+            }
+        }
+        jobs
+    }
+
+    /// The JSON that clients decode by must say what the recipe and the source say.
+    pub(super) fn check_quant_states(&self, manifest: &Manifest, report: &mut Report) -> Result<()> {
+        let model = self.source.model_dtype();
+        let mut converted = Converted::unchecked(&self.source, manifest);
+        for entry in self.entries().filter(|entry| entry.info.name.contains(QUANT_STATE)) {
             let state = entry.quant_state(&mut converted, report)?;
             state.into_iter().for_each(|state| entry.check_quant_state(&state, manifest, model, report));
         }
+        Ok(())
     }
-    if !options.quick {
-        let bytes = &*opened.reopen()?;
-        let differences =
-            on_threads(options.threads, &entries, |entry, buffer| entry.hash_difference(bytes, options, buffer))?;
-        for (entry, what) in entries.iter().zip(differences) {
-            what.into_iter().for_each(|what| entry.differ(report, what));
-        }
+
+    fn file(&self) -> &SourceFile {
+        &self.source.files[0]
     }
-    Ok(())
+
+    /// The tensors that both have, in the order of their bytes.
+    fn entries(&self) -> impl Iterator<Item = Entry<'_, 'a>> {
+        self.file().tensors.iter().filter_map(|info| {
+            let (record, tensor) = *self.expected.get(info.name.as_str())?;
+            Some(Entry { file: self.file(), info, record, tensor })
+        })
+    }
 }
 
 /// The file as a checkpoint of its own; none if it is damaged, which is reported, or was reported as no file of the folder.
@@ -99,24 +130,16 @@ fn open(checkpoint: &Checkpoint, file: &str, report: &mut Report) -> Result<Opti
 }
 
 /// A tensor as its file has it and as the manifest has it.
-struct Entry<'a> {
-    file: &'a SourceFile,
-    info: &'a TensorInfo,
+struct Entry<'f, 'a> {
+    file: &'f SourceFile,
+    info: &'f TensorInfo,
     record: &'a OutputRecord,
     tensor: &'a TensorRecord,
 }
 
-impl Entry<'_> {
+impl Entry<'_, '_> {
     fn differ(&self, report: &mut Report, what: String) {
         report.differ(&self.file.name, Some(&self.info.name), what);
-    }
-
-    fn hash_difference(&self, bytes: &dyn ReadAt, options: Options<'_>, buffer: &mut [u8]) -> Result<Option<String>> {
-        let keep_going = || !options.interrupt.load(Ordering::Relaxed);
-        let TensorInfo { offset, len, .. } = *self.info;
-        let hash = hash_range(bytes, offset, len, buffer, keep_going);
-        let hash = hash.at(self.file.location.path(), "read it")?.ok_or(Error::Interrupted)?;
-        Ok((hash != self.record.sha256).then(|| format!("its SHA-256 is {hash}, expected {}", self.record.sha256)))
     }
 
     /// The quant_state that it is; what is none is reported.
@@ -172,7 +195,7 @@ fn is_made_of(fused: &[u64], shapes: &[&[u64]]) -> bool {
 }
 
 /// The index must have every tensor in its file.
-fn check_index(checkpoint: &Checkpoint, by_file: &ByFile<'_>, report: &mut Report) -> Result<()> {
+pub(super) fn check_index(checkpoint: &Checkpoint, by_file: &ByFile<'_>, report: &mut Report) -> Result<()> {
     if !checkpoint.manifest.files.iter().any(|file| file.name == INDEX_NAME) {
         if by_file.len() > 1 {
             report.differ(INDEX_NAME, None, "is not in the manifest, though there are several files of weights");

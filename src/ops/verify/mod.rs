@@ -1,13 +1,14 @@
 //! Verifying a finished checkpoint: against its manifest, and against its source.
 
 mod by_tensor;
+mod contents;
 mod conversion;
 mod files;
+mod hashing;
 mod headers;
 mod reconvert;
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::AtomicBool;
 use std::thread;
 
 use serde::Serialize;
@@ -23,9 +24,6 @@ use crate::models::Rules;
 use crate::ops::quantize::Conversion;
 use crate::plan::kept_modules::{bitsandbytes, compressed_tensors};
 use crate::store::{Location, Sha256Hash, is_no_file};
-
-/// Bytes that are read at once.
-const BUFFER: usize = 1 << 20;
 
 /// How to verify.
 #[derive(Clone, Copy)]
@@ -81,31 +79,6 @@ pub struct Report {
     pub differences: Vec<Difference>,
 }
 
-/// Does `work` for each of `items`, on several threads, each with a buffer to read through; results are in order.
-fn on_threads<T: Sync, R: Send>(
-    threads: usize,
-    items: &[T],
-    work: impl Fn(&T, &mut [u8]) -> Result<R> + Sync,
-) -> Result<Vec<R>> {
-    let (next, results) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
-    let run = || -> Result<()> {
-        let mut buffer = vec![0; BUFFER];
-        loop {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            let Some(item) = items.get(i) else { return Ok(()) };
-            let result = work(item, &mut buffer)?;
-            results.lock().unwrap_or_else(PoisonError::into_inner).push((i, result));
-        }
-    };
-    thread::scope(|scope| {
-        let threads: Vec<_> = (0..threads.clamp(1, items.len().max(1))).map(|_| scope.spawn(run)).collect();
-        threads.into_iter().try_for_each(|thread| thread.join().unwrap_or(Err(Error::Stopped)))
-    })?;
-    let mut results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
-    results.sort_by_key(|(i, _)| *i);
-    Ok(results.into_iter().map(|(_, result)| result).collect())
-}
-
 impl Report {
     fn differ(&mut self, file: &str, tensor: Option<&str>, what: impl Into<String>) {
         let (file, tensor) = (file.to_owned(), tensor.map(str::to_owned));
@@ -142,8 +115,7 @@ pub fn verify(folder: impl Into<Location>, options: Options<'_>) -> Result<Repor
     let Some(checkpoint) = open(&folder.into(), &mut report)? else { return Ok(report) };
     files::check_sums(&checkpoint, &mut report)?;
     files::check_names(&checkpoint, &mut report)?;
-    files::check_contents(&checkpoint, options, &mut report)?;
-    headers::check(&checkpoint, options, &mut report)?;
+    contents::check(&checkpoint, options, &mut report)?;
     check_config(&checkpoint, &mut report)?;
     report.differences.sort();
     report.differences.dedup();

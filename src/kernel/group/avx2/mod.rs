@@ -15,9 +15,10 @@ use super::{Groups, vector};
 use crate::dtype::FloatDtype;
 use crate::format::{Coding, ElementCode, ScaleCode, TensorScale};
 use crate::kernel::NonFinite;
-use crate::kernel::avx2::LANES;
+use crate::kernel::avx2::*;
 use crate::kernel::block::scalar;
 use crate::kernel::element::{Bfloat16, Element, Float16, Float32};
+use crate::kernel::group;
 use crate::kernel::lanes::Fused;
 
 /// [`crate::kernel::Kernel::quantize_groups`].
@@ -28,6 +29,25 @@ pub(super) fn quantize(groups: Groups<'_>) -> Result<(), NonFinite> {
         FloatDtype::Float16 => by_coding::<Float16>(groups),
         FloatDtype::Float32 => by_coding::<Float32>(groups),
     }
+}
+
+/// [`Kernel::absmax`](crate::kernel::Kernel::absmax).
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn absmax(source: &[u8], dtype: FloatDtype) -> Result<f32, NonFinite> {
+    let (vectors, rest) = source.as_chunks::<32>();
+    let largest = match dtype {
+        FloatDtype::Bfloat16 => absmax_of_vectors::<Bfloat16>(vectors.as_flattened()),
+        FloatDtype::Float16 => absmax_of_vectors::<Float16>(vectors.as_flattened()),
+        FloatDtype::Float32 => absmax_of_vectors::<Float32>(vectors.as_flattened()),
+    };
+    let rest = group::scalar::absmax(rest, dtype)?;
+    if is_finite(largest) { Ok(to_array(largest).into_iter().fold(rest, f32::max)) } else { Err(NonFinite) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn absmax_of_vectors<E: Element>(source: &[u8]) -> __m256 {
+    let max = |a, b| max_unsigned::<E>(a, b);
+    of_pairs::<E>(largest(source, |a, b| max(a, magnitudes::<E>(b))), max)
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -93,7 +113,7 @@ fn round<E: Element>(x: __m256) -> __m256 {
 /// The larger of a and the magnitude of b.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn larger(a: __m256, b: __m256) -> __m256 {
-    _mm256_max_ps(a, crate::kernel::avx2::magnitude(b))
+    _mm256_max_ps(a, magnitude(b))
 }
 
 /// `values` where the mask has ones, `others` elsewhere.
