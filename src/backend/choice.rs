@@ -9,7 +9,6 @@ use std::thread::JoinHandle;
 use super::{Backend, Cpu, KINDS, Kind, Opened, Unusable};
 use crate::error::{Error, Result};
 use crate::format::Codec;
-use crate::units::Bytes;
 
 /// `auto`, `cpu`, or devices of a kind by their numbers: `cuda:0,cuda:1`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,7 +85,8 @@ impl Work<'_> {
     /// Why no device is worth its start; `None` if one is.
     pub(crate) fn too_little(&self) -> Option<String> {
         if self.source_len < LEAST_SOURCE {
-            return Some(format!("sources below {} are converted sooner without a GPU", Bytes(LEAST_SOURCE)));
+            let gigabytes = LEAST_SOURCE / 1_000_000_000;
+            return Some(format!("sources below {gigabytes} GB are converted sooner without a GPU"));
         }
         let seconds = self.seconds();
         let little = seconds < LEAST_SECONDS;

@@ -4,8 +4,7 @@ use super::{Isa, Kernel};
 use crate::format::{Codec, Coding, ElementCode, ScaleCode};
 
 impl Kernel {
-    /// Weights that one core quantizes per second, in rows of `columns`: what `cargo bench --bench kernels` has for bf16, to one
-    /// digit.
+    /// Weights that one core quantizes per second, in rows of `columns`: what benches/kernels.rs has for bf16, to one digit.
     pub fn weights_per_second(self, codec: &Codec, columns: u64) -> f64 {
         let Coding { element, scale, .. } = codec.coding(columns, None);
         let [blocks, integers, nvfp4, mxfp4] = match self.0 {

@@ -164,8 +164,12 @@ impl StatsAccumulator {
     }
 
     fn add_errors(&mut self, GroupErrors { signal, noise, worst, zeros }: GroupErrors) {
-        self.signal.add(signal);
-        self.noise.add(noise);
+        // Where nothing is left of a scale in f32, what is over it is infinite or NaN, and so is the group's sum: weights of less than
+        // 1e-39, which no sum would notice.
+        if signal.is_finite() && noise.is_finite() {
+            self.signal.add(signal);
+            self.noise.add(noise);
+        }
         self.worst = self.worst.max(worst);
         self.zero_blocks += u64::from(zeros);
     }
@@ -376,6 +380,21 @@ mod tests {
                     assert_eq!(blocks.finish(), summed.finish(), "{len}: {odd} at {place}");
                 }
                 figures[0][place] = normal;
+            }
+        }
+    }
+
+    #[test]
+    fn a_scale_of_zero_for_what_is_not_zero_adds_nothing() {
+        for len in [1, 16, 128, 200] {
+            for odd in [f32::NAN, f32::INFINITY] {
+                let (zeros, odd) = (vec![0.0; len], vec![odd; len]);
+                let figures = [&zeros[..], &odd, &odd, &odd];
+                let (mut blocks, mut summed) = (StatsAccumulator::default(), StatsAccumulator::default());
+                add(&mut blocks, figures);
+                add_summed(&mut summed, figures);
+                assert_eq!(blocks.finish(), summed.finish());
+                assert_eq!((blocks.finish().relative_squared_error, blocks.finish().max_absolute_error), (0.0, 0.0));
             }
         }
     }

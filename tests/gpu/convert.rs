@@ -415,7 +415,7 @@ fn auto_takes_a_usable_gpu_for_much_work_and_else_says_why_it_is_the_cpu() {
 #[test]
 fn auto_starts_no_gpu_where_it_would_gain_nothing() {
     let small = Folder::llama();
-    let words = "sources below 8.00 GB are converted sooner without a GPU";
+    let words = "sources below 8 GB are converted sooner without a GPU";
     let used = small.beside("report");
     for (folder, threads, words) in
         [(&small, "1", words), (&large(9_000_000_000), "1000", "quantizing takes 1000 threads about 0.")]
