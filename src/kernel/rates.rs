@@ -8,12 +8,12 @@ impl Kernel {
     pub fn weights_per_second(self, codec: &Codec, columns: u64) -> f64 {
         let Coding { element, scale, .. } = codec.coding(columns, None);
         let [blocks, integers, nvfp4, mxfp4] = match self.0 {
-            Isa::Scalar => [0.02e9, 0.02e9, 0.04e9, 0.04e9],
-            Isa::Portable => [0.1e9, 0.1e9, 0.1e9, 0.1e9],
+            Isa::Scalar => [0.06e9, 0.03e9, 0.04e9, 0.06e9],
+            Isa::Portable => [0.4e9, 0.5e9, 0.4e9, 0.4e9],
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => [1e9, 0.9e9, 1e9, 1e9],
+            Isa::Avx2 => [2e9, 3e9, 2e9, 3e9],
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => [2e9, 2e9, 2e9, 3e9],
+            Isa::Avx512 => [5e9, 3e9, 3e9, 5e9],
         };
         match (element, scale) {
             _ if codec.is_blocks() => blocks,

@@ -3,12 +3,14 @@
 use std::sync::Arc;
 
 use super::Output;
-use super::stream::{FileHashes, Piece, SMALL, Watcher};
-use super::trace::Span;
+use super::trace::{Span, Stamp};
 use crate::error::{Error, IoContext, Result};
 use crate::kernel::sha256::{Pairing, Sha256Stream};
 use crate::plan::{PlannedOutput, PlannedTensor};
 use crate::store::{Sha256Hash, read_exact_at};
+
+/// Pieces below this are left to the thread at the frontier, which gathers them.
+pub(super) const SMALL: usize = 128 << 10;
 
 /// Bytes after which the disk is given what was written.
 const WRITEBACK: u64 = 8 << 20;
@@ -43,6 +45,38 @@ impl Part {
     pub(super) fn of(self, tensors: &[PlannedTensor]) -> &PlannedOutput {
         &tensors[self.tensor as usize].outputs[self.output as usize]
     }
+}
+
+/// A piece that waits, all of it of one output.
+pub(super) struct Piece {
+    pub bytes: Vec<u8>,
+    /// Whether the file has it.
+    pub is_written: bool,
+    /// The hash of the output, if the piece is all of it and it is known.
+    pub sha256: Option<Sha256Hash>,
+}
+
+/// What a file that is written hashes to.
+#[derive(Debug)]
+pub(crate) struct FileHashes {
+    /// All of it.
+    pub sha256: Sha256Hash,
+    /// The outputs of each of its tensors.
+    pub tensors: Vec<Vec<Sha256Hash>>,
+}
+
+/// Who is told while a file is written.
+pub(crate) trait Watcher {
+    /// All bytes before `at` are written and hashed.
+    fn reached(&self, at: u64);
+    /// So many bytes from an offset on have been written.
+    fn written(&self, offset: u64, len: u64);
+    /// Whether to stop.
+    fn stopped(&self) -> bool;
+    /// The calling thread begins with something.
+    fn begin(&self) -> Stamp;
+    /// It has done it, with so many bytes of the file.
+    fn end(&self, begin: Stamp, span: Span, bytes: usize);
 }
 
 /// The hashes of all bytes before it.

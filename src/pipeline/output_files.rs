@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use super::Execution;
+use super::frontier::Watcher;
 use super::scheduler::Scheduler;
-use super::stream::{FileStream, Watcher};
+use super::stream::FileStream;
 use super::trace::{Span, Stamp, Subject, ThreadTrace};
 use crate::error::{Error, Result};
 

@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::budget::{NESTED_CHUNK, chunk_elements};
-use super::stream::FileHashes;
+use super::frontier::FileHashes;
 use super::{ExecutionContext, FileOutcome, Outcome, TensorOutcome};
 use crate::error::{Error, Result};
 use crate::format::Scales;

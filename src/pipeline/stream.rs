@@ -9,15 +9,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Output;
-use super::frontier::{Frontier, Part};
-use super::trace::{Span, Stamp};
+use super::frontier::{FileHashes, Frontier, Part, Piece, SMALL, Watcher};
+use super::trace::Span;
 use crate::error::Result;
 use crate::kernel::sha256::Sha256Stream;
 use crate::plan::{Plan, PlannedFile, PlannedTensor};
 use crate::store::Sha256Hash;
-
-/// Pieces below this are left to the thread at the frontier, which gathers them.
-pub(super) const SMALL: usize = 128 << 10;
 
 /// A file of the plan, being written.
 pub(crate) struct FileStream<'a> {
@@ -63,38 +60,6 @@ struct State<'a> {
     written: BTreeMap<u64, u64>,
     /// Taken by the thread that moves it.
     frontier: Option<Box<Frontier<'a>>>,
-}
-
-/// A piece that waits, all of it of one output.
-pub(super) struct Piece {
-    pub bytes: Vec<u8>,
-    /// Whether the file has it.
-    pub is_written: bool,
-    /// The hash of the output, if the piece is all of it and it is known.
-    pub sha256: Option<Sha256Hash>,
-}
-
-/// What a file that is written hashes to.
-#[derive(Debug)]
-pub(crate) struct FileHashes {
-    /// All of it.
-    pub sha256: Sha256Hash,
-    /// The outputs of each of its tensors.
-    pub tensors: Vec<Vec<Sha256Hash>>,
-}
-
-/// Who is told while a file is written.
-pub(crate) trait Watcher {
-    /// All bytes before `at` are written and hashed.
-    fn reached(&self, at: u64);
-    /// So many bytes from an offset on have been written.
-    fn written(&self, offset: u64, len: u64);
-    /// Whether to stop.
-    fn stopped(&self) -> bool;
-    /// The calling thread begins with something.
-    fn begin(&self) -> Stamp;
-    /// It has done it, with so many bytes of the file.
-    fn end(&self, begin: Stamp, span: Span, bytes: usize);
 }
 
 /// What comes at the frontier.

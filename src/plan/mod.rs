@@ -41,8 +41,8 @@ pub struct Plan {
     /// What was asked for.
     pub recipe: Recipe,
     /// What is written: one entry for every tensor of the source, for all that are fused into one, or for each matrix that one is
-    /// taken apart into. In the source's
-    /// order: files by name, tensors in the order of their bytes; what is fused stands where its first part does.
+    /// taken apart into. In the source's order: files by name, tensors in the order of their bytes; what is fused stands where its
+    /// first part does.
     pub tensors: Vec<PlannedTensor>,
     /// The files of weights to be written. Each holds the next run of `tensors`.
     pub files: Vec<PlannedFile>,

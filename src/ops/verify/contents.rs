@@ -1,27 +1,33 @@
 //! What files hold: their bytes, and the tensors that their headers and the manifest know.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, IoContext, Result};
-use crate::ops::verify::hashing::{Job, Opened, hash_all};
-use crate::ops::verify::headers::{ByFile, CheckedFile};
+use crate::ops::verify::hashing::hash_all;
+use crate::ops::verify::headers::CheckedFile;
+use crate::ops::verify::jobs::{Contents, Job, Opened};
+use crate::ops::verify::records::{ByFile, by_file};
 use crate::ops::verify::{Checkpoint, Options, Report, files, headers};
 
 /// What a checkpoint's files are checked against, from any thread.
-pub(super) struct Contents<'a> {
+struct Expected<'a> {
     checkpoint: &'a Checkpoint,
     by_file: &'a ByFile<'a>,
     report: Mutex<Report>,
+    /// Headers of files that are being hashed, by the files' names.
+    headers: Mutex<HashMap<String, CheckedFile<'a>>>,
 }
 
 /// Every file must be there, with its size and (but for `quick`) its hash; every tensor of the manifest must stand in its
 /// file's header, and no other, and (but for `quick`) have its hash.
 pub(super) fn check(checkpoint: &Checkpoint, options: Options<'_>, report: &mut Report) -> Result<()> {
-    let by_file = headers::by_file(&checkpoint.manifest);
+    let by_file = by_file(&checkpoint.manifest);
     let mut jobs = files::check_sizes(checkpoint, &by_file, options.quick, report)?;
-    let contents = Contents { checkpoint, by_file: &by_file, report: Mutex::new(std::mem::take(report)) };
+    let report_so_far = Mutex::new(std::mem::take(report));
+    let contents = Expected { checkpoint, by_file: &by_file, report: report_so_far, headers: Mutex::default() };
     if options.quick {
         for job in &jobs {
             if options.interrupt.load(Ordering::Relaxed) {
@@ -32,25 +38,11 @@ pub(super) fn check(checkpoint: &Checkpoint, options: Options<'_>, report: &mut 
     } else {
         hash_all(&mut jobs, &contents, options)?;
     }
-    *report = contents.report.into_inner().unwrap_or_else(PoisonError::into_inner);
+    *report = std::mem::take(&mut *contents.report());
     headers::check_index(checkpoint, &by_file, report)
 }
 
-impl<'a> Contents<'a> {
-    /// Opens a file and checks its header. No file if there is nothing to hash, no header if it holds no tensors.
-    pub(super) fn open(&self, job: &Job<'_>) -> Result<(Option<Opened<'a>>, Option<CheckedFile<'a>>)> {
-        let header = self.check_header(job)?;
-        let opened = match (&header, job.sha256) {
-            (Some(header), _) => Some(Opened { bytes: header.reopen()?, tensors: header.tensors(&mut self.report()) }),
-            (None, Some(_)) => {
-                let location = self.checkpoint.folder.join(job.name);
-                Some(Opened { bytes: location.open().at(location.path(), "open it")?, tensors: Vec::new() })
-            }
-            (None, None) => None,
-        };
-        Ok((opened, header))
-    }
-
+impl<'a> Expected<'a> {
     fn check_header(&self, job: &Job<'_>) -> Result<Option<CheckedFile<'a>>> {
         let Some(expected) = self.by_file.get(job.name) else { return Ok(None) };
         let mut report = Report::default();
@@ -61,25 +53,43 @@ impl<'a> Contents<'a> {
         Ok(header)
     }
 
-    /// Checks the quant_states in a file, whose bytes were read a moment ago.
-    pub(super) fn check_quant_states(&self, header: &CheckedFile<'_>) -> Result<()> {
+    fn report(&self) -> MutexGuard<'_, Report> {
+        self.report.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn headers(&self) -> MutexGuard<'_, HashMap<String, CheckedFile<'a>>> {
+        self.headers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<'a> Contents<'a> for Expected<'a> {
+    /// Compares its header with the manifest first. There is nothing to hash in a file that holds no tensors and is known to differ.
+    fn open(&self, job: &Job<'_>) -> Result<Option<Opened<'a>>> {
+        let Some(header) = self.check_header(job)? else {
+            let location = self.checkpoint.folder.join(job.name);
+            let open = |_| location.open().at(location.path(), "open it");
+            return Ok(job.sha256.map(open).transpose()?.map(|bytes| Opened { bytes, tensors: Vec::new() }));
+        };
+        let opened = Opened { bytes: header.reopen()?, tensors: header.tensors(&mut self.report()) };
+        self.headers().insert(job.name.to_owned(), header);
+        Ok(Some(opened))
+    }
+
+    /// Checks the quant_states in it.
+    fn hashed(&self, job: &Job<'_>) -> Result<()> {
+        let header = self.headers().remove(job.name);
+        let Some(header) = header else { return Ok(()) };
         let mut report = Report::default();
         header.check_quant_states(&self.checkpoint.manifest, &mut report)?;
         self.report().differences.append(&mut report.differences);
         Ok(())
     }
 
-    /// A file or a tensor in it isn't as it should be.
-    pub(super) fn differ(&self, file: &str, tensor: Option<&str>, what: String) {
+    fn differ(&self, file: &str, tensor: Option<&str>, what: String) {
         self.report().differ(file, tensor, what);
     }
 
-    /// A file's path, for messages.
-    pub(super) fn path(&self, job: &Job<'_>) -> PathBuf {
+    fn path(&self, job: &Job<'_>) -> PathBuf {
         self.checkpoint.folder.join(job.name).path().to_owned()
-    }
-
-    fn report(&self) -> MutexGuard<'_, Report> {
-        self.report.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -2,13 +2,12 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::path::{Component, Path};
 
 use crate::checkpoint::{INDEX_NAME, MANIFEST_NAME, QUANT_CONFIG_NAME, SUMS_NAME};
 use crate::error::{IoContext, Result};
 use crate::manifest::{FileRecord, sha256_sums};
-use crate::ops::verify::hashing::Job;
-use crate::ops::verify::headers::ByFile;
+use crate::ops::verify::jobs::Job;
+use crate::ops::verify::records::{ByFile, is_inside};
 use crate::ops::verify::{Checkpoint, Report};
 use crate::store::Kind;
 
@@ -64,11 +63,6 @@ pub(crate) fn check_names(checkpoint: &Checkpoint, report: &mut Report) -> Resul
         }
     }
     Ok(())
-}
-
-/// Whether a name of the manifest stays inside the folder.
-pub(crate) fn is_inside(name: &str) -> bool {
-    !name.is_empty() && Path::new(name).components().all(|part| matches!(part, Component::Normal(_)))
 }
 
 /// Every file must be there, with its size. Returns those that can be hashed, and those whose tensors can.

@@ -1,6 +1,6 @@
 //! Tensors: what headers, index and quant_states say of them.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 
 use crate::checkpoint::{CONFIG_NAME, Config, INDEX_NAME, Index, Source, SourceFile, TensorInfo};
 use crate::converted::{self, Converted};
@@ -10,27 +10,10 @@ use crate::layout::bitsandbytes::{ParsedQuantState, QUANT_STATE};
 use crate::layout::gpt_oss;
 use crate::manifest::{DecisionRecord, Manifest, OutputRecord, SourceTensorRecord, TensorRecord};
 use crate::models::Role;
-use crate::ops::verify::files::is_inside;
-use crate::ops::verify::hashing::TensorJob;
+use crate::ops::verify::jobs::TensorJob;
+use crate::ops::verify::records::{ByFile, ByName, is_inside};
 use crate::ops::verify::{Checkpoint, Report, if_sound};
 use crate::store::{ReadAt, Sha256Hash};
-
-/// The manifest's tensors: by file, then by name.
-pub(super) type ByFile<'a> = BTreeMap<&'a str, ByName<'a>>;
-
-/// The manifest's tensors of one file, with what each belongs to.
-type ByName<'a> = HashMap<&'a str, (&'a OutputRecord, &'a TensorRecord)>;
-
-/// The tensors that the manifest has.
-pub(super) fn by_file(manifest: &Manifest) -> ByFile<'_> {
-    let mut by_file = ByFile::new();
-    for tensor in &manifest.tensors {
-        for output in &tensor.outputs {
-            by_file.entry(&output.file).or_default().insert(&output.name, (output, tensor));
-        }
-    }
-    by_file
-}
 
 /// A file of tensors whose header was compared with the manifest.
 pub(super) struct CheckedFile<'a> {

@@ -6,7 +6,9 @@ mod conversion;
 mod files;
 mod hashing;
 mod headers;
+mod jobs;
 mod reconvert;
+mod records;
 
 use std::sync::atomic::AtomicBool;
 use std::thread;

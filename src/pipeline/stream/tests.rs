@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::dtype::Dtype;
 use crate::models::Role;
+use crate::pipeline::trace::Stamp;
 use crate::plan::{Decision, Plan, PlannedOutput};
 use crate::read::Read;
 use crate::recipe::RecipeOptions;

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::shared_file::SharedFile;
-use super::{Job, TensorJob};
+use crate::ops::verify::jobs::{Job, TensorJob};
 
 /// Tensors that a thread begins at once, in bytes, unless one alone has more.
 const RUN: u64 = 1 << 20;

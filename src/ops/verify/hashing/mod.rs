@@ -10,7 +10,6 @@ mod lane;
 mod shared_file;
 mod whole_file;
 
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -18,9 +17,8 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::ops::verify::Options;
-use crate::ops::verify::contents::Contents;
-use crate::ops::verify::headers::CheckedFile;
-use crate::store::{ReadAt, Sha256Hash};
+use crate::ops::verify::jobs::{Contents, Job, Opened};
+use crate::store::Sha256Hash;
 use active_file::ActiveFile;
 use lane::Lane;
 use shared_file::SharedFile;
@@ -31,45 +29,15 @@ const LOOK: Duration = Duration::from_millis(5);
 /// How often the store is told what will be read.
 const TELL_EVERY: Duration = Duration::from_millis(5);
 
-/// A file to be hashed.
-pub(super) struct Job<'a> {
-    /// Its name in the checkpoint.
-    pub name: &'a str,
-    /// Its size.
-    pub len: u64,
-    /// What its SHA-256 should be; none if it is known to differ, and only its tensors are of interest.
-    pub sha256: Option<Sha256Hash>,
-}
-
-/// A tensor to be hashed.
-pub(super) struct TensorJob<'a> {
-    /// Its name.
-    pub name: &'a str,
-    /// Where it is in its file; not empty.
-    pub place: Range<u64>,
-    /// What its SHA-256 should be.
-    pub sha256: Sha256Hash,
-}
-
-impl TensorJob<'_> {
-    fn len(&self) -> u64 {
-        self.place.end - self.place.start
-    }
-}
-
-/// A file's content.
-pub(super) struct Opened<'a> {
-    /// The open file.
-    pub bytes: Box<dyn ReadAt>,
-    /// Its tensors, in the order of their bytes.
-    pub tensors: Vec<TensorJob<'a>>,
-}
-
 /// Hashes files and their tensors, and tells `contents` which differ.
 ///
 /// # Errors
 /// The first of any thread; interrupts are one.
-pub(super) fn hash_all<'a>(jobs: &'a mut [Job<'a>], contents: &'a Contents<'a>, options: Options<'a>) -> Result<()> {
+pub(super) fn hash_all<'a>(
+    jobs: &'a mut [Job<'a>],
+    contents: &'a dyn Contents<'a>,
+    options: Options<'a>,
+) -> Result<()> {
     jobs.sort_by_key(|job| std::cmp::Reverse(job.len));
     let chunks: u64 = jobs.iter().map(|job| 1 + job.len / shared_file::CHUNK).sum();
     let threads = options.threads.clamp(1, usize::try_from(chunks).unwrap_or(usize::MAX).max(1));
@@ -104,7 +72,7 @@ struct Hashing<'a> {
     jobs: &'a [Job<'a>],
     /// The jobs' sizes.
     lens: Vec<u64>,
-    contents: &'a Contents<'a>,
+    contents: &'a dyn Contents<'a>,
     options: Options<'a>,
     threads: usize,
     state: Mutex<State<'a>>,
@@ -154,10 +122,9 @@ impl<'a> Hashing<'a> {
             state.fronts += 1;
             drop(state);
             let front = Front(self);
-            let header = self.hash_job(job)?;
+            self.hash_job(job)?;
             drop(front);
-            header.map_or(Ok(()), |header| self.contents.check_quant_states(&header))?;
-            return Ok(true);
+            return self.contents.hashed(job).map(|()| true);
         }
         if let Some(lane) = state.next_lane() {
             drop(state);
@@ -195,9 +162,8 @@ impl<'a> Hashing<'a> {
     }
 
     /// Opens a file and hashes it; what tensors are left then are for everyone.
-    fn hash_job(&self, job: &'a Job<'a>) -> Result<Option<CheckedFile<'a>>> {
-        let (opened, header) = self.contents.open(job)?;
-        if let Some(Opened { bytes, tensors }) = opened {
+    fn hash_job(&self, job: &'a Job<'a>) -> Result<()> {
+        if let Some(Opened { bytes, tensors }) = self.contents.open(job)? {
             let file = SharedFile::new(bytes, self.contents.path(job), job.len);
             let file = Arc::new(ActiveFile::new(job, file, tensors));
             self.state().active.push(file.clone());
@@ -205,7 +171,7 @@ impl<'a> Hashing<'a> {
             file.file.finish();
             self.state().forget_finished();
         }
-        Ok(header)
+        Ok(())
     }
 
     /// Tensors for a lane beside another, unless a thread waits for some.
