@@ -39,6 +39,17 @@ fn the_page_on_formats_has_each_of_them_in_a_row() {
 }
 
 #[test]
+fn readme_has_every_format_in_a_row() {
+    let text = fs::read_to_string(root().join("README.md")).unwrap();
+    let (_, table) = text.split_once("| `--format` |").unwrap();
+    let rows: Vec<&str> = table.lines().skip(2).take_while(|line| line.starts_with('|')).collect();
+    let names: Vec<&str> = FORMATS.iter().map(|format| format.name).filter(|name| *name != TEST_FORMAT).collect();
+    let of = |row: &&str, name: &str| row.starts_with(&format!("| `{name}`"));
+    assert!(names.iter().all(|name| rows.iter().any(|row| of(row, name))), "{rows:#?}");
+    assert!(rows.iter().all(|row| names.iter().any(|name| of(row, name))), "{rows:#?}");
+}
+
+#[test]
 fn links_lead_to_files_and_headings_that_exist() {
     let pages = pages();
     assert!(pages.len() > 10, "{pages:?}");
