@@ -121,13 +121,14 @@ impl Device {
     /// Begins to open what was chosen. With [`DeviceChoice::Auto`], which passes over devices with less than `memory` bytes free, only if
     /// that is worth it for what the work is `likely` to be.
     pub(crate) fn begin(&self, memory: u64, likely: impl FnOnce() -> Option<String>) -> Opening {
+        // Where the system starts no thread, `finish` opens it.
         let opening = match self {
             Device::Choice(DeviceChoice::Devices { kind, numbers }) => {
                 let (kind, numbers) = (*kind, numbers.clone());
-                Some(thread::spawn(move || open(kind, &numbers)))
+                thread::Builder::new().spawn(move || open(kind, &numbers)).ok()
             }
             Device::Choice(DeviceChoice::Auto) if !KINDS.is_empty() && likely().is_none() => {
-                Some(thread::spawn(move || open_first(memory)))
+                thread::Builder::new().spawn(move || open_first(memory)).ok()
             }
             Device::Backend(_) | Device::Choice(DeviceChoice::Cpu | DeviceChoice::Auto) => None,
         };
