@@ -225,7 +225,7 @@ mod tests {
         let identity = Identity { len: 0, version: String::new(), sha256: None };
         let header_sha256 = Sha256Hash([0; 32]);
         let file = SourceFile { name, location: location.clone(), identity, header_sha256, tensors };
-        Source { location, files: vec![file], config: None, side_files: Vec::new() }
+        Source::of_files(location, vec![file], None)
     }
 
     /// Two formats whose tensors can't be told apart fail here.

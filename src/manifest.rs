@@ -40,6 +40,9 @@ pub struct Manifest {
     pub relaid_from: Option<ExpertLayout>,
     /// The checkpoint in numbers.
     pub summary: Summary,
+    /// What of the source isn't in the checkpoint, by name; absent if all is.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub left_out: Vec<LeftOutRecord>,
     /// Every file of the checkpoint but this one and SHA256SUMS, by name.
     pub files: Vec<FileRecord>,
     /// Every tensor of the source, in its order; one that was taken apart has an entry for each piece.
@@ -97,6 +100,18 @@ pub struct FileRecord {
     pub size: u64,
     /// SHA-256 of its content: what git-lfs and the hub call its oid.
     pub sha256: Sha256Hash,
+}
+
+/// A file of the source that wasn't copied, or a tensor of one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct LeftOutRecord {
+    /// The file's path below the source; a folder that was left out as a whole ends in a slash.
+    pub name: String,
+    /// The tensor, if only that was left out.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub tensor: Option<String>,
+    /// Why.
+    pub why: String,
 }
 
 /// The checkpoint in numbers.

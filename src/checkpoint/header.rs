@@ -9,11 +9,12 @@ use std::fmt;
 use std::io::{self, BufReader, Read};
 use std::path::Path;
 
-use safetensors::tensor::{Metadata, TensorInfo as Entry};
+use safetensors::tensor::{Metadata as Checked, TensorInfo as Entry};
 use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, Visitor};
 use serde::ser::{SerializeMap, Serializer};
 use serde::{Deserialize, Serialize};
 
+use super::first_bytes;
 use crate::dtype::{self, Dtype, byte_len};
 use crate::error::{Error, IoContext, Result};
 use crate::store::{HashingReader, Sha256Hash};
@@ -29,6 +30,9 @@ const BUFFER: usize = 1 << 16;
 
 /// The key that names no tensor.
 const METADATA_KEY: &str = "__metadata__";
+
+/// The key in it that says which framework's layout the tensors have.
+pub(crate) const FORMAT_KEY: &str = "format";
 
 /// One tensor of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,6 +74,9 @@ pub struct Header {
     pub len: u64,
 }
 
+/// A header's `__metadata__`: text by key.
+pub(crate) type Metadata = BTreeMap<String, String>;
+
 impl Header {
     /// Reads and checks the header of `file`, which is `file_len` bytes long. `path` is for errors.
     ///
@@ -86,13 +93,15 @@ impl Header {
         let mut length_field = [0; LENGTH_FIELD as usize];
         file.read_exact(&mut length_field).at(path, "read its header")?;
         let json_len = u64::from_le_bytes(length_field);
-        check_length(json_len, file_len, path)?;
+        if let Err(error) = check_length(json_len, file_len, path) {
+            return Err(foreign(&length_field, &mut file, path)?.unwrap_or(error));
+        }
         let data_start = LENGTH_FIELD + json_len;
 
         let parsed = parse(BufReader::with_capacity(BUFFER, file.by_ref().take(json_len)));
         let (read, sha256) = file.finish();
-        let mut entries = match parsed {
-            Ok(entries) => entries,
+        let (mut entries, _) = match parsed {
+            Ok(parsed) => parsed,
             Err(NoHeader { error, .. }) if error.is_io() => {
                 return Err(io::Error::from(error)).at(path, "read its header");
             }
@@ -109,9 +118,9 @@ impl Header {
         // The library says whether a header is valid; what is wrong with it, and where, is ours to tell.
         // Names tell it nothing.
         let nameless = entries.iter().map(|(_, entry)| (String::new(), entry.clone()));
-        let checked = Metadata::new(None, nameless.collect());
-        let end = |metadata: &Metadata| data_start.checked_add(metadata.data_len() as u64);
-        if !checked.as_ref().is_ok_and(|metadata| end(metadata) == Some(file_len)) {
+        let checked = Checked::new(None, nameless.collect());
+        let end = |checked: &Checked| data_start.checked_add(checked.data_len() as u64);
+        if !checked.as_ref().is_ok_and(|checked| end(checked) == Some(file_len)) {
             let why = defect(&entries, data_start, file_len);
             let why = why.or_else(|| Some(checked.err()?.to_string()));
             return Err(Error::malformed(path, why.unwrap_or_else(|| "its tensors don't fill the file".to_owned())));
@@ -125,6 +134,14 @@ impl Header {
         });
         Ok(Header { tensors: tensors.collect(), sha256, len: data_start })
     }
+}
+
+/// What the file is that began so, if it is something else than safetensors that has a name.
+fn foreign(begin: &[u8], file: &mut impl Read, path: &Path) -> Result<Option<Error>> {
+    let mut first = begin.to_vec();
+    let most = (first_bytes::ENOUGH - first.len()) as u64;
+    file.take(most).read_to_end(&mut first).at(path, "read its header")?;
+    Ok(first_bytes::of(&first).map(|found| first_bytes::is(path, found)))
 }
 
 fn check_length(json_len: u64, file_len: u64, path: &Path) -> Result<()> {
@@ -183,17 +200,19 @@ struct NoHeader {
     error: serde_json::Error,
 }
 
-/// The entries in their own order, without `__metadata__`.
-fn parse(json: impl Read) -> Result<Vec<(String, Entry)>, NoHeader> {
-    let (mut entries, mut at) = (Vec::new(), None);
+/// The entries in their own order, and `__metadata__`.
+fn parse(json: impl Read) -> Result<(Vec<(String, Entry)>, Metadata), NoHeader> {
+    let (mut entries, mut metadata, mut at) = (Vec::new(), None, None);
     let mut json = serde_json::Deserializer::from_reader(json);
-    let parsed = Entries { entries: &mut entries, at: &mut at }.deserialize(&mut json).and_then(|()| json.end());
-    parsed.map(|()| entries).map_err(|error| NoHeader { tensor: at, error })
+    let into = Entries { entries: &mut entries, metadata: &mut metadata, at: &mut at };
+    let parsed = into.deserialize(&mut json).and_then(|()| json.end());
+    parsed.map(|()| (entries, metadata.unwrap_or_default())).map_err(|error| NoHeader { tensor: at, error })
 }
 
 /// Reads the JSON object. The library's own type reads it into maps, which lose a name that stands in it twice.
 struct Entries<'a> {
     entries: &'a mut Vec<(String, Entry)>,
+    metadata: &'a mut Option<Metadata>,
     /// The tensor whose entry is being read.
     at: &'a mut Option<String>,
 }
@@ -214,14 +233,13 @@ impl<'de> Visitor<'de> for Entries<'_> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        let mut metadata = None;
         while let Some(name) = map.next_key::<String>()? {
             if name != METADATA_KEY {
                 *self.at = Some(name);
                 let RawEntry { dtype, shape, data_offsets } = map.next_value()?;
                 let entry = Entry { dtype, shape, data_offsets };
                 self.entries.extend(self.at.take().map(|name| (name, entry)));
-            } else if metadata.replace(map.next_value::<BTreeMap<String, String>>()?).is_some() {
+            } else if self.metadata.replace(map.next_value()?).is_some() {
                 return Err(de::Error::custom(format!("the key {METADATA_KEY:?} stands in it twice")));
             }
         }
@@ -297,7 +315,7 @@ struct EntryJson<'a> {
 impl<T: Described> Serialize for HeaderJson<'_, T> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut map = serializer.serialize_map(Some(1 + self.0.len()))?;
-        map.serialize_entry(METADATA_KEY, &BTreeMap::from([("format", "pt")]))?;
+        map.serialize_entry(METADATA_KEY, &BTreeMap::from([(FORMAT_KEY, "pt")]))?;
         let mut end = 0;
         for tensor in self.0 {
             let begin = end;
@@ -336,7 +354,7 @@ mod tests {
             (tensor.name.clone(), Entry { dtype: tensor.dtype, shape, data_offsets: (begin, end) })
         });
         let format = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
-        let expected = serde_json::to_vec(&Metadata::new(Some(format), entries.collect()).unwrap()).unwrap();
+        let expected = serde_json::to_vec(&Checked::new(Some(format), entries.collect()).unwrap()).unwrap();
         let header = header_bytes(&tensors);
         let (length, json) = header.split_at(LENGTH_FIELD as usize);
         assert_eq!(u64::from_le_bytes(length.try_into().unwrap()), json.len() as u64);

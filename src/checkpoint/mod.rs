@@ -4,20 +4,29 @@
 //! outside the source's folder is opened. Nothing here knows what quantization is.
 
 mod config;
+mod duplicates;
+mod first_bytes;
 mod header;
 mod index;
+mod links;
 mod output;
+mod parts;
+mod place;
 mod side_files;
 mod source;
 mod staging;
+mod weight_files;
+mod wrappers;
 
 pub use config::Config;
+pub(crate) use config::{MAX_JSON_LEN, WEIGHTS_KEY};
 pub use header::Header;
 pub(crate) use header::{Described, MAX_HEADER_LEN, TensorInfo, header_bytes, sort_canonically};
 pub use index::Index;
 pub(crate) use index::{shard_name, write_index};
 pub(crate) use output::OutputFile;
-pub(crate) use side_files::SideFile;
+pub(crate) use side_files::{SideFile, needs_an_index};
+pub(crate) use source::LeftOut;
 pub use source::{Source, SourceFile};
 pub(crate) use staging::{STAGING_NAME, Staging, free_space};
 

@@ -1,15 +1,17 @@
-//! Opening a checkpoint: which files it has, and all their headers. No weight is read.
+//! Opening a checkpoint: which files it has, and all their headers. No weight is read, but those that stand in it twice.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::path::Path;
 use std::thread;
 
-use super::index::Index;
-use super::side_files::{self, SideFile};
-use super::{CONFIG_NAME, Config, Header, INDEX_NAME, MANIFEST_NAME, TensorInfo};
+use super::links::Reach;
+use super::side_files::{self, Beside, SideFile};
+use super::weight_files::{self, INDEX_END, MODEL_STEM, SAFETENSORS, WeightFiles, some};
+use super::wrappers::{self, Wrapper};
+use super::{CONFIG_NAME, Config, Header, MANIFEST_NAME, TensorInfo, duplicates, place};
 use crate::dtype::FloatDtype;
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, IoContext, Result, Warning};
 use crate::store::{Identity, Kind, Listing, Location, ReadAt, Reader, Sha256Hash, Stat};
 
 /// Headers that are read at the same time.
@@ -24,14 +26,31 @@ pub struct Source {
     pub files: Vec<SourceFile>,
     /// config.json, if the source is a folder or has one beside it.
     pub config: Option<Config>,
-    /// What else is in the folder; none if the source is one file.
+    /// What else is in the folder and copied; none if the source is one file.
     pub side_files: Vec<SideFile>,
+    /// What is in the folder and isn't copied.
+    pub(crate) left_out: Vec<LeftOut>,
+    /// What should be known before using what is made of it.
+    pub(crate) notes: Vec<Warning>,
+    /// What tensors' names have of a wrapper that the model was saved in.
+    pub(crate) wrapper: Wrapper,
+}
+
+/// A file of the source that isn't copied, or a tensor of one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LeftOut {
+    /// The file's path below the source; a folder's ends in a slash.
+    pub name: String,
+    /// The tensor, if it is about one.
+    pub tensor: Option<String>,
+    /// Why.
+    pub why: String,
 }
 
 /// A safetensors file.
 #[derive(Clone, Debug)]
 pub struct SourceFile {
-    /// Its name, without the folder.
+    /// Its path below the source, with forward slashes.
     pub name: String,
     /// Where it is.
     pub location: Location,
@@ -44,6 +63,12 @@ pub struct SourceFile {
 }
 
 impl Source {
+    /// Files of weights without anything beside them.
+    pub fn of_files(location: Location, files: Vec<SourceFile>, config: Option<Config>) -> Source {
+        let (side_files, left_out, notes, wrapper) = Default::default();
+        Source { location, files, config, side_files, left_out, notes, wrapper }
+    }
+
     /// The dtype that quantized weights are decoded to where they don't say: the model's, or bf16, as transformers does.
     pub fn model_dtype(&self) -> FloatDtype {
         self.config.as_ref().and_then(Config::dtype).unwrap_or(FloatDtype::Bfloat16)
@@ -54,6 +79,14 @@ impl Source {
     /// # Errors
     /// When it isn't there, isn't a checkpoint, or is damaged as far as headers tell.
     pub fn open(place: impl Into<Location>) -> Result<Source> {
+        Source::open_with(place, false)
+    }
+
+    /// As [`Source::open`]; with `follow_links` links beside the weights may lead anywhere, to folders too.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn open_with(place: impl Into<Location>, follow_links: bool) -> Result<Source> {
         let place = place.into();
         let path = place.path();
         let kind = match place.stat() {
@@ -62,8 +95,12 @@ impl Source {
             }
             other => other.at(path, "open it")?.kind,
         };
-        let source = if kind == Kind::Folder { open_folder(&place)? } else { open_file(&place, kind)? };
-        source.check_names_differ()?;
+        let mut source = match kind {
+            Kind::Folder => open_folder(&place, follow_links)?,
+            kind => open_file(&place, kind)?,
+        };
+        source.check_is_a_model()?;
+        source.read_names();
         Ok(source)
     }
 
@@ -95,78 +132,202 @@ impl Source {
         }
         Ok(())
     }
+
+    fn names(&self) -> impl Iterator<Item = &str> + Clone {
+        self.files.iter().flat_map(|file| file.tensors.iter().map(|tensor| tensor.name.as_str()))
+    }
+
+    /// # Errors
+    /// When its tensors are what a trainer holds of a model, not the model.
+    fn check_is_a_model(&mut self) -> Result<()> {
+        let error = |why: String| Err(Error::NotACheckpoint { path: self.location.path().to_owned(), why });
+        if let Some(name) = wrappers::unmerged(self.names()) {
+            return error(format!(
+                "it was saved with an adapter that isn't merged (tensor {name:?}): merge the adapter first (PEFT's \
+                 merge_and_unload), save the model with save_pretrained, and convert that"
+            ));
+        }
+        let all = self.tensors().count();
+        let empty: Vec<&str> =
+            self.tensors().filter(|(_, info)| info.shape.contains(&0)).map(|(_, info)| info.name.as_str()).collect();
+        if all > 0 && 2 * empty.len() > all {
+            return error(format!(
+                "{} of its {all} tensors have no elements, such as {:?}: a save of DeepSpeed ZeRO-3 without its parameters; put \
+                 them together first (`zero_to_fp32.py`, or stage3_gather_16bit_weights_on_model_save), then convert the result",
+                empty.len(),
+                empty[0],
+            ));
+        }
+        if let Some(first) = empty.first() {
+            let note =
+                format!("{} of its tensors have no elements, such as {first:?}: copied as they are", empty.len());
+            self.notes.push(note.into());
+        }
+        Ok(())
+    }
+
+    /// Finds what a wrapper left in names.
+    pub(crate) fn read_names(&mut self) {
+        self.wrapper = Wrapper::of(self.names());
+        if let Some(found) = self.wrapper.found(self.names()) {
+            let note = format!(
+                "tensors' names have {found:?} of a wrapper that the model was saved in: it is taken out of them"
+            );
+            self.notes.push(note.into());
+        }
+    }
 }
 
-fn open_folder(folder: &Location) -> Result<Source> {
-    let config_path = folder.join(CONFIG_NAME);
-    let has_config = is_there(&config_path)?;
-    if !has_config && !is_there(&folder.join(MANIFEST_NAME))? {
-        let why = "it has no config.json; give the .safetensors file itself to convert weights without a model";
+fn open_folder(folder: &Location, follow_links: bool) -> Result<Source> {
+    let entries = folder.list().at(folder.path(), "list it")?;
+    let present: BTreeSet<String> = entries.iter().filter_map(|entry| entry.name.to_str()).map(str::to_owned).collect();
+    let has_weights = present.iter().any(|name| name.ends_with(SAFETENSORS) || name.ends_with(INDEX_END));
+    if !present.contains(CONFIG_NAME) && !present.contains(MANIFEST_NAME) || !has_weights {
+        if let Some(found) = place::of_folder(folder, &entries)? {
+            return Err(found.error(folder));
+        }
+    }
+    let mut reach = Reach::new(folder, follow_links)?;
+    let config = open_config(folder, &present)?;
+    if !present.iter().any(|name| name.ends_with(SAFETENSORS) || name.ends_with(INDEX_END)) {
+        let why = "it has no .safetensors file; convert weights in other formats to safetensors first (transformers' \
+                   save_pretrained does)";
         return Err(Error::NotACheckpoint { path: folder.path().to_owned(), why: why.to_owned() });
     }
-    let config = match has_config {
-        true => {
-            check_is_inside(folder, &config_path)?;
-            Some(Config::read(&config_path)?)
+    let WeightFiles { names, index, also, notes } = weight_files::choose(folder, &present, config.as_ref())?;
+    for name in &names {
+        reach.add_weights(&folder.join(name))?;
+    }
+    let index_name = index_name(&present, config.as_ref());
+    let has_index = index.is_some() || also.is_some();
+    for name in [config.is_some().then_some(CONFIG_NAME), has_index.then_some(&*index_name)].into_iter().flatten() {
+        reach.check(&folder.join(name), name)?;
+    }
+    let mut files = open_all(folder, &names)?;
+    let mut notes: Vec<Warning> = notes.into_iter().map(Warning::from).collect();
+    if let Some(index) = &index {
+        let listed = files.iter().map(|file| (file.name.as_str(), file.tensors.as_slice()));
+        let path = folder.join(&index_name);
+        // Those that are in two files are looked at below.
+        if let Some((count, first)) = index.check(path.path(), listed)? {
+            notes.push(
+                format!("{index_name} doesn't list {count} of its files' tensors, such as {first:?}: they are kept")
+                    .into(),
+            );
         }
-        false => None, // what was made of one file without it
-    };
-    let index_path = folder.join(INDEX_NAME);
-    let files = if is_there(&index_path)? {
-        check_is_inside(folder, &index_path)?;
-        let index = Index::read(&index_path)?;
-        let missing = |name: &str| format!("names {name:?}, which isn't beside it: download that file too");
-        let names: Vec<String> = index.files().into_iter().map(str::to_owned).collect();
-        for name in &names {
-            if !is_there(&folder.join(name))? {
-                return Err(Error::malformed(index_path.path(), missing(name)));
-            }
-        }
-        let files = open_all(folder, &names)?;
-        index.check(index_path.path(), files.iter().map(|file| (file.name.as_str(), file.tensors.as_slice())))?;
-        files
-    } else {
-        open_all(folder, &files_without_index(folder)?)?
-    };
-    let side_files = side_files::find(folder)?;
-    side_files.iter().try_for_each(|file| check_is_inside(folder, &file.location))?;
-    Ok(Source { location: folder.clone(), files, config, side_files })
+    }
+    if let Some(shards) = also {
+        notes.push(compare_with_shards(folder, &files, &shards, &index_name)?.into());
+    }
+    let twice = duplicates::take_once(&mut files, index.as_ref())?;
+    if let Some(first) = twice.first() {
+        let name = first.tensor.as_deref().unwrap_or_default();
+        notes.push(
+            format!(
+                "{} of its tensors are in two files, with the same bytes, such as {name:?}: taken once",
+                twice.len()
+            )
+            .into(),
+        );
+    }
+    let Beside { files: side_files, mut left_out, notes: of_files } =
+        side_files::find(folder, &files, &reach, follow_links)?;
+    notes.extend(of_files.into_iter().map(Warning::from));
+    left_out.extend(twice);
+    left_out.sort_by(|a, b| (&a.name, &a.tensor).cmp(&(&b.name, &b.tensor)));
+    Ok(Source { side_files, left_out, notes, ..Source::of_files(folder.clone(), files, config) })
 }
 
-fn is_there(place: &Location) -> Result<bool> {
-    place.exists().at(place.path(), "look at it")
+/// config.json; none in what was made of one file without it.
+fn open_config(folder: &Location, present: &BTreeSet<String>) -> Result<Option<Config>> {
+    let location = folder.join(CONFIG_NAME);
+    match (present.contains(CONFIG_NAME), present.contains(MANIFEST_NAME)) {
+        (true, _) => Config::read(&location).map(Some),
+        (false, true) => Ok(None),
+        (false, false) => {
+            let why = "it has no config.json; give the .safetensors file itself to convert weights without a model";
+            Err(Error::NotACheckpoint { path: folder.path().to_owned(), why: why.to_owned() })
+        }
+    }
 }
 
-fn open_file(place: &Location, kind: Kind) -> Result<Source> {
-    let path = place.path();
+/// The name of the index that speaks of the weights.
+fn index_name(present: &BTreeSet<String>, config: Option<&Config>) -> String {
+    let named = config.and_then(Config::weights_name).filter(|name| name.ends_with(INDEX_END));
+    let usual = format!("{}{INDEX_END}", weight_files::stem_of(config));
+    let of_model = format!("{MODEL_STEM}{INDEX_END}");
+    named.map_or(if present.contains(&usual) { usual } else { of_model }, str::to_owned)
+}
+
+/// A single file and shards that both are whole must be one model; returns what is to be known of it.
+fn compare_with_shards(
+    folder: &Location,
+    single: &[SourceFile],
+    shards: &super::Index,
+    index_name: &str,
+) -> Result<String> {
+    let names: Vec<String> = shards.files().into_iter().map(str::to_owned).collect();
+    let name = &single[0].name;
+    let shards = match open_all(folder, &names) {
+        Ok(shards) => shards,
+        Err(Error::Malformed { path, .. }) => {
+            return Ok(format!(
+                "{index_name} lists shards beside {name} of which {} is damaged: {name} is converted, which clients take first",
+                path.file_name().unwrap_or_default().to_string_lossy()
+            ));
+        }
+        Err(error) => return Err(error),
+    };
+    match duplicates::first_difference(single, &shards)? {
+        None => Ok(format!("{name} holds the same as the shards that {index_name} lists: it alone is read")),
+        Some(what) => {
+            let why = format!(
+                "both {name} and the shards that {index_name} lists ({}) are whole, and they differ: {what}. Clients take {name} \
+                 first; move away what isn't the model",
+                some(&names)
+            );
+            Err(Error::NotACheckpoint { path: folder.path().to_owned(), why })
+        }
+    }
+}
+
+fn open_file(file: &Location, kind: Kind) -> Result<Source> {
+    let path = file.path();
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    if kind != Kind::File || !name.ends_with(".safetensors") {
-        let why = "expected a folder, or a file whose name ends in .safetensors".to_owned();
+    if kind != Kind::File {
+        let why = "it is a pipe, a device or a socket; expected a folder, or a file whose name ends in .safetensors"
+            .to_owned();
         return Err(Error::NotACheckpoint { path: path.to_owned(), why });
     }
-    let config_path = place.with_file_name(CONFIG_NAME);
-    let has_config = config_path.is_file().at(config_path.path(), "look at it")?;
-    let config = if has_config { Some(Config::read(&config_path)?) } else { None };
-    let file = SourceFile::open(name.to_owned(), place.clone())?;
-    Ok(Source { location: place.clone(), files: vec![file], config, side_files: Vec::new() })
+    if !name.ends_with(SAFETENSORS) {
+        return Err(place::of_file(file)?.error(file));
+    }
+    let config_path = file.with_file_name(CONFIG_NAME);
+    let config = match config_path.kind().at(config_path.path(), "look at it")? {
+        Some(Kind::File) => Some(Config::read(&config_path)?),
+        _ => None,
+    };
+    let opened = SourceFile::open(name.to_owned(), file.clone())?;
+    let mut source = Source::of_files(file.clone(), vec![opened], config);
+    let shard = weight_files::Shard::of(name).filter(|shard| shard.count.is_some_and(|count| count > 1));
+    if let Some(count) = shard.and_then(|shard| shard.count) {
+        source
+            .notes
+            .push(format!("{name} is one of {count} shards by its name: the others' tensors aren't converted").into());
+    }
+    Ok(source)
 }
 
 /// Opens files by name, several at once: on a network disk it is waiting that takes the time.
 fn open_all(folder: &Location, names: &[String]) -> Result<Vec<SourceFile>> {
     let each = names.len().div_ceil(OPEN_AT_ONCE).max(1);
+    let open_one = |name: &String| SourceFile::open(name.clone(), folder.join(name));
     thread::scope(|scope| {
-        let open = |names: &[String]| names.iter().map(|name| open_inside(folder, name)).collect::<Result<Vec<_>>>();
+        let open = |names: &[String]| names.iter().map(open_one).collect::<Result<Vec<_>>>();
         let threads: Vec<_> = names.chunks(each).map(|names| scope.spawn(move || open(names))).collect();
         let parts = threads.into_iter().map(|thread| thread.join().unwrap_or(Err(Error::Stopped)));
         parts.collect::<Result<Vec<_>>>().map(|parts| parts.into_iter().flatten().collect())
     })
-}
-
-/// Opens a file of the folder; a link must lead to where this checkpoint's files are.
-fn open_inside(folder: &Location, name: &str) -> Result<SourceFile> {
-    let location = folder.join(name);
-    check_is_inside(folder, &location)?;
-    SourceFile::open(name.to_owned(), location)
 }
 
 impl SourceFile {
@@ -199,70 +360,5 @@ impl SourceFile {
             _ => "it was written to since its header was read".to_owned(),
         };
         Err(Error::SourceChanged { path: path.to_owned(), why })
-    }
-}
-
-/// A file must be a regular one; a link may lead elsewhere in the folder, or, in the hub's cache, from
-/// `snapshots/REVISION` to `blobs`.
-fn check_is_inside(folder: &Location, file: &Location) -> Result<()> {
-    let path = file.path();
-    let target = file.resolve().at(path, "open it")?;
-    let root = folder.resolve().at(folder.path(), "open it")?;
-    // Opening a pipe or a device could wait for ever.
-    if !file.is_file().at(path, "look at it")? {
-        return Err(Error::malformed(path, "not a regular file"));
-    }
-    let cache = root.parent().filter(|parent| parent.ends_with("snapshots")).and_then(Path::parent);
-    if target.starts_with(&root) || cache.is_some_and(|cache| target.starts_with(cache.join("blobs"))) {
-        return Ok(());
-    }
-    let why = format!("a link out of the checkpoint's folder, to {}; put the file itself here", target.display());
-    Err(Error::malformed(path, why))
-}
-
-/// The files that make up a checkpoint without an index: `model.safetensors`, or shards, or what there is.
-fn files_without_index(folder: &Location) -> Result<Vec<String>> {
-    let is_weights = |name: &String| name.ends_with(".safetensors") && !name.starts_with('.');
-    let entries = folder.list().at(folder.path(), "list it")?.into_iter();
-    let names = entries.filter_map(|entry| entry.name.into_string().ok());
-    let mut names: Vec<String> = names.filter(is_weights).collect();
-    names.sort();
-    if names.iter().any(|name| name == "model.safetensors") {
-        return Ok(vec!["model.safetensors".to_owned()]);
-    }
-    let of_model = |name: &String| name.starts_with("model");
-    // Mistral's own layout of the same weights, and LoRA's, lie beside a model's files at times.
-    let other = |name: &String| name.starts_with("consolidated") || name.starts_with("adapter");
-    if names.iter().any(of_model) {
-        names.retain(of_model);
-    } else {
-        names.retain(|name| !other(name));
-    }
-    if names.is_empty() {
-        let why = "it has no .safetensors file; convert .bin or .pt weights to safetensors first (transformers' \
-                   save_pretrained does)";
-        return Err(Error::NotACheckpoint { path: folder.path().to_owned(), why: why.to_owned() });
-    }
-    check_all_shards(folder.path(), &names)?;
-    Ok(names)
-}
-
-/// `model-00002-of-00003.safetensors` says how many there are.
-fn check_all_shards(folder: &Path, names: &[String]) -> Result<()> {
-    let expected = names.iter().find_map(|name| {
-        let stem = name.strip_suffix(".safetensors")?;
-        let (_, count) = stem.rsplit_once("-of-")?;
-        count.parse::<usize>().ok()
-    });
-    match expected {
-        Some(expected) if expected != names.len() => {
-            let why = format!(
-                "its shards' names say {expected} files, and {} are there (no {INDEX_NAME} tells more); download the \
-                 others",
-                names.len()
-            );
-            Err(Error::NotACheckpoint { path: folder.to_owned(), why })
-        }
-        _ => Ok(()),
     }
 }

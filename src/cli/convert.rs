@@ -101,6 +101,10 @@ pub struct Arguments {
     #[arg(long)]
     restart: bool,
 
+    /// Copy what links beside the weights lead to, wherever that is
+    #[arg(long)]
+    follow_links: bool,
+
     /// Write a timeline of what each thread does to FILE, for ui.perfetto.dev
     #[arg(long, value_name = "FILE", conflicts_with = "dry_run")]
     trace: Option<PathBuf>,
@@ -215,6 +219,7 @@ impl Arguments {
             hash_source: self.hash_source,
             force: self.force,
             restart: self.restart,
+            follow_links: self.follow_links,
             trace: None,
         }
     }
@@ -251,7 +256,7 @@ fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
     }
     if !arguments.quiet {
         for warning in &conversion.plan.warnings {
-            eprintln!("warning: {}", hints::warning(warning));
+            eprintln!("warning: {}", hints::shown_warning(warning));
         }
     }
     if !arguments.force

@@ -13,7 +13,7 @@ use super::output::{self, Outcome};
 use super::progress::{Reporter, Style};
 use super::trace::Tracing;
 use super::words::count;
-use super::{hints, interrupt};
+use super::{hints, interrupt, left_out};
 
 /// Decode a converted checkpoint to bf16.
 ///
@@ -50,6 +50,10 @@ pub struct Arguments {
     #[arg(long)]
     restart: bool,
 
+    /// Copy what links beside the weights lead to, wherever that is
+    #[arg(long)]
+    follow_links: bool,
+
     /// Write a timeline of what each thread does to FILE, for ui.perfetto.dev
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -76,6 +80,7 @@ fn dequantize(arguments: &Arguments) -> Result<Outcome, Error> {
         threads: arguments.threads.map_or(default.threads, NonZeroUsize::get),
         force: arguments.force,
         restart: arguments.restart,
+        follow_links: arguments.follow_links,
         ..default
     };
     let mut decoding = plan_dequantize(&arguments.source, arguments.max_shard_size.0, options)?;
@@ -83,27 +88,35 @@ fn dequantize(arguments: &Arguments) -> Result<Outcome, Error> {
     decoding.options.trace = tracing.trace();
     let style = if arguments.quiet { Style::Silent } else { Style::of_stderr() };
     if !arguments.quiet {
-        decoding.plan.warnings.iter().for_each(|warning| eprintln!("warning: {}", hints::warning(warning)));
+        decoding.plan.warnings.iter().for_each(|warning| eprintln!("warning: {}", hints::shown_warning(warning)));
     }
     let reporter = Reporter::new(style, &decoding.plan);
     let files = decoding.execute_until(interrupt::flag(), &arguments.destination, &reporter)?;
     reporter.finish();
     let (destination, tensors) = (arguments.destination.display().to_string(), &decoding.plan.tensors);
+    let left_out = decoding.left_out();
     let decoded = tensors.iter().filter(|tensor| tensor.is_decoded()).count();
     let (written, seconds) = (files.iter().map(|file| file.size).sum::<u64>(), start.elapsed().as_secs_f64());
     let output = match (arguments.json, arguments.quiet) {
         (true, _) => format!(
             "{}\n",
-            json!({"destination": destination, "files": files, "bytes_written": written, "seconds": seconds})
+            json!({
+                "destination": destination,
+                "files": files,
+                "left_out": left_out,
+                "bytes_written": written,
+                "seconds": seconds,
+            })
         ),
         (false, true) => String::new(),
         (false, false) => format!(
-            "{destination}: {} decoded from {}, {} copied; {} in {}, {seconds:.2} s, hashes included\n",
+            "{destination}: {} decoded from {}, {} copied; {} in {}, {seconds:.2} s, hashes included\n{}",
             count(decoded, "tensor"),
             super::summary::format_name(&decoding.plan.recipe),
             tensors.len() - decoded,
             Bytes(written),
             count(files.len() + 1, "file"),
+            left_out::lines(&left_out, usize::MAX).iter().map(|line| format!("{line}\n")).collect::<String>(),
         ),
     };
     Ok(Outcome { output, error: None, code: 0 })

@@ -10,7 +10,7 @@ use prequant::{Bytes, Contents, Error, StoredWeight, inspect};
 use serde_json::{Value, json};
 
 use super::output::{self, Outcome};
-use super::words;
+use super::{escape, words};
 
 /// Show what a checkpoint contains, converted or not.
 ///
@@ -58,7 +58,8 @@ fn text(Contents { files, weights, .. }: &Contents) -> String {
         let _ = writeln!(
             text,
             "{:9} {:name_width$}  {shape:shape_width$}  {bytes:>8}  {bits:5.2} bits",
-            weight.format, weight.name
+            weight.format,
+            escape::line(&weight.name)
         );
     }
     text.push('\n');

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use prequant::{Error, ErrorKind};
 use serde_json::{Value, json};
 
-use super::{hints, interrupt};
+use super::{escape, hints, interrupt};
 
 /// To whom a report is addressed.
 #[derive(Clone, Copy)]
@@ -33,6 +33,8 @@ pub fn finish(result: Result<Outcome, Error>, json: bool) -> ExitCode {
         let output = if json { format!("{}\n", error_json(&error)) } else { String::new() };
         Outcome { output, error: Some(error), code: 0 }
     });
+    // JSON spells such characters out where it must, and is exact.
+    let output = if json { output.into() } else { escape::lines(&output) };
     if let Err(error) = io::stdout().write_all(output.as_bytes())
         && error.kind() != io::ErrorKind::BrokenPipe
     {
@@ -41,7 +43,7 @@ pub fn finish(result: Result<Outcome, Error>, json: bool) -> ExitCode {
     }
     match error {
         Some(error) => {
-            eprintln!("error: {}", hints::error(&error));
+            eprintln!("error: {}", hints::shown_error(&error));
             interrupt::exit_code().unwrap_or(ExitCode::from(exit_code(error.kind())))
         }
         None => ExitCode::from(code),

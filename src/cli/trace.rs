@@ -30,7 +30,7 @@ impl Drop for Tracing {
             let _ = writeln!(
                 io::stderr(),
                 "warning: {}; the trace ends there, the output is unaffected",
-                hints::error(&error)
+                hints::shown_error(&error)
             );
         }
     }

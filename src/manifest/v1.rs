@@ -53,6 +53,7 @@ impl TryFrom<Manifest> for super::Manifest {
             source,
             relaid_from,
             summary,
+            left_out: Vec::new(),
             files,
             tensors,
         })

@@ -11,9 +11,10 @@ use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, SUMS_NAME, Source};
 use crate::converted::Converted;
 use crate::error::{Error, Result};
 use crate::layout::bitsandbytes::EXPERTS_KEY;
-use crate::manifest::{FileRecord, Manifest};
+use crate::manifest::{FileRecord, LeftOutRecord, Manifest};
 use crate::ops::job::write::{Job, write_sums};
 use crate::ops::options::Options;
+use crate::ops::records;
 use crate::ops::relayout;
 use crate::pipeline::{Budget, Progress};
 use crate::plan::{Plan, split};
@@ -44,7 +45,7 @@ pub struct Dequantization {
 /// # Errors
 /// When it is no checkpoint that prequant converted, or isn't what its manifest says.
 pub fn plan(converted: impl Into<Location>, max_shard_size: u64, mut options: Options) -> Result<Dequantization> {
-    let source = Source::open(converted)?;
+    let source = Source::open_with(converted, options.follow_links)?;
     let Some(manifest) = relayout::manifest_of(&source.location)? else {
         let why = format!("it has no {MANIFEST_NAME}: give the folder of a checkpoint that prequant converted");
         return Err(Error::NotACheckpoint { path: source.location.path().to_owned(), why });
@@ -68,6 +69,14 @@ pub fn plan(converted: impl Into<Location>, max_shard_size: u64, mut options: Op
 }
 
 impl Dequantization {
+    /// What of the source won't be in the checkpoint, but for its manifest and checksums.
+    pub fn left_out(&self) -> Vec<LeftOutRecord> {
+        let written = self.plan.files.iter().map(|file| file.name.as_str());
+        let mut left_out = records::left_out(&self.source, written);
+        left_out.retain(|left| ![MANIFEST_NAME, SUMS_NAME].contains(&left.name.as_str()));
+        left_out
+    }
+
     /// Writes the checkpoint to `destination`; returns its files. Resumes where an earlier run was stopped, and publishes at the
     /// end, as [`Conversion::execute`](crate::Conversion::execute) does.
     ///

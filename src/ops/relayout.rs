@@ -141,7 +141,8 @@ fn origin(converted: &Source, manifest: &Manifest) -> Result<Source> {
     for file in &manifest.source.files {
         let (name, location, header_sha256) = (file.name.clone(), location.clone(), file.header_sha256);
         let identity = Identity { len: file.size, version: String::new(), sha256: file.sha256 };
-        files.push(SourceFile { name, location, identity, header_sha256, tensors: Vec::new() });
+        let tensors = Vec::new();
+        files.push(SourceFile { name, location, identity, header_sha256, tensors });
     }
     let mut total = 0u64;
     for tensor in manifest.tensors.iter().flat_map(|record| &record.sources) {
@@ -170,8 +171,9 @@ fn origin(converted: &Source, manifest: &Manifest) -> Result<Source> {
             }
         }
     }
-    let origin = Source { location, files, config: converted.config.clone(), side_files: Vec::new() };
+    let mut origin = Source::of_files(location, files, converted.config.clone());
     origin.check_names_differ()?;
+    origin.read_names();
     Ok(origin)
 }
 

@@ -20,13 +20,14 @@ use serde_json::Value;
 pub use layout::PlannedFile;
 pub(crate) use layout::PlannedOutput;
 
-use crate::checkpoint::{CONFIG_NAME, Source};
+use crate::checkpoint::{CONFIG_NAME, Source, WEIGHTS_KEY};
 use crate::dtype::Dtype;
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Hint, Result, Warning};
 use crate::format::{Codec, Layout};
 use crate::layout::OutputKind;
 use crate::layout::bitsandbytes::{EXPERTS_GUARD, EXPERTS_KEY};
+use crate::layout::recognize;
 use crate::models::families::families;
 use crate::models::{Role, Rules, Verdict};
 use crate::read::Input;
@@ -237,7 +238,10 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
     }
     let mut selection = Selection::new(recipe, rules.clone())?;
     let mut decided = Vec::new();
-    for input in input::inputs(source, recipe)? {
+    for mut input in input::inputs(source, recipe)? {
+        if let Cow::Owned(unwrapped) = source.wrapper.unwrap(&input.name) {
+            input.name = unwrapped;
+        }
         let mut verdict = selection.decide(&input.name, &input.shape);
         if !codec.is_blocks() {
             groups::check(source, model_types, &input, &codec, &mut verdict)?;
@@ -302,8 +306,10 @@ fn quantized_config(
     if has_4_bit_experts(recipe, tensors) {
         entries.push((EXPERTS_KEY, Value::from(EXPERTS_GUARD)));
     }
+    let mut gone = recognize::places_in_config(config);
+    gone.push(vec![WEIGHTS_KEY]);
     config
-        .with(&entries)
+        .edited(&entries, &gone.iter().map(Vec::as_slice).collect::<Vec<_>>())
         .map(Some)
         .map_err(|error| Error::malformed(source.location.join(CONFIG_NAME).path(), error.to_string()))
 }
@@ -321,7 +327,7 @@ fn warnings(
     tensors: &[PlannedTensor],
     linear: &[bool],
 ) -> Vec<Warning> {
-    let mut warnings: Vec<Warning> = Vec::new();
+    let mut warnings: Vec<Warning> = source.notes.clone();
     let quantized = || tensors.iter().zip(linear).filter(|(tensor, _)| tensor.decision != Decision::Keep);
     if source.config.is_none() {
         warnings.push("no config.json beside the weights: rules go by names alone, and clients need one".into());

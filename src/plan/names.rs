@@ -102,7 +102,7 @@ mod tests {
         let header_sha256 = Sha256Hash([0; 32]);
         let file =
             SourceFile { name, location: location.clone(), identity, header_sha256, tensors: vec![info.clone()] };
-        let source = Source { location, files: vec![file], config: None, side_files: Vec::new() };
+        let source = Source::of_files(location, vec![file], None);
         let error = Plan::decoded(&source, Recipe::default(), vec![input(), input()], None).unwrap_err();
         assert!(error.to_string().contains("two tensors would be written as \"a\""), "{error}");
         assert_eq!(error.hints(), []);

@@ -77,7 +77,7 @@ pub fn plan(data: &[u8]) {
     let (location, header_sha256, tensors) = (name.clone().into(), header.sha256, header.tensors);
     let identity = Identity { len, version: String::new(), sha256: None };
     let files = vec![SourceFile { name, location, identity, header_sha256, tensors }];
-    let source = Source { location: "fuzzed".into(), files, config: Some(config), side_files: Vec::new() };
+    let source = Source::of_files("fuzzed".into(), files, Some(config));
     let base = RecipeOptions { max_shard_size: Some(1000), dequantize_source: Some(true), ..RecipeOptions::default() };
     let of = |format| RecipeOptions { format: Some(format), ..base.clone() };
     for options in [

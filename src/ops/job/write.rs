@@ -6,7 +6,8 @@ use std::thread;
 
 use crate::backend::Backend;
 use crate::checkpoint::{
-    CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, STAGING_NAME, SUMS_NAME, Source, Staging, free_space, write_index,
+    CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, STAGING_NAME, SUMS_NAME, Source, Staging, free_space, needs_an_index,
+    write_index,
 };
 use crate::error::{Error, Hint, IoContext, Result};
 use crate::manifest::{FileRecord, Manifest, sha256_sums};
@@ -47,6 +48,12 @@ impl Job<'_> {
         let outputs: usize = self.plan.tensors.iter().map(|tensor| tensor.outputs.len()).sum();
         let manifest = (self.plan.tensors.len() * 800 + outputs * 400 + (64 << 10)) as u64;
         self.plan.output_len() + side_files + manifest
+    }
+
+    /// The name of the index, if one is written: of several files of weights, or of one beside others that aren't the model's
+    /// own. Without an index vLLM and others load all that are there.
+    pub(crate) fn index_name(&self) -> Option<&'static str> {
+        (self.plan.files.len() > 1 || needs_an_index(&self.source.side_files)).then_some(INDEX_NAME)
     }
 
     /// Whether it can be written to `destination`: that is a place for it, and there is room.
@@ -138,8 +145,8 @@ impl Job<'_> {
         if let Some(config) = &plan.config {
             files.push(write(staging, CONFIG_NAME, |file| file.write_all(config.as_bytes()))?);
         }
-        if plan.files.len() > 1 {
-            files.push(write(staging, INDEX_NAME, |file| self.write_index(file))?);
+        if let Some(name) = self.index_name() {
+            files.push(write(staging, name, |file| self.write_index(file))?);
         }
         files.sort_by(|a, b| a.name.cmp(&b.name));
         Ok((files, outcome))

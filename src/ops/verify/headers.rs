@@ -102,7 +102,7 @@ fn open(checkpoint: &Checkpoint, file: &str, report: &mut Report) -> Result<Opti
         Ok(opened) => {
             // A config that can't be read is reported as such.
             let config = if_sound(Config::read(&checkpoint.folder.join(CONFIG_NAME)))?;
-            Ok(Some(Source { location, files: vec![opened], config, side_files: Vec::new() }))
+            Ok(Some(Source::of_files(location, vec![opened], config)))
         }
         Err(Error::Malformed { why, .. }) => {
             report.differ(file, None, why);
@@ -185,7 +185,7 @@ pub(super) fn check_index(checkpoint: &Checkpoint, by_file: &ByFile<'_>, report:
         }
         return Ok(());
     }
-    let Some(index) = if_sound(Index::read(&checkpoint.folder.join(INDEX_NAME)))? else {
+    let Some(index) = if_sound(Index::read(&checkpoint.folder.join(INDEX_NAME), u64::MAX))? else {
         report.differ(INDEX_NAME, None, "it is missing, or not an index of tensors");
         return Ok(());
     };
