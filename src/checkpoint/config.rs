@@ -22,6 +22,8 @@ pub(crate) const WEIGHTS_KEY: &str = "transformers_weights";
 pub struct Config {
     text: String,
     values: Map<String, Value>,
+    /// Of the text as it was read.
+    sha256: Sha256Hash,
 }
 
 impl Config {
@@ -37,12 +39,24 @@ impl Config {
         let text = String::from_utf8(bytes).map_err(|_| Error::malformed(path, "not UTF-8 text"))?;
         let values = serde_json::from_str(&without_python_floats(&text))
             .map_err(|error| Error::malformed(path, format!("not a JSON object: {error}")))?;
-        Ok(Config { text, values })
+        let sha256 = Sha256Hash::of(text.as_bytes());
+        Ok(Config { text, values, sha256 })
     }
 
-    /// SHA-256 of the text.
+    /// The same without what stands at these paths: a key, and keys of the objects in it.
+    ///
+    /// # Errors
+    /// When it isn't JSON any more, which can't be.
+    pub(crate) fn pruned(&self, gone: &[&[&str]]) -> Result<Config> {
+        let internal = |error: serde_json::Error| Error::internal(format!("editing a model's config: {error}"));
+        let text = self.edited(&[], gone).map_err(internal)?;
+        let values = serde_json::from_str(&without_python_floats(&text)).map_err(internal)?;
+        Ok(Config { text, values, sha256: self.sha256 })
+    }
+
+    /// SHA-256 of the file's text.
     pub fn sha256(&self) -> Sha256Hash {
-        Sha256Hash::of(self.text.as_bytes())
+        self.sha256
     }
 
     /// The values, with Python's `Infinity` and `NaN` as any number.
@@ -214,7 +228,7 @@ mod tests {
 
     fn config(text: &str) -> Config {
         let values = serde_json::from_str(&without_python_floats(text)).unwrap();
-        Config { text: text.to_owned(), values }
+        Config { text: text.to_owned(), values, sha256: Sha256Hash::of(text.as_bytes()) }
     }
 
     #[test]

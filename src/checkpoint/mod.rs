@@ -5,6 +5,7 @@
 
 mod config;
 mod duplicates;
+mod file_class;
 mod first_bytes;
 mod header;
 mod index;
@@ -20,11 +21,13 @@ mod wrappers;
 
 pub use config::Config;
 pub(crate) use config::{MAX_JSON_LEN, WEIGHTS_KEY};
+pub(crate) use file_class::FileClass;
 pub use header::Header;
 pub(crate) use header::{Described, MAX_HEADER_LEN, TensorInfo, header_bytes, sort_canonically};
 pub use index::Index;
 pub(crate) use index::{shard_name, write_index};
 pub(crate) use output::OutputFile;
+pub(crate) use place::Place;
 pub(crate) use side_files::{SideFile, needs_an_index};
 pub(crate) use source::LeftOut;
 pub use source::{Source, SourceFile};

@@ -25,6 +25,24 @@ impl Place {
         Place { what: what.into(), way_on: way_on.into() }
     }
 
+    /// What is at a place that isn't a checkpoint in safetensors, if that has a name.
+    ///
+    /// # Errors
+    /// When the system refuses to tell.
+    pub(crate) fn at(place: &Location) -> Result<Option<Place>> {
+        let path = place.path();
+        match place.kind().at(path, "look at it")? {
+            Some(Kind::Folder) => of_folder(place, &place.list().at(path, "list it")?),
+            Some(Kind::File) if !path.to_string_lossy().ends_with(SAFETENSORS) => of_file(place).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// What it is, in a few words.
+    pub(crate) fn what(&self) -> &str {
+        &self.what
+    }
+
     /// The error of a place that is none of a checkpoint.
     pub(crate) fn error(self, place: &Location) -> Error {
         let why = format!("it is {}; {}", self.what, self.way_on);

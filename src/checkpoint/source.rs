@@ -87,7 +87,20 @@ impl Source {
     /// # Errors
     /// The same.
     pub fn open_with(place: impl Into<Location>, follow_links: bool) -> Result<Source> {
-        let place = place.into();
+        let mut source = Source::open_unchecked(&place.into(), follow_links)?;
+        source.check_is_a_model()?;
+        Ok(source)
+    }
+
+    /// Opens a checkpoint to look at it, whatever its tensors are: [`Source::check_is_a_model`] is the caller's.
+    ///
+    /// # Errors
+    /// As [`Source::open`]'s otherwise.
+    pub(crate) fn open_any(place: &Location) -> Result<Source> {
+        Source::open_unchecked(place, false)
+    }
+
+    fn open_unchecked(place: &Location, follow_links: bool) -> Result<Source> {
         let path = place.path();
         let kind = match place.stat() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -96,10 +109,9 @@ impl Source {
             other => other.at(path, "open it")?.kind,
         };
         let mut source = match kind {
-            Kind::Folder => open_folder(&place, follow_links)?,
-            kind => open_file(&place, kind)?,
+            Kind::Folder => open_folder(place, follow_links)?,
+            kind => open_file(place, kind)?,
         };
-        source.check_is_a_model()?;
         source.read_names();
         Ok(source)
     }
@@ -139,7 +151,7 @@ impl Source {
 
     /// # Errors
     /// When its tensors are what a trainer holds of a model, not the model.
-    fn check_is_a_model(&mut self) -> Result<()> {
+    pub(crate) fn check_is_a_model(&mut self) -> Result<()> {
         let error = |why: String| Err(Error::NotACheckpoint { path: self.location.path().to_owned(), why });
         if let Some(name) = wrappers::unmerged(self.names()) {
             return error(format!(

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use crate::backend::{ChosenDevice, Opening, Work};
 use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, STAGING_NAME, SUMS_NAME, Source, Staging, free_space};
 use crate::error::{Error, IoContext, Result};
-use crate::layout::recognize;
+use crate::layout::{leftover, recognize};
 use crate::manifest::{FileRecord, LeftOutRecord, Manifest, SourceRecord};
 use crate::ops::job::staged::write;
 use crate::ops::job::write::{Job, is_there, write_sums};
@@ -55,7 +55,8 @@ pub fn plan(source: impl Into<Location>, recipe: Recipe, mut options: Options) -
         let (weights, threads) = (source_len / 2, options.threads);
         Work { source_len, weights, codec: &codec, columns: LIKELY_COLUMNS, threads }.too_little()
     });
-    let source = Source::open_with(source, options.follow_links)?;
+    let mut source = Source::open_with(source, options.follow_links)?;
+    leftover::take_out(&mut source)?;
     let manifest = match recognize::of(&source) {
         Some(_) => relayout::manifest_of(&source.location)?,
         None => None,

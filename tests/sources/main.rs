@@ -4,7 +4,9 @@
 mod choice;
 mod downloads;
 mod escapes;
+mod inspect;
 mod left_out;
+mod leftovers;
 mod links;
 mod places;
 mod special_files;

@@ -5,6 +5,7 @@ use serde_json::Value;
 use crate::checkpoint::{Source, TensorInfo};
 use crate::dtype::{self, Dtype, FloatDtype};
 use crate::format::{Coding, ElementCode, Highest, ScaleCode};
+use crate::layout::recognize;
 use crate::read::{Decode, Input, MAX_EXPERTS, Read, Span};
 
 /// The fewest columns that share a scale: with fewer, scales would take more room than what they scale.
@@ -104,8 +105,8 @@ fn block(source: &Source, info: &TensorInfo, scale: &TensorInfo) -> Result<[u64;
 
 /// Rows and columns that share a scale, by config.json; DeepSeek-V3's where it doesn't say.
 fn block_of_config(source: &Source) -> [u64; 2] {
-    let config = source.config.as_ref().and_then(|config| config.values().get("quantization_config"));
-    let block = config.and_then(|config| config.get("weight_block_size")?.as_array());
+    let config = source.config.as_ref().and_then(recognize::quantization_config);
+    let block = config.and_then(|(_, config)| config.get("weight_block_size")?.as_array());
     match block.map(|block| block.iter().filter_map(Value::as_u64).collect::<Vec<_>>()).as_deref() {
         Some(&[rows, columns]) if rows > 0 && columns > 0 => [rows, columns],
         _ => [128, 128],
