@@ -55,7 +55,7 @@ pub enum Error {
         dtype: Dtype,
     },
     /// The source is quantized already.
-    #[error("{}: already quantized with {method} ({evidence}); start from the bf16 checkpoint it was made from", path.display())]
+    #[error("{}: already quantized with {method} ({evidence}); start from the bf16 checkpoint it was made from, if there is one", path.display())]
     AlreadyQuantized {
         /// The file that says so.
         path: PathBuf,

@@ -67,7 +67,7 @@ pub struct Arguments {
     #[arg(long, value_name = "REGEX")]
     exclude: Vec<String>,
 
-    /// Decode gpt-oss's MXFP4 experts while reading. FP8 in blocks (DeepSeek-V3's) is decoded without this option
+    /// Decode weights that SRC has in 4 bits while reading, and quantize what they stand for. FP8 is decoded without this option
     #[arg(long)]
     dequantize_source: bool,
 
