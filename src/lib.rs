@@ -39,7 +39,7 @@
 //! ```no_run
 #![doc = include_str!("../examples/verify.rs")]
 //! ```
-#![deny(unreachable_pub)]
+#![deny(unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
 
 mod backend;
 mod checkpoint;

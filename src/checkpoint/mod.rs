@@ -4,6 +4,7 @@
 //! outside the source's folder is opened. Nothing here knows what quantization is.
 
 mod config;
+mod file_class;
 mod header;
 mod index;
 mod output;
@@ -12,6 +13,7 @@ mod source;
 mod staging;
 
 pub use config::Config;
+pub(crate) use file_class::FileClass;
 pub use header::Header;
 pub(crate) use header::{Described, MAX_HEADER_LEN, TensorInfo, header_bytes, sort_canonically};
 pub use index::Index;

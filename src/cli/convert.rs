@@ -14,6 +14,7 @@ use prequant::{
 
 use super::output::{self, Audience, Outcome};
 use super::progress::{Reporter, Style};
+use super::streams::tell;
 use super::trace::Tracing;
 use super::{device, dry_run, hints, interrupt, summary};
 
@@ -247,11 +248,11 @@ fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
     let tracing = Tracing::start(arguments.trace.as_deref(), &[&arguments.source, &arguments.destination])?;
     conversion.options.trace = tracing.trace();
     if let Audience::People = arguments.audience() {
-        eprintln!("{}", device::line(&conversion.device));
+        tell(device::line(&conversion.device));
     }
     if !arguments.quiet {
         for warning in &conversion.plan.warnings {
-            eprintln!("warning: {}", hints::warning(warning));
+            tell(format_args!("warning: {}", hints::warning(warning)));
         }
     }
     match if arguments.force { Ok(None) } else { conversion.finished(&arguments.destination) } {

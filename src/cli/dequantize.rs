@@ -11,6 +11,7 @@ use serde_json::json;
 
 use super::output::{self, Outcome};
 use super::progress::{Reporter, Style};
+use super::streams::tell;
 use super::trace::Tracing;
 use super::words::count;
 use super::{hints, interrupt};
@@ -83,7 +84,7 @@ fn dequantize(arguments: &Arguments) -> Result<Outcome, Error> {
     decoding.options.trace = tracing.trace();
     let style = if arguments.quiet { Style::Silent } else { Style::of_stderr() };
     if !arguments.quiet {
-        decoding.plan.warnings.iter().for_each(|warning| eprintln!("warning: {}", hints::warning(warning)));
+        decoding.plan.warnings.iter().for_each(|warning| tell(format_args!("warning: {}", hints::warning(warning))));
     }
     let reporter = Reporter::new(style, &decoding.plan);
     let files = decoding.execute_until(interrupt::flag(), &arguments.destination, &reporter)?;
