@@ -31,7 +31,7 @@ pub(crate) use place::Place;
 pub(crate) use side_files::{SideFile, needs_an_index};
 pub(crate) use source::LeftOut;
 pub use source::{Source, SourceFile};
-pub(crate) use staging::{STAGING_NAME, Staging, free_space};
+pub(crate) use staging::{DONE_NAME, STAGING_NAME, Staging, free_space};
 
 /// The index beside the shards.
 pub(crate) const INDEX_NAME: &str = "model.safetensors.index.json";

@@ -36,7 +36,7 @@ const INTEGER_SHARE: u64 = 20;
 pub(crate) fn take_out(source: &mut Source) -> Result<()> {
     take_out_scales(source);
     let Some(config) = source.config.as_ref().filter(|_| !is_coded(source)) else { return Ok(()) };
-    let Some(SourceQuantization { method, evidence }) = SourceQuantization::in_config(config) else { return Ok(()) };
+    let Some(SourceQuantization { method, evidence }) = recognize::in_config(config) else { return Ok(()) };
     let places = recognize::places_in_config(config);
     let pruned = config.pruned(&places.iter().map(Vec::as_slice).collect::<Vec<_>>())?;
     source.notes.push(

@@ -21,7 +21,7 @@ use crate::pipeline::{Outcome, TensorOutcome};
 use crate::plan::{Decision, Plan, PlannedFile, PlannedOutput, PlannedTensor};
 use crate::read::{Read, Span};
 use crate::recipe::{ExpertLayout, Recipe, RecipeOptions};
-use crate::store::{Identity, Location};
+use crate::store::{Identity, Location, is_no_file};
 
 /// A converted checkpoint and what it becomes.
 #[derive(Debug)]
@@ -44,8 +44,13 @@ pub(crate) struct Relayout {
 /// When its manifest can't be read, or is of a newer version.
 pub(crate) fn recipe_of(place: impl Into<Location>) -> Result<Option<Recipe>> {
     let place = place.into();
-    // A config that can't be read is an error of opening the source.
-    let config = Config::read(&place.join(CONFIG_NAME)).ok();
+    let config = match Config::read(&place.join(CONFIG_NAME)) {
+        Ok(config) => Some(config),
+        // That it isn't there, or isn't a config, is an error of opening the source.
+        Err(Error::Malformed { .. }) => None,
+        Err(Error::Io { ref source, .. }) if is_no_file(source) => None,
+        Err(error) => return Err(error),
+    };
     if config.is_none_or(|config| !config.values().contains_key("quantization_config")) {
         return Ok(None);
     }

@@ -147,7 +147,7 @@ impl Plan {
     /// to quantize, or clients couldn't tell what is quantized from what is not.
     pub fn new(source: &Source, mut recipe: Recipe) -> Result<Plan> {
         // It is no part of the recipe where nothing was decoded because of it.
-        recipe.dequantize_source &= source_quantization::has_mxfp4_experts(source);
+        recipe.dequantize_source = recipe.dequantize_source && source_quantization::has_four_bits(source);
         let codec = recipe.codec();
         let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
         let rules = Rules::new(&model_types);
@@ -183,10 +183,11 @@ impl Plan {
             let verdict = Verdict { role: Role::Unknown, quantize: false, linear: false, reason: reason.into() };
             PlannedTensor::new((input, verdict, Decision::Keep), &recipe.codec())
         };
-        let mut tensors: Vec<PlannedTensor> = inputs.into_iter().map(keep).collect();
+        let mut tensors: Vec<PlannedTensor> = unwrapped(source, inputs).into_iter().map(keep).collect();
         names::check_differ(source, &tensors, None)?;
         let files = layout::lay_out(&mut tensors, recipe.max_shard_size);
-        let (scale_sets, side_files, warnings) = Default::default();
+        let (scale_sets, side_files) = Default::default();
+        let warnings = source.notes.clone();
         Ok(Plan { recipe, tensors, files, scale_sets, config, side_files, warnings })
     }
 
@@ -238,10 +239,7 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
     }
     let mut selection = Selection::new(recipe, rules.clone())?;
     let mut decided = Vec::new();
-    for mut input in input::inputs(source, recipe)? {
-        if let Cow::Owned(unwrapped) = source.wrapper.unwrap(&input.name) {
-            input.name = unwrapped;
-        }
+    for input in unwrapped(source, input::inputs(source, recipe.dequantize_source)?) {
         let mut verdict = selection.decide(&input.name, &input.shape);
         if !codec.is_blocks() {
             groups::check(source, model_types, &input, &codec, &mut verdict)?;
@@ -269,6 +267,16 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
         }
         Some(_) => split::split_experts(source, model_types, decided),
     }
+}
+
+/// The tensors under their model's own names.
+fn unwrapped(source: &Source, mut inputs: Vec<Input>) -> Vec<Input> {
+    for input in &mut inputs {
+        if let Cow::Owned(name) = source.wrapper.unwrap(&input.name) {
+            input.name = name;
+        }
+    }
+    inputs
 }
 
 fn bits_per_element<'a>(tensors: impl Iterator<Item = &'a PlannedTensor>) -> f64 {
