@@ -137,14 +137,6 @@ pub(crate) fn inside(name: &str) -> Option<String> {
     (!parts.is_empty() && !parts.contains(&"..")).then(|| parts.join("/"))
 }
 
-/// The name of output file `i` (from 0) of `count`, as the ecosystem has it.
-pub(crate) fn shard_name(i: usize, count: usize) -> String {
-    match count {
-        1 => "model.safetensors".to_owned(),
-        _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
-    }
-}
-
 /// Writes an index of tensors and their files, with the sum of the tensors' bytes; as transformers writes it.
 ///
 /// # Errors

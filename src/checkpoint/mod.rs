@@ -1,7 +1,7 @@
 //! Hugging Face checkpoints on disk: headers, indexes, configs and side files; reading ranges, writing files.
 //!
 //! What is read here comes from strangers: every length, offset and name is checked before it is used, and nothing
-//! outside the source's folder is opened. Nothing here knows what quantization is.
+//! outside the source's folder is copied. Nothing here knows what quantization is.
 
 mod config;
 mod duplicates;
@@ -25,15 +25,16 @@ pub(crate) use file_class::FileClass;
 pub use header::Header;
 pub(crate) use header::{Described, MAX_HEADER_LEN, TensorInfo, header_bytes, sort_canonically};
 pub use index::Index;
-pub(crate) use index::{shard_name, write_index};
+pub(crate) use index::write_index;
 pub(crate) use output::OutputFile;
 pub(crate) use place::Place;
 pub(crate) use side_files::{SideFile, needs_an_index};
 pub(crate) use source::LeftOut;
 pub use source::{Source, SourceFile};
 pub(crate) use staging::{DONE_NAME, STAGING_NAME, Staging, free_space};
+pub(crate) use weight_files::{DIFFUSERS, Naming};
 
-/// The index beside the shards.
+/// The index beside the shards, but diffusers'.
 pub(crate) const INDEX_NAME: &str = "model.safetensors.index.json";
 /// The model's configuration.
 pub(crate) const CONFIG_NAME: &str = "config.json";

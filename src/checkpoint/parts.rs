@@ -2,7 +2,7 @@
 //! git or the hub. Whatever no rule here names is part of it, weights in any format among them: speaker dictionaries, vocoders,
 //! adapters, further models in folders of their own.
 
-use super::weight_files::{DIFFUSERS_STEM, INDEX_END, MODEL_STEM, SAFETENSORS, Shard};
+use super::weight_files::{DIFFUSERS, INDEX_END, SAFETENSORS, Shard, TRANSFORMERS};
 use super::{MANIFEST_NAME, QUANT_CONFIG_NAME, SUMS_NAME};
 
 const SAME_WEIGHTS: &str = "the same weights in another format";
@@ -18,8 +18,8 @@ const QUANTIZATION_CONFIGS: &[&str] = &[QUANT_CONFIG_NAME, "quantize_config.json
 
 /// How files that hold all of a model's weights are called, before their endings.
 const WHOLE_MODELS: &[&str] = &[
-    MODEL_STEM,
-    DIFFUSERS_STEM,
+    TRANSFORMERS.stem,
+    DIFFUSERS.stem,
     "pytorch_model",
     "tf_model",
     "flax_model",

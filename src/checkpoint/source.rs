@@ -7,7 +7,7 @@ use std::thread;
 
 use super::links::Reach;
 use super::side_files::{self, Beside, SideFile};
-use super::weight_files::{self, INDEX_END, MODEL_STEM, SAFETENSORS, WeightFiles, some};
+use super::weight_files::{self, INDEX_END, Naming, SAFETENSORS, WeightFiles, some};
 use super::wrappers::{self, Wrapper};
 use super::{CONFIG_NAME, Config, Header, MANIFEST_NAME, TensorInfo, duplicates, place};
 use crate::dtype::FloatDtype;
@@ -131,6 +131,11 @@ impl Source {
         self.files.iter().enumerate().flat_map(|(i, file)| file.tensors.iter().map(move |tensor| (i, tensor)))
     }
 
+    /// How the files of what is made of it are called.
+    pub(crate) fn naming(&self) -> &'static Naming {
+        Naming::of(self.config.as_ref())
+    }
+
     /// # Errors
     /// When two tensors have one name.
     pub fn check_names_differ(&self) -> Result<()> {
@@ -210,7 +215,7 @@ fn open_folder(folder: &Location, follow_links: bool) -> Result<Source> {
     for name in &names {
         reach.add_weights(&folder.join(name))?;
     }
-    let index_name = index_name(&present, config.as_ref());
+    let index_name = index_name(config.as_ref());
     let has_index = index.is_some() || also.is_some();
     for name in [config.is_some().then_some(CONFIG_NAME), has_index.then_some(&*index_name)].into_iter().flatten() {
         reach.check(&folder.join(name), name)?;
@@ -264,11 +269,9 @@ fn open_config(folder: &Location, present: &BTreeSet<String>) -> Result<Option<C
 }
 
 /// The name of the index that speaks of the weights.
-fn index_name(present: &BTreeSet<String>, config: Option<&Config>) -> String {
+fn index_name(config: Option<&Config>) -> String {
     let named = config.and_then(Config::weights_name).filter(|name| name.ends_with(INDEX_END));
-    let usual = format!("{}{INDEX_END}", weight_files::stem_of(config));
-    let of_model = format!("{MODEL_STEM}{INDEX_END}");
-    named.map_or(if present.contains(&usual) { usual } else { of_model }, str::to_owned)
+    named.unwrap_or(Naming::of(config).index).to_owned()
 }
 
 /// A single file and shards that both are whole must be one model; returns what is to be known of it.

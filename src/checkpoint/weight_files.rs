@@ -8,10 +8,35 @@ use super::{CONFIG_NAME, Config};
 use crate::error::{Error, IoContext, Result};
 use crate::store::Location;
 
-/// How transformers and most others call a model's files, before `.safetensors` or a shard's number.
-pub(crate) const MODEL_STEM: &str = "model";
-/// How diffusers calls them.
-pub(crate) const DIFFUSERS_STEM: &str = "diffusion_pytorch_model";
+/// How a library calls a model's files.
+#[derive(Debug)]
+pub(crate) struct Naming {
+    /// Before `.safetensors` or a shard's number.
+    pub stem: &'static str,
+    /// The index.
+    pub index: &'static str,
+}
+
+/// transformers and most others.
+pub(crate) const TRANSFORMERS: &Naming = &Naming { stem: "model", index: super::INDEX_NAME };
+/// diffusers.
+pub(crate) const DIFFUSERS: &Naming =
+    &Naming { stem: "diffusion_pytorch_model", index: "diffusion_pytorch_model.safetensors.index.json" };
+
+impl Naming {
+    /// That of a model with this config.
+    pub(crate) fn of(config: Option<&Config>) -> &'static Naming {
+        if config.is_some_and(|config| config.class_name().is_some()) { DIFFUSERS } else { TRANSFORMERS }
+    }
+
+    /// The name of output file `i` (from 0) of `count`.
+    pub(crate) fn file(&self, i: usize, count: usize) -> String {
+        match count {
+            1 => format!("{}{SAFETENSORS}", self.stem),
+            _ => format!("{}-{:05}-of-{count:05}{SAFETENSORS}", self.stem, i + 1),
+        }
+    }
+}
 
 /// The end of the name of a file of weights.
 pub(crate) const SAFETENSORS: &str = ".safetensors";
@@ -33,11 +58,6 @@ pub(crate) struct WeightFiles {
     pub notes: Vec<String>,
 }
 
-/// How the files of a model with this config are called.
-pub(crate) fn stem_of(config: Option<&Config>) -> &'static str {
-    if config.is_some_and(|config| config.class_name().is_some()) { DIFFUSERS_STEM } else { MODEL_STEM }
-}
-
 /// Chooses among the files called `present`, of the folder itself: a single file before an index, as transformers and diffusers
 /// do, an index before names.
 ///
@@ -48,19 +68,19 @@ pub(crate) fn choose(folder: &Location, present: &BTreeSet<String>, config: Opti
     if let Some(name) = config.and_then(Config::weights_name) {
         return named_by_config(folder, name);
     }
-    let stem = stem_of(config);
-    let (single, index_name) = (format!("{stem}{SAFETENSORS}"), format!("{stem}{INDEX_END}"));
-    let index = match present.contains(&index_name) {
-        true => Some(Index::read(&folder.join(&index_name), MAX_INDEX_LEN)?),
+    let naming = Naming::of(config);
+    let single = naming.file(0, 1);
+    let index = match present.contains(naming.index) {
+        true => Some(Index::read(&folder.join(naming.index), MAX_INDEX_LEN)?),
         false => None,
     };
     match (present.contains(&single), index) {
         (true, Some(index)) if index.files() != BTreeSet::from([single.as_str()]) => {
-            beside_shards(folder, single, &index_name, index)
+            beside_shards(folder, single, naming.index, index)
         }
         (true, index) => Ok(WeightFiles { names: vec![single], index, also: None, notes: Vec::new() }),
-        (false, Some(index)) => of_index(folder, &index_name, index),
-        (false, None) => by_names(folder.folder.path(), present, stem),
+        (false, Some(index)) => of_index(folder, naming.index, index),
+        (false, None) => by_names(folder.folder.path(), present, naming.stem),
     }
 }
 
@@ -248,7 +268,9 @@ mod tests {
 
     fn chosen(names: &[&str]) -> Result<Vec<String>, String> {
         let present = names.iter().map(|&name| name.to_owned()).collect();
-        by_names(Path::new("m"), &present, MODEL_STEM).map(|found| found.names).map_err(|error| error.to_string())
+        by_names(Path::new("m"), &present, TRANSFORMERS.stem)
+            .map(|found| found.names)
+            .map_err(|error| error.to_string())
     }
 
     #[test]

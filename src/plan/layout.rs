@@ -5,7 +5,7 @@ use std::cmp::Reverse;
 use std::ops::Range;
 
 use super::{Decision, PlannedTensor};
-use crate::checkpoint::{Described, header_bytes, shard_name};
+use crate::checkpoint::{Described, Naming, header_bytes};
 use crate::dtype::{Dtype, byte_len};
 use crate::format::Codec;
 use crate::layout::OutputKind;
@@ -66,14 +66,14 @@ pub(crate) fn outputs(tensor: &PlannedTensor, codec: &Codec) -> Vec<PlannedOutpu
 /// Divides tensors among files, in their order, and gives every output its offset.
 ///
 /// A file is closed before the tensor that would take it past `max_shard_size`.
-pub(crate) fn lay_out(tensors: &mut [PlannedTensor], max_shard_size: u64) -> Vec<PlannedFile> {
+pub(crate) fn lay_out(tensors: &mut [PlannedTensor], max_shard_size: u64, naming: &Naming) -> Vec<PlannedFile> {
     let ranges = shard_ranges(tensors, max_shard_size);
     let count = ranges.len();
     let files = ranges.into_iter().enumerate();
     files
         .map(|(i, range)| {
             let (header_len, len) = place(&mut tensors[range.clone()]);
-            PlannedFile { name: shard_name(i, count), tensors: range, header_len, len }
+            PlannedFile { name: naming.file(i, count), tensors: range, header_len, len }
         })
         .collect()
 }

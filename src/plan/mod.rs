@@ -20,7 +20,7 @@ use serde_json::Value;
 pub use layout::PlannedFile;
 pub(crate) use layout::PlannedOutput;
 
-use crate::checkpoint::{CONFIG_NAME, Source, WEIGHTS_KEY};
+use crate::checkpoint::{CONFIG_NAME, Config, Source, WEIGHTS_KEY};
 use crate::dtype::Dtype;
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Hint, Result, Warning};
@@ -167,7 +167,7 @@ impl Plan {
         }
         names::check_are_free(source, &tensors)?;
         names::check_differ(source, &tensors, Some(Hint::Exclude))?;
-        let files = layout::lay_out(&mut tensors, recipe.max_shard_size);
+        let files = layout::lay_out(&mut tensors, recipe.max_shard_size, source.naming());
         let scale_sets = if codec.has_tensor_scale() { scale_sets::scale_sets(&tensors) } else { Vec::new() };
         let side_files = codec.side_file(&kept_modules).into_iter().collect();
         Ok(Plan { recipe, tensors, files, scale_sets, config, side_files, warnings })
@@ -185,7 +185,7 @@ impl Plan {
         };
         let mut tensors: Vec<PlannedTensor> = unwrapped(source, inputs).into_iter().map(keep).collect();
         names::check_differ(source, &tensors, None)?;
-        let files = layout::lay_out(&mut tensors, recipe.max_shard_size);
+        let files = layout::lay_out(&mut tensors, recipe.max_shard_size, source.naming());
         let (scale_sets, side_files) = Default::default();
         let warnings = source.notes.clone();
         Ok(Plan { recipe, tensors, files, scale_sets, config, side_files, warnings })
@@ -339,6 +339,13 @@ fn warnings(
     let quantized = || tensors.iter().zip(linear).filter(|(tensor, _)| tensor.decision != Decision::Keep);
     if source.config.is_none() {
         warnings.push("no config.json beside the weights: rules go by names alone, and clients need one".into());
+    } else if let Some(class) = source.config.as_ref().and_then(Config::class_name) {
+        let message =
+            format!("a diffusers model ({class}): no model of diffusers was compared, rules go by names and shapes");
+        warnings.push(Warning { message, hint: Some(Hint::ListTensors) });
+        if !recipe.codec().is_blocks() {
+            warnings.push("diffusers isn't known to load this layout: nf4 and fp4 it loads".into());
+        }
     } else if !rules.is_compared() {
         let message = "this architecture wasn't compared with transformers' own".to_owned();
         warnings.push(Warning { message, hint: Some(Hint::ListTensors) });

@@ -164,19 +164,6 @@ fn a_linear_of_another_dtype_is_refused_unless_it_is_excluded() {
 
 #[test]
 fn quantized_sources_are_refused_by_name() {
-    let by_config = [
-        ("bitsandbytes", r#"{"quantization_config": {"quant_method": "bitsandbytes"}}"#),
-        ("gptq", r#"{"quantization_config": {"quant_method": "gptq"}}"#),
-        ("awq", r#"{"quantization_config": {"quant_method": "awq"}}"#),
-        ("fp8", r#"{"quantization_config": {"quant_method": "fp8"}}"#),
-        ("mxfp4", r#"{"text_config": {"quantization_config": {"quant_method": "mxfp4"}}}"#),
-        ("compressed-tensors", r#"{"compression_config": {"quant_method": "compressed-tensors"}}"#),
-    ];
-    for (method, config) in by_config {
-        let folder = Folder::llama();
-        folder.write("config.json", config);
-        refused(&folder, 3, &[], &["config.json", "already quantized with", method, "bf16 checkpoint"]);
-    }
     let by_tensor = [
         ("bitsandbytes NF4", "a.weight.quant_state.bitsandbytes__nf4", Dtype::U8),
         ("bitsandbytes FP4", "a.weight.quant_state.bitsandbytes__fp4", Dtype::U8),

@@ -208,3 +208,58 @@ fn one_shard_given_alone_is_said_to_be_one() {
     let run = folder.convert_from(&folder.source().join("model-00001-of-00002.safetensors"), &[]).ok();
     assert!(run.stderr.contains("one of 2 shards"), "{}", run.stderr);
 }
+
+#[test]
+fn a_diffusers_models_files_keep_their_names() {
+    let folder = Folder::new("unused");
+    let linear = |name: &str| Tensor::random(name, Dtype::BF16, &[128, 64]);
+    let tensors =
+        ["transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.ff.net.0.proj.weight", "proj_out.weight"]
+            .map(linear);
+    folder.write("config.json", r#"{"_class_name": "FluxTransformer2DModel", "_diffusers_version": "0.35.0"}"#);
+    let names =
+        ["diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model-00002-of-00002.safetensors"];
+    folder.write(names[0], serialize(&tensors[..2]));
+    folder.write(names[1], serialize(&tensors[2..]));
+    let index_name = "diffusion_pytorch_model.safetensors.index.json";
+    folder.write(index_name, index(&[(names[0], &tensors[..2]), (names[1], &tensors[2..])]));
+    let run = folder.convert(&["--max-shard-size", "5kB"]).ok();
+    assert!(
+        run.stderr.contains("a diffusers model (FluxTransformer2DModel): no model of diffusers was compared"),
+        "{}",
+        run.stderr
+    );
+    let written = crate::support::file_names(&folder.destination());
+    let weights: Vec<&String> = written.iter().filter(|name| name.contains("safetensors")).collect();
+    assert!(
+        weights.iter().all(|name| name.starts_with("diffusion_pytorch_model")) && weights.len() == 4,
+        "{weights:?}"
+    );
+    assert!(
+        folder.read_json(index_name)["weight_map"]
+            .as_object()
+            .unwrap()
+            .values()
+            .all(|file| weights.contains(&&file.as_str().unwrap().to_owned()))
+    );
+    let config = folder.read_json("config.json");
+    assert_eq!(config["_class_name"], "FluxTransformer2DModel");
+    for against in [false, true] {
+        let mut verify = std::process::Command::new(env!("CARGO_BIN_EXE_prequant"));
+        verify.arg("verify").arg(folder.destination());
+        if against {
+            verify.arg("--against").arg(folder.source());
+        }
+        crate::support::Run::of(&mut verify).ok();
+    }
+    let again = folder.convert(&["--max-shard-size", "5kB"]).ok();
+    assert!(again.stdout.contains("already converted"), "{}", again.stdout);
+    let int4 = folder.convert(&["--force", "--format", "int4"]).ok();
+    assert!(int4.stderr.contains("diffusers isn't known to load this layout"), "{}", int4.stderr);
+
+    let single = Folder::new("unused");
+    single.write("config.json", r#"{"_class_name": "FluxTransformer2DModel"}"#);
+    single.write("diffusion_pytorch_model.safetensors", serialize(&tensors));
+    single.convert(&[]).ok();
+    assert!(single.destination().join("diffusion_pytorch_model.safetensors").exists());
+}

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use crate::checkpoint::{CONFIG_NAME, Config, INDEX_NAME, Index, Source, SourceFile, TensorInfo};
+use crate::checkpoint::{CONFIG_NAME, Config, DIFFUSERS, INDEX_NAME, Index, Source, SourceFile, TensorInfo};
 use crate::converted::{self, Converted};
 use crate::dtype::{self, FloatDtype, elements};
 use crate::error::{Error, IoContext, Result};
@@ -179,14 +179,16 @@ fn is_made_of(fused: &[u64], shapes: &[&[u64]]) -> bool {
 
 /// The index must have every tensor in its file.
 pub(super) fn check_index(checkpoint: &Checkpoint, by_file: &ByFile<'_>, report: &mut Report) -> Result<()> {
-    if !checkpoint.manifest.files.iter().any(|file| file.name == INDEX_NAME) {
+    let is_diffusers = by_file.keys().any(|file| file.starts_with(DIFFUSERS.stem));
+    let name_of_index = if is_diffusers { DIFFUSERS.index } else { INDEX_NAME };
+    if !checkpoint.manifest.files.iter().any(|file| file.name == name_of_index) {
         if by_file.len() > 1 {
-            report.differ(INDEX_NAME, None, "is not in the manifest, though there are several files of weights");
+            report.differ(name_of_index, None, "is not in the manifest, though there are several files of weights");
         }
         return Ok(());
     }
-    let Some(index) = if_sound(Index::read(&checkpoint.folder.join(INDEX_NAME), u64::MAX))? else {
-        report.differ(INDEX_NAME, None, "it is missing, or not an index of tensors");
+    let Some(index) = if_sound(Index::read(&checkpoint.folder.join(name_of_index), u64::MAX))? else {
+        report.differ(name_of_index, None, "it is missing, or not an index of tensors");
         return Ok(());
     };
     let expected: BTreeMap<&str, &str> =
@@ -196,12 +198,12 @@ pub(super) fn check_index(checkpoint: &Checkpoint, by_file: &ByFile<'_>, report:
             Some(found) if found == *file => {}
             found => {
                 let found = found.unwrap_or("no file");
-                report.differ(INDEX_NAME, Some(name), format!("is said to be in {found}, expected {file}"));
+                report.differ(name_of_index, Some(name), format!("is said to be in {found}, expected {file}"));
             }
         }
     }
     for name in index.tensors().filter(|name| !expected.contains_key(name)) {
-        report.differ(INDEX_NAME, Some(name), "is not in the manifest");
+        report.differ(name_of_index, Some(name), "is not in the manifest");
     }
     Ok(())
 }
