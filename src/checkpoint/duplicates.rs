@@ -19,7 +19,7 @@ pub(crate) fn take_once(files: &mut [SourceFile], index: Option<&Index>) -> Resu
     let mut gone: Vec<(usize, usize)> = Vec::new();
     let mut left_out = Vec::new();
     for (file, tensor) in places(files) {
-        let name = files[file].tensors[tensor].name.as_str();
+        let name = &*files[file].tensors[tensor].name;
         let Some(other) = seen.insert(name, (file, tensor)) else { continue };
         let here = (file, tensor);
         let is_listed =
@@ -92,7 +92,7 @@ pub(crate) fn difference(
 }
 
 fn by_name(files: &[SourceFile]) -> HashMap<&str, (usize, usize)> {
-    places(files).map(|(file, tensor)| (files[file].tensors[tensor].name.as_str(), (file, tensor))).collect()
+    places(files).map(|(file, tensor)| (&*files[file].tensors[tensor].name, (file, tensor))).collect()
 }
 
 /// In what two sets of files differ as checkpoints, if they do: names, dtypes, shapes or bytes.
@@ -109,7 +109,7 @@ pub(crate) fn first_difference(a: &[SourceFile], b: &[SourceFile]) -> Result<Opt
     }
     for (file, tensor) in places(a) {
         let info = &a[file].tensors[tensor];
-        let (other, at) = in_b[info.name.as_str()];
+        let (other, at) = in_b[&*info.name];
         if let Some(what) = difference((&a[file], info), (&b[other], &b[other].tensors[at]))? {
             return Ok(Some(format!("{what} in tensor {:?}", info.name)));
         }

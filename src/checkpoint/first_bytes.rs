@@ -84,7 +84,7 @@ pub(crate) fn of(first: &[u8]) -> Option<Foreign> {
         _ if starts("GGUF") => Some(Foreign::Gguf),
         [b'P', b'K', 3, 4, ..] => Some(Foreign::Zip),
         [0x80, 2..=5, b'}' | b']' | b'c' | 0x8a | 0x95, ..] => Some(Foreign::Pickle),
-        _ if first.len() >= 8 && first.iter().all(|byte| *byte == 0) => Some(Foreign::Zeros),
+        _ if first.len() == ENOUGH && first.iter().all(|byte| *byte == 0) => Some(Foreign::Zeros),
         _ => page(first),
     }
 }
@@ -187,7 +187,7 @@ mod tests {
             (b"GGUF\x03\0\0\0", Foreign::Gguf),
             (b"PK\x03\x04", Foreign::Zip),
             (b"\x80\x02}q\0", Foreign::Pickle),
-            (&[0; 8], Foreign::Zeros),
+            (&[0; ENOUGH], Foreign::Zeros),
         ] {
             assert_eq!(of(first), Some(found), "{first:?}");
         }

@@ -107,16 +107,16 @@ impl Index {
         for (file, tensors) in files {
             for TensorInfo { name, .. } in tensors {
                 match self.weight_map.get(name) {
-                    Some(expected) if expected == file => drop(found.insert(name.as_str())),
+                    Some(expected) if expected == file => drop(found.insert(&**name)),
                     Some(expected) => elsewhere = elsewhere.or(Some((name, expected, file))),
-                    None => unlisted = Some(unlisted.map_or((1, name.as_str()), |(count, first)| (count + 1, first))),
+                    None => unlisted = Some(unlisted.map_or((1, &**name), |(count, first)| (count + 1, first))),
                 }
             }
         }
         let Some((tensor, file)) = self.weight_map.iter().find(|(tensor, _)| !found.contains(tensor.as_str())) else {
             return Ok(unlisted);
         };
-        let why = match elsewhere.filter(|(name, ..)| !found.contains(name.as_str())) {
+        let why = match elsewhere.filter(|(name, ..)| !found.contains(&**name)) {
             Some((name, expected, file)) => {
                 format!("tensor {name:?} is said to be in {expected:?}, but {file:?} has it; download the index again")
             }

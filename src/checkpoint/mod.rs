@@ -7,6 +7,7 @@ mod config;
 mod duplicates;
 mod file_class;
 mod first_bytes;
+mod folder;
 mod header;
 mod index;
 mod links;

@@ -193,7 +193,7 @@ fn other_formats(content: &Content<'_>) -> Result<Option<Place>> {
     if !steps.is_empty() || sharded.iter().any(|name| name.ends_with("_states.pt")) {
         return Ok(Some(Place::new(
             "a DeepSpeed checkpoint, divided among ranks",
-            "put it together first (`zero_to_fp32.py` beside it, with --safe_serialization), then convert the result",
+            "put it together first (`zero_to_fp32.py` beside it), then convert the result",
         )));
     }
     if !sharded.is_empty() {
@@ -263,7 +263,7 @@ pub(crate) fn of_file(file: &Location) -> Result<Place> {
     let give = "expected a folder, or a file whose name ends in .safetensors";
     Ok(match &*name {
         _ if name.ends_with(INDEX_END) => Place::new("an index of files of weights", "give the folder that it lies in"),
-        CONFIG_NAME => Place::new("a model's config", "give the folder that it lies in"),
+        CONFIG_NAME => Place::new("a model's config", "give the folder that it lies in, or one .safetensors file"),
         _ => Place::new("a file of another kind", give),
     })
 }

@@ -132,13 +132,13 @@ impl Beside {
         if !self.files.iter().any(is_in_root) {
             return Ok(());
         }
-        let own = weights.iter().flat_map(|file| &file.tensors).map(|tensor| (tensor.name.as_str(), &tensor.shape));
-        let own: HashSet<(&str, &Vec<u64>)> = own.collect();
+        let own = weights.iter().flat_map(|file| &file.tensors).map(|tensor| (&*tensor.name, &*tensor.shape));
+        let own: HashSet<(&str, &[u64])> = own.collect();
         let (mut parts, mut same) = (Vec::new(), Vec::new());
         for file in std::mem::take(&mut self.files) {
             let is_same = is_in_root(&file) && {
                 let opened = SourceFile::open(file.name.clone(), file.location.clone())?;
-                opened.tensors.iter().all(|tensor| own.contains(&(tensor.name.as_str(), &tensor.shape)))
+                opened.tensors.iter().all(|tensor| own.contains(&(&*tensor.name, &*tensor.shape)))
             };
             if is_same { same.push(file) } else { parts.push(file) }
         }

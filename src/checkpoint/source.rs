@@ -1,21 +1,16 @@
 //! Opening a checkpoint: which files it has, and all their headers. No weight is read, but those that stand in it twice.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::io;
 use std::path::Path;
-use std::thread;
 
-use super::links::Reach;
-use super::side_files::{self, Beside, SideFile};
-use super::weight_files::{self, INDEX_END, Naming, SAFETENSORS, WeightFiles, some};
+use super::side_files::SideFile;
+use super::weight_files::{self, Naming, SAFETENSORS};
 use super::wrappers::{self, Wrapper};
-use super::{CONFIG_NAME, Config, Header, MANIFEST_NAME, TensorInfo, duplicates, place};
+use super::{CONFIG_NAME, Config, Header, TensorInfo, folder, place};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, IoContext, Result, Warning};
 use crate::store::{Identity, Kind, Listing, Location, ReadAt, Reader, Sha256Hash, Stat};
-
-/// Headers that are read at the same time.
-const OPEN_AT_ONCE: usize = 8;
 
 /// A checkpoint whose headers are read and checked.
 #[derive(Debug)]
@@ -109,7 +104,7 @@ impl Source {
             other => other.at(path, "open it")?.kind,
         };
         let mut source = match kind {
-            Kind::Folder => open_folder(place, follow_links)?,
+            Kind::Folder => folder::open(place, follow_links)?,
             kind => open_file(place, kind)?,
         };
         source.read_names();
@@ -151,7 +146,7 @@ impl Source {
     }
 
     fn names(&self) -> impl Iterator<Item = &str> + Clone {
-        self.files.iter().flat_map(|file| file.tensors.iter().map(|tensor| tensor.name.as_str()))
+        self.files.iter().flat_map(|file| file.tensors.iter().map(|tensor| &*tensor.name))
     }
 
     /// # Errors
@@ -165,8 +160,9 @@ impl Source {
             ));
         }
         let all = self.tensors().count();
+        // The shape of what is on other ranks; other tensors without elements keep theirs.
         let empty: Vec<&str> =
-            self.tensors().filter(|(_, info)| info.shape.contains(&0)).map(|(_, info)| info.name.as_str()).collect();
+            self.tensors().filter(|(_, info)| info.shape[..] == [0]).map(|(_, info)| &*info.name).collect();
         if all > 0 && 2 * empty.len() > all {
             return error(format!(
                 "{} of its {all} tensors have no elements, such as {:?}: a save of DeepSpeed ZeRO-3 without its parameters; put \
@@ -191,117 +187,6 @@ impl Source {
                 "tensors' names have {found:?} of a wrapper that the model was saved in: it is taken out of them"
             );
             self.notes.push(note.into());
-        }
-    }
-}
-
-fn open_folder(folder: &Location, follow_links: bool) -> Result<Source> {
-    let entries = folder.list().at(folder.path(), "list it")?;
-    let present: BTreeSet<String> = entries.iter().filter_map(|entry| entry.name.to_str()).map(str::to_owned).collect();
-    let has_weights = present.iter().any(|name| name.ends_with(SAFETENSORS) || name.ends_with(INDEX_END));
-    if !present.contains(CONFIG_NAME) && !present.contains(MANIFEST_NAME) || !has_weights {
-        if let Some(found) = place::of_folder(folder, &entries)? {
-            return Err(found.error(folder));
-        }
-    }
-    let mut reach = Reach::new(folder, follow_links)?;
-    let config = open_config(folder, &present)?;
-    if !present.iter().any(|name| name.ends_with(SAFETENSORS) || name.ends_with(INDEX_END)) {
-        let why = "it has no .safetensors file; convert weights in other formats to safetensors first (transformers' \
-                   save_pretrained does)";
-        return Err(Error::NotACheckpoint { path: folder.path().to_owned(), why: why.to_owned() });
-    }
-    let WeightFiles { names, index, also, notes } = weight_files::choose(folder, &present, config.as_ref())?;
-    for name in &names {
-        reach.add_weights(&folder.join(name))?;
-    }
-    let index_name = index_name(config.as_ref());
-    let has_index = index.is_some() || also.is_some();
-    for name in [config.is_some().then_some(CONFIG_NAME), has_index.then_some(&*index_name)].into_iter().flatten() {
-        reach.check(&folder.join(name), name)?;
-    }
-    let mut files = open_all(folder, &names)?;
-    let mut notes: Vec<Warning> = notes.into_iter().map(Warning::from).collect();
-    if let Some(index) = &index {
-        let listed = files.iter().map(|file| (file.name.as_str(), file.tensors.as_slice()));
-        let path = folder.join(&index_name);
-        // Those that are in two files are looked at below.
-        if let Some((count, first)) = index.check(path.path(), listed)? {
-            notes.push(
-                format!("{index_name} doesn't list {count} of its files' tensors, such as {first:?}: they are kept")
-                    .into(),
-            );
-        }
-    }
-    if let Some(shards) = also {
-        notes.push(compare_with_shards(folder, &files, &shards, &index_name)?.into());
-    }
-    let twice = duplicates::take_once(&mut files, index.as_ref())?;
-    if let Some(first) = twice.first() {
-        let name = first.tensor.as_deref().unwrap_or_default();
-        notes.push(
-            format!(
-                "{} of its tensors are in two files, with the same bytes, such as {name:?}: taken once",
-                twice.len()
-            )
-            .into(),
-        );
-    }
-    let Beside { files: side_files, mut left_out, notes: of_files } =
-        side_files::find(folder, &files, &reach, follow_links)?;
-    notes.extend(of_files.into_iter().map(Warning::from));
-    left_out.extend(twice);
-    left_out.sort_by(|a, b| (&a.name, &a.tensor).cmp(&(&b.name, &b.tensor)));
-    Ok(Source { side_files, left_out, notes, ..Source::of_files(folder.clone(), files, config) })
-}
-
-/// config.json; none in what was made of one file without it.
-fn open_config(folder: &Location, present: &BTreeSet<String>) -> Result<Option<Config>> {
-    let location = folder.join(CONFIG_NAME);
-    match (present.contains(CONFIG_NAME), present.contains(MANIFEST_NAME)) {
-        (true, _) => Config::read(&location).map(Some),
-        (false, true) => Ok(None),
-        (false, false) => {
-            let why = "it has no config.json; give the .safetensors file itself to convert weights without a model";
-            Err(Error::NotACheckpoint { path: folder.path().to_owned(), why: why.to_owned() })
-        }
-    }
-}
-
-/// The name of the index that speaks of the weights.
-fn index_name(config: Option<&Config>) -> String {
-    let named = config.and_then(Config::weights_name).filter(|name| name.ends_with(INDEX_END));
-    named.unwrap_or(Naming::of(config).index).to_owned()
-}
-
-/// A single file and shards that both are whole must be one model; returns what is to be known of it.
-fn compare_with_shards(
-    folder: &Location,
-    single: &[SourceFile],
-    shards: &super::Index,
-    index_name: &str,
-) -> Result<String> {
-    let names: Vec<String> = shards.files().into_iter().map(str::to_owned).collect();
-    let name = &single[0].name;
-    let shards = match open_all(folder, &names) {
-        Ok(shards) => shards,
-        Err(Error::Malformed { path, .. }) => {
-            return Ok(format!(
-                "{index_name} lists shards beside {name} of which {} is damaged: {name} is converted, which clients take first",
-                path.file_name().unwrap_or_default().to_string_lossy()
-            ));
-        }
-        Err(error) => return Err(error),
-    };
-    match duplicates::first_difference(single, &shards)? {
-        None => Ok(format!("{name} holds the same as the shards that {index_name} lists: it alone is read")),
-        Some(what) => {
-            let why = format!(
-                "both {name} and the shards that {index_name} lists ({}) are whole, and they differ: {what}. Clients take {name} \
-                 first; move away what isn't the model",
-                some(&names)
-            );
-            Err(Error::NotACheckpoint { path: folder.path().to_owned(), why })
         }
     }
 }
@@ -331,18 +216,6 @@ fn open_file(file: &Location, kind: Kind) -> Result<Source> {
             .push(format!("{name} is one of {count} shards by its name: the others' tensors aren't converted").into());
     }
     Ok(source)
-}
-
-/// Opens files by name, several at once: on a network disk it is waiting that takes the time.
-fn open_all(folder: &Location, names: &[String]) -> Result<Vec<SourceFile>> {
-    let each = names.len().div_ceil(OPEN_AT_ONCE).max(1);
-    let open_one = |name: &String| SourceFile::open(name.clone(), folder.join(name));
-    thread::scope(|scope| {
-        let open = |names: &[String]| names.iter().map(open_one).collect::<Result<Vec<_>>>();
-        let threads: Vec<_> = names.chunks(each).map(|names| scope.spawn(move || open(names))).collect();
-        let parts = threads.into_iter().map(|thread| thread.join().unwrap_or(Err(Error::Stopped)));
-        parts.collect::<Result<Vec<_>>>().map(|parts| parts.into_iter().flatten().collect())
-    })
 }
 
 impl SourceFile {

@@ -53,25 +53,26 @@ pub(crate) fn take_out(source: &mut Source) -> Result<()> {
 /// Scales and the like of weights that are floats.
 fn take_out_scales(source: &mut Source) {
     let floats = source.tensors().filter(|(_, info)| FloatDtype::of(info.dtype).is_some());
-    let floats: HashSet<String> = floats.map(|(_, info)| info.name.clone()).collect();
+    let floats: HashSet<&str> = floats.map(|(_, info)| &*info.name).collect();
     let is_stale = |info: &TensorInfo| {
         let of = PARAMETERS.iter().find_map(|(end, weight)| Some(format!("{}{weight}", info.name.strip_suffix(end)?)));
         let fused = info.name.strip_suffix("_scale_inv").filter(|_| info.name.contains("experts."));
-        of.is_some_and(|weight| floats.contains(&weight)) || fused.is_some_and(|weight| floats.contains(weight))
+        of.is_some_and(|weight| floats.contains(&*weight)) || fused.is_some_and(|weight| floats.contains(weight))
     };
+    let places: HashSet<(usize, u64, u64)> =
+        source.tensors().filter(|(_, info)| is_stale(info)).map(|(file, info)| (file, info.offset, info.len)).collect();
     let mut stale: Vec<LeftOut> = Vec::new();
-    for file in &mut source.files {
-        let name = &file.name;
-        file.tensors.retain(|info| {
-            let stays = !is_stale(info);
-            if !stays {
-                let why =
-                    format!("the weight that it is of is a float: {} is left over from before it was cast", info.dtype);
-                let (name, tensor) = (name.clone(), Some(info.name.clone()));
-                stale.push(LeftOut { name, tensor, why });
-            }
-            stays
-        });
+    for (i, file) in source.files.iter_mut().enumerate().filter(|_| !places.is_empty()) {
+        let (gone, kept) = std::mem::take(&mut file.tensors)
+            .into_iter()
+            .partition(|info| places.contains(&(i, info.offset, info.len)) && is_parameter(&info.name));
+        file.tensors = kept;
+        let gone: Vec<TensorInfo> = gone;
+        stale.extend(gone.into_iter().map(|info| LeftOut {
+            name: file.name.clone(),
+            tensor: Some(info.name.to_string()),
+            why: format!("the weight that it is of is a float: {} is left over from before it was cast", info.dtype),
+        }));
     }
     if let Some(tensor) = stale.first().and_then(|first| first.tensor.as_deref()) {
         let note = format!(
@@ -83,6 +84,11 @@ fn take_out_scales(source: &mut Source) {
         source.left_out.extend(stale);
         source.left_out.sort_by(|a, b| (&a.name, &a.tensor).cmp(&(&b.name, &b.tensor)));
     }
+}
+
+/// Whether a name is one of a quantized weight's parameter.
+fn is_parameter(name: &str) -> bool {
+    PARAMETERS.iter().any(|(end, _)| name.ends_with(end)) || name.ends_with("_scale_inv")
 }
 
 /// Whether some of the tensors are codes of weights, by their dtypes.

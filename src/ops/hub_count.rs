@@ -210,7 +210,7 @@ mod tests {
 
     fn parameters(config: Value, name: &str, dtype: Dtype, shape: &[u64]) -> u64 {
         let config = Config::parse(config.to_string().into_bytes(), Path::new("config.json")).unwrap();
-        let info = TensorInfo { name: name.to_owned(), dtype, shape: shape.to_vec(), offset: 0, len: 0 };
+        let info = TensorInfo { name: name.into(), dtype, shape: shape.into(), offset: 0, len: 0 };
         Rules::of(Some(&config)).parameters(&info)
     }
 

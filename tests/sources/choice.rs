@@ -254,7 +254,7 @@ fn a_diffusers_models_files_keep_their_names() {
     }
     let again = folder.convert(&["--max-shard-size", "5kB"]).ok();
     assert!(again.stdout.contains("already converted"), "{}", again.stdout);
-    let int4 = folder.convert(&["--force", "--format", "int4"]).ok();
+    let int4 = folder.convert(&["--force", "--format", "int4", "--group-size", "32"]).ok();
     assert!(int4.stderr.contains("diffusers isn't known to load this layout"), "{}", int4.stderr);
 
     let single = Folder::new("unused");
