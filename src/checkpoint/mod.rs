@@ -5,6 +5,7 @@
 
 mod config;
 mod header;
+mod header_text;
 mod index;
 mod output;
 mod side_files;
@@ -13,7 +14,8 @@ mod staging;
 
 pub use config::Config;
 pub use header::Header;
-pub(crate) use header::{Described, MAX_HEADER_LEN, TensorInfo, header_bytes, sort_canonically};
+pub(crate) use header::{MAX_HEADER_LEN, TensorInfo, sort_canonically};
+pub(crate) use header_text::{ALIGNMENT, HeaderText};
 pub use index::Index;
 pub(crate) use index::{shard_name, write_index};
 pub(crate) use output::OutputFile;
