@@ -4,6 +4,7 @@
 //! outside the source's folder is opened. Nothing here knows what quantization is.
 
 mod config;
+mod file_class;
 mod header;
 mod header_text;
 mod index;
@@ -13,6 +14,7 @@ mod source;
 mod staging;
 
 pub use config::Config;
+pub(crate) use file_class::FileClass;
 pub use header::Header;
 pub(crate) use header::{MAX_HEADER_LEN, TensorInfo, sort_canonically};
 pub(crate) use header_text::{ALIGNMENT, HeaderText};
