@@ -7,7 +7,6 @@ use std::collections::HashSet;
 use crate::checkpoint::{MANIFEST_NAME, Source, TensorInfo};
 use crate::error::{Error, Hint, IoContext, Result};
 use crate::format::{Codec, FormatSpec};
-use crate::layout::bitsandbytes::MAX_QUANT_STATE;
 use crate::layout::{OutputKind, OutputTensor, Stored, StoredFormat, StoredWeight};
 use crate::manifest::{DecisionRecord, Manifest, OutputRecord, TensorRecord};
 use crate::read::{Decode, Input, MAX_EXPERTS, Nested, Read, Span, Tensors};
@@ -28,7 +27,8 @@ impl<'a> Converted<'a> {
     /// # Errors
     /// When they differ.
     pub(crate) fn new(source: &'a Source, manifest: &'a Manifest) -> Result<Converted<'a>> {
-        let converted = Converted::unchecked(source, manifest);
+        let files = source.files.iter().map(|_| None).collect();
+        let converted = Converted { source, codec: manifest.recipe.codec(), tensors: Tensors::new(source), files };
         let mut recorded = HashSet::new();
         for output in manifest.tensors.iter().flat_map(|record| &record.outputs) {
             converted.check(output)?;
@@ -39,12 +39,6 @@ impl<'a> Converted<'a> {
             None if recorded.is_empty() => Err(converted.malformed("it lists no tensor".to_owned())),
             None => Ok(converted),
         }
-    }
-
-    /// The files as they are, whatever the manifest lists: for finding out all that is wrong with them.
-    pub(crate) fn unchecked(source: &'a Source, manifest: &Manifest) -> Converted<'a> {
-        let files = source.files.iter().map(|_| None).collect();
-        Converted { source, codec: manifest.recipe.codec(), tensors: Tensors::new(source), files }
     }
 
     /// Whether a tensor is there as the manifest has it.
@@ -83,15 +77,6 @@ impl<'a> Converted<'a> {
         }
         let input = Input::decoded(name.to_owned(), stored.shape, stored.dtype, read);
         Ok(if stored.transposed { input.transposed() } else { input })
-    }
-
-    /// The content of a quant_state.
-    ///
-    /// # Errors
-    /// When there is none of this name, it is longer than any, or the system refuses to read.
-    pub(crate) fn quant_state(&mut self, name: &str) -> Result<Vec<u8>> {
-        let tensor = self.tensor(name)?;
-        self.bytes(tensor, MAX_QUANT_STATE)
     }
 
     /// All bytes of a small tensor.

@@ -11,6 +11,8 @@ use std::io;
 use schemars::{JsonSchema, Schema};
 use serde::{Deserialize, Serialize};
 
+pub(crate) use read::{read_part, read_records};
+
 use crate::models::Role;
 use crate::recipe::{ExpertLayout, Recipe};
 use crate::stats::Statistics;

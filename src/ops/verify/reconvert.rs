@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, SourceFile};
 use crate::error::{Error, IoContext, Result};
-use crate::manifest::{Manifest, TensorRecord};
+use crate::manifest::TensorRecord;
 use crate::ops::model_card;
 use crate::ops::options;
 use crate::ops::quantize;
@@ -67,7 +67,7 @@ fn compare(conversion: &Conversion, checkpoint: &Checkpoint, options: Options<'_
     match executed {
         Ok(outcome) => {
             compare_others(conversion, &outcome, checkpoint, &differences, report)?;
-            compare_manifests(conversion, outcome, manifest, &differences, report);
+            compare_manifests(conversion, outcome, checkpoint, &differences, report)?;
         }
         Err(Error::Io { source, path, .. }) if source.kind() == std::io::ErrorKind::UnexpectedEof => {
             report.differ(&path.file_name().unwrap_or_default().to_string_lossy(), None, "it is too short");
@@ -115,10 +115,11 @@ fn compare_others(
 fn compare_manifests(
     conversion: &Conversion,
     outcome: pipeline::Outcome,
-    found: &Manifest,
+    checkpoint: &Checkpoint,
     different: &[Difference],
     report: &mut Report,
-) {
+) -> Result<()> {
+    let found = &checkpoint.manifest;
     let weights = conversion.plan.files.iter().map(|file| file.name.as_str()).collect::<Vec<_>>();
     let files = found.files.iter().filter(|file| !weights.contains(&file.name.as_str())).cloned().collect();
     let outcome = conversion.relaid(outcome);
@@ -132,21 +133,24 @@ fn compare_manifests(
     };
     // The hashes of tensors with other bytes may be those of what was found.
     let different: HashSet<&str> = different.iter().filter_map(|difference| difference.tensor.as_deref()).collect();
-    for (i, found) in found.tensors.iter().enumerate() {
+    let mut count = 0;
+    checkpoint.records.all(&mut |found| {
         let number = match relaid {
             true => found.outputs.first().and_then(|output| numbers.get(&output.name).copied()),
-            false => Some(i).filter(|i| *i < expected.tensors.len()),
+            false => Some(count).filter(|number| *number < expected.tensors.len()),
         };
         let expected = number.map(|number| expected.tensors.get(number));
-        compare_records(found, expected, relaid, &different, report);
-    }
-    let same = found.tensors.len() == expected.tensors.len()
+        compare_records(&found, expected, relaid, &different, report);
+        count += 1;
+    })?;
+    let same = count == expected.tensors.len()
         && found.source == expected.source
         && (found.summary == expected.summary || relaid)
         && found.tool == expected.tool;
     if !same {
         report.differ(MANIFEST_NAME, None, "isn't what converting the source with this version gives");
     }
+    Ok(())
 }
 
 /// A record must be what a manifest made now would have in its place, if anything.
