@@ -73,7 +73,8 @@ pub fn plan(source: impl Into<Location>, recipe: Recipe, mut options: Options) -
         }
     };
     let device = choose(opening, &plan, options.threads)?;
-    let budget = Budget::new(&plan, options.limits(), &*device.backend)?;
+    let beside = relayout.as_ref().map_or(0, Relayout::held_len);
+    let budget = Budget::new(&plan, options.limits(&source, beside), &*device.backend)?;
     if budget.lanes.is_some() {
         device.backend.prepare(&plan.recipe.codec(), budget.device_peak())?;
     }
