@@ -1,7 +1,6 @@
 //! Resuming a conversion that was stopped: which of its finished files can be kept.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::thread;
 
 use crate::checkpoint::{Source, Staging};
 use crate::error::{Error, IoContext, Result};
@@ -9,6 +8,7 @@ use crate::ops::job::journal;
 use crate::pipeline::{ExecutionContext, FileOutcome, Span, Subject, TensorOutcome, ThreadTrace};
 use crate::plan::{Plan, PlannedTensor};
 use crate::store::hash_range;
+use crate::threads;
 
 /// Bytes of a sealed file that are read at once.
 const BUFFER: usize = 1 << 20;
@@ -39,10 +39,7 @@ pub(crate) fn sealed_files(
         }
         Ok(())
     };
-    thread::scope(|scope| {
-        let threads: Vec<_> = (0..context.budget.threads.min(found)).map(|_| scope.spawn(check)).collect();
-        threads.into_iter().try_for_each(|thread| thread.join().unwrap_or(Err(Error::Stopped)))
-    })?;
+    threads::share(context.budget.threads.min(found), check).into_iter().collect::<Result<()>>()?;
     let noted = noted.into_iter().zip(unchanged);
     let trusted: Vec<_> = noted.map(|(outcome, unchanged)| outcome.filter(|_| unchanged.into_inner())).collect();
     if found > 0 {
