@@ -1,10 +1,11 @@
 //! `model.safetensors.index.json`: which file holds which tensor.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use super::{TensorInfo, first_bytes};
 use crate::error::{Error, IoContext, Result, TooLong};
@@ -23,9 +24,18 @@ pub struct Index {
 }
 
 #[derive(Serialize)]
-struct OutputIndex<'a> {
+struct OutputIndex<W> {
     metadata: Metadata,
-    weight_map: BTreeMap<&'a str, &'a str>,
+    weight_map: W,
+}
+
+/// Tensors and their files, written one by one.
+struct WeightMap<I>(Cell<Option<I>>);
+
+impl<'a, I: Iterator<Item = (String, &'a str)>> Serialize for WeightMap<I> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.take().into_iter().flatten())
+    }
 }
 
 #[derive(Serialize)]
@@ -106,7 +116,7 @@ impl Index {
         let mut elsewhere = None;
         for (file, tensors) in files {
             for TensorInfo { name, .. } in tensors {
-                match self.weight_map.get(name) {
+                match self.weight_map.get(&**name) {
                     Some(expected) if expected == file => drop(found.insert(&**name)),
                     Some(expected) => elsewhere = elsewhere.or(Some((name, expected, file))),
                     None => unlisted = Some(unlisted.map_or((1, &**name), |(count, first)| (count + 1, first))),
@@ -137,16 +147,17 @@ pub(crate) fn inside(name: &str) -> Option<String> {
     (!parts.is_empty() && !parts.contains(&"..")).then(|| parts.join("/"))
 }
 
-/// Writes an index of tensors and their files, with the sum of the tensors' bytes; as transformers writes it.
+/// Writes an index of tensors, in the order of their names, and their files, with the sum of the tensors' bytes; as transformers
+/// writes it.
 ///
 /// # Errors
 /// Those of `writer`.
 pub(crate) fn write_index<'a>(
-    weight_map: impl Iterator<Item = (&'a str, &'a str)>,
+    weight_map: impl Iterator<Item = (String, &'a str)>,
     total_size: u64,
     mut writer: &mut dyn io::Write,
 ) -> io::Result<()> {
-    let index = OutputIndex { metadata: Metadata { total_size }, weight_map: weight_map.collect() };
+    let index = OutputIndex { metadata: Metadata { total_size }, weight_map: WeightMap(Cell::new(Some(weight_map))) };
     serde_json::to_writer_pretty(&mut writer, &index)?;
     writer.write_all(b"\n")
 }

@@ -1,16 +1,24 @@
 //! Opening a checkpoint: which files it has, and all their headers. No weight is read, but those that stand in it twice.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
+use super::header::{FORMAT_KEY, Metadata};
 use super::side_files::SideFile;
-use super::weight_files::{self, Naming, SAFETENSORS};
+use super::weight_files::{self, Naming, SAFETENSORS, some};
 use super::wrappers::{self, Wrapper};
 use super::{CONFIG_NAME, Config, Header, TensorInfo, folder, place};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, IoContext, Result, Warning};
 use crate::store::{Identity, Kind, Listing, Location, ReadAt, Reader, Sha256Hash, Stat};
+
+/// The most bytes of headers' `__metadata__` that are kept: each output file has them all.
+const MAX_METADATA_LEN: usize = 1 << 20;
+
+/// Keys of `__metadata__` that are hashes of the file's own bytes.
+const OF_THE_BYTES: [&str; 3] = ["modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash"];
 
 /// A checkpoint whose headers are read and checked.
 #[derive(Debug)]
@@ -25,6 +33,8 @@ pub struct Source {
     pub side_files: Vec<SideFile>,
     /// What is in the folder and isn't copied.
     pub(crate) left_out: Vec<LeftOut>,
+    /// What `__metadata__` of the headers says, but for the framework.
+    pub(crate) metadata: Arc<Metadata>,
     /// What should be known before using what is made of it.
     pub(crate) notes: Vec<Warning>,
     /// What tensors' names have of a wrapper that the model was saved in.
@@ -53,6 +63,8 @@ pub struct SourceFile {
     pub identity: Identity,
     /// SHA-256 of its header, length field included.
     pub header_sha256: Sha256Hash,
+    /// Its header's `__metadata__`.
+    pub metadata: BTreeMap<String, String>,
     /// Its tensors, in the order of their bytes.
     pub tensors: Vec<TensorInfo>,
 }
@@ -60,8 +72,8 @@ pub struct SourceFile {
 impl Source {
     /// Files of weights without anything beside them.
     pub fn of_files(location: Location, files: Vec<SourceFile>, config: Option<Config>) -> Source {
-        let (side_files, left_out, notes, wrapper) = Default::default();
-        Source { location, files, config, side_files, left_out, notes, wrapper }
+        let (side_files, left_out, metadata, notes, wrapper) = Default::default();
+        Source { location, files, config, side_files, left_out, metadata, notes, wrapper }
     }
 
     /// The dtype that quantized weights are decoded to where they don't say: the model's, or bf16, as transformers does.
@@ -108,6 +120,7 @@ impl Source {
             kind => open_file(place, kind)?,
         };
         source.read_names();
+        source.read_metadata();
         Ok(source)
     }
 
@@ -189,6 +202,33 @@ impl Source {
             self.notes.push(note.into());
         }
     }
+
+    /// Puts together what the headers say beside their tensors.
+    fn read_metadata(&mut self) {
+        let mut dropped: BTreeSet<&str> = BTreeSet::new();
+        let mut metadata = Metadata::new();
+        for (key, text) in self.files.iter().flat_map(|file| &file.metadata).filter(|(key, _)| *key != FORMAT_KEY) {
+            let differs = metadata.get(key).is_some_and(|other| other != text);
+            if differs || OF_THE_BYTES.contains(&key.as_str()) {
+                dropped.insert(key);
+            } else {
+                metadata.insert(key.clone(), text.clone());
+            }
+        }
+        metadata.retain(|key, _| !dropped.contains(key.as_str()));
+        if metadata.iter().map(|(key, text)| key.len() + text.len()).sum::<usize>() > MAX_METADATA_LEN {
+            self.notes.push(
+                format!("its headers' __metadata__ has more than {MAX_METADATA_LEN} bytes: it isn't kept").into(),
+            );
+            metadata.clear();
+        }
+        if !dropped.is_empty() {
+            let named = some(&dropped.into_iter().collect::<Vec<_>>());
+            let why = "a hash of the old bytes, or not the same in all files";
+            self.notes.push(format!("not kept of its headers' __metadata__: {named} ({why})").into());
+        }
+        self.metadata = Arc::new(metadata);
+    }
 }
 
 fn open_file(file: &Location, kind: Kind) -> Result<Source> {
@@ -228,8 +268,8 @@ impl SourceFile {
         let file = location.open().at(path, "open it")?;
         let identity = file.identity().at(path, "look at it")?;
         let header = Header::read(&mut Reader::new(&*file), identity.len, path)?;
-        let Header { sha256: header_sha256, tensors, .. } = header;
-        Ok(SourceFile { name, location, identity, header_sha256, tensors })
+        let Header { sha256: header_sha256, metadata, tensors, .. } = header;
+        Ok(SourceFile { name, location, identity, header_sha256, metadata, tensors })
     }
 
     /// Opens the file anew, for its weights.

@@ -79,9 +79,9 @@ pub struct Arguments {
     #[arg(long, value_name = "SIZE")]
     max_shard_size: Option<Bytes>,
 
-    /// Memory limit
-    #[arg(long, value_name = "SIZE", default_value = "256MiB")]
-    memory: Bytes,
+    /// Memory limit, of everything but the GPU driver's own [default: 256MiB, more for sources of over 190,000 tensors]
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<Bytes>,
 
     /// Number of threads [default: all cores]
     #[arg(long, value_name = "N")]
@@ -213,7 +213,7 @@ impl Arguments {
     fn options(&self) -> Options {
         let default = Options::default();
         Options {
-            memory: self.memory.0,
+            memory: self.memory.map(|memory| memory.0),
             threads: self.threads.map_or(default.threads, NonZeroUsize::get),
             device: self.device.device.clone().into(),
             device_memory: self.device.device_memory.0,

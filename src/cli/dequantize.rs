@@ -36,9 +36,9 @@ pub struct Arguments {
     #[arg(long, value_name = "SIZE", default_value = "5GB")]
     max_shard_size: Bytes,
 
-    /// Memory limit
-    #[arg(long, value_name = "SIZE", default_value = "256MiB")]
-    memory: Bytes,
+    /// Memory limit [default: 256MiB, more for checkpoints of over 190,000 tensors]
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<Bytes>,
 
     /// Number of threads [default: all cores]
     #[arg(long, value_name = "N")]
@@ -78,7 +78,7 @@ fn dequantize(arguments: &Arguments) -> Result<Outcome, Error> {
     let start = Instant::now();
     let default = Options::default();
     let options = Options {
-        memory: arguments.memory.0,
+        memory: arguments.memory.map(|memory| memory.0),
         threads: arguments.threads.map_or(default.threads, NonZeroUsize::get),
         force: arguments.force,
         restart: arguments.restart,

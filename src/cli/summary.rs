@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::Duration;
 
-use prequant::{Bytes, Conversion, GroupSize, Layout, Manifest, Recipe, Statistics, Weights};
+use prequant::{Bytes, Conversion, GroupSize, Layout, ManifestHead, Recipe, Statistics, Weights};
 use serde_json::{Value, json};
 
 use super::output::{Audience, Outcome};
@@ -18,7 +18,7 @@ const LEFT_OUT_SHOWN: usize = 20;
 pub struct Done<'a> {
     pub conversion: &'a Conversion,
     pub destination: &'a Path,
-    pub manifest: &'a Manifest,
+    pub manifest: &'a ManifestHead,
 }
 
 impl Done<'_> {

@@ -76,8 +76,9 @@ pub fn plan(data: &[u8]) {
     let Ok(header) = Header::read(&mut &file[..], len, Path::new("fuzzed")) else { return };
     let name = "model.safetensors".to_owned();
     let (location, header_sha256, tensors) = (name.clone().into(), header.sha256, header.tensors);
+    let metadata = header.metadata;
     let identity = Identity { len, version: String::new(), sha256: None };
-    let files = vec![SourceFile { name, location, identity, header_sha256, tensors }];
+    let files = vec![SourceFile { name, location, identity, header_sha256, metadata, tensors }];
     let source = Source::of_files("fuzzed".into(), files, Some(config));
     let base = RecipeOptions { max_shard_size: Some(1000), dequantize_source: Some(true), ..RecipeOptions::default() };
     let of = |format| RecipeOptions { format: Some(format), ..base.clone() };
@@ -93,7 +94,7 @@ pub fn plan(data: &[u8]) {
         let recipe = options.build().expect("options that go together");
         if let Ok(plan) = Plan::new(&source, recipe) {
             assert_eq!(plan.tensors.len(), plan.files.iter().map(|file| file.tensors.len()).sum::<usize>());
-            let limits = Limits { memory: 1 << 28, threads: 4, device_memory: 0 };
+            let limits = Limits { memory: Some(1 << 28), beside: 0, source_tensors: 0, threads: 4, device_memory: 0 };
             let _ = Budget::new(&plan, limits, &Cpu::detect());
         }
     }

@@ -8,6 +8,7 @@ mod inspect;
 mod left_out;
 mod leftovers;
 mod links;
+mod metadata;
 mod places;
 mod special_files;
 #[path = "../support/mod.rs"]
