@@ -129,7 +129,7 @@ mod tests {
 
     /// All of a header's JSON.
     fn text_of(tensors: &[(&str, Dtype, &[u64])]) -> Vec<u8> {
-        let mut header = HeaderText::new(&Metadata::new());
+        let mut header = HeaderText::new(&BTreeMap::new());
         let mut all = Vec::new();
         let mut take = |text: &[u8]| {
             all.extend_from_slice(text);

@@ -126,7 +126,7 @@ impl Index {
         let Some((tensor, file)) = self.weight_map.iter().find(|(tensor, _)| !found.contains(tensor.as_str())) else {
             return Ok(unlisted);
         };
-        let why = match elsewhere.filter(|(name, ..)| !found.contains(&**name)) {
+        let why = match elsewhere.filter(|(name, ..)| !found.contains(&***name)) {
             Some((name, expected, file)) => {
                 format!("tensor {name:?} is said to be in {expected:?}, but {file:?} has it; download the index again")
             }

@@ -37,7 +37,7 @@ pub(crate) use side_files::{SideFile, needs_an_index};
 pub(crate) use source::LeftOut;
 pub use source::{Source, SourceFile};
 pub(crate) use staging::{DONE_NAME, STAGING_NAME, Staging, free_space};
-pub(crate) use weight_files::{DIFFUSERS, Naming};
+pub(crate) use weight_files::DIFFUSERS;
 
 /// The index beside the shards, but diffusers'.
 pub(crate) const INDEX_NAME: &str = "model.safetensors.index.json";

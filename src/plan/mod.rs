@@ -281,7 +281,7 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
 fn unwrapped(source: &Source, mut inputs: Vec<Input>) -> Vec<Input> {
     for input in &mut inputs {
         if let Cow::Owned(name) = source.wrapper.unwrap(&input.name) {
-            input.name = name;
+            input.name = name.into();
         }
     }
     inputs
