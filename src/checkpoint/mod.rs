@@ -19,6 +19,7 @@ mod place;
 mod side_files;
 mod source;
 mod staging;
+mod unchanged;
 mod weight_files;
 mod wrappers;
 

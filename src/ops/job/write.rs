@@ -143,6 +143,7 @@ impl Job<'_> {
     /// Weights, side files, config.json and index, in the staging folder.
     fn write_files(&self, staging: &Staging, context: ExecutionContext<'_>) -> Result<(Vec<FileRecord>, Outcome)> {
         let (source, plan) = (self.source, self.plan);
+        let marks = source.marks()?;
         let sealed = self.take_up(staging, context)?;
         self.check_space(staging.destination(), &sealed)?;
         let (side_files, outcome) = threads::beside(
@@ -154,6 +155,7 @@ impl Job<'_> {
             check_source(source, manifest, &outcome)?;
         }
         let mut files = side_files?;
+        source.check_unchanged(&marks)?;
         files.extend(plan.files.iter().zip(&outcome.files).map(|(file, sha256)| FileRecord {
             name: file.name.clone(),
             size: file.len,
