@@ -128,7 +128,8 @@ impl Budget {
         let least = buffers_least.saturating_add(fixed);
         let memory = limits.memory.unwrap_or_else(|| {
             let for_many = limits.source_tensors.saturating_mul(DEFAULT_PER_TENSOR).saturating_add(DEFAULT_FOR_MANY);
-            for_many.saturating_add(buffers_least).max(DEFAULT).max(least)
+            let enough = for_many.saturating_add(buffers_least).max(DEFAULT).max(least);
+            enough.checked_next_multiple_of(1 << 20).unwrap_or(enough)
         });
         needs.check_least(step, memory, least, absmax)?;
         // Without it, pieces go to the disk and are read back.
