@@ -313,8 +313,8 @@ fn plan_len(plan: &Plan) -> u64 {
         let planned = size_of::<PlannedTensor>() + outputs * size_of::<u64>() + ALLOCATION + reason;
         let statistics = tensor.quantized_from().map_or(0, |_| size_of::<Statistics>() + ALLOCATION);
         let outcome = size_of::<TensorOutcome>() + outputs * size_of::<Sha256Hash>() + ALLOCATION + statistics;
-        // While it is written; and the order of names, at the end.
-        let in_progress = 64 + outputs * 16;
+        // While it is written; the order of names, at the end; and what lies between allocations.
+        let in_progress = 160 + outputs * 16;
         (parts.len() * part + reads + decodes + planned + outcome + in_progress) as u64
     };
     let of_sets: usize = plan.scale_sets.iter().map(|set| (set.len() + 3) * size_of::<usize>() + ALLOCATION).sum();
