@@ -10,7 +10,7 @@ use crate::checkpoint::TensorInfo;
 use crate::error::{Error, Hint, Result};
 use crate::format::{BlockSize, NESTED_BLOCK_SIZE, Scales};
 use crate::plan::{Plan, PlannedTensor};
-use crate::read::{Decode, Read};
+use crate::read::Decode;
 use crate::stats::{GROUP, Statistics};
 use crate::store::Sha256Hash;
 
@@ -307,7 +307,7 @@ fn plan_len(plan: &Plan) -> u64 {
         let parts = tensor.read.parts();
         // A part is of a tensor of the source, with a name; where there is one part, that name may be the tensor's own.
         let part = size_of::<TensorInfo>() + 2 * ALLOCATION + tensor.name.len();
-        let reads = if parts.len() > 1 { parts.len() * size_of::<Read>() + ALLOCATION + tensor.name.len() } else { 0 };
+        let reads = if parts.len() > 1 { size_of_val(parts) + ALLOCATION + tensor.name.len() } else { 0 };
         let decodes = if tensor.is_decoded() { parts.len() * (size_of::<Decode>() + part) } else { 0 };
         let reason = if let Cow::Owned(reason) = &tensor.reason { reason.len() + ALLOCATION } else { 0 };
         let planned = size_of::<PlannedTensor>() + outputs * size_of::<u64>() + ALLOCATION + reason;

@@ -175,9 +175,10 @@ mod tests {
         let codec = Recipe::default().codec();
         let mut alike = Alike::new(&codec);
         let tensor = |i: u64| {
-            let decision = if i % 3 > 0 { Decision::Quantize(FloatDtype::Bfloat16) } else { Decision::Keep };
+            let is_matrix = !i.is_multiple_of(3);
+            let decision = if is_matrix { Decision::Quantize(FloatDtype::Bfloat16) } else { Decision::Keep };
             let (name, shape) =
-                (format!("layers.{i}.\"größe\"\n.weight"), if i % 3 > 0 { vec![64, 64] } else { vec![3 * i] });
+                (format!("layers.{i}.\"größe\"\n.weight"), if is_matrix { vec![64, 64] } else { vec![3 * i] });
             let bytes: Arc<[u8]> = vec![0; 2 * shape.iter().product::<u64>() as usize].into();
             let input = Input::decoded(name, shape, FloatDtype::Bfloat16, Read::Literal(bytes));
             let verdict = Verdict { role: Role::Linear, quantize: true, linear: true, reason: "".into() };
@@ -198,7 +199,7 @@ mod tests {
                 assert!(len <= most && (i + 1 == ranges.len() || len > most / 2), "{len} bytes of {most}");
             }
         }
-        assert_eq!(shard_ranges(&tensors, u64::MAX, MAX_HEADER_LEN), [0..300]);
+        assert_eq!(shard_ranges(&tensors, u64::MAX, MAX_HEADER_LEN).len(), 1);
     }
 
     #[test]
