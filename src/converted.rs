@@ -118,7 +118,7 @@ impl<'a> Converted<'a> {
 
 /// What a tensor's header says otherwise than the manifest.
 pub(crate) fn difference(found: &TensorInfo, expected: &OutputRecord) -> Option<String> {
-    let is_same = found.dtype.to_string() == expected.dtype && found.shape == expected.shape;
+    let is_same = found.dtype.to_string() == expected.dtype && *found.shape == *expected.shape;
     let (dtype, shape) = (&expected.dtype, &expected.shape);
     (!is_same).then(|| format!("is {} {:?}, expected {dtype} {shape:?}", found.dtype, found.shape))
 }
@@ -240,7 +240,7 @@ mod tests {
                 let tensors = tensors.map(|tensor| {
                     let (name, dtype) = (format!("a_proj.weight{}", tensor.suffix), tensor.dtype.dtype(Dtype::BF16));
                     let len = byte_len(dtype, &tensor.shape).unwrap();
-                    TensorInfo { name, dtype, shape: tensor.shape, offset: 0, len }
+                    TensorInfo { name: name.into(), dtype, shape: tensor.shape.into(), offset: 0, len }
                 });
                 let source = checkpoint(tensors.collect());
                 let found = weights(&source);

@@ -6,6 +6,7 @@
 mod config;
 mod file_class;
 mod header;
+mod header_text;
 mod index;
 mod output;
 mod side_files;
@@ -15,7 +16,8 @@ mod staging;
 pub use config::Config;
 pub(crate) use file_class::FileClass;
 pub use header::Header;
-pub(crate) use header::{Described, MAX_HEADER_LEN, TensorInfo, header_bytes, sort_canonically};
+pub(crate) use header::{MAX_HEADER_LEN, TensorInfo, sort_canonically};
+pub(crate) use header_text::{ALIGNMENT, HeaderText};
 pub use index::Index;
 pub(crate) use index::{shard_name, write_index};
 pub(crate) use output::OutputFile;

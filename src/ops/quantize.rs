@@ -7,11 +7,12 @@ use crate::backend::{ChosenDevice, Opening, Work};
 use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, STAGING_NAME, SUMS_NAME, Source, Staging, free_space};
 use crate::error::{Error, IoContext, Result};
 use crate::layout::recognize;
-use crate::manifest::{FileRecord, Manifest, SourceRecord};
+use crate::manifest::{FileRecord, Manifest, ManifestHead, NotHeld, SourceRecord};
 use crate::ops::job::staged::write;
 use crate::ops::job::write::{Job, is_there, write_sums};
 use crate::ops::options::Options;
 use crate::ops::records;
+use crate::ops::records::Records;
 use crate::ops::relayout;
 use crate::ops::relayout::Relayout;
 use crate::pipeline::{Budget, Outcome, Progress};
@@ -139,14 +140,14 @@ impl Conversion {
     ///
     /// # Errors
     /// When the system refuses to tell.
-    pub fn finished(&self, destination: impl AsRef<Path>) -> Result<Option<Manifest>> {
+    pub fn finished(&self, destination: impl AsRef<Path>) -> Result<Option<ManifestHead>> {
         let destination = &Location::from(destination.as_ref());
         let location = destination.join(MANIFEST_NAME);
         let is_file = location.is_file().at(location.path(), "look at it")?;
         if !is_file || is_there(&destination.join(STAGING_NAME))? {
             return Ok(None);
         }
-        let manifest = match Manifest::read(&location) {
+        let manifest = match ManifestHead::read_head(&location) {
             Ok(manifest) => manifest,
             Err(error @ Error::Io { .. }) => return Err(error),
             Err(_) => return Ok(None), // of nothing that this version writes
@@ -159,7 +160,8 @@ impl Conversion {
         let same_source = source == self.source_record()
             && manifest.relaid_from == self.relaid_from()
             && (self.relayout.is_some() || hashed == self.options.hash_source);
-        let config_of = |manifest: &Manifest| manifest.files.iter().find(|f| f.name == CONFIG_NAME).map(|f| f.sha256);
+        let config_of =
+            |manifest: &ManifestHead| manifest.files.iter().find(|f| f.name == CONFIG_NAME).map(|f| f.sha256);
         let same_config = config_of(&manifest) == self.plan.config.as_ref().map(|text| Sha256Hash::of(text.as_bytes()));
         let same_recipe = manifest.other_version().is_none() && manifest.recipe == self.plan.recipe;
         let same = same_source && same_config && same_recipe;
@@ -169,9 +171,9 @@ impl Conversion {
         Ok(same.then_some(manifest))
     }
 
-    /// Writes the checkpoint to `destination` and returns its manifest; resumes where an earlier run was stopped. Until all
+    /// Writes the checkpoint to `destination` and returns its manifest, without the tensors' records; resumes where an earlier run was stopped. Until all
     /// of it is written, synced and hashed, nothing there can be taken for a checkpoint.
-    pub fn execute(&self, destination: impl AsRef<Path>, progress: &dyn Progress) -> Result<Manifest> {
+    pub fn execute(&self, destination: impl AsRef<Path>, progress: &dyn Progress) -> Result<ManifestHead> {
         self.execute_until(&AtomicBool::new(false), destination, progress)
     }
 
@@ -184,7 +186,7 @@ impl Conversion {
         interrupt: &AtomicBool,
         destination: impl AsRef<Path>,
         progress: &dyn Progress,
-    ) -> Result<Manifest> {
+    ) -> Result<ManifestHead> {
         self.execute_at(interrupt, &destination.as_ref().into(), progress)
     }
 
@@ -195,7 +197,7 @@ impl Conversion {
         interrupt: &AtomicBool,
         destination: &Location,
         progress: &dyn Progress,
-    ) -> Result<Manifest> {
+    ) -> Result<ManifestHead> {
         self.job().run(interrupt, destination, progress, |staging, files, outcome| {
             let manifest = self.finish(staging, files, outcome)?;
             Ok((published_names(&manifest), manifest))
@@ -203,9 +205,11 @@ impl Conversion {
     }
 
     /// Manifest and checksums, in the staging folder.
-    fn finish(&self, staging: &Staging, files: Vec<FileRecord>, outcome: Outcome) -> Result<Manifest> {
-        let manifest = self.manifest(files, outcome);
+    fn finish(&self, staging: &Staging, files: Vec<FileRecord>, outcome: Outcome) -> Result<ManifestHead> {
+        let outcome = self.relaid(outcome);
+        let manifest = self.manifest(files, &outcome);
         let record = write(staging, MANIFEST_NAME, |file| manifest.write_json(file))?;
+        let manifest = manifest.with(NotHeld);
         write_sums(staging, manifest.files.iter().chain([&record]))?;
         Ok(manifest)
     }
@@ -218,20 +222,27 @@ impl Conversion {
         }
     }
 
+    /// What came of executing the plan, as the manifest has it.
+    pub(crate) fn relaid(&self, outcome: Outcome) -> Outcome {
+        match &self.relayout {
+            None => outcome,
+            Some(relayout) => relayout.outcome(outcome),
+        }
+    }
+
     /// The manifest of a conversion that came out so.
-    pub(crate) fn manifest(&self, files: Vec<FileRecord>, outcome: Outcome) -> Manifest {
+    pub(crate) fn manifest<'a>(&'a self, files: Vec<FileRecord>, outcome: &'a Outcome) -> Manifest<Records<'a>> {
         let record = self.source_record();
         let Some(relayout) = &self.relayout else {
             return records::manifest(&self.source, &self.plan, record, files, outcome);
         };
-        let outcome = relayout.outcome(outcome);
         let manifest = records::manifest(&relayout.origin, &relayout.plan, record, files, outcome);
         Manifest { relaid_from: Some(relayout.from), ..manifest }
     }
 }
 
 /// All files of the checkpoint.
-fn published_names(manifest: &Manifest) -> Vec<String> {
+fn published_names(manifest: &ManifestHead) -> Vec<String> {
     let files = manifest.files.iter().map(|file| file.name.clone());
     files.chain([MANIFEST_NAME.to_owned(), SUMS_NAME.to_owned()]).collect()
 }

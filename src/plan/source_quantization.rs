@@ -30,7 +30,7 @@ pub(crate) fn check(source: &Source, recipe: &Recipe) -> Result<()> {
         source.tensors().all(|(_, info)| SourceQuantization::by_name(&info.name).is_none_or(|method| method == own))
     };
     let fp8 = source.tensors().filter(|(_, info)| info.dtype == Dtype::F8_E4M3);
-    let fp8: HashSet<&str> = fp8.map(|(_, info)| info.name.as_str()).collect();
+    let fp8: HashSet<&str> = fp8.map(|(_, info)| &*info.name).collect();
     let has_fp8 = ends(FP8_SCALE).next().is_some() && ends(FP8_SCALE).all(|weight| fp8.contains(weight));
     let is_fp8 = has_fp8 && method_is("fp8") && only(FP8_METHOD);
     let is_mxfp4 = has_mxfp4_experts(source) && method_is("mxfp4") && only(MXFP4_METHOD);

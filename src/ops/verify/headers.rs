@@ -35,7 +35,7 @@ impl<'a> CheckedFile<'a> {
         let checked = CheckedFile { source, expected };
         let tensors = &checked.file().tensors;
         report.tensors += tensors.len();
-        let found: HashSet<&str> = tensors.iter().map(|info| info.name.as_str()).collect();
+        let found: HashSet<&str> = tensors.iter().map(|info| &*info.name).collect();
         for name in found.iter().filter(|name| !expected.contains_key(*name)) {
             report.differ(file, Some(name), "is not in the manifest");
         }
@@ -86,7 +86,7 @@ impl<'a> CheckedFile<'a> {
     /// The tensors that both have, in the order of their bytes.
     fn entries(&self) -> impl Iterator<Item = Entry<'_, 'a>> {
         self.file().tensors.iter().filter_map(|info| {
-            let (record, tensor) = *self.expected.get(info.name.as_str())?;
+            let (record, tensor) = *self.expected.get(&*info.name)?;
             Some(Entry { file: self.file(), info, record, tensor })
         })
     }
