@@ -109,7 +109,8 @@ impl<'a> Converted<'a> {
         Ok(bytes)
     }
 
-    fn malformed(&self, why: String) -> Error {
+    /// The error that the files aren't what the manifest says.
+    pub(crate) fn malformed(&self, why: String) -> Error {
         let why = format!("{why}: the files aren't what the manifest says");
         let path = self.source.location.join(MANIFEST_NAME).path().to_owned();
         Error::Malformed { path, why, hint: Some(Hint::Verify) }

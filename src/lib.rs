@@ -78,7 +78,7 @@ pub use ops::dequantize::Dequantization;
 pub use ops::inspect::{Contents, StoredWeight, inspect};
 pub use ops::options::Options;
 pub use ops::quantize::Conversion;
-pub use ops::verify::{Difference, Options as VerifyOptions, Report};
+pub use ops::verify::{Difference, DifferenceClass, Options as VerifyOptions, Report};
 pub use pipeline::{Budget, Progress, Trace};
 pub use plan::{Decision, Plan, PlannedFile, PlannedTensor};
 pub use recipe::{ExpertLayout, NonFinitePolicy, Recipe, RecipeOptions, Weights};

@@ -15,8 +15,17 @@ use crate::store::Location;
 const MAX_INDEX_LEN: u64 = 200_000_000;
 
 /// An index as it stands in the file; other keys are ignored.
-#[derive(Deserialize)]
 pub struct Index {
+    /// Bytes of all tensors, if it says so in a way that can be.
+    pub total_size: Option<u64>,
+    weight_map: BTreeMap<String, String>,
+}
+
+/// An index as it is parsed. Its metadata may be anything: few clients read it.
+#[derive(Deserialize)]
+struct Parsed {
+    #[serde(default)]
+    metadata: serde_json::Value,
     weight_map: BTreeMap<String, String>,
 }
 
@@ -53,15 +62,15 @@ impl Index {
 
     /// As [`Index::read`], from memory; `path` is for errors.
     pub fn parse(text: &[u8], path: &Path) -> Result<Index> {
-        let index: Index = serde_json::from_slice(text)
+        let Parsed { metadata, weight_map } = serde_json::from_slice(text)
             .map_err(|error| Error::malformed(path, format!("not an index of tensors: {error}")))?;
-        for (tensor, file) in &index.weight_map {
+        for (tensor, file) in &weight_map {
             if file.contains(['/', '\\', '\0']) || matches!(file.as_str(), "" | "." | "..") {
                 let why = format!("tensor {tensor:?} is said to be in {file:?}: expected the name of a file beside it");
                 return Err(Error::malformed(path, why));
             }
         }
-        Ok(index)
+        Ok(Index { total_size: metadata["total_size"].as_u64(), weight_map })
     }
 
     /// The files, by name, each once.

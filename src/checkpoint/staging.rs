@@ -26,7 +26,7 @@ use crate::store::{HashingWriter, Location, Sha256Hash};
 pub(crate) const STAGING_NAME: &str = ".prequant-staging";
 
 /// The staging folder's name once it has served.
-const DONE_NAME: &str = ".prequant-done";
+pub(super) const DONE_NAME: &str = ".prequant-done";
 
 /// Finished files, under the names that they will have.
 const READY_FOLDER: &str = "ready";

@@ -67,6 +67,9 @@ pub(crate) fn read(codec: &Codec, weight: &mut dyn StoredWeight) -> Result<Store
     let state = state.map_err(|error| weight.malformed(format!("its quant_state: {error}")))?;
     let dtype = FloatDtype::from_torch_name(&state.dtype);
     let dtype = dtype.ok_or_else(|| weight.malformed(format!("its quant_state: unknown dtype {:?}", state.dtype)))?;
+    if let Some(what) = state.differences(codec, dtype).into_iter().next() {
+        return Err(weight.malformed(format!("its quant_state {what}")));
+    }
     let shape = state.shape;
     let Some(columns @ 1..) = dtype::elements(&shape) else {
         return Err(weight.malformed(format!("its quant_state: a shape of {shape:?}")));

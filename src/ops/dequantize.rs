@@ -14,6 +14,7 @@ use crate::layout::bitsandbytes::EXPERTS_KEY;
 use crate::manifest::{FileRecord, Manifest};
 use crate::ops::job::write::{Job, write_sums};
 use crate::ops::options::Options;
+use crate::ops::recorded_source;
 use crate::ops::relayout;
 use crate::pipeline::{Budget, Progress};
 use crate::plan::{Plan, split};
@@ -50,11 +51,13 @@ pub fn plan(converted: impl Into<Location>, max_shard_size: u64, mut options: Op
         return Err(Error::NotACheckpoint { path: source.location.path().to_owned(), why });
     };
     let (inputs, left_apart) = inputs(&source, &manifest)?;
+    let edited = recorded_source::check(&source, &manifest)?;
     let config = source.config.as_ref().map(|config| config.without(&CONFIG_KEYS)).transpose();
     let config =
         config.map_err(|error| Error::malformed(source.location.join(CONFIG_NAME).path(), error.to_string()))?;
     let recipe = Recipe { max_shard_size, ..manifest.recipe.clone() };
     let mut plan = Plan::decoded(&source, recipe, inputs, config)?;
+    plan.warnings.extend(edited);
     if left_apart {
         plan.warnings.push(
             "experts that the source had fused, with rows and columns exchanged, stay one by one: its model takes them only \

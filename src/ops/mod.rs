@@ -6,6 +6,8 @@ pub(crate) mod job;
 mod model_card;
 pub(crate) mod options;
 pub(crate) mod quantize;
+mod recorded_config;
+mod recorded_source;
 mod records;
 mod relayout;
 pub(crate) mod verify;

@@ -11,6 +11,7 @@ use crate::manifest::{FileRecord, Manifest, ManifestHead, NotHeld, SourceRecord}
 use crate::ops::job::staged::write;
 use crate::ops::job::write::{Job, is_there, write_sums};
 use crate::ops::options::Options;
+use crate::ops::recorded_source;
 use crate::ops::records;
 use crate::ops::records::Records;
 use crate::ops::relayout;
@@ -67,7 +68,8 @@ pub fn plan(source: impl Into<Location>, recipe: Recipe, mut options: Options) -
             (Plan::new(&source, recipe)?, None)
         }
         Some(manifest) => {
-            let (plan, relayout) = Relayout::new(&source, manifest, recipe)?;
+            let (mut plan, relayout) = Relayout::new(&source, manifest, recipe)?;
+            plan.warnings.extend(recorded_source::check(&source, &relayout.manifest)?);
             options.hash_source = true; // what is read must be what its manifest says
             (plan, Some(relayout))
         }

@@ -1,19 +1,19 @@
 //! Tensors: what headers, index and quant_states say of them.
 
 use std::collections::{BTreeMap, HashSet};
+use std::io;
 
-use crate::checkpoint::{CONFIG_NAME, Config, INDEX_NAME, Index, Source, SourceFile, TensorInfo};
+use crate::checkpoint::{CONFIG_NAME, Config, INDEX_NAME, Index, Source, SourceFile, TensorInfo, write_index};
 use crate::converted::{self, Converted};
 use crate::dtype::{self, FloatDtype, elements};
 use crate::error::{Error, IoContext, Result};
 use crate::layout::bitsandbytes::{ParsedQuantState, QUANT_STATE};
-use crate::layout::gpt_oss;
-use crate::manifest::{DecisionRecord, Manifest, OutputRecord, SourceTensorRecord, TensorRecord};
+use crate::manifest::{DecisionRecord, Manifest, OutputRecord, TensorRecord};
 use crate::models::Role;
 use crate::ops::verify::jobs::TensorJob;
 use crate::ops::verify::records::{ByFile, ByName, is_inside};
-use crate::ops::verify::{Checkpoint, Report, if_sound};
-use crate::store::{ReadAt, Sha256Hash};
+use crate::ops::verify::{Checkpoint, Report, if_sound, summary};
+use crate::store::{HashingWriter, ReadAt, Sha256Hash};
 
 /// A file of tensors whose header was compared with the manifest.
 pub(super) struct CheckedFile<'a> {
@@ -153,16 +153,11 @@ impl Entry<'_, '_> {
     /// Whether a weight of this shape is what the manifest's sources give.
     fn is_of_sources(&self, shape: &[u64], manifest: &Manifest) -> bool {
         let sources = &self.tensor.sources;
-        let is_coded =
-            |source: &&SourceTensorRecord| source.dtype == "F8_E4M3" || source.name.ends_with(gpt_oss::BLOCKS);
-        if sources.iter().any(|source| is_coded(&source)) {
-            // Two of gpt-oss's codes are a byte; scales are no part of the shape.
-            let elements = sources.iter().filter(is_coded).map(|source| {
-                let codes = if source.dtype == "F8_E4M3" { 1 } else { 2 };
-                elements(&source.shape)?.checked_mul(codes)
-            });
-            let all = elements.into_iter().try_fold(0u64, |sum, elements| sum.checked_add(elements?));
-            return all.is_some() && dtype::elements(shape) == all;
+        // Where it was coded, its shape isn't a source's.
+        let is_plain = sources.iter().all(|source| dtype::named(&source.dtype).and_then(FloatDtype::of).is_some());
+        if !is_plain {
+            let all = summary::elements_of_sources(sources);
+            return all.is_some() && elements(shape) == all;
         }
         let shapes: Vec<&[u64]> = sources.iter().map(|source| &*source.shape).collect();
         let is_fused = self.tensor.role == Role::FusedExperts && manifest.recipe.fuses_experts();
@@ -177,7 +172,14 @@ fn is_made_of(fused: &[u64], shapes: &[&[u64]]) -> bool {
     fused.len() == 3 && all.is_some() && elements(fused) == all && shapes.iter().all(side)
 }
 
-/// The index must have every tensor in its file.
+/// Bytes of all tensors.
+fn total_size(manifest: &Manifest) -> u64 {
+    let outputs = manifest.tensors.iter().flat_map(|tensor| &tensor.outputs);
+    let len = |output: &OutputRecord| dtype::byte_len(dtype::named(&output.dtype)?, &output.shape);
+    outputs.fold(0, |sum, output| sum.saturating_add(len(output).unwrap_or(0)))
+}
+
+/// The index must be what is written for the manifest's tensors: every one in its file, and nothing else.
 pub(super) fn check_index(checkpoint: &Checkpoint, by_file: &ByFile<'_>, report: &mut Report) -> Result<()> {
     if !checkpoint.manifest.files.iter().any(|file| file.name == INDEX_NAME) {
         if by_file.len() > 1 {
@@ -191,6 +193,7 @@ pub(super) fn check_index(checkpoint: &Checkpoint, by_file: &ByFile<'_>, report:
     };
     let expected: BTreeMap<&str, &str> =
         by_file.iter().flat_map(|(file, tensors)| tensors.keys().map(|name| (*name, *file))).collect();
+    let found = report.differences.len();
     for (name, file) in &expected {
         match index.file_of(name) {
             Some(found) if found == *file => {}
@@ -202,6 +205,19 @@ pub(super) fn check_index(checkpoint: &Checkpoint, by_file: &ByFile<'_>, report:
     }
     for name in index.tensors().filter(|name| !expected.contains_key(name)) {
         report.differ(INDEX_NAME, Some(name), "is not in the manifest");
+    }
+    let total_size = total_size(&checkpoint.manifest);
+    if index.total_size != Some(total_size) {
+        let found = index.total_size.map_or("none that is a number".to_owned(), |size| size.to_string());
+        report.differ(INDEX_NAME, None, format!("its total_size is {found}, expected {total_size}"));
+    }
+    // Whatever it has besides.
+    let mut hasher = HashingWriter::new(io::sink());
+    let weight_map = expected.iter().map(|(name, file)| ((*name).to_owned(), *file));
+    write_index(weight_map, total_size, &mut hasher).at(checkpoint.folder.join(INDEX_NAME).path(), "write it")?;
+    let recorded = checkpoint.manifest.files.iter().find(|file| file.name == INDEX_NAME);
+    if report.differences.len() == found && recorded.map(|file| file.sha256) != Some(hasher.finish().1) {
+        report.differ(INDEX_NAME, None, "it isn't the index of the manifest's tensors as prequant writes it");
     }
     Ok(())
 }

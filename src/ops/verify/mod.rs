@@ -4,27 +4,28 @@ mod by_tensor;
 mod contents;
 mod conversion;
 mod files;
+mod fresh;
 mod hashing;
 mod headers;
 mod jobs;
 mod reconvert;
 mod records;
+mod report;
+mod summary;
+mod sums;
+mod unlisted;
 
 use std::sync::atomic::AtomicBool;
 use std::thread;
 
-use serde::Serialize;
-
 pub use reconvert::against;
+pub use report::{Difference, DifferenceClass, Report};
 
 use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, STAGING_NAME};
-use crate::dtype::FloatDtype;
 use crate::error::{Error, IoContext, Result};
-use crate::layout::OutputKind;
-use crate::manifest::{DecisionRecord, Manifest};
-use crate::models::Rules;
+use crate::manifest::Manifest;
 use crate::ops::quantize::Conversion;
-use crate::plan::kept_modules::{bitsandbytes, compressed_tensors};
+use crate::ops::recorded_config;
 use crate::store::{Location, Sha256Hash, is_no_file};
 
 /// How to verify.
@@ -52,42 +53,6 @@ impl Default for Options<'_> {
     }
 }
 
-/// Something that is not as it should be.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub struct Difference {
-    /// The file, below the checkpoint's folder.
-    pub file: String,
-    /// The tensor, if it is about one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub tensor: Option<String>,
-    /// What was found, and what was expected.
-    pub what: String,
-}
-
-/// What verifying found.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct Report {
-    /// Files looked at.
-    pub files: usize,
-    /// Tensors of the output looked at.
-    pub tensors: usize,
-    /// Bytes hashed.
-    pub bytes: u64,
-    /// What wrote the checkpoint, if it was compared with its source and another version had written it: then tensors
-    /// were compared, wherever they are.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub written_by: Option<String>,
-    /// Everything that is not as it should be, by file; empty if all is well.
-    pub differences: Vec<Difference>,
-}
-
-impl Report {
-    fn differ(&mut self, file: &str, tensor: Option<&str>, what: impl Into<String>) {
-        let (file, tensor) = (file.to_owned(), tensor.map(str::to_owned));
-        self.differences.push(Difference { file, tensor, what: what.into() });
-    }
-}
-
 /// A checkpoint's folder and its manifest, as it was found.
 struct Checkpoint {
     folder: Location,
@@ -102,9 +67,14 @@ impl Checkpoint {
         location.read_if_there().at(location.path(), "read it")
     }
 
-    /// The SHA-256 of a small file, if it is there.
+    /// The SHA-256 of a file, if one is there.
     fn hash_of(&self, name: &str) -> Result<Option<Sha256Hash>> {
-        Ok(self.read(name)?.map(|content| Sha256Hash::of(&content)))
+        let location = self.folder.join(name);
+        let path = location.path();
+        if !location.is_file().at(path, "look at it")? {
+            return Ok(None);
+        }
+        location.sha256().at(path, "read it").map(Some)
     }
 }
 
@@ -115,12 +85,12 @@ impl Checkpoint {
 pub fn verify(folder: impl Into<Location>, options: Options<'_>) -> Result<Report> {
     let mut report = Report::default();
     let Some(checkpoint) = open(&folder.into(), &mut report)? else { return Ok(report) };
-    files::check_sums(&checkpoint, &mut report)?;
-    files::check_names(&checkpoint, &mut report)?;
+    sums::check(&checkpoint, &mut report)?;
+    unlisted::check(&checkpoint, &mut report)?;
+    summary::check(&checkpoint.manifest, &mut report);
     contents::check(&checkpoint, options, &mut report)?;
     check_config(&checkpoint, &mut report)?;
-    report.differences.sort();
-    report.differences.dedup();
+    report.sort();
     Ok(report)
 }
 
@@ -149,27 +119,16 @@ fn open(folder: &Location, report: &mut Report) -> Result<Option<Checkpoint>> {
 
 /// config.json must tell clients what the recipe says. That it is the file that was written is checked by its hash.
 fn check_config(checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
-    const NAME: &str = CONFIG_NAME;
-    if !checkpoint.manifest.files.iter().any(|file| file.name == NAME) {
+    if !checkpoint.manifest.files.iter().any(|file| file.name == CONFIG_NAME) {
         return Ok(());
     }
-    let Some(config) = if_sound(Config::read(&checkpoint.folder.join(NAME)))? else {
-        report.differ(NAME, None, "not a model's config");
+    let Some(config) = if_sound(Config::read(&checkpoint.folder.join(CONFIG_NAME)))? else {
+        report.differ(CONFIG_NAME, None, "not a model's config");
         return Ok(());
     };
-    let Some(found) = config.values().get("quantization_config") else {
-        report.differ(NAME, None, "has no quantization_config");
-        return Ok(());
-    };
-    let codec = checkpoint.manifest.recipe.codec();
-    let expected = codec.quantization_config(FloatDtype::Bfloat16, &[]);
-    for (key, expected) in expected.as_object().into_iter().flatten() {
-        let found = found.get(key).unwrap_or(&serde_json::Value::Null);
-        if !codec.other_keys().contains(&key.as_str()) && found != expected {
-            report.differ(NAME, None, format!("quantization_config's {key} is {found}, expected {expected}"));
-        }
+    for what in recorded_config::differences(&config, &checkpoint.manifest) {
+        report.differ(CONFIG_NAME, None, what);
     }
-    check_kept_modules(checkpoint, &config, found, report);
     Ok(())
 }
 
@@ -180,30 +139,5 @@ fn if_sound<T>(read: Result<T>) -> Result<Option<T>> {
         Err(Error::Malformed { .. }) => Ok(None),
         Err(Error::Io { ref source, .. }) if is_no_file(source) => Ok(None),
         Err(error) => Err(error),
-    }
-}
-
-/// No module that is quantized may be among those that clients are told to leave alone.
-fn check_kept_modules(checkpoint: &Checkpoint, config: &Config, found: &serde_json::Value, report: &mut Report) {
-    let codec = checkpoint.manifest.recipe.codec();
-    let key = codec.kept_modules_key();
-    let listed = found.get(key).and_then(|list| list.as_array());
-    let listed: Vec<&str> = listed.into_iter().flatten().filter_map(|entry| entry.as_str()).collect();
-    let tensors = checkpoint.manifest.tensors.iter();
-    let quantized = tensors.filter(|tensor| tensor.decision == DecisionRecord::Quantize);
-    let rules = Rules::new(&config.model_types());
-    let clash = match codec.layout() {
-        None => {
-            let weights: Vec<&str> = quantized.flat_map(|tensor| &tensor.sources).map(|s| s.name.as_str()).collect();
-            bitsandbytes::clash(&rules, &listed, &weights)
-        }
-        Some(layout) => {
-            let suffix = codec.suffix(OutputKind::Packed).unwrap_or_default();
-            let codes = quantized.filter_map(|tensor| tensor.outputs.first()?.name.strip_suffix(&*suffix));
-            compressed_tensors::clash(&rules, layout, &listed, &codes.collect::<Vec<_>>())
-        }
-    };
-    if let Some((entry, module)) = clash {
-        report.differ(CONFIG_NAME, None, format!("{key} has {entry:?}, but {module:?} is quantized"));
     }
 }
