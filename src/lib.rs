@@ -61,6 +61,7 @@ mod recipe;
 mod shape;
 mod stats;
 mod store;
+mod threads;
 mod units;
 
 use std::path::Path;
@@ -76,6 +77,7 @@ pub use manifest::{
 pub use models::Role;
 pub use ops::dequantize::Dequantization;
 pub use ops::inspect::{Contents, StoredWeight, inspect};
+pub use ops::job::finished::Finished;
 pub use ops::options::Options;
 pub use ops::quantize::Conversion;
 pub use ops::verify::{Difference, DifferenceClass, Options as VerifyOptions, Report};

@@ -11,6 +11,8 @@ use std::io;
 use schemars::{JsonSchema, Schema};
 use serde::{Deserialize, Serialize};
 
+pub(crate) use read::{read_part, read_records};
+
 use crate::models::Role;
 use crate::recipe::{ExpertLayout, Recipe};
 use crate::stats::Statistics;
@@ -201,6 +203,23 @@ impl<Tensors> Manifest<Tensors> {
 }
 
 impl Manifest {
+    /// Bytes that its records take in memory, by estimate.
+    pub(crate) fn held_len(&self) -> u64 {
+        // Of a vector, a name, a file's name and a dtype, what their allocations take beside their bytes.
+        const ALLOCATIONS: usize = 4 * 24;
+        let of_tensor =
+            |name: &str, file: &str, shape: &[u64]| name.len() + file.len() + size_of_val(shape) + ALLOCATIONS;
+        let of_record = |record: &TensorRecord| {
+            let sources = record.sources.iter().map(|source| of_tensor(&source.name, &source.file, &source.shape));
+            let outputs = record.outputs.iter().map(|output| of_tensor(&output.name, &output.file, &output.shape));
+            // Vectors grow to twice of what they hold.
+            let held =
+                2 * size_of::<TensorRecord>() + 2 * size_of_val(&*record.sources) + 2 * size_of_val(&*record.outputs);
+            held + record.reason.len() + sources.chain(outputs).sum::<usize>() + ALLOCATIONS
+        };
+        self.tensors.iter().map(of_record).sum::<usize>() as u64
+    }
+
     /// The JSON Schema of the manifest; `schemas/prequant.schema.json` holds it.
     pub fn schema() -> Schema {
         schemars::schema_for!(Manifest)

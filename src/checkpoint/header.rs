@@ -110,7 +110,9 @@ impl Header {
             offset: data_start + begin,
             len: end - begin,
         });
-        Ok(Header { tensors: tensors.collect(), sha256, len: data_start })
+        let mut tensors: Vec<TensorInfo> = tensors.collect();
+        tensors.shrink_to_fit();
+        Ok(Header { tensors, sha256, len: data_start })
     }
 }
 

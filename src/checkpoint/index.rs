@@ -9,23 +9,14 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use super::TensorInfo;
 use crate::error::{Error, IoContext, Result};
-use crate::store::Location;
+use crate::store::{HashingWriter, Location, Sha256Hash};
 
 /// The largest index that is read: a thousand times a common one.
 const MAX_INDEX_LEN: u64 = 200_000_000;
 
 /// An index as it stands in the file; other keys are ignored.
-pub struct Index {
-    /// Bytes of all tensors, if it says so in a way that can be.
-    pub total_size: Option<u64>,
-    weight_map: BTreeMap<String, String>,
-}
-
-/// An index as it is parsed. Its metadata may be anything: few clients read it.
 #[derive(Deserialize)]
-struct Parsed {
-    #[serde(default)]
-    metadata: serde_json::Value,
+pub struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
@@ -62,15 +53,15 @@ impl Index {
 
     /// As [`Index::read`], from memory; `path` is for errors.
     pub fn parse(text: &[u8], path: &Path) -> Result<Index> {
-        let Parsed { metadata, weight_map } = serde_json::from_slice(text)
+        let index: Index = serde_json::from_slice(text)
             .map_err(|error| Error::malformed(path, format!("not an index of tensors: {error}")))?;
-        for (tensor, file) in &weight_map {
+        for (tensor, file) in &index.weight_map {
             if file.contains(['/', '\\', '\0']) || matches!(file.as_str(), "" | "." | "..") {
                 let why = format!("tensor {tensor:?} is said to be in {file:?}: expected the name of a file beside it");
                 return Err(Error::malformed(path, why));
             }
         }
-        Ok(Index { total_size: metadata["total_size"].as_u64(), weight_map })
+        Ok(index)
     }
 
     /// The files, by name, each once.
@@ -141,4 +132,54 @@ pub(crate) fn write_index<'a>(
     let index = OutputIndex { metadata: Metadata { total_size }, weight_map: WeightMap(Cell::new(Some(weight_map))) };
     serde_json::to_writer_pretty(&mut writer, &index)?;
     writer.write_all(b"\n")
+}
+
+/// The text that [`write_index`] writes, of which the hash alone is of interest, entry by entry.
+pub(crate) struct IndexHasher {
+    hasher: HashingWriter<io::Sink>,
+    any: bool,
+}
+
+impl IndexHasher {
+    /// Of tensors with so many bytes together.
+    pub(crate) fn new(total_size: u64) -> IndexHasher {
+        let mut index = IndexHasher { hasher: HashingWriter::new(io::sink()), any: false };
+        index.add(&format!("{{\n  \"metadata\": {{\n    \"total_size\": {total_size}\n  }},\n  \"weight_map\": {{"));
+        index
+    }
+
+    /// The next tensor and its file.
+    pub(crate) fn entry(&mut self, tensor: &str, file: &str) {
+        let [tensor, file] = [tensor, file].map(|name| serde_json::Value::from(name).to_string());
+        let comma = if std::mem::replace(&mut self.any, true) { "," } else { "" };
+        self.add(&format!("{comma}\n    {tensor}: {file}"));
+    }
+
+    /// The hash of the whole.
+    pub(crate) fn finish(mut self) -> Sha256Hash {
+        let end = if self.any { "\n  }\n}\n" } else { "}\n}\n" };
+        self.add(end);
+        self.hasher.finish().1
+    }
+
+    fn add(&mut self, text: &str) {
+        // A sink takes all.
+        let _ = io::Write::write_all(&mut self.hasher, text.as_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hash_is_that_of_what_is_written() {
+        for names in [&[][..], &["a"], &["a", "b\"\n", "\u{e9}"]] {
+            let mut written = Vec::new();
+            write_index(names.iter().map(|name| ((*name).to_owned(), "x.safetensors")), 12, &mut written).unwrap();
+            let mut hasher = IndexHasher::new(12);
+            names.iter().for_each(|name| hasher.entry(name, "x.safetensors"));
+            assert_eq!(hasher.finish(), Sha256Hash::of(&written), "{names:?}");
+        }
+    }
 }

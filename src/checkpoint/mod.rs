@@ -8,6 +8,7 @@ mod file_class;
 mod header;
 mod header_text;
 mod index;
+mod index_entries;
 mod output;
 mod side_files;
 mod source;
@@ -19,11 +20,12 @@ pub use header::Header;
 pub(crate) use header::{MAX_HEADER_LEN, TensorInfo, sort_canonically};
 pub(crate) use header_text::{ALIGNMENT, HeaderText};
 pub use index::Index;
-pub(crate) use index::{shard_name, write_index};
+pub(crate) use index::{IndexHasher, shard_name, write_index};
+pub(crate) use index_entries::read_entries;
 pub(crate) use output::OutputFile;
 pub(crate) use side_files::SideFile;
 pub use source::{Source, SourceFile};
-pub(crate) use staging::{STAGING_NAME, Staging, free_space};
+pub(crate) use staging::{DONE_NAME, STAGING_NAME, Staging, free_space};
 
 /// The index beside the shards.
 pub(crate) const INDEX_NAME: &str = "model.safetensors.index.json";

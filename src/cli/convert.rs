@@ -8,8 +8,8 @@ use std::time::Instant;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use prequant::{
-    BlockSize, Bytes, Error, ExpertLayout, FORMATS, FormatSpec, GroupSize, Layout, NonFinitePolicy, Options, Recipe,
-    RecipeOptions, Setting, plan, recipe_of,
+    BlockSize, Bytes, Error, ExpertLayout, FORMATS, Finished, FormatSpec, GroupSize, Layout, NonFinitePolicy, Options,
+    Recipe, RecipeOptions, Setting, plan, recipe_of,
 };
 
 use super::output::{self, Audience, Outcome};
@@ -67,7 +67,7 @@ pub struct Arguments {
     #[arg(long, value_name = "REGEX")]
     exclude: Vec<String>,
 
-    /// Decode gpt-oss's MXFP4 experts while reading. FP8 in blocks (DeepSeek-V3's) is decoded without this option
+    /// Decode weights that SRC has in 4 bits while reading, and quantize what they stand for. FP8 is decoded without this option
     #[arg(long)]
     dequantize_source: bool,
 
@@ -79,9 +79,9 @@ pub struct Arguments {
     #[arg(long, value_name = "SIZE")]
     max_shard_size: Option<Bytes>,
 
-    /// Memory limit
-    #[arg(long, value_name = "SIZE", default_value = "256MiB")]
-    memory: Bytes,
+    /// Memory limit, of everything but the GPU driver's own [default: 256MiB, more for sources of over 190,000 tensors]
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<Bytes>,
 
     /// Number of threads [default: all cores]
     #[arg(long, value_name = "N")]
@@ -209,7 +209,7 @@ impl Arguments {
     fn options(&self) -> Options {
         let default = Options::default();
         Options {
-            memory: self.memory.0,
+            memory: self.memory.map(|memory| memory.0),
             threads: self.threads.map_or(default.threads, NonZeroUsize::get),
             device: self.device.device.clone().into(),
             device_memory: self.device.device_memory.0,
@@ -255,11 +255,16 @@ fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
             tell(format_args!("warning: {}", hints::warning(warning)));
         }
     }
-    if !arguments.force
-        && let Some(manifest) = conversion.finished(&arguments.destination)?
-    {
-        let done = summary::Done { conversion: &conversion, destination: &arguments.destination, manifest: &manifest };
-        return Ok(done.already(arguments.audience()));
+    match if arguments.force { Ok(None) } else { conversion.finished(&arguments.destination) } {
+        Ok(None) => {}
+        Ok(Some(Finished { manifest, weights_compared })) => {
+            let done =
+                summary::Done { conversion: &conversion, destination: &arguments.destination, manifest: &manifest };
+            return Ok(done.already(weights_compared, arguments.audience()));
+        }
+        // What an earlier run left, finished, of a source that is another by now.
+        Err(Error::Outdated { .. }) if arguments.restart => conversion.options.force = true,
+        Err(error) => return Err(error),
     }
     let reporter = Reporter::new(arguments.style(), &conversion.plan);
     let manifest = conversion.execute_until(interrupt::flag(), &arguments.destination, &reporter)?;

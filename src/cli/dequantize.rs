@@ -16,14 +16,15 @@ use super::trace::Tracing;
 use super::words::count;
 use super::{hints, interrupt};
 
-/// Decode a converted checkpoint to bf16.
+/// Decode a quantized checkpoint to bf16.
 ///
-/// SRC is a checkpoint converted by prequant, in any format. DST becomes an unquantized checkpoint: every weight has the
+/// SRC is a checkpoint converted by prequant, in any format, or one that another program quantized: FP8, or 4 bits by
+/// compressed-tensors, ModelOpt, gpt-oss or DeepSeek-V4. DST becomes an unquantized checkpoint: every weight has the
 /// value its 4-bit code stands for, in the dtype that the format's own library decodes to (bf16 if the source was bf16).
-/// Everything read is checked against SRC's manifest.
+/// What prequant converted is checked against its manifest as it is read.
 #[derive(Args)]
 pub struct Arguments {
-    /// Folder of the converted checkpoint
+    /// Folder of the quantized checkpoint
     #[arg(value_name = "SRC")]
     source: PathBuf,
 
@@ -35,9 +36,9 @@ pub struct Arguments {
     #[arg(long, value_name = "SIZE", default_value = "5GB")]
     max_shard_size: Bytes,
 
-    /// Memory limit
-    #[arg(long, value_name = "SIZE", default_value = "256MiB")]
-    memory: Bytes,
+    /// Memory limit [default: 256MiB, more for checkpoints of over 190,000 tensors]
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<Bytes>,
 
     /// Number of threads [default: all cores]
     #[arg(long, value_name = "N")]
@@ -73,7 +74,7 @@ fn dequantize(arguments: &Arguments) -> Result<Outcome, Error> {
     let start = Instant::now();
     let default = Options::default();
     let options = Options {
-        memory: arguments.memory.0,
+        memory: arguments.memory.map(|memory| memory.0),
         threads: arguments.threads.map_or(default.threads, NonZeroUsize::get),
         force: arguments.force,
         restart: arguments.restart,
@@ -101,7 +102,7 @@ fn dequantize(arguments: &Arguments) -> Result<Outcome, Error> {
         (false, false) => format!(
             "{destination}: {} decoded from {}, {} copied; {} in {}, {seconds:.2} s, hashes included\n",
             count(decoded, "tensor"),
-            super::summary::format_name(&decoding.plan.recipe),
+            decoding.converted_by().map_or_else(|| decoding.formats().join(", "), super::summary::format_name),
             tensors.len() - decoded,
             Bytes(written),
             count(files.len() + 1, "file"),

@@ -13,7 +13,7 @@ use serde_json::Value;
 use super::{FileRecord, Manifest, ManifestHead, NotHeld, SCHEMA_VERSION, SourceRecord, Summary, Tool, v1};
 use crate::error::{Error, IoContext, Result};
 use crate::recipe::ExpertLayout;
-use crate::store::{HashingReader, Location, Reader, Sha256Hash};
+use crate::store::{HashingReader, Location, ReadAt, Reader, Sha256Hash};
 
 /// Bytes that are read at once.
 const BUFFER: usize = 1 << 16;
@@ -27,14 +27,9 @@ impl Manifest {
     /// # Errors
     /// When it can't be read, is no manifest, or a newer version's.
     pub fn read(location: &Location) -> Result<Manifest> {
-        Ok(Manifest::read_and_hash(location)?.0)
-    }
-
-    /// The same with the file's SHA-256.
-    pub(crate) fn read_and_hash(location: &Location) -> Result<(Manifest, Sha256Hash)> {
         let mut tensors = Vec::new();
-        let (head, sha256) = read_records(location, &mut |record, _| tensors.push(record))?;
-        Ok((head.with(tensors), sha256))
+        let (head, _) = read_records(location, &mut |record, _| tensors.push(record))?;
+        Ok(head.with(tensors))
     }
 
     /// A manifest's text.
@@ -69,6 +64,21 @@ pub(crate) fn read_records<T: DeserializeOwned>(
     let path = location.path();
     let file = location.open().at(path, "open it")?;
     read(|| Reader::new(&*file), each).at(path, "read it")?.map_err(|why| Error::malformed(path, why))
+}
+
+/// Hands on the records in a part of a manifest: whole ones with commas between them, where [`read_records`] found them.
+///
+/// # Errors
+/// The system's, or that there are no such records.
+pub(crate) fn read_part<T: DeserializeOwned>(
+    file: &dyn ReadAt,
+    part: Range<u64>,
+    each: &mut dyn FnMut(T),
+) -> io::Result<()> {
+    let records = BufReader::with_capacity(BUFFER, Reader::at(file, part.start).take(part.end - part.start));
+    let mut list = serde_json::Deserializer::from_reader((&b"["[..]).chain(records).chain(&b"]"[..]));
+    Records { each: &mut |record, _| each(record), position: &Cell::new(0) }.deserialize(&mut list)?;
+    Ok(list.end()?)
 }
 
 /// What tells how to read the rest.
@@ -309,11 +319,23 @@ mod tests {
             let file = location.create(text.len() as u64).unwrap();
             crate::store::write_all_at(&*file, text.as_bytes(), 0).unwrap();
             let mut places = Vec::new();
-            let (head, sha256) = read_records(&location, &mut |_: TensorRecord, place| places.push(place)).unwrap();
+            let mut all = Vec::new();
+            let (head, sha256) = read_records(&location, &mut |record: TensorRecord, place| {
+                places.push(place);
+                all.push(record);
+            })
+            .unwrap();
             assert_eq!((head.tool.version.as_str(), sha256), ("9", Sha256Hash::of(text.as_bytes())));
             let of_places: Vec<&str> =
                 places.iter().map(|place| &text[place.start as usize..place.end as usize]).collect();
             assert_eq!(of_places, records);
+            let mut part = Vec::new();
+            let place = places[3].start..places[650].end;
+            read_part(&*location.open().unwrap(), place, &mut |record: TensorRecord| part.push(record)).unwrap();
+            assert_eq!(part, all[3..=650]);
+            let broken = places[3].start + 1..places[650].end;
+            let read = read_part(&*location.open().unwrap(), broken, &mut |_: TensorRecord| ());
+            assert!(read.is_err());
         }
     }
 
@@ -328,7 +350,7 @@ mod tests {
             .replace("[{\"sources\"", "{\"all\":[{\"sources\"");
         assert!(why(newer).starts_with("not a manifest"));
         assert!(why(whole.replace("\"summary\"", "\"total\"")).contains("missing field `summary`"));
-        assert!(why(whole.replace("\"later\"", "\"files\"")).contains("duplicate field `files`"));
+        assert!(why(whole.replace("\"later\":[{}]", "\"files\":[]")).contains("duplicate field `files`"));
         assert!(why(whole + "x").contains("trailing characters"));
     }
 }

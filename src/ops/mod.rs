@@ -3,6 +3,7 @@
 pub(crate) mod dequantize;
 pub(crate) mod inspect;
 pub(crate) mod job;
+mod kept_modules;
 mod model_card;
 pub(crate) mod options;
 pub(crate) mod quantize;

@@ -4,15 +4,13 @@ use serde_json::Value;
 
 use crate::checkpoint::Config;
 use crate::dtype::FloatDtype;
-use crate::layout::OutputKind;
-use crate::manifest::{DecisionRecord, Manifest};
-use crate::models::Rules;
-use crate::plan::kept_modules::{bitsandbytes, compressed_tensors};
+use crate::manifest::Manifest;
+use crate::ops::kept_modules::KeptModules;
 
-/// What config.json says otherwise.
-pub(crate) fn differences(config: &Config, manifest: &Manifest) -> Vec<String> {
+/// What config.json says otherwise than the manifest, and what it lists as left unquantized: that is to be compared with the tensors.
+pub(crate) fn differences<Tensors>(config: &Config, manifest: &Manifest<Tensors>) -> (Vec<String>, KeptModules) {
     let Some(found) = config.values().get("quantization_config") else {
-        return vec!["has no quantization_config".to_owned()];
+        return (vec!["has no quantization_config".to_owned()], KeptModules::default());
     };
     let codec = manifest.recipe.codec();
     let expected = codec.quantization_config(FloatDtype::Bfloat16, &[]);
@@ -23,28 +21,5 @@ pub(crate) fn differences(config: &Config, manifest: &Manifest) -> Vec<String> {
             differences.push(format!("quantization_config's {key} is {found}, expected {expected}"));
         }
     }
-    differences.extend(kept_module(config, manifest, found));
-    differences
-}
-
-/// No module that is quantized may be among those that clients are told to leave alone.
-fn kept_module(config: &Config, manifest: &Manifest, found: &Value) -> Option<String> {
-    let codec = manifest.recipe.codec();
-    let key = codec.kept_modules_key();
-    let listed = found.get(key).and_then(|list| list.as_array());
-    let listed: Vec<&str> = listed.into_iter().flatten().filter_map(|entry| entry.as_str()).collect();
-    let quantized = manifest.tensors.iter().filter(|tensor| tensor.decision == DecisionRecord::Quantize);
-    let rules = Rules::new(&config.model_types());
-    let clash = match codec.layout() {
-        None => {
-            let weights: Vec<&str> = quantized.flat_map(|tensor| &tensor.sources).map(|s| s.name.as_str()).collect();
-            bitsandbytes::clash(&rules, &listed, &weights)
-        }
-        Some(layout) => {
-            let suffix = codec.suffix(OutputKind::Packed).unwrap_or_default();
-            let codes = quantized.filter_map(|tensor| tensor.outputs.first()?.name.strip_suffix(&*suffix));
-            compressed_tensors::clash(&rules, layout, &listed, &codes.collect::<Vec<_>>())
-        }
-    };
-    clash.map(|(entry, module)| format!("{key} has {entry:?}, but {module:?} is quantized"))
+    (differences, KeptModules::of(config, found, codec))
 }

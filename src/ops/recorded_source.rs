@@ -27,10 +27,15 @@ pub(crate) fn check(source: &Source, manifest: &Manifest) -> Result<Vec<Warning>
             Ok(())
         }
     };
-    if let Some(config) = &source.config
-        && let Some(what) = recorded_config::differences(config, manifest).into_iter().next()
-    {
-        return Err(malformed(&source.location.join(CONFIG_NAME), &format!("{what}, as {MANIFEST_NAME} says")));
+    if let Some(config) = &source.config {
+        let (mut differences, kept) = recorded_config::differences(config, manifest);
+        let mut quantized = kept.quantized();
+        manifest.tensors.iter().for_each(|record| quantized.add(record));
+        quantized.check();
+        differences.extend(kept.difference());
+        if let Some(what) = differences.first() {
+            return Err(malformed(&source.location.join(CONFIG_NAME), &format!("{what}, as {MANIFEST_NAME} says")));
+        }
     }
     let is_weights = |name: &str| source.files.iter().any(|file| file.name == name);
     for record in manifest.files.iter().filter(|record| !is_weights(&record.name)) {

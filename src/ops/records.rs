@@ -112,7 +112,7 @@ fn tensor_record(source: &Source, tensor: &PlannedTensor, file: &str, outcome: &
                 sha256: *sha256,
             })
             .collect(),
-        statistics: outcome.statistics.clone(),
+        statistics: outcome.statistics.as_deref().cloned(),
     }
 }
 

@@ -23,7 +23,7 @@ use crate::plan::{Decision, Outputs, PlacedOutput, Plan, PlannedFile, PlannedOut
 use crate::read::{Read, Span};
 use crate::recipe::{ExpertLayout, Recipe, RecipeOptions};
 use crate::shape::Shapes;
-use crate::store::{Identity, Location};
+use crate::store::{Identity, Location, Sha256Hash};
 
 /// A converted checkpoint and what it becomes.
 #[derive(Debug)]
@@ -99,6 +99,16 @@ impl Relayout {
         Ok((copying, Relayout { manifest, from, origin, plan, unchanged }))
     }
 
+    /// Bytes that it holds beside the copying plan, by estimate.
+    pub(crate) fn held_len(&self) -> u64 {
+        let of_tensor = |tensor: &PlannedTensor| {
+            let outputs = tensor.outputs.len() * (size_of::<u64>() + size_of::<Sha256Hash>());
+            // What is planned, its name, what it came to and what the manifest says it was made from.
+            size_of::<PlannedTensor>() + size_of::<TensorOutcome>() + outputs + 3 * tensor.name.len() + 512
+        };
+        self.manifest.held_len() + self.plan.tensors.iter().map(of_tensor).sum::<usize>() as u64
+    }
+
     /// What came of executing the copying plan, as the outcome of the other. Statistics are known of tensors that didn't
     /// change, and of all together.
     pub(crate) fn outcome(&self, copied: Outcome) -> Outcome {
@@ -107,7 +117,7 @@ impl Relayout {
         let tensors = tensors
             .map(|(tensor, unchanged)| TensorOutcome {
                 sha256: hashes.by_ref().take(tensor.outputs.len()).collect(),
-                statistics: unchanged.and_then(|i| self.manifest.tensors[i].statistics.clone()),
+                statistics: unchanged.and_then(|i| self.manifest.tensors[i].statistics.clone()).map(Box::new),
             })
             .collect();
         let total = self.manifest.summary.statistics.clone();

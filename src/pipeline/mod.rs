@@ -54,6 +54,10 @@ pub trait Progress: Sync {
     fn sealed(&self, file: &str, len: u64);
     /// After a failure: `files` finished files are kept for the next run.
     fn kept(&self, files: usize);
+    /// A checkpoint was replaced: `file` at the destination is no part of the new one, and isn't ours to remove.
+    fn left(&self, file: &str) {
+        let _ = file;
+    }
 }
 
 /// Tells no one.
@@ -101,7 +105,7 @@ pub(crate) struct TensorOutcome {
     /// SHA-256 of each of its outputs, in the plan's order.
     pub sha256: Box<[Sha256Hash]>,
     /// What quantizing it cost; `None` if it was kept.
-    pub statistics: Option<Statistics>,
+    pub statistics: Option<Box<Statistics>>,
 }
 
 /// What is known of a file once it is written: all that the manifest needs of it.

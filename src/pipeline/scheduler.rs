@@ -470,7 +470,7 @@ impl<'a> Scheduler<'a> {
             if self.plan.recipe.codec().double_quant() {
                 statistics.double_quantization = Some(open.absmax_error.finish());
             }
-            state.tensors[tensor].statistics = Some(statistics);
+            state.tensors[tensor].statistics = Some(Box::new(statistics));
             let file = &mut state.files[file];
             file.total.merge(&open.accumulator);
             file.total_absmax.merge(&open.absmax_error);

@@ -41,8 +41,7 @@ pub(crate) fn compare(
     compare_config(conversion, checkpoint, report)?;
     compare_files(conversion, checkpoint, report)?;
     let outcome = conversion.relaid(outcome);
-    compare_records(&conversion.manifest(Vec::new(), &outcome), &checkpoint.manifest, &differing, report);
-    Ok(())
+    compare_records(&conversion.manifest(Vec::new(), &outcome), checkpoint, &differing, report)
 }
 
 /// What lies beside the weights must be the same: the model card by what it says, other files byte by byte.
@@ -52,8 +51,7 @@ fn compare_files(conversion: &Conversion, checkpoint: &Checkpoint, report: &mut 
     let card = card.filter(|card| model_card::says_the_same(&found, card)).map(|_| model_card::NAME);
     // By their content, elsewhere.
     let made = conversion.plan.side_files.iter().map(|(name, _)| name.as_str());
-    let outputs = checkpoint.manifest.tensors.iter().flat_map(|record| &record.outputs);
-    let weights = outputs.map(|output| output.file.as_str());
+    let weights = checkpoint.records.files();
     let elsewhere: HashSet<&str> = made.chain(card).chain(weights).chain([CONFIG_NAME, INDEX_NAME]).collect();
     fresh::compare_files(conversion, &fresh::other_files(conversion)?, checkpoint, &elsewhere, report)
 }
@@ -89,11 +87,11 @@ fn compare_config(conversion: &Conversion, checkpoint: &Checkpoint, report: &mut
 /// those of what was found.
 fn compare_records(
     expected: &Manifest<Records<'_>>,
-    found: &Manifest,
+    checkpoint: &Checkpoint,
     differing: &BTreeMap<String, String>,
     report: &mut Report,
-) {
-    if found.source != expected.source {
+) -> Result<()> {
+    if checkpoint.manifest.source != expected.source {
         report.differ(MANIFEST_NAME, None, "it was made from another source: names, sizes or headers of files differ");
     }
     let records = &expected.tensors;
@@ -101,17 +99,18 @@ fn compare_records(
         (0..records.len()).filter_map(|number| Some((records.name(number)?, number))).collect();
     let is_comparable =
         |record: &TensorRecord| !record.outputs.iter().any(|output| differing.contains_key(&output.name));
-    for found in &found.tensors {
+    checkpoint.records.all(&mut |found| {
         let name = found.outputs.first().map(|output| output.name.as_str()).unwrap_or_default();
         let expected = numbers.remove(name).map(|number| records.get(number));
-        if is_comparable(found) && expected.as_ref().is_none_or(is_comparable) {
-            let what = record_difference(found, expected.as_ref());
+        if is_comparable(&found) && expected.as_ref().is_none_or(is_comparable) {
+            let what = record_difference(&found, expected.as_ref());
             what.into_iter().for_each(|what| report.differ(MANIFEST_NAME, Some(name), what));
         }
-    }
+    })?;
     for (name, _) in numbers.iter().filter(|(_, number)| is_comparable(&records.get(**number))) {
         report.differ(MANIFEST_NAME, Some(name), "has no record, though converting the source gives it");
     }
+    Ok(())
 }
 
 /// What a record has otherwise than the one that is expected, if one is.

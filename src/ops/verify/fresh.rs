@@ -106,13 +106,10 @@ pub(super) fn compare(
     let expected = conversion.manifest(files, &outcome);
     let tensors: HashSet<&str> = different.iter().filter_map(|difference| difference.tensor.as_deref()).collect();
     match found.relaid_from {
-        None => compare_in_order(&expected, found, &tensors, report),
-        Some(from) => compare_relaid(conversion, from, &expected, found, &tensors, report)?,
+        None => compare_in_order(&expected, checkpoint, &tensors, report)?,
+        Some(from) => compare_relaid(conversion, from, &expected, checkpoint, &tensors, report)?,
     }
-    let same = found.tensors.len() == expected.tensors.len()
-        && found.source == expected.source
-        && found.summary == expected.summary
-        && found.tool == expected.tool;
+    let same = found.source == expected.source && found.summary == expected.summary && found.tool == expected.tool;
     if !same {
         report.differ(MANIFEST_NAME, None, "isn't what converting the source with this version gives");
     }
@@ -130,13 +127,25 @@ pub(super) fn compare(
 /// Records must be those that a manifest made now would have, one after the other.
 fn compare_in_order(
     expected: &Manifest<Records<'_>>,
-    found: &Manifest,
+    checkpoint: &Checkpoint,
     different: &HashSet<&str>,
     report: &mut Report,
-) {
-    for (i, found) in found.tensors.iter().enumerate() {
-        let expected = (i < expected.tensors.len()).then(|| expected.tensors.get(i));
-        compare_records(found, expected, different, report);
+) -> Result<()> {
+    let mut count = 0;
+    checkpoint.records.all(&mut |found| {
+        let expected = (count < expected.tensors.len()).then(|| expected.tensors.get(count));
+        compare_records(&found, expected, different, report);
+        count += 1;
+    })?;
+    check_count(count, expected, report);
+    Ok(())
+}
+
+fn check_count(count: usize, expected: &Manifest<Records<'_>>, report: &mut Report) {
+    let expected = expected.tensors.len();
+    if count < expected {
+        let what = format!("it has records of {count} tensors, and converting the source gives {expected}");
+        report.differ(MANIFEST_NAME, None, what);
     }
 }
 
@@ -146,7 +155,7 @@ fn compare_relaid(
     conversion: &Conversion,
     from: ExpertLayout,
     expected: &Manifest<Records<'_>>,
-    found: &Manifest,
+    checkpoint: &Checkpoint,
     different: &HashSet<&str>,
     report: &mut Report,
 ) -> Result<()> {
@@ -156,15 +165,18 @@ fn compare_relaid(
     };
     let numbers: HashMap<String, usize> =
         (0..expected.tensors.len()).filter_map(|i| Some((expected.tensors.name(i)?, i))).collect();
-    for found in &found.tensors {
+    let mut count = 0;
+    checkpoint.records.all(&mut |found| {
         let number = found.outputs.first().and_then(|output| numbers.get(&output.name).copied());
-        let expected = number.map(|number| {
+        let record = number.map(|number| {
             let record = expected.tensors.get(number);
             let statistics = record.statistics.filter(|_| stayed.contains(&*conversion.plan.tensors[number].name));
             TensorRecord { statistics, ..record }
         });
-        compare_records(found, expected, different, report);
-    }
+        compare_records(&found, record, different, report);
+        count += 1;
+    })?;
+    check_count(count, expected, report);
     Ok(())
 }
 

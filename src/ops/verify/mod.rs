@@ -23,9 +23,11 @@ pub use report::{Difference, DifferenceClass, Report};
 
 use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, STAGING_NAME};
 use crate::error::{Error, IoContext, Result};
-use crate::manifest::Manifest;
+use crate::manifest::ManifestHead;
+use crate::ops::kept_modules::KeptModules;
 use crate::ops::quantize::Conversion;
 use crate::ops::recorded_config;
+use crate::ops::verify::records::Records;
 use crate::store::{Location, Sha256Hash, is_no_file};
 
 /// How to verify.
@@ -56,8 +58,10 @@ impl Default for Options<'_> {
 /// A checkpoint's folder and its manifest, as it was found.
 struct Checkpoint {
     folder: Location,
-    manifest: Manifest,
+    /// Without its records, which stay in the file.
+    manifest: ManifestHead,
     manifest_sha256: Sha256Hash,
+    records: Records,
 }
 
 impl Checkpoint {
@@ -71,10 +75,8 @@ impl Checkpoint {
     fn hash_of(&self, name: &str) -> Result<Option<Sha256Hash>> {
         let location = self.folder.join(name);
         let path = location.path();
-        if !location.is_file().at(path, "look at it")? {
-            return Ok(None);
-        }
-        location.sha256().at(path, "read it").map(Some)
+        let is_file = location.is_file().at(path, "look at it")?;
+        is_file.then(|| location.sha256().at(path, "read it")).transpose()
     }
 }
 
@@ -87,9 +89,12 @@ pub fn verify(folder: impl Into<Location>, options: Options<'_>) -> Result<Repor
     let Some(checkpoint) = open(&folder.into(), &mut report)? else { return Ok(report) };
     sums::check(&checkpoint, &mut report)?;
     unlisted::check(&checkpoint, &mut report)?;
-    summary::check(&checkpoint.manifest, &mut report);
-    contents::check(&checkpoint, options, &mut report)?;
-    check_config(&checkpoint, &mut report)?;
+    let tensors_len = summary::check(&checkpoint, &mut report)?;
+    let kept = check_config(&checkpoint, &mut report)?;
+    contents::check(&checkpoint, &kept, options, &mut report)?;
+    kept.difference().into_iter().for_each(|what| report.differ(CONFIG_NAME, None, what));
+    headers::check_index(&checkpoint, tensors_len, &mut report)?;
+    checkpoint.records.check_is_unchanged()?;
     report.sort();
     Ok(report)
 }
@@ -107,8 +112,10 @@ fn open(folder: &Location, report: &mut Report) -> Result<Option<Checkpoint>> {
         };
         return Err(Error::NotACheckpoint { path: folder.path().to_owned(), why: why.to_owned() });
     }
-    match Manifest::read_and_hash(&path) {
-        Ok((manifest, manifest_sha256)) => Ok(Some(Checkpoint { folder: folder.clone(), manifest, manifest_sha256 })),
+    match Records::open(&path) {
+        Ok((manifest, manifest_sha256, records)) => {
+            Ok(Some(Checkpoint { folder: folder.clone(), manifest, manifest_sha256, records }))
+        }
         Err(Error::Malformed { why, .. }) => {
             report.differ(MANIFEST_NAME, None, why);
             Ok(None)
@@ -117,19 +124,19 @@ fn open(folder: &Location, report: &mut Report) -> Result<Option<Checkpoint>> {
     }
 }
 
-/// config.json must tell clients what the recipe says. That it is the file that was written is checked by its hash.
-fn check_config(checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
+/// config.json must tell clients what the recipe says. That it is the file that was written is checked by its hash. Returns what it
+/// lists as left unquantized.
+fn check_config(checkpoint: &Checkpoint, report: &mut Report) -> Result<KeptModules> {
     if !checkpoint.manifest.files.iter().any(|file| file.name == CONFIG_NAME) {
-        return Ok(());
+        return Ok(KeptModules::default());
     }
     let Some(config) = if_sound(Config::read(&checkpoint.folder.join(CONFIG_NAME)))? else {
         report.differ(CONFIG_NAME, None, "not a model's config");
-        return Ok(());
+        return Ok(KeptModules::default());
     };
-    for what in recorded_config::differences(&config, &checkpoint.manifest) {
-        report.differ(CONFIG_NAME, None, what);
-    }
-    Ok(())
+    let (differences, kept) = recorded_config::differences(&config, &checkpoint.manifest);
+    differences.into_iter().for_each(|what| report.differ(CONFIG_NAME, None, what));
+    Ok(kept)
 }
 
 /// What was read; none if the file isn't there, or isn't what it should be. What the system refuses is an error.

@@ -94,14 +94,20 @@ fn plan(lens: &[Vec<u64>]) -> Plan {
     let mut tensors: Vec<PlannedTensor> = tensors.collect();
     let mut file =
         PlannedFile { name: "model.safetensors".to_owned(), tensors: 0..tensors.len(), header_len: 0, len: 0 };
-    file.header_len = header(&file, &tensors).len() as u64;
-    file.len = file.header_len;
-    for outputs in tensors.iter_mut().map(|tensor| &mut tensor.outputs) {
-        for i in 0..outputs.len() {
-            outputs.place(i, file.len);
-            file.len += outputs.get(i).len;
+    // What the header says depends on the order of the outputs, not on where the first one is.
+    let mut place_from = |start: u64, tensors: &mut [PlannedTensor]| {
+        file.len = start;
+        for outputs in tensors.iter_mut().map(|tensor| &mut tensor.outputs) {
+            for i in 0..outputs.len() {
+                outputs.place(i, file.len);
+                file.len += outputs.get(i).len;
+            }
         }
-    }
+        file.header_len = header(&file, tensors).len() as u64;
+        file.header_len
+    };
+    let header_len = place_from(0, &mut tensors);
+    assert_eq!(place_from(header_len, &mut tensors), header_len);
     let recipe = RecipeOptions::default().build().unwrap();
     let (scale_sets, side_files, warnings) = Default::default();
     Plan { recipe, tensors, files: vec![file], scale_sets, config: None, side_files, warnings }
