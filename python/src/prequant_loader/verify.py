@@ -1,6 +1,6 @@
 """Verifies a folder against its manifest, as `prequant verify` does: all that clients load must be as it was written.
 
-Files are read piece by piece. The manifest is held in memory as Python has it, about eight times its size.
+Files are read piece by piece. The manifest is held in memory as Python has it, about four times its size.
 """
 
 from __future__ import annotations
