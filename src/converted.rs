@@ -84,8 +84,7 @@ impl<'a> Converted<'a> {
         self.small.read(span)
     }
 
-    /// The error that the files aren't what the manifest says.
-    pub(crate) fn malformed(&self, why: String) -> Error {
+    fn malformed(&self, why: String) -> Error {
         malformed(self.source, why)
     }
 }

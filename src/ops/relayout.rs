@@ -75,8 +75,9 @@ impl Relayout {
         let origin = origin(converted, &manifest)?;
         let old = Plan::new(&origin, manifest.recipe.clone())?;
         check_manifest(path, &old, &manifest)?;
-        let mut converted = Converted::new(converted, &manifest)?;
-        check_quant_states(&mut converted, &old)?;
+        let source = converted;
+        let mut converted = Converted::new(source, &manifest)?;
+        check_quant_states(source, &mut converted, &manifest, &old)?;
         let plan = Plan::new(&origin, recipe)?;
         let old_names: HashMap<&str, &PlannedTensor> = old.tensors.iter().map(|t| (&*t.name, t)).collect();
         let (records, is_old) =
@@ -225,23 +226,31 @@ fn check_manifest(path: &Path, plan: &Plan, manifest: &Manifest) -> Result<()> {
     Err(Error::Relayout { path: path.to_owned(), why, hint: None })
 }
 
-/// Whether the quant_states that are there are those of the plan: some are copied, and clients decode by them.
-fn check_quant_states(converted: &mut Converted<'_>, plan: &Plan) -> Result<()> {
+/// Whether the quant_states that are there are the manifest's and the plan's: some are copied, and clients decode by them.
+fn check_quant_states(source: &Source, converted: &mut Converted<'_>, manifest: &Manifest, plan: &Plan) -> Result<()> {
     let codec = plan.recipe.codec();
     let suffix = codec.suffix(OutputKind::QuantState).unwrap_or_default();
+    let outputs = manifest.tensors.iter().flat_map(|record| &record.outputs);
+    let hashes: HashMap<&str, Sha256Hash> = outputs.map(|output| (output.name.as_str(), output.sha256)).collect();
     for tensor in &plan.tensors {
         let Decision::Quantize(dtype) = tensor.decision else { continue };
         let name = format!("{}{suffix}", tensor.name);
-        let state = ParsedQuantState::parse(&converted.quant_state(&name)?);
-        let what = match &state {
+        let json = converted.quant_state(&name)?;
+        let sha256 = Sha256Hash::of(&json);
+        let what = match ParsedQuantState::parse(&json) {
+            _ if hashes.get(name.as_str()) != Some(&sha256) => {
+                Some(format!("its SHA-256 is {sha256}, which isn't {MANIFEST_NAME}'s"))
+            }
             Err(error) => Some(error.to_string()),
             Ok(state) if state.shape[..] != tensor.shape[..] => {
-                Some(format!("says the shape is {:?}, expected {:?}", state.shape, tensor.shape))
+                Some(format!("it says that the shape is {:?}, expected {:?}", state.shape, tensor.shape))
             }
-            Ok(state) => state.differences(&codec, dtype).into_iter().next(),
+            Ok(state) => state.differences(&codec, dtype).into_iter().next().map(|what| format!("it {what}")),
         };
         if let Some(what) = what {
-            return Err(converted.malformed(format!("{name:?} {what}")));
+            let file = &source.files[converted.tensor(&name)?.0.file];
+            let why = format!("tensor {name:?}: {what}; download the file again, or convert the source again");
+            return Err(Error::Malformed { path: file.location.path().to_owned(), why, hint: Some(Hint::Verify) });
         }
     }
     Ok(())

@@ -21,7 +21,12 @@ fn run(arguments: &[&str], from: &Path, to: &Path) -> Run {
 fn converted() -> Folder {
     let folder = Folder::new("qwen3_moe");
     run(&["convert", "--max-shard-size", "200kB"], &fixture(), &folder.beside("shards")).ok();
-    run(&["convert", "--experts", "fuse"], &folder.beside("shards"), &folder.beside("relaid")).ok();
+    run(
+        &["convert", "--experts", "fuse", "--max-shard-size", "5GB"],
+        &folder.beside("shards"),
+        &folder.beside("relaid"),
+    )
+    .ok();
     folder
 }
 

@@ -113,7 +113,9 @@ def check_config(checkpoint: Checkpoint, config: Any) -> None:
         if quant_type is not None and tensor.quant_type != quant_type:
             found, expected = f"it is {tensor.quant_type}", f"{quant_type}, as config.json's bnb_4bit_quant_type says"
             raise _misfit(tensor, found, expected, CONVERT_AGAIN)
-        if is_double is not None and (tensor.nested_block_size is not None) != is_double:
+        # save_pretrained writes experts that were put together with their scales as they are in the model: restored to f32.
+        is_restored = is_double and len(tensor.shape) == 3
+        if is_double is not None and not is_restored and (tensor.nested_block_size is not None) != is_double:
             found = f"its scales are {'not ' if is_double else ''}quantized"
             expected = f"what config.json says: bnb_4bit_use_double_quant is {is_double}"
             raise _misfit(tensor, found, expected, CONVERT_AGAIN)
