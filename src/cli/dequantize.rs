@@ -13,7 +13,7 @@ use super::output::{self, Outcome};
 use super::progress::{Reporter, Style};
 use super::streams::tell;
 use super::trace::Tracing;
-use super::words::count;
+use super::words::{Limit, count};
 use super::{hints, interrupt};
 
 /// Decode a quantized checkpoint to bf16.
@@ -84,6 +84,9 @@ fn dequantize(arguments: &Arguments) -> Result<Outcome, Error> {
     let tracing = Tracing::start(arguments.trace.as_deref(), &[&arguments.source, &arguments.destination])?;
     decoding.options.trace = tracing.trace();
     let style = if arguments.quiet { Style::Silent } else { Style::of_stderr() };
+    if !arguments.quiet && !arguments.json {
+        tell(format_args!("memory: at most {}", Limit(decoding.budget.memory)));
+    }
     if !arguments.quiet {
         decoding.plan.warnings.iter().for_each(|warning| tell(format_args!("warning: {}", hints::warning(warning))));
     }

@@ -33,8 +33,8 @@ impl Records {
         let mut by_file: BTreeMap<String, Vec<Range<u64>>> = BTreeMap::new();
         let mut tensors = Tensors::default();
         let mut end_before = 0;
-        let (head, sha256) = read_records(location, &mut |TensorRecord { outputs, .. }, place| {
-            for OutputRecord { name, file, .. } in outputs {
+        let (head, sha256) = read_records(location, &mut |record: TensorRecord, place| {
+            for OutputRecord { name, file, .. } in record.outputs {
                 tensors.add(&name, &file);
                 let parts = match by_file.get_mut(&file) {
                     Some(parts) => parts,
