@@ -16,6 +16,7 @@ use crate::layout::{leftover, recognize};
 use crate::manifest::{FileRecord, LeftOutRecord, Manifest};
 use crate::ops::job::write::{Job, write_sums};
 use crate::ops::options::Options;
+use crate::ops::recorded_source;
 use crate::ops::records;
 use crate::ops::relayout;
 use crate::pipeline::{Budget, Progress};
@@ -56,6 +57,10 @@ pub fn plan(converted: impl Into<Location>, max_shard_size: u64, mut options: Op
         Some(manifest) => (inputs(&source, manifest)?, manifest.recipe.clone()),
         None => ((other_inputs(&source)?, false), Recipe::default()),
     };
+    let edited = match &manifest {
+        Some(manifest) => recorded_source::check(&source, manifest)?,
+        None => Vec::new(),
+    };
     let config = source.config.as_ref().map(|config| {
         let mut gone = recognize::places_in_config(config);
         gone.extend(CONFIG_KEYS.map(|key| vec![key]));
@@ -66,6 +71,7 @@ pub fn plan(converted: impl Into<Location>, max_shard_size: u64, mut options: Op
         config.map_err(|error| Error::malformed(source.location.join(CONFIG_NAME).path(), error.to_string()))?;
     let recipe = Recipe { max_shard_size, ..recipe };
     let mut plan = Plan::decoded(&source, recipe, inputs, config)?;
+    plan.warnings.extend(edited);
     if left_apart {
         plan.warnings.push(
             "experts that the source had fused, with rows and columns exchanged, stay one by one: its model takes them only \

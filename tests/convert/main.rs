@@ -12,8 +12,10 @@ mod devices;
 mod files;
 mod group_configs;
 mod groups;
+mod mutations;
 #[cfg(feature = "test-format")]
 mod mxint4;
+mod recorded;
 mod relayout;
 mod sources;
 mod split;
