@@ -264,5 +264,8 @@ fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
     let manifest = conversion.execute_until(interrupt::flag(), &arguments.destination, &reporter)?;
     reporter.finish();
     let done = summary::Done { conversion: &conversion, destination: &arguments.destination, manifest: &manifest };
+    if !arguments.quiet {
+        done.warnings().iter().for_each(|warning| eprintln!("warning: {warning}"));
+    }
     Ok(done.report(start.elapsed(), arguments.audience()))
 }

@@ -7,6 +7,9 @@
 
 use std::borrow::Cow;
 
+use crate::checkpoint::{Config, Source};
+use crate::models::caution::{self, Doubt};
+use crate::models::evidence::Evidence;
 use crate::models::experts::Hub;
 use crate::models::families::{FAMILIES, compared, families};
 use crate::models::family::Family;
@@ -23,46 +26,68 @@ pub(crate) struct Verdict {
     /// Whether the model makes, or may make, an `nn.Linear` (or `Conv1D`) of the tensor's module: if the tensor is
     /// kept, the module belongs in `llm_int8_skip_modules`.
     pub linear: bool,
+    /// Whether the recipe asks for it by name, whatever else speaks against it.
+    pub included: bool,
+    /// Whether it is kept for want of certainty: a Linear that was taken for something else could be included.
+    pub in_doubt: bool,
     /// A short sentence for people.
     pub reason: Cow<'static, str>,
 }
 
 impl Verdict {
     fn keep(role: Role, linear: bool, reason: &'static str) -> Verdict {
-        Verdict { role, quantize: false, linear, reason: Cow::Borrowed(reason) }
+        Verdict { role, quantize: false, linear, included: false, in_doubt: false, reason: Cow::Borrowed(reason) }
     }
 
     fn quantize(role: Role, linear: bool, reason: &'static str) -> Verdict {
-        Verdict { role, quantize: true, linear, reason: Cow::Borrowed(reason) }
+        Verdict { role, quantize: true, linear, included: false, in_doubt: false, reason: Cow::Borrowed(reason) }
+    }
+
+    /// Kept, although nothing is certain.
+    fn doubt(Doubt { role, reason }: Doubt) -> Verdict {
+        Verdict { role, quantize: false, linear: true, included: false, in_doubt: true, reason }
     }
 }
 
 /// The rules for one checkpoint.
-#[derive(Clone, Debug)]
-pub(crate) struct Rules {
+#[derive(Debug)]
+pub(crate) struct Rules<'s> {
     families: Vec<&'static Family>,
     /// The family of the outermost `model_type`: the only one whose renames hold for whole names.
     outermost: Option<&'static Family>,
     has_model_type: bool,
     compared: bool,
+    evidence: Evidence<'s>,
 }
 
-impl Rules {
+impl<'s> Rules<'s> {
     /// Rules for config.json's `model_type` and those of the configs nested in it, outermost first; empty when there
     /// is no config.
-    pub(crate) fn new(model_types: &[&str]) -> Rules {
+    pub(crate) fn new(model_types: &[&str]) -> Rules<'static> {
         let outermost = model_types.first();
         Rules {
             families: families(model_types).collect(),
             outermost: outermost.and_then(|first| families(&[first]).next()),
             has_model_type: outermost.is_some(),
             compared: outermost.is_some_and(|first| compared().any(|name| name == *first)),
+            evidence: Evidence::default(),
         }
+    }
+
+    /// The same, with what config.json's numbers and the shapes of the other tensors tell.
+    pub(crate) fn of(source: &'s Source) -> Rules<'s> {
+        let model_types = source.config.as_ref().map(Config::model_types).unwrap_or_default();
+        Rules { evidence: Evidence::of(source), ..Rules::new(&model_types) }
     }
 
     /// Whether the architecture was compared, tensor by tensor, with what transformers makes of it.
     pub(crate) fn is_compared(&self) -> bool {
         self.compared
+    }
+
+    /// How many experts a layer has, by every config that says so.
+    pub(crate) fn expert_counts(&self) -> Vec<u64> {
+        self.evidence.experts()
     }
 
     /// Decides about the tensor called `name`, with the shape that the source's header gives.
@@ -71,7 +96,7 @@ impl Rules {
             return Verdict::keep(Role::Unknown, false, "has no elements: nothing to quantize");
         }
         match name.strip_suffix(".weight") {
-            Some(module) => self.weight(module, shape.len()),
+            Some(module) => self.weight(module, shape),
             None => bare_tensor(name, shape.len()),
         }
     }
@@ -92,7 +117,7 @@ impl Rules {
         }
     }
 
-    fn weight(&self, module: &str, rank: usize) -> Verdict {
+    fn weight(&self, module: &str, shape: &[u64]) -> Verdict {
         let name = ModuleName::new(module);
         if name.owner.is_empty() {
             return Verdict::keep(Role::Unknown, false, "no module name to go by: kept in its dtype");
@@ -100,10 +125,10 @@ impl Rules {
         if name.is_norm() {
             return Verdict::keep(Role::Norm, false, "norm: kept in its dtype");
         }
-        match rank {
-            0 | 1 => Verdict::keep(Role::OneDimensional, false, "has one dimension: kept in its dtype"),
-            2 => self.exception(module).unwrap_or_else(|| self.matrix(&name)),
-            3 if name.has("experts") || is_stacked(module) => fused_experts(),
+        match shape[..] {
+            [] | [_] => Verdict::keep(Role::OneDimensional, false, "has one dimension: kept in its dtype"),
+            [rows, columns] => self.exception(module).unwrap_or_else(|| self.matrix(module, [rows, columns])),
+            [_, _, _] if name.has("experts") || is_stacked(module) => fused_experts(),
             _ if name.is_patch_embedding() => {
                 // Some releases of transformers flatten this convolution into a Linear when they load it.
                 Verdict::keep(Role::PatchEmbedding, true, "patch embedding: kept in its dtype")
@@ -120,12 +145,15 @@ impl Rules {
             role: exception.role,
             quantize: !exception.keep,
             linear: exception.linear,
+            included: false,
+            in_doubt: false,
             reason: Cow::Borrowed(exception.reason),
         })
     }
 
-    /// A 2-D `weight`, by the names of its module and the modules around it.
-    fn matrix(&self, name: &ModuleName) -> Verdict {
+    /// A 2-D `weight`, by the names of its module and the modules around it, and by what the checkpoint tells.
+    fn matrix(&self, module: &str, shape: [u64; 2]) -> Verdict {
+        let name = &ModuleName::new(module);
         if name.is_shared_expert_gate() {
             return Verdict::keep(
                 Role::SharedExpertGate,
@@ -148,7 +176,9 @@ impl Rules {
         if name.is_convolution() {
             return Verdict::keep(Role::Convolution, !self.compared, "named like a convolution: kept in its dtype");
         }
-        self.linear(name)
+        // What names say of an architecture that was compared is known to be true.
+        let doubt = if self.compared { None } else { caution::doubt(module, shape, &self.evidence) };
+        doubt.map_or_else(|| self.linear(name), Verdict::doubt)
     }
 
     fn linear(&self, name: &ModuleName) -> Verdict {

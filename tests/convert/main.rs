@@ -4,6 +4,8 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod caution;
+mod clients;
 mod cold;
 mod conversion;
 mod dequantize;
@@ -18,3 +20,4 @@ mod sources;
 mod split;
 mod unreadable;
 mod verify;
+mod warnings;

@@ -10,7 +10,7 @@ use crate::plan::{Decision, PlannedTensor};
 ///
 /// # Errors
 /// When an entry would also match a module that is quantized.
-pub(crate) fn list(rules: &Rules, tensors: &[PlannedTensor], linear: &[bool]) -> Result<Vec<String>> {
+pub(crate) fn list(rules: &Rules<'_>, tensors: &[PlannedTensor], linear: &[bool]) -> Result<Vec<String>> {
     let mut kept = Vec::new();
     let mut quantized = Vec::new();
     for (tensor, linear) in tensors.iter().zip(linear) {
@@ -36,7 +36,7 @@ pub(crate) fn list(rules: &Rules, tensors: &[PlannedTensor], linear: &[bool]) ->
 }
 
 /// An entry of a skip list that clients would take to mean a quantized tensor's module, and that module.
-pub(crate) fn clash(rules: &Rules, entries: &[&str], quantized: &[&str]) -> Option<(String, String)> {
+pub(crate) fn clash(rules: &Rules<'_>, entries: &[&str], quantized: &[&str]) -> Option<(String, String)> {
     let modules = Modules::new(quantized.iter().flat_map(|tensor| rules.module_names(tensor)).collect());
     entries.iter().find_map(|entry| Some(((*entry).to_owned(), modules.matched_by(entry)?)))
 }

@@ -9,7 +9,7 @@ use crate::models::{Role, Rules};
 use crate::plan::{Decision, PlannedTensor};
 
 /// The Linear modules that are kept: whole names, or a pattern for all experts of a layer if none is quantized.
-pub(crate) fn list(rules: &Rules, tensors: &[PlannedTensor], linear: &[bool], layout: Layout) -> Vec<String> {
+pub(crate) fn list(rules: &Rules<'_>, tensors: &[PlannedTensor], linear: &[bool], layout: Layout) -> Vec<String> {
     let container = |module: &str| module.find(".experts.").map(|at| module[..at + ".experts".len()].to_owned());
     let quantized = tensors.iter().filter(|tensor| tensor.decision != Decision::Keep);
     let quantized: HashSet<String> = quantized.flat_map(|tensor| names(rules, tensor)).collect();
@@ -35,7 +35,7 @@ pub(crate) fn list(rules: &Rules, tensors: &[PlannedTensor], linear: &[bool], la
 }
 
 /// A module as transformers calls it, and as the checkpoint does: vLLM maps that to its own names.
-fn names(rules: &Rules, tensor: &PlannedTensor) -> Vec<String> {
+fn names(rules: &Rules<'_>, tensor: &PlannedTensor) -> Vec<String> {
     let mut names = rules.module_names(&tensor.name);
     let on_disk = tensor.name.strip_suffix(".weight").unwrap_or(&tensor.name);
     if names.iter().all(|name| name != on_disk) {
@@ -53,7 +53,12 @@ fn pattern(container: &str) -> String {
 }
 
 /// An entry of [`list`] that clients would take to mean a quantized weight's module, and that module.
-pub(crate) fn clash(rules: &Rules, layout: Layout, entries: &[&str], quantized: &[&str]) -> Option<(String, String)> {
+pub(crate) fn clash(
+    rules: &Rules<'_>,
+    layout: Layout,
+    entries: &[&str],
+    quantized: &[&str],
+) -> Option<(String, String)> {
     let modules: Vec<String> = quantized.iter().flat_map(|weight| rules.module_names(weight)).collect();
     entries.iter().find_map(|entry| {
         let pattern = match (entry.strip_prefix("re:"), layout) {
