@@ -6,6 +6,7 @@ mod support;
 
 mod caution;
 mod clients;
+mod coded_sources;
 mod cold;
 mod conversion;
 mod dequantize;
