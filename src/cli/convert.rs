@@ -271,7 +271,7 @@ fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
     reporter.finish();
     let done = summary::Done { conversion: &conversion, destination: &arguments.destination, manifest: &manifest };
     if !arguments.quiet {
-        done.warnings().iter().for_each(|warning| eprintln!("warning: {warning}"));
+        done.warnings().iter().for_each(|warning| tell(format_args!("warning: {warning}")));
     }
     Ok(done.report(start.elapsed(), arguments.audience()))
 }

@@ -17,7 +17,7 @@ const PROJECTIONS: &str = include_str!("data/projections.txt");
 const OF_PREDICTION: &[&str] = &["eh_proj", "mtp_linear_proj"];
 
 /// Fewer rows make a gate, a score or a label, not a projection.
-const FEWEST_ROWS: u64 = 16;
+const FEWEST_ROWS: u64 = 8;
 
 /// Why a matrix may be no Linear's.
 #[derive(Debug, PartialEq)]

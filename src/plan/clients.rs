@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use super::scale_sets::{Merged, merged};
 use super::split::Decided;
 use super::{Decision, PlannedTensor};
-use crate::error::Warning;
+use crate::error::{Hint, Warning};
 use crate::format::{Codec, Layout};
 use crate::models::{Role, Rules, Verdict, kept_for_training, towers};
 
@@ -56,42 +56,67 @@ fn is_plain_in_vllm(module: &str) -> bool {
 /// Linears that become one when they are loaded: those beside each other that vLLM merges, or one alone.
 type Set = (String, Vec<usize>);
 
-/// The matrices of a dense Linear among `tensors`, each set with the sum of its rows.
+/// The dense Linears among `tensors` by what is made one of them, each set with the sum of its rows. Where a checkpoint has some
+/// of a set only, nothing is known of the whole.
 fn sets<'a>(tensors: impl Iterator<Item = (&'a str, Role, &'a [u64])>) -> Vec<(Set, u64)> {
     let mut places: HashMap<Merged<'a>, usize> = HashMap::new();
-    let mut sets: Vec<(Set, u64)> = Vec::new();
+    let mut sets: Vec<(Set, u64, usize)> = Vec::new();
     for (i, (name, role, shape)) in tensors.enumerate() {
         let (Role::Linear, [rows, _]) = (role, shape) else { continue };
-        let next = sets.len();
-        let place = merged(name).map_or(next, |with| *places.entry(with).or_insert(next));
+        let (next, with) = (sets.len(), merged(name));
+        let place = with.map_or(next, |with| *places.entry(with).or_insert(next));
         match sets.get_mut(place) {
-            Some(((_, members), sum)) => {
+            Some(((_, members), sum, _)) => {
                 members.push(i);
                 *sum += rows;
             }
-            None => sets.push(((name.to_owned(), vec![i]), *rows)),
+            None => sets.push(((name.to_owned(), vec![i]), *rows, with.map_or(1, |(_, names)| names.len()))),
         }
     }
-    sets
+    let whole = sets.into_iter().filter(|((_, members), _, of)| members.len() == *of);
+    whole.map(|(set, rows, _)| (set, rows)).collect()
 }
 
-/// Keeps Linears of so many rows, together with those that vLLM merges them with, that no 4-bit kernel takes them.
+/// Keeps Linears that vLLM merges into one of so many rows that no 4-bit kernel takes it.
 pub(super) fn keep_odd_rows(codec: &Codec, decided: &mut [Decided]) {
     if codec.is_blocks() || codec.layout() == Some(Layout::GptOss) {
         return;
     }
     let all = decided.iter().map(|(input, verdict, _)| (&*input.name, verdict.role, &*input.shape));
-    for ((_, members), rows) in sets(all).into_iter().filter(|(_, rows)| !rows.is_multiple_of(KERNEL_ROWS)) {
-        let together = if members.len() > 1 { " with what vLLM merges it with" } else { "" };
+    for ((_, members), rows) in sets(all).into_iter().filter(|((_, members), rows)| members.len() > 1 && is_odd(*rows))
+    {
         for i in members {
             let (_, verdict, decision) = &mut decided[i];
             if verdict.quantize && !verdict.included {
-                let why = format!("{rows} rows{together}, not a multiple of {KERNEL_ROWS}: no 4-bit kernel takes them");
-                (verdict.quantize, verdict.reason) = (false, format!("{why}; kept in its dtype").into());
-                *decision = Decision::Keep;
+                let why = format!("{rows} rows with what vLLM merges it with, not a multiple of {KERNEL_ROWS}");
+                verdict.reason = format!("{why}: no 4-bit kernel takes them; kept in its dtype").into();
+                (verdict.quantize, *decision) = (false, Decision::Keep);
             }
         }
     }
+}
+
+fn is_odd(rows: u64) -> bool {
+    !rows.is_multiple_of(KERNEL_ROWS)
+}
+
+/// A Linear of its own that no kernel takes: other servers may pad it.
+pub(super) fn odd_rows_warning(codec: &Codec, tensors: &[PlannedTensor]) -> Option<Warning> {
+    if codec.is_blocks() || codec.layout() == Some(Layout::GptOss) {
+        return None;
+    }
+    let quantized = tensors.iter().filter(|tensor| tensor.decision != Decision::Keep && tensor.role == Role::Linear);
+    let mut odd = quantized.filter(|tensor| merged(&tensor.name).is_none() && is_odd(tensor.shape[0]));
+    let first = odd.next()?;
+    let more = match odd.count() {
+        0 => String::new(),
+        more => format!(", and {more} more,"),
+    };
+    let (name, rows) = (&first.name, first.shape[0]);
+    let message = format!(
+        "{name:?} ({rows} rows){more} can't be served by vLLM: its 4-bit kernels take multiples of {KERNEL_ROWS} rows"
+    );
+    Some(Warning { message, hint: Some(Hint::Exclude) })
 }
 
 /// Names of modules that vLLM cuts by columns where there is more than one GPU; all others are cut by rows, or not at all.

@@ -47,8 +47,9 @@ impl Selection {
             (verdict.quantize, verdict.in_doubt) = (false, false);
             verdict.reason = format!("matches exclude pattern '{pattern}'").into();
         } else if let Some(pattern) = included {
+            verdict.included = matrix;
             if matrix && !verdict.quantize {
-                (verdict.quantize, verdict.included, verdict.in_doubt) = (true, true, false);
+                (verdict.quantize, verdict.in_doubt) = (true, false);
                 verdict.reason = format!("matches include pattern '{pattern}'").into();
             }
         } else if self.only_experts && verdict.quantize && !verdict.role.is_expert() {

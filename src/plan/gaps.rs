@@ -57,8 +57,8 @@ fn numbered(name: &str) -> impl Iterator<Item = (&str, u64, &str)> {
 fn missing(list: &str, modules: &BTreeMap<u64, Contents>, experts: &[u64]) -> impl Iterator<Item = u64> {
     let last = modules.keys().last().copied().unwrap_or(0);
     // Another model in the same checkpoint may have fewer.
-    let fitting = experts.iter().all(|count| *count > last + 1).then(|| experts.iter().min()).flatten();
-    let end = fitting.filter(|_| list.ends_with(EXPERTS)).copied().unwrap_or(last + 1);
+    let fitting = experts.iter().all(|count| *count > last.saturating_add(1)).then(|| experts.iter().min()).flatten();
+    let end = fitting.filter(|_| list.ends_with(EXPERTS)).copied().unwrap_or(last.saturating_add(1));
     // Numbers are the source's to choose: a list is walked by what it has.
     let present: HashSet<u64> = modules.keys().copied().collect();
     let end = end.min(modules.len() as u64 * 2 + 1024);

@@ -23,7 +23,7 @@ fn tables_in_lists_and_under_other_names_are_embeddings() {
         ("encoder.layers.0.attn.rel_pos_emb.weight", &[1025, 128]),
         ("encoder.layers.0.attn.to_q.weight", &[128, 128]),
     ]));
-    for config in [unknown(json!({})), json!({"text_config": {"model_type": "qwen3"}})] {
+    for config in [unknown(json!({})), unknown(json!({"text_config": {"model_type": "qwen3"}}))] {
         let decided = decisions(&folder(&config, &all), &[]);
         let kept = [
             ("model.language_model.layers.0.ple.ple_embedding.ngram_embedding.shard_0.weight", "an embedding"),
@@ -45,6 +45,7 @@ fn rows_that_config_json_counts_are_heads_and_routers() {
     let mut all = dense("transformer.", 128);
     all.extend(tensors([
         ("transformer.output_layer.weight", &[384, 128][..]),
+        ("transformer.last.linear.weight", &[384, 128]),
         ("transformer.layers.0.mlp.linear_a.linear.weight", &[48, 128]),
         ("transformer.layers.0.mlp.other.linear.weight", &[64, 128]),
         ("project_out.weight", &[40, 128]),
@@ -52,7 +53,8 @@ fn rows_that_config_json_counts_are_heads_and_routers() {
         ("transformer.layers.0.mlp.gain.weight", &[1, 128]),
     ]));
     let kept = [
-        ("transformer.output_layer.weight", "384 rows, which is config.json's padded_vocab_size"),
+        ("transformer.output_layer.weight", "an output head"),
+        ("transformer.last.linear.weight", "384 rows, which is config.json's padded_vocab_size"),
         ("transformer.layers.0.mlp.linear_a.linear.weight", "moe_num_experts"),
         ("project_out.weight", "num_classes"),
         ("model.v_head.summary.weight", "an output head"),
@@ -148,7 +150,7 @@ fn what_is_kept_in_doubt_is_listed_with_the_pattern_that_includes_it() {
     let pattern = r"^model\.layers\.\d+\.memory\.\d+\.keys\.weight$";
     let report = dry_run(&folder, &[]);
     assert_eq!(report["in_doubt"], json!([{"include": pattern, "tensors": 2, "bytes": 2 * 2 * 512 * 128}]));
-    let text = folder.convert(&["--dry-run"]).ok().stdout;
+    let text = folder.convert(&["--dry-run", "--force"]).ok().stdout;
     assert!(text.contains(&format!("in doubt: 2 tensors of 262 kB, which --include '{pattern}' quantizes")), "{text}");
     let run = folder.convert(&[]).ok();
     assert!(run.stderr.contains("2 tensors (262 kB) are kept because they may be no Linear's"), "{}", run.stderr);

@@ -158,3 +158,12 @@ fn what_two_gpus_cant_share_is_warned_of() {
     assert_eq!(warning(64, &["--format", "int4", "--group-size", "32"]), None);
     assert_eq!(warning(48, &[]), None);
 }
+
+#[test]
+fn a_linear_of_its_own_that_no_kernel_takes_is_warned_of() {
+    let all = tensors([("model.layers.0.self_attn.o_proj.weight", &[96, 128][..])]);
+    let odd = folder(&json!({"model_type": "llama"}), &all);
+    let warned = |flags: &[&str]| dry_run(&odd, flags)["warnings"].to_string().contains("(96 rows) can't be served");
+    assert!(warned(&["--format", "int4"]));
+    assert!(!warned(&[]));
+}

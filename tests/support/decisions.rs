@@ -25,7 +25,7 @@ pub fn folder(config: &Value, tensors: &[Tensor]) -> Folder {
 
 /// What `--dry-run --json` says.
 pub fn dry_run(folder: &Folder, flags: &[&str]) -> Value {
-    let run = folder.convert(&[&["--dry-run", "--json"], flags].concat()).ok();
+    let run = folder.convert(&[&["--dry-run", "--json", "--force"], flags].concat()).ok();
     serde_json::from_str(&run.stdout).unwrap()
 }
 
