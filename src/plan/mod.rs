@@ -149,15 +149,17 @@ impl Plan {
         recipe.dequantize_source &= source_quantization::has_mxfp4_experts(source);
         let codec = recipe.codec();
         let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
-        let rules = Rules::new(&model_types);
+        let architectures = source.config.as_ref().map(|config| config.architectures()).unwrap_or_default();
+        let rules = Rules::new(&model_types).of_classes(&architectures);
         let decided = decide(source, &recipe, &model_types, &rules)?;
         let linear: Vec<bool> = decided.iter().map(|(_, verdict, _)| verdict.linear).collect();
         let mut tensors: Vec<PlannedTensor> =
             decided.into_iter().map(|decided| PlannedTensor::new(decided, &codec)).collect();
         check_anything_quantized(source, &tensors, &recipe)?;
+        let weights = kept_modules::weights(&tensors, &linear);
         let kept_modules = match codec.layout() {
-            None => kept_modules::bitsandbytes::list(&rules, &tensors, &linear)?,
-            Some(layout) => kept_modules::compressed_tensors::list(&rules, &tensors, &linear, layout),
+            None => kept_modules::bitsandbytes::list(&rules, &weights)?,
+            Some(layout) => kept_modules::compressed_tensors::list(&rules, &weights, layout),
         };
         let config = quantized_config(source, &recipe, &tensors, &kept_modules)?;
         let warnings = warnings(source, &recipe, &rules, &tensors, &linear);

@@ -3,8 +3,8 @@
 use serde_json::Value;
 
 use crate::models::experts::ExpertParameter;
-use crate::models::families::{compared, families};
-use crate::models::names::{match_end, skip_entry_matches};
+use crate::models::families::families;
+use crate::models::names::match_end;
 use crate::models::{Role, Rules};
 
 const GOLDEN: &str = include_str!("../data/architectures.json");
@@ -126,18 +126,13 @@ fn shape(rank: usize) -> Vec<u64> {
 /// transformers' should_convert_module, which matches an entry of llm_int8_skip_modules.
 fn skips(entry: &str, module: &str) -> bool {
     let starts = regex::Regex::new(&format!(r"^(?:{entry})(?:\.|$)")).unwrap();
-    let matches = starts.is_match(module) || module.ends_with(entry);
-    if !entry.contains('\\') {
-        assert_eq!(skip_entry_matches(entry, module), matches, "{entry} {module}");
-    }
-    matches
+    starts.is_match(module) || module.ends_with(entry)
 }
 
 #[test]
 fn decisions_equal_transformers_for_every_tensor_of_every_architecture() {
     let mut wrong = Vec::new();
     for class in golden() {
-        assert!(class.rules().is_compared(), "{} isn't in data/compared.txt", class.model_types[0]);
         wrong.extend(mismatches(&class, &class.rules()));
     }
     assert!(wrong.is_empty(), "{} mismatches:\n{}", wrong.len(), wrong.join("\n"));
@@ -154,14 +149,6 @@ fn what_is_kept_by_intent_is_kept_for_its_role() {
             assert!(ALWAYS_KEPT.iter().any(listed), "{} {}: {role:?}", class.name, row.name);
         }
     }
-}
-
-#[test]
-fn the_list_of_compared_architectures_is_the_golden_files() {
-    let mut types: Vec<String> = golden().into_iter().map(|class| class.model_types[0].clone()).collect();
-    types.sort();
-    types.dedup();
-    assert_eq!(types, compared().collect::<Vec<_>>());
 }
 
 #[test]
@@ -242,7 +229,7 @@ fn the_skip_list_matches_every_kept_linear_and_no_quantized_one() {
         let linears = || class.rows.iter().filter(|row| row.is_linear());
         let kept = |row: &&Row| !rules.classify(&row.name, &shape(row.rank)).quantize;
         let mut entries: Vec<String> = linears().filter(kept).flat_map(|row| rules.module_names(&row.name)).collect();
-        entries.extend(rules.off_disk_modules().into_iter().map(str::to_owned));
+        entries.extend(rules.off_disk_modules());
         let must_skip = linears().filter(kept).flat_map(|row| &row.modules).chain(&class.off_disk);
         for module in must_skip.filter(|module| !entries.iter().any(|entry| skips(entry, module))) {
             wrong.push(format!("{}: {module} isn't skipped", class.name));
