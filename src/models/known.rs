@@ -15,8 +15,10 @@ pub(super) struct Known {
     pub(super) reason: &'static str,
 }
 
-const SPLIT: &str = "its rows are put in other places when the model is loaded, which a 4-bit tensor can't be: kept in its dtype";
-const CONV1D: &str = "Conv1D stores [in, out], 4-bit modules [out, in], and prequant doesn't transpose it: kept in its dtype";
+const SPLIT: &str =
+    "its rows are put in other places when the model is loaded, which a 4-bit tensor can't be: kept in its dtype";
+const CONV1D: &str =
+    "Conv1D stores [in, out], 4-bit modules [out, in], and prequant doesn't transpose it: kept in its dtype";
 const SUBCLASS: &str =
     "of a subclass of nn.Linear: transformers makes 4-bit modules of nn.Linear itself only; kept in its dtype";
 const FP32: &str = "transformers keeps it in f32 (_keep_in_fp32_modules) and never makes it 4-bit";

@@ -149,7 +149,11 @@ impl Rules {
             return Verdict::keep(Role::Embedding, !self.is_compared(), "embedding: kept in its dtype");
         }
         if name.is_convolution() {
-            return Verdict::keep(Role::Convolution, !self.is_compared(), "named like a convolution: kept in its dtype");
+            return Verdict::keep(
+                Role::Convolution,
+                !self.is_compared(),
+                "named like a convolution: kept in its dtype",
+            );
         }
         self.linear(name)
     }
@@ -281,7 +285,7 @@ mod tests {
         assert_eq!(llava.module_names(tensor)[0], "model.vision_tower.encoder.layers.0.mlp.fc1");
         assert_eq!(llava.module_names("language_model.lm_head.weight"), ["lm_head"]);
         assert_eq!(llava.module_names("model.language_model.norm.weight"), ["model.language_model.norm"]);
-        let qwen = Rules::new(&["qwen3_5_moe", "qwen3_5_moe_text"]);
+        let qwen = Rules::new(&["qwen3_5_moe", "qwen3_5_moe_text"]).of_classes(&["Qwen3_5MoeForConditionalGeneration"]);
         let gate = "model.language_model.layers.0.mlp.shared_expert_gate";
         assert_eq!(qwen.module_names(&format!("{gate}.weight")), [gate, "model.layers.0.mlp.shared_expert_gate"]);
     }

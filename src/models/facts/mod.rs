@@ -84,7 +84,8 @@ impl Facts {
     /// What a tensor of this name and number of dimensions is: more than one kind if layers differ. Empty if no class
     /// has it.
     pub(crate) fn kinds(&self, tensor: &str, rank: usize) -> Vec<Kind> {
-        let find = |tensor: &str| self.classes.iter().map(|class| class.kinds(tensor, rank)).find(|kinds| !kinds.is_empty());
+        let find =
+            |tensor: &str| self.classes.iter().map(|class| class.kinds(tensor, rank)).find(|kinds| !kinds.is_empty());
         let wrapped = || {
             // In a wrapper that isn't known, a model that is keeps its names below the wrapper's own.
             let inner = tensor.match_indices('.').map(|(at, _)| &tensor[at + 1..]).take(WRAPPERS);

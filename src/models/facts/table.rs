@@ -161,7 +161,9 @@ impl Class {
     /// All that is known of a tensor's name.
     fn find(&self, tensor: &str) -> Option<&[(Kind, usize)]> {
         let (path, own) = match tensor.strip_suffix(".weight") {
-            Some(module) => module.rsplit_once('.').map_or(("", module.to_owned()), |(path, own)| (path, own.to_owned())),
+            Some(module) => {
+                module.rsplit_once('.').map_or(("", module.to_owned()), |(path, own)| (path, own.to_owned()))
+            }
             None => tensor.rsplit_once('.').map_or(("", format!(".{tensor}")), |(path, own)| (path, format!(".{own}"))),
         };
         let mut module = &self.root;

@@ -15,7 +15,9 @@ pub(crate) fn list(rules: &Rules, weights: &[Weight]) -> Result<Vec<String>> {
     let quantized = weights.iter().filter(|weight| weight.quantized);
     let quantized = Modules::new(quantized.flat_map(|weight| rules.module_names(weight.name)).collect());
     let mut entries = Entries { quantized, seen: HashSet::new(), list: Vec::new() };
-    for weight in weights.iter().filter(|weight| !weight.quantized && (weight.linear || weight.role == Role::ExpertLinear)) {
+    // vLLM has Linears for routers and for experts one by one.
+    let listed = |weight: &&Weight| weight.linear || matches!(weight.role, Role::ExpertLinear | Role::Router);
+    for weight in weights.iter().filter(|weight| !weight.quantized).filter(listed) {
         let mut modules = rules.module_names(weight.name).into_iter();
         // The first is what the class of config.json calls it, others what further classes do.
         if let Some(module) = modules.next()

@@ -2,7 +2,6 @@
 
 use std::collections::{HashMap, HashSet};
 
-
 use super::matching::Modules;
 use super::{Weight, container};
 use crate::format::Layout;
@@ -19,9 +18,13 @@ const MANY: usize = 8;
 pub(crate) fn list(rules: &Rules, weights: &[Weight], layout: Layout) -> Vec<String> {
     let quantized = weights.iter().filter(|weight| weight.quantized);
     let quantized = Modules::new(quantized.flat_map(|weight| names(rules, weight)).collect());
-    // ModelOpt lists them too.
-    let listed = |weight: &Weight| layout == Layout::Modelopt && weight.role == Role::Embedding;
-    let kept = weights.iter().filter(|w| !w.quantized && (w.linear || w.role.is_expert() || listed(w)));
+    // vLLM has plain Linears for routers and for what transformers makes of subclasses of nn.Linear.
+    let listed = |weight: &&Weight| match weight.role {
+        Role::Linear | Role::Router | Role::ExpertLinear | Role::FusedExperts => true,
+        Role::Embedding => weight.linear || layout == Layout::Modelopt, // ModelOpt lists them too.
+        _ => weight.linear,
+    };
+    let kept = weights.iter().filter(|weight| !weight.quantized).filter(listed);
     let mut seen = HashSet::new();
     let modules = kept.flat_map(|weight| names(rules, weight).into_iter().map(|module| (weight.role, module)));
     let kept: Vec<(Role, String)> = modules.filter(|(_, module)| seen.insert(module.clone())).collect();
@@ -76,7 +79,8 @@ fn patterns(kept: &[(Role, String)], quantized: &Modules) -> HashMap<String, Str
     }
     let fits = |pattern: &str| quantized.matched_by(pattern).is_none();
     let many = alike.into_iter().filter(|(pattern, modules)| modules.len() >= MANY && fits(pattern));
-    many.flat_map(|(pattern, modules)| modules.into_iter().map(move |m| (m.to_owned(), format!("re:{pattern}")))).collect()
+    many.flat_map(|(pattern, modules)| modules.into_iter().map(move |m| (m.to_owned(), format!("re:{pattern}"))))
+        .collect()
 }
 
 /// A pattern for all of the largest module around this one that has nothing quantized and isn't one of many.

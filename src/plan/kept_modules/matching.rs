@@ -81,3 +81,59 @@ fn begins_with<'n>(names: &'n [String], at: usize, entry: &[u8]) -> Option<&'n s
 fn reverse(name: &str) -> String {
     name.chars().rev().collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[derive(Deserialize)]
+    struct Golden {
+        modules: Vec<String>,
+        /// By client, and by entry: the modules that it means.
+        clients: BTreeMap<String, BTreeMap<String, BTreeSet<String>>>,
+    }
+
+    fn golden() -> Golden {
+        serde_json::from_str(include_str!("data/matching.json")).unwrap()
+    }
+
+    #[test]
+    fn an_entry_means_what_some_release_of_transformers_takes_it_to_mean() {
+        let Golden { modules, clients } = golden();
+        let of_transformers: Vec<_> = clients.iter().filter(|(client, _)| client.starts_with("transformers")).collect();
+        assert_eq!(of_transformers.len(), 2);
+        for entry in of_transformers[0].1.keys() {
+            let theirs: BTreeSet<&String> = of_transformers.iter().flat_map(|(_, answers)| &answers[entry]).collect();
+            let is_meant = |module: &&String| Modules::new(vec![(*module).clone()]).skipped_by(entry).is_some();
+            assert_eq!(modules.iter().filter(is_meant).collect::<BTreeSet<_>>(), theirs, "{entry}");
+            let found = Modules::new(modules.clone()).skipped_by(entry).map(Cow::into_owned);
+            assert_eq!(found.is_some(), !theirs.is_empty(), "{entry}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn patterns_and_names_mean_what_compressed_tensors_takes_them_to_mean() {
+        let Golden { modules, clients } = golden();
+        let (_, answers) = clients.iter().find(|(client, _)| client.starts_with("compressed-tensors")).unwrap();
+        for (entry, theirs) in answers {
+            let is_meant = |module: &&String| {
+                let module = Modules::new(vec![(*module).clone()]);
+                entry.strip_prefix("re:").map_or(module.has(entry), |pattern| module.matched_by(pattern).is_some())
+            };
+            assert_eq!(modules.iter().filter(is_meant).cloned().collect::<BTreeSet<_>>(), *theirs, "{entry}");
+        }
+    }
+
+    #[test]
+    fn what_is_inside_a_module_is_found() {
+        let modules = Modules::new(["a.b.c", "a.bc", "ab.c"].map(str::to_owned).to_vec());
+        assert_eq!(modules.inside("a"), Some("a.b.c"));
+        assert_eq!(modules.inside("a.b"), Some("a.b.c"));
+        assert_eq!(modules.inside("a.b.c"), None);
+        assert_eq!(modules.inside("b"), None);
+    }
+}

@@ -98,7 +98,8 @@ def on_disk(loaded):
 # Kinds of an exact nn.Linear.
 LINEARS = {"linear", "fp32", "head", "tied", "last", "labels", "in_router", "cut"}
 
-ROUTER = re.compile(r"(Router|Gate|Gating)(Block|Layer|Network)?$")
+# Classes of routers; other gates are gates of attention.
+ROUTER = re.compile(r"(Router|TopKGating|MoE\w*Gate)$")
 
 
 def kind_of(loaded, key):

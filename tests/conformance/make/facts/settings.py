@@ -5,6 +5,11 @@ ROPE_BY_LAYER_TYPE = {
     kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
 }
 
+QWEN4_INDEXER = {
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 64, "indexer_budget": 64, "indexer_compress_ratio": 4,
+    "ple_embed_dim": 64,
+}
+
 # By model type: what is set. Keys of nested configs come after a dot; a value that ends in Config is such a config by default.
 SETTINGS = {
     "nemotron": {"num_key_value_heads": 8},
@@ -25,7 +30,12 @@ SETTINGS = {
     },
     "autoformer": {"prediction_length": 24},
     "informer": {"prediction_length": 24},
-    "time_series_transformer": {"prediction_length": 24},
+    "time_series_transformer": {"prediction_length": 24, "context_length": 24},
+    "qwen3_omni_moe": {"talker_config.text_config.shared_expert_intermediate_size": 768},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 768},
+    "qwen4_exp": {f"text_config.{key}": value for key, value in QWEN4_INDEXER.items()},
+    "qwen4_exp_text": QWEN4_INDEXER,
+    "vilt": {"num_images": 2},
     "aya_vision": {"vision_config.num_attention_heads": 16},
     "beit": {"out_indices": [3, 5, 7, 11]},
     "bridgetower": {"contrastive_hidden_size": 512},
