@@ -162,9 +162,10 @@ impl Plan {
         let mut tensors: Vec<PlannedTensor> =
             decided.into_iter().map(|decided| PlannedTensor::new(decided, &codec)).collect();
         check_anything_quantized(source, &tensors, &recipe)?;
+        let weights = kept_modules::weights(&tensors, &linear);
         let kept_modules = match codec.layout() {
-            None => kept_modules::bitsandbytes::list(&rules, &tensors, &linear)?,
-            Some(layout) => kept_modules::compressed_tensors::list(&rules, &tensors, &linear, layout),
+            None => kept_modules::bitsandbytes::list(&rules, &weights)?,
+            Some(layout) => kept_modules::compressed_tensors::list(&rules, &weights, layout),
         };
         let config = quantized_config(source, &recipe, &tensors, &kept_modules)?;
         let warnings = warnings::of(source, &recipe, &rules, &tensors, &linear);

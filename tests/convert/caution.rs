@@ -23,7 +23,7 @@ fn tables_in_lists_and_under_other_names_are_embeddings() {
         ("encoder.layers.0.attn.rel_pos_emb.weight", &[1025, 128]),
         ("encoder.layers.0.attn.to_q.weight", &[128, 128]),
     ]));
-    for config in [unknown(json!({})), unknown(json!({"text_config": {"model_type": "qwen3"}}))] {
+    for config in [unknown(json!({})), json!({"model_type": "llama"})] {
         let decided = decisions(&folder(&config, &all), &[]);
         let kept = [
             ("model.language_model.layers.0.ple.ple_embedding.ngram_embedding.shard_0.weight", "an embedding"),
@@ -80,7 +80,7 @@ fn heads_and_routers_that_are_added_to_a_known_model_are_kept() {
         ("model.layers.0.mlp.gate.weight_noise.weight", &[4, 128]),
         ("model.layers.0.mlp.calculator.experts.weight_gate.0", &[64, 128]),
     ]));
-    for config in [unknown(json!({})), unknown(json!({"num_experts": 4}))] {
+    for config in [json!({"model_type": "qwen2"}), unknown(json!({"num_experts": 4}))] {
         let folder = folder(&config, &all);
         assert_eq!(quantized(&folder, &[]).len(), 7, "{:?}", quantized(&folder, &[]));
         let kept = [

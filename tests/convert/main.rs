@@ -14,6 +14,7 @@ mod devices;
 mod files;
 mod group_configs;
 mod groups;
+mod modules;
 #[cfg(feature = "test-format")]
 mod mxint4;
 mod relayout;

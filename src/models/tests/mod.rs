@@ -1,5 +1,5 @@
 //! Every row against what transformers and vLLM do, by the tables in `../data`.
 
-mod architectures;
 mod experts;
+mod facts;
 mod vllm;

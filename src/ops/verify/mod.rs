@@ -191,7 +191,7 @@ fn check_kept_modules(checkpoint: &Checkpoint, config: &Config, found: &serde_js
     let listed: Vec<&str> = listed.into_iter().flatten().filter_map(|entry| entry.as_str()).collect();
     let tensors = checkpoint.manifest.tensors.iter();
     let quantized = tensors.filter(|tensor| tensor.decision == DecisionRecord::Quantize);
-    let rules = Rules::new(&config.model_types());
+    let rules = Rules::new(&config.model_types()).of_classes(&config.architectures());
     let clash = match codec.layout() {
         None => {
             let weights: Vec<&str> = quantized.flat_map(|tensor| &tensor.sources).map(|s| s.name.as_str()).collect();
