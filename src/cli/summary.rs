@@ -4,7 +4,10 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::Duration;
 
-use prequant::{Bytes, Conversion, GroupSize, Layout, ManifestHead, Recipe, Statistics, Weights};
+use prequant::{
+    Bytes, Conversion, Error, GroupSize, Layout, Manifest, ManifestHead, Recipe, SourceTensorRecord, Statistics,
+    Weights,
+};
 use serde_json::{Value, json};
 
 use super::output::{Audience, Outcome};
@@ -19,9 +22,21 @@ pub struct Done<'a> {
     pub conversion: &'a Conversion,
     pub destination: &'a Path,
     pub manifest: &'a ManifestHead,
+    /// How many of its tensors are all zeros, and the first.
+    zeros: (usize, Option<SourceTensorRecord>),
 }
 
-impl Done<'_> {
+impl<'a> Done<'a> {
+    /// Reads of the manifest what isn't held.
+    pub fn new(
+        conversion: &'a Conversion,
+        destination: &'a Path,
+        manifest: &'a ManifestHead,
+    ) -> Result<Done<'a>, Error> {
+        let zeros = Manifest::all_zeros(destination.join("prequant.json"))?;
+        Ok(Done { conversion, destination, manifest, zeros })
+    }
+
     /// What was done, and how long it took.
     pub fn report(&self, elapsed: Duration, audience: Audience) -> Outcome {
         let output = match audience {
@@ -48,7 +63,7 @@ impl Done<'_> {
     }
 
     fn text(&self, elapsed: Duration) -> String {
-        let Done { conversion, destination, manifest } = self;
+        let Done { conversion, destination, manifest, .. } = self;
         let summary = &manifest.summary;
         let read = conversion.plan.source_len();
         let lines = [
@@ -79,7 +94,7 @@ impl Done<'_> {
     }
 
     fn json(&self, elapsed: Duration) -> Value {
-        let Done { conversion, destination, manifest } = self;
+        let Done { conversion, destination, manifest, .. } = self;
         let (read, seconds) = (conversion.plan.source_len(), elapsed.as_secs_f64());
         json!({
             "destination": destination.display().to_string(),
@@ -89,12 +104,26 @@ impl Done<'_> {
             "files": manifest.files,
             "summary": manifest.summary,
             "left_out": manifest.left_out,
-            "warnings": conversion.plan.warnings.iter().map(hints::warning).collect::<Vec<_>>(),
+            "warnings": conversion.plan.warnings.iter().map(hints::warning).chain(self.warnings()).collect::<Vec<_>>(),
             "bytes_read": read,
             "bytes_written": self.written(),
             "seconds": seconds,
             "bytes_per_second": if seconds > 0.0 { read as f64 / seconds } else { 0.0 },
         })
+    }
+
+    /// What is known at the end only, or is worth reading last: matrices without a number in them, and how much isn't quantized.
+    pub fn warnings(&self) -> Vec<String> {
+        let (count, first) = self.zeros.clone();
+        let zeros = first.map(|first| {
+            let what = match count {
+                1 => format!("{:?} is all zeros", first.name),
+                many => format!("{many} matrices are all zeros, {:?} in {:?} first", first.name, first.file),
+            };
+            format!("{what}: an interrupted download leaves such; compare the source's checksums with the hub's")
+        });
+        let share = self.conversion.decisions().left_in_16_bits().as_ref().map(hints::warning);
+        zeros.into_iter().chain(share).collect()
     }
 
     /// Bytes of all files but the manifest and SHA256SUMS.

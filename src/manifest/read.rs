@@ -11,7 +11,8 @@ use serde::de::{self, DeserializeOwned, DeserializeSeed, Deserializer, IgnoredAn
 use serde_json::Value;
 
 use super::{
-    FileRecord, LeftOutRecord, Manifest, ManifestHead, NotHeld, SCHEMA_VERSION, SourceRecord, Summary, Tool, v1,
+    FileRecord, LeftOutRecord, Manifest, ManifestHead, NotHeld, SCHEMA_VERSION, SourceRecord, SourceTensorRecord,
+    Summary, TensorRecord, Tool, v1,
 };
 use crate::error::{Error, IoContext, Result};
 use crate::recipe::ExpertLayout;
@@ -52,6 +53,23 @@ impl ManifestHead {
     /// The same.
     pub fn read_head(location: &Location) -> Result<ManifestHead> {
         Ok(read_records::<IgnoredAny>(location, &mut |_, _| ())?.0)
+    }
+}
+
+impl Manifest {
+    /// How many of a manifest's quantized tensors have no element other than zero, and what the first was made from.
+    ///
+    /// # Errors
+    /// As [`Manifest::read`]'s.
+    pub fn all_zeros(location: impl Into<Location>) -> Result<(usize, Option<SourceTensorRecord>)> {
+        let (mut count, mut first) = (0, None);
+        read_records::<TensorRecord>(&location.into(), &mut |record, _| {
+            if record.is_all_zeros() {
+                count += 1;
+                first = first.take().or_else(|| record.sources.into_iter().next());
+            }
+        })?;
+        Ok((count, first))
     }
 }
 

@@ -25,7 +25,7 @@ pub(crate) struct KeptModules {
 
 struct List {
     codec: Codec,
-    rules: Rules,
+    rules: Rules<'static>,
     entries: Vec<String>,
     /// The end of the names of tensors that hold codes.
     suffix: Cow<'static, str>,
@@ -37,7 +37,12 @@ impl KeptModules {
         let listed = quantization.get(codec.kept_modules_key()).and_then(Value::as_array);
         let entries = listed.into_iter().flatten().filter_map(|entry| entry.as_str().map(str::to_owned)).collect();
         let suffix = codec.suffix(OutputKind::Packed).unwrap_or_default();
-        let list = List { codec, rules: Rules::new(&config.model_types()), entries, suffix };
+        let list = List {
+            codec,
+            rules: Rules::new(&config.model_types()).of_classes(&config.architectures()),
+            entries,
+            suffix,
+        };
         KeptModules { list: Some(list), clash: Mutex::default() }
     }
 

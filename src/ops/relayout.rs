@@ -432,6 +432,7 @@ fn copy(tensor: &PlannedTensor, output: PlacedOutput<'_>, read: Read) -> Planned
         role: tensor.role,
         decision: Decision::Keep,
         reason: tensor.reason.clone(),
+        in_doubt: tensor.in_doubt,
         outputs,
     }
 }

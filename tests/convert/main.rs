@@ -4,6 +4,8 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod caution;
+mod clients;
 mod coded_sources;
 mod cold;
 mod conversion;
@@ -12,6 +14,7 @@ mod devices;
 mod files;
 mod group_configs;
 mod groups;
+mod modules;
 mod mutations;
 #[cfg(feature = "test-format")]
 mod mxint4;
@@ -21,3 +24,4 @@ mod sources;
 mod split;
 mod unreadable;
 mod verify;
+mod warnings;
