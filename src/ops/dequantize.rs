@@ -10,7 +10,7 @@ use std::sync::atomic::AtomicBool;
 use crate::backend::Cpu;
 use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, SUMS_NAME, Source};
 use crate::converted::Converted;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Warning};
 use crate::layout::bitsandbytes::EXPERTS_KEY;
 use crate::manifest::{FileRecord, Manifest};
 use crate::ops::job::write::{Job, write_sums};
@@ -47,22 +47,26 @@ pub struct Dequantization {
 pub fn plan(converted: impl Into<Location>, max_shard_size: u64, mut options: Options) -> Result<Dequantization> {
     let source = Source::open(converted)?;
     let manifest = relayout::manifest_of(&source.location)?;
-    let ((inputs, left_apart), recipe) = match &manifest {
-        Some(manifest) => (inputs(&source, manifest)?, manifest.recipe.clone()),
-        None => ((other_inputs(&source)?, false), Recipe::default()),
+    let (inputs, warnings, recipe) = match &manifest {
+        Some(manifest) => {
+            let (inputs, left_apart) = inputs(&source, manifest)?;
+            let warning = || {
+                "experts that the source had fused, with rows and columns exchanged, stay one by one: its model takes them only \
+                 fused"
+            };
+            (inputs, left_apart.then(|| warning().into()).into_iter().collect(), manifest.recipe.clone())
+        }
+        None => {
+            let (inputs, warnings) = other_inputs(&source)?;
+            (inputs, warnings, Recipe::default())
+        }
     };
     let config = source.config.as_ref().map(|config| config.without(&CONFIG_KEYS)).transpose();
     let config =
         config.map_err(|error| Error::malformed(source.location.join(CONFIG_NAME).path(), error.to_string()))?;
     let recipe = Recipe { max_shard_size, ..recipe };
     let mut plan = Plan::decoded(&source, recipe, inputs, config)?;
-    if left_apart {
-        plan.warnings.push(
-            "experts that the source had fused, with rows and columns exchanged, stay one by one: its model takes them only \
-             fused"
-                .into(),
-        );
-    }
+    plan.warnings = warnings;
     options.hash_source = manifest.is_some(); // what is read must be what its manifest says
     let budget = Budget::new(&plan, options.limits(), &Cpu::detect())?;
     Ok(Dequantization { source, plan, budget, options, manifest })
@@ -129,7 +133,7 @@ impl Dequantization {
 }
 
 /// Every tensor of what another program quantized, decoded.
-fn other_inputs(source: &Source) -> Result<Vec<Input>> {
+fn other_inputs(source: &Source) -> Result<(Vec<Input>, Vec<Warning>)> {
     source_quantization::check_decodes(source)?;
     let inputs = source_quantization::decoded(source)?;
     inputs.ok_or_else(|| {

@@ -150,7 +150,7 @@ impl Plan {
         let codec = recipe.codec();
         let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
         let rules = Rules::new(&model_types);
-        let decided = decide(source, &recipe, &model_types, &rules)?;
+        let (decided, of_source) = decide(source, &recipe, &model_types, &rules)?;
         let linear: Vec<bool> = decided.iter().map(|(_, verdict, _)| verdict.linear).collect();
         let mut tensors: Vec<PlannedTensor> =
             decided.into_iter().map(|decided| PlannedTensor::new(decided, &codec)).collect();
@@ -160,7 +160,8 @@ impl Plan {
             Some(layout) => kept_modules::compressed_tensors::list(&rules, &tensors, &linear, layout),
         };
         let config = quantized_config(source, &recipe, &tensors, &kept_modules)?;
-        let warnings = warnings(source, &recipe, &rules, &tensors, &linear);
+        let mut warnings = warnings(source, &recipe, &rules, &tensors, &linear);
+        warnings.extend(of_source);
         if recipe.fuses_experts() {
             tensors = fuse::fuse(source, &model_types, tensors, &codec)?;
         }
@@ -227,8 +228,13 @@ impl Plan {
     }
 }
 
-/// Decides for each tensor, with fused experts taken apart where the format wants it.
-fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules) -> Result<Vec<Decided>> {
+/// Decides for each tensor, with fused experts taken apart where the format wants it; also what to know of how the source decodes.
+fn decide(
+    source: &Source,
+    recipe: &Recipe,
+    model_types: &[&str],
+    rules: &Rules,
+) -> Result<(Vec<Decided>, Vec<Warning>)> {
     let codec = recipe.codec();
     if codec.layout() == Some(Layout::GptOss) && !families(model_types).any(|family| family.gpt_oss_layout) {
         let (path, why) =
@@ -237,7 +243,8 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
     }
     let mut selection = Selection::new(recipe, rules.clone())?;
     let mut decided = Vec::new();
-    for input in input::inputs(source, recipe.dequantize_source)? {
+    let (inputs, warnings) = input::inputs(source, recipe.dequantize_source)?;
+    for input in inputs {
         let mut verdict = selection.decide(&input.name, &input.shape);
         if !codec.is_blocks() {
             groups::check(source, model_types, &input, &codec, &mut verdict)?;
@@ -253,18 +260,19 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
         decided.push((input, verdict, decision));
     }
     selection.check_patterns()?;
-    match codec.layout() {
-        None => Ok(decided),
+    let decided = match codec.layout() {
+        None => decided,
         Some(Layout::GptOss) => {
             let transposed = decided.into_iter().map(|(input, verdict, decision)| match decision {
                 // What products sum over in rows, of which MXFP4's groups are.
                 Decision::Quantize(_) => (input.transposed(), verdict, decision),
                 Decision::Keep => (input, verdict, decision),
             });
-            Ok(transposed.collect())
+            transposed.collect()
         }
-        Some(_) => split::split_experts(source, model_types, decided),
-    }
+        Some(_) => split::split_experts(source, model_types, decided)?,
+    };
+    Ok((decided, warnings))
 }
 
 fn bits_per_element<'a>(tensors: impl Iterator<Item = &'a PlannedTensor>) -> f64 {

@@ -12,6 +12,7 @@ mod devices;
 mod files;
 mod group_configs;
 mod groups;
+mod integer_sources;
 #[cfg(feature = "test-format")]
 mod mxint4;
 mod relayout;
