@@ -21,7 +21,7 @@ pub(crate) use index::{shard_name, write_index};
 pub(crate) use output::OutputFile;
 pub(crate) use side_files::SideFile;
 pub use source::{Source, SourceFile};
-pub(crate) use staging::{STAGING_NAME, Staging, free_space};
+pub(crate) use staging::{DONE_NAME, STAGING_NAME, Staging, free_space};
 
 /// The index beside the shards.
 pub(crate) const INDEX_NAME: &str = "model.safetensors.index.json";

@@ -8,8 +8,8 @@ use std::time::Instant;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use prequant::{
-    BlockSize, Bytes, Error, ExpertLayout, FORMATS, FormatSpec, GroupSize, Layout, NonFinitePolicy, Options, Recipe,
-    RecipeOptions, Setting, plan, recipe_of,
+    BlockSize, Bytes, Error, ExpertLayout, FORMATS, Finished, FormatSpec, GroupSize, Layout, NonFinitePolicy, Options,
+    Recipe, RecipeOptions, Setting, plan, recipe_of,
 };
 
 use super::output::{self, Audience, Outcome};
@@ -255,11 +255,16 @@ fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
             tell(format_args!("warning: {}", hints::warning(warning)));
         }
     }
-    if !arguments.force
-        && let Some(manifest) = conversion.finished(&arguments.destination)?
-    {
-        let done = summary::Done { conversion: &conversion, destination: &arguments.destination, manifest: &manifest };
-        return Ok(done.already(arguments.audience()));
+    match if arguments.force { Ok(None) } else { conversion.finished(&arguments.destination) } {
+        Ok(None) => {}
+        Ok(Some(Finished { manifest, weights_compared })) => {
+            let done =
+                summary::Done { conversion: &conversion, destination: &arguments.destination, manifest: &manifest };
+            return Ok(done.already(weights_compared, arguments.audience()));
+        }
+        // What an earlier run left, finished, of a source that is another by now.
+        Err(Error::Outdated { .. }) if arguments.restart => conversion.options.force = true,
+        Err(error) => return Err(error),
     }
     let reporter = Reporter::new(arguments.style(), &conversion.plan);
     let manifest = conversion.execute_until(interrupt::flag(), &arguments.destination, &reporter)?;

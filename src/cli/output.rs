@@ -139,6 +139,7 @@ fn exit_code(kind: ErrorKind) -> u8 {
         | ErrorKind::Experts
         | ErrorKind::NothingToQuantize
         | ErrorKind::Destination
+        | ErrorKind::Outdated
         | ErrorKind::SourceChanged
         | ErrorKind::JobChanged => 3,
         ErrorKind::NoSpace

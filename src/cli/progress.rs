@@ -97,6 +97,10 @@ impl Progress for Reporter {
         }
     }
 
+    fn left(&self, file: &str) {
+        self.say(&format!("left as it was, and no part of the checkpoint: {file}"));
+    }
+
     fn advanced(&self, tensor: &str, bytes: u64) {
         match self.style {
             Style::Silent => {}

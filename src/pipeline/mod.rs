@@ -54,6 +54,10 @@ pub trait Progress: Sync {
     fn sealed(&self, file: &str, len: u64);
     /// After a failure: `files` finished files are kept for the next run.
     fn kept(&self, files: usize);
+    /// A checkpoint was replaced: `file` at the destination is no part of the new one, and isn't ours to remove.
+    fn left(&self, file: &str) {
+        let _ = file;
+    }
 }
 
 /// Tells no one.

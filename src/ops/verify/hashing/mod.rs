@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::ops::verify::Options;
 use crate::ops::verify::jobs::{Contents, Job, Opened};
 use crate::store::Sha256Hash;
+use crate::threads;
 use active_file::ActiveFile;
 use lane::Lane;
 use shared_file::SharedFile;
@@ -52,18 +53,13 @@ pub(super) fn hash_all<'a>(
         idle: AtomicUsize::new(0),
         stopped: AtomicBool::new(false),
     };
+    // Without a thread that tells the store, reading waits for it at times.
     thread::scope(|scope| {
-        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(|| hashing.work())).collect();
-        let teller = scope.spawn(|| hashing.tell_store());
-        let panicked = threads.into_iter().map(|thread| thread.join().is_err()).fold(false, |any, one| any | one);
-        hashing.stopped.store(true, Ordering::Relaxed);
-        teller.thread().unpark();
-        match hashing.state().error.take() {
-            Some(error) => Err(error),
-            None if panicked => Err(Error::Stopped),
-            None => Ok(()),
-        }
-    })
+        let _stop = StopAtEnd(&hashing);
+        let _ = thread::Builder::new().spawn_scoped(scope, || hashing.tell_store());
+        threads::share(threads, || hashing.work());
+    });
+    hashing.state().error.take().map_or(Ok(()), Err)
 }
 
 /// What the threads share.
@@ -206,6 +202,16 @@ impl<'a> Hashing<'a> {
 
     fn state(&self) -> MutexGuard<'_, State<'a>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Stops all threads when it goes, in a panic too.
+struct StopAtEnd<'h, 'a>(&'h Hashing<'a>);
+
+impl Drop for StopAtEnd<'_, '_> {
+    fn drop(&mut self) {
+        self.0.stopped.store(true, Ordering::Relaxed);
+        self.0.changed.notify_all();
     }
 }
 
