@@ -9,6 +9,7 @@ use clap::Args;
 use prequant::{Bytes, Contents, Error, StoredWeight, inspect};
 use serde_json::{Value, json};
 
+use super::hints;
 use super::output::{self, Outcome};
 use super::words;
 
@@ -48,7 +49,7 @@ fn by_format(weights: &[StoredWeight]) -> BTreeMap<&str, (usize, u64, u64)> {
     totals
 }
 
-fn text(Contents { files, weights, .. }: &Contents) -> String {
+fn text(Contents { files, weights, warnings, .. }: &Contents) -> String {
     let mut text = String::new();
     let name_width = weights.iter().map(|weight| weight.name.len()).max().unwrap_or(0).min(72);
     let shapes: Vec<String> = weights.iter().map(|weight| format!("{:?}", weight.stored_shape)).collect();
@@ -78,10 +79,11 @@ fn text(Contents { files, weights, .. }: &Contents) -> String {
         words::count(files.len(), "file"),
         bits(bytes, elements)
     );
+    warnings.iter().for_each(|warning| text += &format!("warning: {}\n", hints::warning(warning)));
     text
 }
 
-fn json(Contents { path, model_type, files, weights }: &Contents) -> Value {
+fn json(Contents { path, model_type, files, weights, warnings }: &Contents) -> Value {
     let weight = |weight: &StoredWeight| {
         json!({
             "name": weight.name,
@@ -105,5 +107,6 @@ fn json(Contents { path, model_type, files, weights }: &Contents) -> Value {
         "files": files.iter().map(|(name, size)| json!({"name": name, "size": size})).collect::<Vec<_>>(),
         "formats": formats,
         "tensors": weights.iter().map(weight).collect::<Vec<_>>(),
+        "warnings": warnings.iter().map(hints::warning).collect::<Vec<_>>(),
     })
 }

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use crate::checkpoint::Source;
 use crate::converted::{self, FoundWeight};
-use crate::error::Result;
+use crate::error::{Result, Warning};
+use crate::ops::global_scales;
 
 /// What is in a checkpoint.
 #[derive(Clone, Debug)]
@@ -17,6 +18,8 @@ pub struct Contents {
     pub files: Vec<(String, u64)>,
     /// Its weights: files by name, weights in the order of their bytes.
     pub weights: Vec<StoredWeight>,
+    /// What the user should know before using it.
+    pub warnings: Vec<Warning>,
 }
 
 /// A weight with all tensors that belong to it.
@@ -58,5 +61,6 @@ pub fn inspect(path: impl AsRef<Path>) -> Result<Contents> {
         model_type: config.and_then(|config| config.model_types().first().map(|&name| name.to_owned())),
         files: source.files.iter().map(|file| (file.name.clone(), file.identity.len)).collect(),
         weights: weights.collect(),
+        warnings: global_scales::warning(&source)?.into_iter().collect(),
     })
 }

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::{Decision, PlannedTensor};
 use crate::checkpoint::{Described, header_bytes, shard_name};
-use crate::dtype::{Dtype, byte_len};
+use crate::dtype::{Dtype, FloatDtype, byte_len};
 use crate::format::Codec;
 use crate::layout::OutputKind;
 
@@ -49,7 +49,11 @@ pub struct PlannedFile {
 
 /// What a tensor becomes; offsets are set by [`lay_out`].
 pub(crate) fn outputs(tensor: &PlannedTensor, codec: &Codec) -> Vec<PlannedOutput> {
-    let Decision::Quantize(dtype) = tensor.decision else {
+    let of_codes = match tensor.decision {
+        Decision::Keep => None,
+        Decision::Quantize(_) | Decision::Carry(_) => FloatDtype::of(tensor.dtype),
+    };
+    let Some(dtype) = of_codes else {
         let (dtype, shape, len) = (tensor.dtype, tensor.shape.clone(), tensor.source_len());
         return vec![PlannedOutput { kind: None, suffix: Cow::Borrowed(""), dtype, shape, len, offset: 0 }];
     };

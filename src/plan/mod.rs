@@ -2,6 +2,7 @@
 //!
 //! Once a [`Plan`] stands, every output byte has its file and offset; executing it decides nothing any more.
 
+mod carry;
 mod decide;
 mod fuse;
 mod groups;
@@ -9,6 +10,7 @@ mod input;
 pub(crate) mod kept_modules;
 mod layout;
 mod names;
+mod rescale;
 mod scale_sets;
 pub(crate) mod source_quantization;
 pub(crate) mod split;
@@ -27,6 +29,7 @@ use crate::error::{Error, Hint, Result, Warning};
 use crate::format::{Codec, Layout};
 use crate::layout::OutputKind;
 use crate::layout::bitsandbytes::{EXPERTS_GUARD, EXPERTS_KEY};
+use crate::manifest::Carried;
 use crate::models::families::families;
 use crate::models::{Role, Rules, Verdict};
 use crate::read::Input;
@@ -84,6 +87,8 @@ pub enum Decision {
     Keep,
     /// Quantized, from this dtype.
     Quantize(FloatDtype),
+    /// The source's codes, copied so exactly.
+    Carry(Carried),
 }
 
 impl PlannedTensor {
@@ -119,8 +124,18 @@ impl PlannedTensor {
     pub fn quantized_from(&self) -> Option<FloatDtype> {
         match self.decision {
             Decision::Quantize(dtype) => Some(dtype),
-            Decision::Keep => None,
+            Decision::Keep | Decision::Carry(_) => None,
         }
+    }
+
+    /// Whether it is in the recipe's format in the output: quantized, or carried over.
+    pub fn is_quantized(&self) -> bool {
+        self.decision != Decision::Keep
+    }
+
+    /// Whether its codes are the source's.
+    pub fn is_carried(&self) -> bool {
+        matches!(self.decision, Decision::Carry(_))
     }
 
     /// The output of this kind, with its place among the outputs.
@@ -155,13 +170,14 @@ impl Plan {
         let mut tensors: Vec<PlannedTensor> =
             decided.into_iter().map(|decided| PlannedTensor::new(decided, &codec)).collect();
         check_anything_quantized(source, &tensors, &recipe)?;
+        let of_carried = carry::carry_over(source, &mut tensors, &codec)?;
         let kept_modules = match codec.layout() {
             None => kept_modules::bitsandbytes::list(&rules, &tensors, &linear)?,
             Some(layout) => kept_modules::compressed_tensors::list(&rules, &tensors, &linear, layout),
         };
         let config = quantized_config(source, &recipe, &tensors, &kept_modules)?;
         let mut warnings = warnings(source, &recipe, &rules, &tensors, &linear);
-        warnings.extend(of_source);
+        warnings.extend(of_source.into_iter().chain(of_carried));
         if recipe.fuses_experts() {
             tensors = fuse::fuse(source, &model_types, tensors, &codec)?;
         }
@@ -243,7 +259,7 @@ fn decide(
     }
     let mut selection = Selection::new(recipe, rules.clone())?;
     let mut decided = Vec::new();
-    let (inputs, warnings) = input::inputs(source, recipe.dequantize_source)?;
+    let (inputs, warnings) = input::inputs(source, recipe.dequantize_source || !codec.is_blocks())?;
     for input in inputs {
         let mut verdict = selection.decide(&input.name, &input.shape);
         if !codec.is_blocks() {
@@ -251,6 +267,9 @@ fn decide(
         }
         let decision = match (verdict.quantize, FloatDtype::of(input.dtype)) {
             (false, _) => Decision::Keep,
+            (true, Some(_)) if !recipe.dequantize_source && carry::has_four_bits(&input.read) => {
+                Decision::Carry(Carried::Lossless)
+            }
             (true, Some(dtype)) => Decision::Quantize(dtype),
             (true, None) => {
                 let path = source.files[input.read.first_file()].location.path().to_owned();
@@ -265,7 +284,7 @@ fn decide(
         Some(Layout::GptOss) => {
             let transposed = decided.into_iter().map(|(input, verdict, decision)| match decision {
                 // What products sum over in rows, of which MXFP4's groups are.
-                Decision::Quantize(_) => (input.transposed(), verdict, decision),
+                Decision::Quantize(_) | Decision::Carry(_) => (input.transposed(), verdict, decision),
                 Decision::Keep => (input, verdict, decision),
             });
             transposed.collect()

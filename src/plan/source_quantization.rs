@@ -20,7 +20,8 @@ pub(crate) fn check(source: &Source, recipe: &Recipe) -> Result<()> {
         };
     };
     let hint = match decodes(source)? {
-        true if recipe.dequantize_source || !has_four_bits(source) => return Ok(()),
+        // Formats of groups may hold the source's codes as they are; the plan finds out.
+        true if recipe.dequantize_source || !recipe.codec().is_blocks() || !has_four_bits(source) => return Ok(()),
         true => Some(Hint::DequantizeSource),
         false => None,
     };

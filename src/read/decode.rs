@@ -99,7 +99,7 @@ impl Decode {
     /// A range of whole rows with scales of their own, as a matrix itself.
     pub(super) fn range(&self, start: u64, len: u64) -> Option<Decode> {
         let row = self.bytes_of_row();
-        if self.zero_points.is_some() || self.nested.is_some() || row == 0 {
+        if self.zero_points.is_some() || self.order.is_some() || self.nested.is_some() || row == 0 {
             return None;
         }
         let (first, rows) = (start / row, len / row);
@@ -111,6 +111,19 @@ impl Decode {
             scales: self.scales.range(first / self.group_rows * scale_row, rows.div_ceil(self.group_rows) * scale_row),
             ..self.clone()
         })
+    }
+
+    /// Whether its rows are of so many bytes, with scales of their own and nothing that several share.
+    pub(super) fn has_rows(&self, len: u64) -> bool {
+        let is_alone = self.zero_points.is_none() && self.order.is_none() && self.nested.is_none();
+        is_alone && self.group_rows == 1 && len == self.bytes_of_row()
+    }
+
+    /// Of such rows the `count` rows `first`, `first + step`, …
+    pub(super) fn rows(&self, first: u64, step: u64, count: u64) -> Decode {
+        let codes = self.codes.rows(self.row_len, first, step, count);
+        let scales = self.scales.rows(self.scales_of_row() * self.scale_len(), first, step, count);
+        Decode { rows: count, codes, scales, ..self.clone() }
     }
 
     /// All that it is made of.

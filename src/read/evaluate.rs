@@ -42,6 +42,11 @@ impl Evaluator {
         match read {
             Read::Bytes(span) => fetch(span.part(offset, into.len() as u64), into),
             Read::Decode(decode) => self.decode(decode, offset, into, fetch),
+            Read::Mapped(mapped) => {
+                self.read(&mapped.of, offset, into, fetch)?;
+                into.iter_mut().for_each(|byte| *byte = mapped.table[usize::from(*byte)]);
+                Ok(())
+            }
             Read::Words(words) => self.words(words, offset, into, fetch),
             Read::Nibbles(nibbles) => self.nibbles(nibbles, offset, into, fetch),
             Read::Rows(rows) => self.rows(rows, offset, into, fetch),

@@ -20,7 +20,7 @@ pub(crate) use input::{Input, MAX_EXPERTS};
 pub(crate) use small::SmallTensors;
 pub(crate) use tensors::Tensors;
 pub(crate) use words::Change;
-use words::{Nibbles, Words};
+use words::{Mapped, Nibbles, Words};
 
 /// Consecutive bytes of a source tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +53,8 @@ pub enum Read {
     Bytes(Span),
     /// What codes and scales decode to.
     Decode(Box<Decode>),
+    /// Bytes, each in place of another.
+    Mapped(Mapped),
     /// Words of eight codes, each changed in the same way.
     Words(Words),
     /// Codes that words hold of eight rows, in words that hold those of eight columns.
@@ -116,6 +118,7 @@ impl Read {
         match self {
             Read::Bytes(span) => span.len,
             Read::Decode(decode) => decode.len(),
+            Read::Mapped(mapped) => mapped.of.len(),
             Read::Words(words) => words.of.len(),
             Read::Nibbles(nibbles) => nibbles.rows * nibbles.row_len(),
             Read::Rows(rows) => rows.len * rows.count,
@@ -147,6 +150,7 @@ impl Read {
         assert!((first + step * (count - 1) + 1) * len <= self.len(), "more rows than there are");
         match self {
             Read::Columns(columns) if columns.column_len() == len => columns.choose(first, step, count),
+            Read::Decode(matrix) if matrix.has_rows(len) => Read::Decode(Box::new(matrix.rows(first, step, count))),
             of => Read::Rows(Rows { of: Box::new(of.clone()), first: first * len, len, step: step * len, count }),
         }
     }
@@ -188,7 +192,7 @@ impl Read {
                     false => self.run(start, len),
                 }
             }
-            Read::Rows(_) | Read::Words(_) | Read::Nibbles(_) => self.run(start, len),
+            Read::Rows(_) | Read::Mapped(_) | Read::Words(_) | Read::Nibbles(_) => self.run(start, len),
         }
     }
 
@@ -210,6 +214,7 @@ impl Read {
         match self {
             Read::Bytes(span) => Box::new(std::iter::once(*span)),
             Read::Decode(decode) => Box::new(decode.spans()),
+            Read::Mapped(mapped) => mapped.of.spans(),
             Read::Words(words) => words.of.spans(),
             Read::Nibbles(nibbles) => nibbles.of.spans(),
             Read::Rows(rows) => rows.of.spans(),
@@ -229,6 +234,7 @@ impl Read {
         match self {
             Read::Bytes(_) | Read::Literal(_) => false,
             Read::Decode(_) => true,
+            Read::Mapped(mapped) => mapped.of.is_decoded(),
             Read::Words(words) => words.of.is_decoded(),
             Read::Nibbles(nibbles) => nibbles.of.is_decoded(),
             Read::Rows(rows) => rows.of.is_decoded(),

@@ -1,4 +1,7 @@
-//! Integers of 32 bits that hold eight codes of four: changed word by word, or dealt out to other words.
+//! Codes and scales in other bytes: words of eight codes, changed one by one or dealt out to other words; bytes for bytes.
+
+use std::fmt;
+use std::sync::Arc;
 
 use super::Read;
 
@@ -67,7 +70,27 @@ impl Nibbles {
     }
 }
 
+/// Bytes, each in place of another.
+#[derive(Clone, PartialEq)]
+pub struct Mapped {
+    /// What gives those.
+    pub(super) of: Box<Read>,
+    /// By byte.
+    pub(super) table: Arc<[u8; 256]>,
+}
+
+impl fmt::Debug for Mapped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mapped").field("of", &self.of).finish_non_exhaustive()
+    }
+}
+
 impl Read {
+    /// Bytes, each in place of the one that a table has it for.
+    pub fn mapped(self, table: [u8; 256]) -> Read {
+        Read::Mapped(Mapped { of: Box::new(self), table: Arc::new(table) })
+    }
+
     /// Words, each changed in the same way.
     ///
     /// # Panics

@@ -34,7 +34,7 @@ fn bf16_tensor(name: &str, shape: &[usize], value: impl Fn(usize, usize) -> f32)
 pub type Coded = (Vec<Tensor>, Tensor);
 
 /// compressed-tensors' INT4, with zero points or without; `shape_dtype` is that of its shape.
-fn int4(name: &str, rows: usize, columns: usize, group: usize, asym: bool, shape_dtype: Dtype) -> Coded {
+pub fn int4(name: &str, rows: usize, columns: usize, group: usize, asym: bool, shape_dtype: Dtype) -> Coded {
     let (words, groups) = (columns.div_ceil(8), columns / group);
     let codes = noise(name, rows * words * 4);
     let (scale_bytes, scale) = scales(&format!("{name} scales"), rows * groups);
@@ -95,7 +95,7 @@ pub fn folders(model_type: &str, quantization: Value, weights: Vec<Coded>) -> (F
     (coded, plain)
 }
 
-fn command(arguments: &[&std::ffi::OsStr]) -> Run {
+pub fn command(arguments: &[&std::ffi::OsStr]) -> Run {
     Run::of(std::process::Command::new(env!("CARGO_BIN_EXE_prequant")).args(arguments))
 }
 

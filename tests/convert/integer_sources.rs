@@ -50,7 +50,7 @@ impl Integers {
     /// The tensor that they stand for, with this group for each column.
     fn decoded(&self, module: &str, group_of: impl Fn(usize) -> usize) -> Tensor {
         let all = (0..self.rows).flat_map(|row| (0..self.columns).map(move |column| (row, column)));
-        let value = |(row, column)| {
+        let value = |(row, column): (usize, usize)| {
             let group = row * self.groups() + group_of(column);
             let code = self.codes[row * self.columns + column] as f32 - self.zeros[group] as f32;
             f16::from_f32(code * self.scales[group].to_f32())
@@ -161,7 +161,8 @@ fn integers_that_do_not_fit_are_named_with_what_was_found() {
     };
     let group = |stored: &mut Vec<Tensor>, group: i32| stored[3].data[20..24].copy_from_slice(&group.to_le_bytes());
     for found in [4, -1, i32::MIN] {
-        convert(&|stored| group(stored, found), json!({})).fails(3, &[DOWN, "column 5", &found.to_string(), "4 groups"]);
+        convert(&|stored| group(stored, found), json!({}))
+            .fails(3, &[DOWN, "column 5", &found.to_string(), "4 groups"]);
     }
     // Eight bits.
     let wider = |stored: &mut Vec<Tensor>| {
