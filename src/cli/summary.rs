@@ -48,9 +48,11 @@ impl Done<'_> {
         let Done { conversion, destination, manifest } = self;
         let summary = &manifest.summary;
         let read = conversion.plan.source_len();
+        let carried = manifest.tensors.iter().filter(|tensor| tensor.carried.is_some()).count();
+        let carried = if carried == 0 { String::new() } else { format!(" ({carried} carried over from the source)") };
         let lines = [
             format!(
-                "{}: {} in {}, {} kept; {} in {}",
+                "{}: {} in {}{carried}, {} kept; {} in {}",
                 destination.display(),
                 count(summary.quantized_tensors, "tensor"),
                 format_name(&manifest.recipe),

@@ -90,7 +90,7 @@ fn coding_name(Coding { element, scale, group, .. }: &Coding) -> String {
         (ElementCode::E2m1, ScaleCode::E4m3) => "NVFP4",
         (ElementCode::E2m1, ScaleCode::E8m0(_)) => "MXFP4",
         (ElementCode::E2m1, _) => "FP4",
-        (ElementCode::Codebook(codebook), _) => return format!("{} in blocks of {group}", codebook.value_bits.len()),
+        (ElementCode::Codebook(_), _) => "a codebook",
         (ElementCode::E4m3, _) => "FP8",
     };
     format!("{name} in groups of {group}")
