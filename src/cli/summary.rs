@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::Duration;
 
-use prequant::{Bytes, Conversion, GroupSize, Layout, Manifest, Recipe, Statistics, Weights};
+use prequant::{Bytes, Conversion, GroupSize, Layout, ManifestHead, Recipe, Statistics, Weights};
 use serde_json::{Value, json};
 
 use super::hints;
@@ -15,7 +15,7 @@ use super::words::{count, rate};
 pub struct Done<'a> {
     pub conversion: &'a Conversion,
     pub destination: &'a Path,
-    pub manifest: &'a Manifest,
+    pub manifest: &'a ManifestHead,
 }
 
 impl Done<'_> {
@@ -48,7 +48,7 @@ impl Done<'_> {
         let Done { conversion, destination, manifest } = self;
         let summary = &manifest.summary;
         let read = conversion.plan.source_len();
-        let carried = manifest.tensors.iter().filter(|tensor| tensor.carried.is_some()).count();
+        let carried = conversion.decisions().tensors.iter().filter(|tensor| tensor.is_carried()).count();
         let carried = if carried == 0 { String::new() } else { format!(" ({carried} carried over from the source)") };
         let lines = [
             format!(

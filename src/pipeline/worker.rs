@@ -113,7 +113,7 @@ impl<'j, 'a> Worker<'j, 'a> {
                 self.source.read(index, offset, bytes)?;
                 // What is read are the outputs' bytes, one output after the other.
                 let (mut begin, end) = (0, offset + len as u64);
-                for output in &tensor.outputs {
+                for output in tensor.outputs.iter() {
                     let (from, to) = (begin.max(offset), (begin + output.len).min(end));
                     if from < to || output.len == 0 {
                         let here = &bytes[(from - offset) as usize..(to - offset) as usize];

@@ -62,7 +62,7 @@ impl<'a> Integers<'a> {
             _ => return None,
         };
         let is_integer = |(_, info): Placed<'_>| info.dtype == Dtype::I32;
-        let fits = zeros.1.shape == [groups, rows.div_ceil(8)]
+        let fits = zeros.1.shape[..] == [groups, rows.div_ceil(8)]
             && [stored, rows, groups].iter().all(|&dimension| dimension > 0)
             && is_integer(place)
             && is_integer(zeros)
