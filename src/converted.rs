@@ -157,9 +157,10 @@ impl<'a> Weight<'_, 'a> {
             columns: stored.columns,
             row_len: codec.packed_row(stored.columns),
             group_rows: 1,
-            codes: span(OutputKind::Packed)?,
-            scales: span(if codec.is_blocks() { OutputKind::Absmax } else { OutputKind::Scale })?,
-            zero_points: codec.has_zero_points().then(|| span(OutputKind::ZeroPoint)).transpose()?,
+            codes: Read::Bytes(span(OutputKind::Packed)?),
+            scales: Read::Bytes(span(if codec.is_blocks() { OutputKind::Absmax } else { OutputKind::Scale })?),
+            zero_points: codec.has_zero_points().then(|| span(OutputKind::ZeroPoint).map(Read::Bytes)).transpose()?,
+            order: None,
             nested,
         });
         read.map_err(|why| (self.malformed)(format!("a shape of {:?}, and {why}", stored.shape)))

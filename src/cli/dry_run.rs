@@ -42,7 +42,7 @@ fn decisions(plan: &Plan) -> String {
     let decision_width = plan.recipe.format().name.len().max("keep".len());
     let shape_width = width(|tensor| format!("{:?}", tensor.shape).len());
     for tensor in &plan.tensors {
-        let decision = if tensor.quantized_from().is_some() { plan.recipe.format().name } else { "keep" };
+        let decision = if tensor.is_quantized() { plan.recipe.format().name } else { "keep" };
         let (shape, dtype) = (format!("{:?}", tensor.shape), tensor.dtype.to_string());
         let decoded = if tensor.is_decoded() { " (decoded)" } else { "" };
         let _ = writeln!(
@@ -134,7 +134,7 @@ fn json(conversion: &Conversion, destination: &Path, free: Option<u64>, obstacle
             "dtype": tensor.dtype,
             "shape": &*tensor.shape,
             "role": tensor.role,
-            "decision": if tensor.quantized_from().is_some() { "quantize" } else { "keep" },
+            "decision": if tensor.is_quantized() { "quantize" } else { "keep" },
             "reason": tensor.reason,
             "output_bytes": tensor.output_len(),
         })

@@ -60,6 +60,7 @@ fn advice(hint: Hint) -> String {
         Hint::FuseExperts => "use --experts fuse to rewrite them as one tensor per projection",
         Hint::KeepNonFinite => "use --nonfinite keep to quantize it as bitsandbytes does",
         Hint::DequantizeSource => "use --dequantize-source to decode it while reading",
+        Hint::RewriteScales => "use `prequant convert` with --format nvfp4 to copy its codes and rewrite its scales",
         Hint::GroupSize(size) => return format!("use --group-size {size}"),
         Hint::LargerBlocks => {
             "raise it, or use a larger --block-size: double quantization holds one f32 for every block of a tensor"

@@ -66,9 +66,11 @@ impl<'a> Done<'a> {
         let Done { conversion, destination, manifest, .. } = self;
         let summary = &manifest.summary;
         let read = conversion.plan.source_len();
+        let carried = conversion.decisions().tensors.iter().filter(|tensor| tensor.is_carried()).count();
+        let carried = if carried == 0 { String::new() } else { format!(" ({carried} carried over from the source)") };
         let lines = [
             format!(
-                "{}: {} in {}, {} kept; {} in {}",
+                "{}: {} in {}{carried}, {} kept; {} in {}",
                 destination.display(),
                 count(summary.quantized_tensors, "tensor"),
                 format_name(&manifest.recipe),

@@ -21,6 +21,8 @@ pub enum Hint {
     KeepNonFinite,
     /// Decode the source's 4-bit experts: the recipe's `dequantize_source`.
     DequantizeSource,
+    /// Convert the source to NVFP4: codes are copied and global scales rewritten.
+    RewriteScales,
     /// Use this group size.
     GroupSize(u64),
     /// Use a larger block size: double quantization holds one f32 for every block of a tensor.

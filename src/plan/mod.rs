@@ -2,6 +2,7 @@
 //!
 //! Once a [`Plan`] stands, every output byte has its file and offset; executing it decides nothing any more.
 
+mod carry;
 mod clients;
 mod decide;
 mod fuse;
@@ -12,6 +13,7 @@ pub(crate) mod kept_modules;
 mod layout;
 mod names;
 mod outputs;
+mod rescale;
 mod scale_sets;
 pub(crate) mod source_quantization;
 pub(crate) mod split;
@@ -35,6 +37,7 @@ use crate::format::Layout;
 use crate::layout::OutputKind;
 use crate::layout::bitsandbytes::{EXPERTS_GUARD, EXPERTS_KEY};
 use crate::layout::recognize;
+use crate::manifest::Carried;
 use crate::models::families::families;
 use crate::models::{Role, Rules, Verdict};
 use crate::read::Input;
@@ -95,6 +98,8 @@ pub enum Decision {
     Keep,
     /// Quantized, from this dtype.
     Quantize(FloatDtype),
+    /// The source's codes, copied so exactly.
+    Carry(Carried),
 }
 
 impl PlannedTensor {
@@ -131,8 +136,18 @@ impl PlannedTensor {
     pub fn quantized_from(&self) -> Option<FloatDtype> {
         match self.decision {
             Decision::Quantize(dtype) => Some(dtype),
-            Decision::Keep => None,
+            Decision::Keep | Decision::Carry(_) => None,
         }
+    }
+
+    /// Whether it is in the recipe's format in the output: quantized, or carried over.
+    pub fn is_quantized(&self) -> bool {
+        self.decision != Decision::Keep
+    }
+
+    /// Whether its codes are the source's.
+    pub fn is_carried(&self) -> bool {
+        matches!(self.decision, Decision::Carry(_))
     }
 
     /// The output of this kind.
@@ -162,19 +177,21 @@ impl Plan {
         let codec = recipe.codec();
         let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
         let rules = Rules::of(source);
-        let decided = decide(source, &recipe, &model_types, &rules)?;
+        let (decided, of_source) = decide(source, &recipe, &model_types, &rules)?;
         let linear: Vec<bool> = decided.iter().map(|(_, verdict, _)| verdict.linear).collect();
         let mut alike = Alike::new(&codec);
         let mut tensors: Vec<PlannedTensor> =
             decided.into_iter().map(|decided| PlannedTensor::new(decided, &mut alike)).collect();
         check_anything_quantized(source, &tensors, &recipe)?;
+        let of_carried = carry::carry_over(source, &mut tensors, &codec)?;
         let weights = kept_modules::weights(&tensors, &linear);
         let kept_modules = match codec.layout() {
             None => kept_modules::bitsandbytes::list(&rules, &weights)?,
             Some(layout) => kept_modules::compressed_tensors::list(&rules, &weights, layout),
         };
         let config = quantized_config(source, &recipe, &tensors, &kept_modules)?;
-        let warnings = warnings::of(source, &recipe, &rules, &tensors, &linear);
+        let mut warnings = warnings::of(source, &recipe, &rules, &tensors, &linear);
+        warnings.extend(of_source.into_iter().chain(of_carried));
         if recipe.fuses_experts() {
             tensors = fuse::fuse(source, &model_types, tensors, &mut alike)?;
         }
@@ -267,8 +284,13 @@ impl Plan {
     }
 }
 
-/// Decides for each tensor, with fused experts taken apart where the format wants it.
-fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules<'_>) -> Result<Vec<Decided>> {
+/// Decides for each tensor, with fused experts taken apart where the format wants it; also what to know of how the source decodes.
+fn decide(
+    source: &Source,
+    recipe: &Recipe,
+    model_types: &[&str],
+    rules: &Rules<'_>,
+) -> Result<(Vec<Decided>, Vec<Warning>)> {
     let codec = recipe.codec();
     if codec.layout() == Some(Layout::GptOss) && !families(model_types).any(|family| family.gpt_oss_layout) {
         let (path, why) =
@@ -277,7 +299,8 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules<
     }
     let mut selection = Selection::new(recipe)?;
     let mut decided = Vec::new();
-    for input in unwrapped(source, input::inputs(source, recipe.dequantize_source)?) {
+    let (inputs, warnings) = input::inputs(source, recipe.dequantize_source || !codec.is_blocks())?;
+    for input in unwrapped(source, inputs) {
         let mut verdict = selection.decide(rules, &input.name, &input.shape);
         clients::keep(&codec, model_types, rules, &input.name, &mut verdict);
         if !codec.is_blocks() {
@@ -285,6 +308,9 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules<
         }
         let decision = match (verdict.quantize, FloatDtype::of(input.dtype)) {
             (false, _) => Decision::Keep,
+            (true, Some(_)) if !recipe.dequantize_source && carry::has_four_bits(&input.read) => {
+                Decision::Carry(Carried::Lossless)
+            }
             (true, Some(dtype)) => Decision::Quantize(dtype),
             (true, None) => {
                 let path = source.files[input.read.first_file()].location.path().to_owned();
@@ -295,18 +321,19 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules<
     }
     selection.check_patterns()?;
     clients::keep_odd_rows(&codec, &mut decided);
-    match codec.layout() {
-        None => Ok(decided),
+    let decided = match codec.layout() {
+        None => decided,
         Some(Layout::GptOss) => {
             let transposed = decided.into_iter().map(|(input, verdict, decision)| match decision {
                 // What products sum over in rows, of which MXFP4's groups are.
-                Decision::Quantize(_) => (input.transposed(), verdict, decision),
+                Decision::Quantize(_) | Decision::Carry(_) => (input.transposed(), verdict, decision),
                 Decision::Keep => (input, verdict, decision),
             });
-            Ok(transposed.collect())
+            transposed.collect()
         }
-        Some(_) => split::split_experts(source, model_types, decided),
-    }
+        Some(_) => split::split_experts(source, model_types, decided)?,
+    };
+    Ok((decided, warnings))
 }
 
 /// The tensors under their model's own names.

@@ -22,6 +22,14 @@ pub(super) fn merged(weight: &str) -> Option<Merged<'_>> {
 /// The quantized tensors by what shares a global scale, in the order of each set's first: of an expert or a dense MLP, gate and
 /// up; of attention, query, key and value; all others alone.
 pub(crate) fn scale_sets(tensors: &[PlannedTensor]) -> Vec<Vec<usize>> {
+    let mut sets = sets(tensors);
+    // Carried weights have theirs, and are in sets of their own.
+    sets.retain(|set| set.iter().all(|&i| !tensors[i].is_carried()));
+    sets
+}
+
+/// The same, of those that are carried over too.
+pub(crate) fn sets(tensors: &[PlannedTensor]) -> Vec<Vec<usize>> {
     let mut sets: Vec<Vec<usize>> = Vec::new();
     let mut places: HashMap<Merged, usize> = HashMap::new();
     for (i, tensor) in tensors.iter().enumerate().filter(|(_, tensor)| tensor.decision != Decision::Keep) {
@@ -69,7 +77,7 @@ fn mixed(tensors: &[PlannedTensor]) -> Option<&PlannedTensor> {
         let (any_quantized, kept) = found.entry(merged).or_default();
         match tensor.decision {
             Decision::Keep => *kept = kept.or(Some(tensor)),
-            Decision::Quantize(_) => *any_quantized = true,
+            Decision::Quantize(_) | Decision::Carry(_) => *any_quantized = true,
         }
     }
     let kept = found.into_values().filter_map(|(any_quantized, kept)| kept.filter(|_| any_quantized));

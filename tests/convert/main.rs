@@ -4,6 +4,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod carried;
 mod caution;
 mod clients;
 mod coded_sources;
@@ -14,6 +15,7 @@ mod devices;
 mod files;
 mod group_configs;
 mod groups;
+mod integer_sources;
 mod modules;
 mod mutations;
 #[cfg(feature = "test-format")]
