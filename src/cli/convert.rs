@@ -16,6 +16,7 @@ use super::output::{self, Audience, Outcome};
 use super::progress::{Reporter, Style};
 use super::streams::tell;
 use super::trace::Tracing;
+use super::words::Limit;
 use super::{device, dry_run, hints, interrupt, summary};
 
 /// Quantize a checkpoint to 4 bits.
@@ -253,7 +254,7 @@ fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
     let tracing = Tracing::start(arguments.trace.as_deref(), &[&arguments.source, &arguments.destination])?;
     conversion.options.trace = tracing.trace();
     if let Audience::People = arguments.audience() {
-        tell(device::line(&conversion.device));
+        tell(format_args!("{}; memory: at most {}", device::line(&conversion.device), Limit(conversion.budget.memory)));
     }
     if !arguments.quiet {
         for warning in &conversion.plan.warnings {

@@ -13,7 +13,7 @@ use super::output::{self, Outcome};
 use super::progress::{Reporter, Style};
 use super::streams::tell;
 use super::trace::Tracing;
-use super::words::count;
+use super::words::{Limit, count};
 use super::{hints, interrupt, left_out};
 
 /// Decode a quantized checkpoint to bf16.
@@ -89,6 +89,9 @@ fn dequantize(arguments: &Arguments) -> Result<Outcome, Error> {
     let tracing = Tracing::start(arguments.trace.as_deref(), &[&arguments.source, &arguments.destination])?;
     decoding.options.trace = tracing.trace();
     let style = if arguments.quiet { Style::Silent } else { Style::of_stderr() };
+    if !arguments.quiet && !arguments.json {
+        tell(format_args!("memory: at most {}", Limit(decoding.budget.memory)));
+    }
     if !arguments.quiet {
         decoding
             .plan

@@ -10,7 +10,7 @@ use crate::checkpoint::TensorInfo;
 use crate::error::{Error, Hint, Result};
 use crate::format::{BlockSize, NESTED_BLOCK_SIZE, Scales};
 use crate::plan::{Plan, PlannedTensor};
-use crate::read::{Decode, Read};
+use crate::read::Decode;
 use crate::stats::{GROUP, Statistics};
 use crate::store::Sha256Hash;
 
@@ -128,7 +128,8 @@ impl Budget {
         let least = buffers_least.saturating_add(fixed);
         let memory = limits.memory.unwrap_or_else(|| {
             let for_many = limits.source_tensors.saturating_mul(DEFAULT_PER_TENSOR).saturating_add(DEFAULT_FOR_MANY);
-            for_many.saturating_add(buffers_least).max(DEFAULT).max(least)
+            let enough = for_many.saturating_add(buffers_least).max(DEFAULT).max(least);
+            enough.checked_next_multiple_of(1 << 20).unwrap_or(enough)
         });
         needs.check_least(step, memory, least, absmax)?;
         // Without it, pieces go to the disk and are read back.
@@ -306,14 +307,14 @@ fn plan_len(plan: &Plan) -> u64 {
         let parts = tensor.read.parts();
         // A part is of a tensor of the source, with a name; where there is one part, that name may be the tensor's own.
         let part = size_of::<TensorInfo>() + 2 * ALLOCATION + tensor.name.len();
-        let reads = if parts.len() > 1 { parts.len() * size_of::<Read>() + ALLOCATION + tensor.name.len() } else { 0 };
+        let reads = if parts.len() > 1 { size_of_val(parts) + ALLOCATION + tensor.name.len() } else { 0 };
         let decodes = if tensor.is_decoded() { parts.len() * (size_of::<Decode>() + part) } else { 0 };
         let reason = if let Cow::Owned(reason) = &tensor.reason { reason.len() + ALLOCATION } else { 0 };
         let planned = size_of::<PlannedTensor>() + outputs * size_of::<u64>() + ALLOCATION + reason;
         let statistics = tensor.quantized_from().map_or(0, |_| size_of::<Statistics>() + ALLOCATION);
         let outcome = size_of::<TensorOutcome>() + outputs * size_of::<Sha256Hash>() + ALLOCATION + statistics;
-        // While it is written; and the order of names, at the end.
-        let in_progress = 64 + outputs * 16;
+        // While it is written; the order of names, at the end; and what lies between allocations.
+        let in_progress = 160 + outputs * 16;
         (parts.len() * part + reads + decodes + planned + outcome + in_progress) as u64
     };
     let of_sets: usize = plan.scale_sets.iter().map(|set| (set.len() + 3) * size_of::<usize>() + ALLOCATION).sum();

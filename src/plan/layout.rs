@@ -169,3 +169,68 @@ fn write_entries(
     }
     text.end(take)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::outputs::Alike;
+    use super::*;
+    use crate::dtype::FloatDtype;
+    use crate::models::{Role, Verdict};
+    use crate::plan::Decision;
+    use crate::read::{Input, Read};
+    use crate::recipe::Recipe;
+
+    /// Matrices that are quantized, and kept vectors between them whose names must be escaped.
+    fn tensors(count: u64) -> Vec<PlannedTensor> {
+        let codec = Recipe::default().codec();
+        let mut alike = Alike::new(&codec);
+        let tensor = |i: u64| {
+            let is_matrix = !i.is_multiple_of(3);
+            let decision = if is_matrix { Decision::Quantize(FloatDtype::Bfloat16) } else { Decision::Keep };
+            let (name, shape) =
+                (format!("layers.{i}.\"größe\"\n.weight"), if is_matrix { vec![64, 64] } else { vec![3 * i] });
+            let bytes: Arc<[u8]> = vec![0; 2 * shape.iter().product::<u64>() as usize].into();
+            let input = Input::decoded(name, shape, FloatDtype::Bfloat16, Read::Literal(bytes));
+            let verdict = Verdict { role: Role::Linear, quantize: true, linear: true, reason: "".into() };
+            PlannedTensor::new((input, verdict, decision), &mut alike)
+        };
+        (0..count).map(tensor).collect()
+    }
+
+    #[test]
+    fn a_file_is_closed_before_its_header_is_too_long_and_not_long_before() {
+        let mut tensors = tensors(300);
+        for most in [3_000, 6_000, 20_000] {
+            let ranges = shard_ranges(&tensors, u64::MAX, most);
+            assert!(ranges.len() > 2 && ranges.iter().map(Range::len).sum::<usize>() == tensors.len());
+            for (i, range) in ranges.iter().enumerate() {
+                let (header_len, _) = place(&mut tensors[range.clone()], &Metadata::new());
+                let len = header_len - HeaderText::LENGTH_FIELD;
+                assert!(len <= most && (i + 1 == ranges.len() || len > most / 2), "{len} bytes of {most}");
+            }
+        }
+        assert_eq!(shard_ranges(&tensors, u64::MAX, MAX_HEADER_LEN).len(), 1);
+    }
+
+    #[test]
+    fn a_header_is_as_long_as_was_planned() {
+        let mut tensors = tensors(100);
+        let mut source = Source::of_files("source".into(), Vec::new(), None);
+        source.metadata = Arc::new([("größe\n".to_owned(), "1".repeat(1000))].into());
+        for file in lay_out(&mut tensors, 20_000, &source) {
+            let tensors = &tensors[file.tensors.clone()];
+            let parts = Part::all(tensors);
+            let mut header = Vec::new();
+            let mut take = |text: &[u8]| {
+                header.extend_from_slice(text);
+                Ok(())
+            };
+            file.write_header(tensors, &parts, &mut take).unwrap();
+            assert_eq!(header.len() as u64, file.header_len);
+            let ends = parts.iter().map(|part| part.of(tensors).offset + part.of(tensors).len);
+            assert_eq!(ends.max(), Some(file.len));
+        }
+    }
+}

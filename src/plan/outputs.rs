@@ -92,11 +92,13 @@ impl Outputs {
     }
 }
 
+/// What tensors are alike by: whether they are quantized, their dtype and their shape.
+type Kind = (bool, Dtype, Arc<[u64]>);
+
 /// What tensors become, found once for all that are alike.
 pub(crate) struct Alike<'c> {
     codec: &'c Codec,
-    /// By whether a tensor is quantized, its dtype and its shape.
-    known: BTreeMap<(bool, Dtype, Arc<[u64]>), Arc<[PlannedOutput]>>,
+    known: BTreeMap<Kind, Arc<[PlannedOutput]>>,
 }
 
 impl<'c> Alike<'c> {

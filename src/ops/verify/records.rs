@@ -4,11 +4,9 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Component, Path};
 
-use serde::Deserialize;
-
 use crate::checkpoint::MANIFEST_NAME;
 use crate::error::{Error, IoContext, Result};
-use crate::manifest::{ManifestHead, TensorRecord, read_part, read_records};
+use crate::manifest::{ManifestHead, OutputRecord, TensorRecord, read_part, read_records};
 use crate::store::{Identity, Location, ReadAt, Sha256Hash};
 
 /// A manifest that is read record by record.
@@ -23,18 +21,6 @@ pub(super) struct Records {
     pub tensors: Tensors,
 }
 
-/// What of a record tells where to look for it.
-#[derive(Deserialize)]
-struct Outline {
-    outputs: Vec<Output>,
-}
-
-#[derive(Deserialize)]
-struct Output {
-    name: String,
-    file: String,
-}
-
 impl Records {
     /// Reads a manifest to its end; gives it without the records, which stay in the file, and its SHA-256.
     ///
@@ -47,8 +33,8 @@ impl Records {
         let mut by_file: BTreeMap<String, Vec<Range<u64>>> = BTreeMap::new();
         let mut tensors = Tensors::default();
         let mut end_before = 0;
-        let (head, sha256) = read_records(location, &mut |Outline { outputs }, place| {
-            for Output { name, file } in outputs {
+        let (head, sha256) = read_records(location, &mut |record: TensorRecord, place| {
+            for OutputRecord { name, file, .. } in record.outputs {
                 tensors.add(&name, &file);
                 let parts = match by_file.get_mut(&file) {
                     Some(parts) => parts,
