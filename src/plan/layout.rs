@@ -206,7 +206,7 @@ mod tests {
             let ranges = shard_ranges(&tensors, u64::MAX, most);
             assert!(ranges.len() > 2 && ranges.iter().map(Range::len).sum::<usize>() == tensors.len());
             for (i, range) in ranges.iter().enumerate() {
-                let (header_len, _) = place(&mut tensors[range.clone()]);
+                let (header_len, _) = place(&mut tensors[range.clone()], &Metadata::new());
                 let len = header_len - HeaderText::LENGTH_FIELD;
                 assert!(len <= most && (i + 1 == ranges.len() || len > most / 2), "{len} bytes of {most}");
             }
@@ -217,7 +217,9 @@ mod tests {
     #[test]
     fn a_header_is_as_long_as_was_planned() {
         let mut tensors = tensors(100);
-        for file in lay_out(&mut tensors, 20_000) {
+        let mut source = Source::of_files("source".into(), Vec::new(), None);
+        source.metadata = Arc::new([("größe\n".to_owned(), "1".repeat(1000))].into());
+        for file in lay_out(&mut tensors, 20_000, &source) {
             let tensors = &tensors[file.tensors.clone()];
             let parts = Part::all(tensors);
             let mut header = Vec::new();

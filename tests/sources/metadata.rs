@@ -1,7 +1,5 @@
 //! What headers say beside their tensors: kept, as far as it is still true.
 
-use std::collections::HashMap;
-
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
@@ -9,8 +7,7 @@ use crate::support::{Folder, Run, Tensor, llama};
 
 fn with_metadata(tensors: &[Tensor], metadata: &[(&str, &str)]) -> Vec<u8> {
     let views = tensors.iter().map(|t| (t.name.clone(), TensorView::new(t.dtype, t.shape.clone(), &t.data).unwrap()));
-    let metadata: HashMap<String, String> =
-        metadata.iter().map(|&(key, text)| (key.to_owned(), text.to_owned())).collect();
+    let metadata = metadata.iter().map(|&(key, text)| (key.to_owned(), text.to_owned())).collect();
     safetensors::serialize(views, Some(metadata)).unwrap()
 }
 
