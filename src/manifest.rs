@@ -174,6 +174,15 @@ pub struct OutputRecord {
     pub sha256: Sha256Hash,
 }
 
+impl TensorRecord {
+    /// Whether it was quantized and has no element other than zero.
+    pub fn is_all_zeros(&self) -> bool {
+        self.statistics
+            .as_ref()
+            .is_some_and(|statistics| statistics.blocks > 0 && statistics.zero_blocks == statistics.blocks)
+    }
+}
+
 impl Manifest {
     /// What wrote it, if that isn't this version.
     pub fn other_version(&self) -> Option<String> {

@@ -71,7 +71,10 @@ fn totals(conversion: &Conversion, destination: &Path, free: Option<u64>) -> Vec
             .relaid_from()
             .map(|_| "experts are rewritten in the other layout; nothing is quantized again".to_owned()),
     );
-    lines.extend(plan.warnings.iter().map(|warning| format!("warning: {}", hints::warning(warning))));
+    lines.extend(warnings(conversion).iter().map(|warning| format!("warning: {warning}")));
+    lines.extend(decisions.in_doubt().iter().map(|(pattern, tensors, bytes)| {
+        format!("in doubt: {} of {}, which --include '{pattern}' quantizes", count(*tensors, "tensor"), Bytes(*bytes))
+    }));
     let decoded = decisions.tensors.iter().filter(|tensor| tensor.is_decoded()).count();
     if decoded > 0 {
         lines.push(format!("{} quantized in the source, decoded while reading", count(decoded, "tensor")));
@@ -104,6 +107,12 @@ fn totals(conversion: &Conversion, destination: &Path, free: Option<u64>) -> Vec
     lines
 }
 
+/// Those before a conversion, and the one at its end.
+fn warnings(conversion: &Conversion) -> Vec<String> {
+    let last = conversion.decisions().left_in_16_bits();
+    conversion.plan.warnings.iter().chain(&last).map(hints::warning).collect()
+}
+
 fn json(conversion: &Conversion, destination: &Path, free: Option<u64>, obstacle: Option<&Error>) -> Value {
     let (plan, decisions) = (&conversion.plan, conversion.decisions());
     let tensor = |tensor: &PlannedTensor| {
@@ -117,6 +126,11 @@ fn json(conversion: &Conversion, destination: &Path, free: Option<u64>, obstacle
             "output_bytes": tensor.output_len(),
         })
     };
+    let in_doubt: Vec<Value> = decisions
+        .in_doubt()
+        .iter()
+        .map(|(pattern, tensors, bytes)| json!({"include": pattern, "tensors": tensors, "bytes": bytes}))
+        .collect();
     let files: Vec<Value> = plan
         .files
         .iter()
@@ -139,7 +153,8 @@ fn json(conversion: &Conversion, destination: &Path, free: Option<u64>, obstacle
         "bits_per_quantized_weight": decisions.bits_per_quantized_weight(),
         "bits_per_weight": decisions.bits_per_weight(),
         "files": files,
-        "warnings": plan.warnings.iter().map(hints::warning).collect::<Vec<_>>(),
+        "warnings": warnings(conversion),
+        "in_doubt": in_doubt,
         "obstacle": obstacle.map(|error| error_json(error)["error"].clone()),
         "tensors": decisions.tensors.iter().map(tensor).collect::<Vec<_>>(),
     })

@@ -39,6 +39,7 @@ fn advice(hint: Hint) -> String {
     let advice = match hint {
         Hint::Exclude => "use --exclude to leave the tensor unquantized",
         Hint::Include => "use --include to choose tensors",
+        Hint::IncludeDoubtful => "if they are Linears' after all, use --include; --dry-run lists the patterns",
         Hint::KeepExperts => "use --experts keep to leave experts unfused",
         Hint::SplitExperts => "use --experts keep to rewrite them as one tensor per expert",
         Hint::FuseExperts => "use --experts fuse to rewrite them as one tensor per projection",

@@ -84,12 +84,27 @@ impl Done<'_> {
             "recipe": manifest.recipe,
             "files": manifest.files,
             "summary": manifest.summary,
-            "warnings": conversion.plan.warnings.iter().map(hints::warning).collect::<Vec<_>>(),
+            "warnings": conversion.plan.warnings.iter().map(hints::warning).chain(self.warnings()).collect::<Vec<_>>(),
             "bytes_read": read,
             "bytes_written": self.written(),
             "seconds": seconds,
             "bytes_per_second": if seconds > 0.0 { read as f64 / seconds } else { 0.0 },
         })
+    }
+
+    /// What is known at the end only, or is worth reading last: matrices without a number in them, and how much isn't quantized.
+    pub fn warnings(&self) -> Vec<String> {
+        let zeros: Vec<_> = self.manifest.tensors.iter().filter(|tensor| tensor.is_all_zeros()).collect();
+        let first = zeros.first().and_then(|tensor| tensor.sources.first());
+        let zeros = first.map(|first| {
+            let what = match zeros.len() {
+                1 => format!("{:?} is all zeros", first.name),
+                many => format!("{many} matrices are all zeros, {:?} in {:?} first", first.name, first.file),
+            };
+            format!("{what}: an interrupted download leaves such; compare the source's checksums with the hub's")
+        });
+        let share = self.conversion.decisions().left_in_16_bits().as_ref().map(hints::warning);
+        zeros.into_iter().chain(share).collect()
     }
 
     /// Bytes of all files but the manifest and SHA256SUMS.

@@ -7,6 +7,9 @@
 
 use std::borrow::Cow;
 
+use crate::checkpoint::Source;
+use crate::models::caution::{self, Doubt};
+use crate::models::evidence::Evidence;
 use crate::models::experts::Hub;
 use crate::models::facts::Facts;
 use crate::models::families::FAMILIES;
@@ -24,43 +27,66 @@ pub(crate) struct Verdict {
     /// Whether the model makes, or may make, an `nn.Linear` (or `Conv1D`) of the tensor's module: if the tensor is
     /// kept, the module belongs in `llm_int8_skip_modules`.
     pub linear: bool,
+    /// Whether the recipe asks for it by name, whatever else speaks against it.
+    pub included: bool,
+    /// Whether it is kept for want of certainty: a Linear that was taken for something else could be included.
+    pub in_doubt: bool,
     /// A short sentence for people.
     pub reason: Cow<'static, str>,
 }
 
 impl Verdict {
     fn keep(role: Role, linear: bool, reason: &'static str) -> Verdict {
-        Verdict { role, quantize: false, linear, reason: Cow::Borrowed(reason) }
+        Verdict { role, quantize: false, linear, included: false, in_doubt: false, reason: Cow::Borrowed(reason) }
     }
 
     fn quantize(role: Role, linear: bool, reason: &'static str) -> Verdict {
-        Verdict { role, quantize: true, linear, reason: Cow::Borrowed(reason) }
+        Verdict { role, quantize: true, linear, included: false, in_doubt: false, reason: Cow::Borrowed(reason) }
+    }
+
+    /// Kept, although nothing is certain.
+    fn doubt(Doubt { role, reason }: Doubt) -> Verdict {
+        Verdict { role, quantize: false, linear: true, included: false, in_doubt: true, reason }
     }
 }
 
 /// The rules for one checkpoint.
-#[derive(Clone, Debug)]
-pub(crate) struct Rules {
+#[derive(Debug)]
+pub(crate) struct Rules<'s> {
     has_model_type: bool,
     /// What transformers says of the outermost `model_type`, if it has it.
     facts: Option<Facts>,
+    evidence: Evidence<'s>,
 }
 
-impl Rules {
+impl<'s> Rules<'s> {
     /// Rules for config.json's `model_type` and those of the configs nested in it, outermost first; empty when there
     /// is no config.
-    pub(crate) fn new(model_types: &[&str]) -> Rules {
-        Rules { has_model_type: !model_types.is_empty(), facts: Facts::new(model_types) }
+    pub(crate) fn new(model_types: &[&str]) -> Rules<'static> {
+        let (has_model_type, facts) = (!model_types.is_empty(), Facts::new(model_types));
+        Rules { has_model_type, facts, evidence: Evidence::default() }
     }
 
     /// The same, for a checkpoint that was saved from the first of these classes.
-    pub(crate) fn of_classes(self, architectures: &[&str]) -> Rules {
+    pub(crate) fn of_classes(self, architectures: &[&str]) -> Rules<'s> {
         Rules { facts: self.facts.map(|facts| facts.of_classes(architectures)), ..self }
+    }
+
+    /// The same, with what config.json's numbers and the shapes of the other tensors tell.
+    pub(crate) fn of(source: &'s Source) -> Rules<'s> {
+        let Some(config) = &source.config else { return Rules { evidence: Evidence::of(source), ..Rules::new(&[]) } };
+        let rules = Rules::new(&config.model_types()).of_classes(&config.architectures());
+        Rules { evidence: Evidence::of(source), ..rules }
     }
 
     /// Whether the architecture was compared, tensor by tensor, with what transformers makes of it.
     pub(crate) fn is_compared(&self) -> bool {
         self.facts.as_ref().is_some_and(Facts::of_outermost)
+    }
+
+    /// How many experts a layer has, by every config that says so.
+    pub(crate) fn expert_counts(&self) -> Vec<u64> {
+        self.evidence.experts()
     }
 
     /// Decides about the tensor called `name`, with the shape that the source's header gives.
@@ -70,10 +96,10 @@ impl Rules {
         }
         if let Some(known) = self.facts.as_ref().and_then(|facts| known(facts, name, shape)) {
             let Known { role, quantize, linear, reason } = known;
-            return Verdict { role, quantize, linear, reason: Cow::Borrowed(reason) };
+            return Verdict { role, quantize, linear, included: false, in_doubt: false, reason: Cow::Borrowed(reason) };
         }
         match name.strip_suffix(".weight") {
-            Some(module) => self.weight(module, shape.len()),
+            Some(module) => self.weight(module, shape),
             None => bare_tensor(name, shape.len()),
         }
     }
@@ -107,7 +133,7 @@ impl Rules {
         self.facts.as_ref().map(Facts::heads).unwrap_or_default()
     }
 
-    fn weight(&self, module: &str, rank: usize) -> Verdict {
+    fn weight(&self, module: &str, shape: &[u64]) -> Verdict {
         let name = ModuleName::new(module);
         if name.owner.is_empty() {
             return Verdict::keep(Role::Unknown, false, "no module name to go by: kept in its dtype");
@@ -115,10 +141,10 @@ impl Rules {
         if name.is_norm() {
             return Verdict::keep(Role::Norm, false, "norm: kept in its dtype");
         }
-        match rank {
-            0 | 1 => Verdict::keep(Role::OneDimensional, false, "has one dimension: kept in its dtype"),
-            2 => self.matrix(&name),
-            3 if name.has("experts") || is_stacked(module) => fused_experts(),
+        match shape[..] {
+            [] | [_] => Verdict::keep(Role::OneDimensional, false, "has one dimension: kept in its dtype"),
+            [rows, columns] => self.matrix(module, [rows, columns]),
+            [_, _, _] if name.has("experts") || is_stacked(module) => fused_experts(),
             _ if name.is_patch_embedding() => {
                 // Some releases of transformers flatten this convolution into a Linear when they load it.
                 Verdict::keep(Role::PatchEmbedding, true, "patch embedding: kept in its dtype")
@@ -127,8 +153,9 @@ impl Rules {
         }
     }
 
-    /// A 2-D `weight`, by the names of its module and the modules around it.
-    fn matrix(&self, name: &ModuleName) -> Verdict {
+    /// A 2-D `weight`, by the names of its module and the modules around it, and by what the checkpoint tells.
+    fn matrix(&self, module: &str, shape: [u64; 2]) -> Verdict {
+        let name = &ModuleName::new(module);
         if name.is_shared_expert_gate() {
             return Verdict::keep(
                 Role::SharedExpertGate,
@@ -155,7 +182,10 @@ impl Rules {
                 "named like a convolution: kept in its dtype",
             );
         }
-        self.linear(name)
+        match caution::doubt(module, shape, &self.evidence) {
+            Some(doubt) => Verdict::doubt(doubt),
+            None => self.linear(name),
+        }
     }
 
     fn linear(&self, name: &ModuleName) -> Verdict {

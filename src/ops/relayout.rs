@@ -361,6 +361,7 @@ fn copy(tensor: &PlannedTensor, output: &PlannedOutput, read: Read) -> PlannedTe
         role: tensor.role,
         decision: Decision::Keep,
         reason: tensor.reason.clone(),
+        in_doubt: tensor.in_doubt,
         outputs: vec![PlannedOutput { kind: None, suffix: Cow::Borrowed(""), ..output.clone() }],
     }
 }

@@ -2,8 +2,10 @@
 //!
 //! Once a [`Plan`] stands, every output byte has its file and offset; executing it decides nothing any more.
 
+mod clients;
 mod decide;
 mod fuse;
+mod gaps;
 mod groups;
 mod input;
 pub(crate) mod kept_modules;
@@ -12,8 +14,10 @@ mod names;
 mod scale_sets;
 pub(crate) mod source_quantization;
 pub(crate) mod split;
+mod warnings;
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 
 use serde_json::Value;
 
@@ -73,6 +77,8 @@ pub struct PlannedTensor {
     pub decision: Decision,
     /// Why; a short sentence for people.
     pub reason: Cow<'static, str>,
+    /// Whether it is kept because nothing says for certain what it is: a pattern of the recipe's `include` takes it.
+    pub in_doubt: bool,
     /// What is written for it.
     pub(crate) outputs: Vec<PlannedOutput>,
 }
@@ -89,8 +95,9 @@ pub enum Decision {
 impl PlannedTensor {
     fn new((input, verdict, decision): Decided, codec: &Codec) -> PlannedTensor {
         let Input { name, dtype, shape, read } = input;
-        let Verdict { role, reason, .. } = verdict;
-        let mut tensor = PlannedTensor { name, dtype, shape, read, role, decision, reason, outputs: Vec::new() };
+        let Verdict { role, reason, in_doubt, .. } = verdict;
+        let mut tensor =
+            PlannedTensor { name, dtype, shape, read, role, decision, reason, in_doubt, outputs: Vec::new() };
         tensor.outputs = layout::outputs(&tensor, codec);
         tensor
     }
@@ -149,8 +156,7 @@ impl Plan {
         recipe.dequantize_source = recipe.dequantize_source && source_quantization::has_four_bits(source);
         let codec = recipe.codec();
         let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
-        let architectures = source.config.as_ref().map(|config| config.architectures()).unwrap_or_default();
-        let rules = Rules::new(&model_types).of_classes(&architectures);
+        let rules = Rules::of(source);
         let decided = decide(source, &recipe, &model_types, &rules)?;
         let linear: Vec<bool> = decided.iter().map(|(_, verdict, _)| verdict.linear).collect();
         let mut tensors: Vec<PlannedTensor> =
@@ -162,7 +168,7 @@ impl Plan {
             Some(layout) => kept_modules::compressed_tensors::list(&rules, &weights, layout),
         };
         let config = quantized_config(source, &recipe, &tensors, &kept_modules)?;
-        let warnings = warnings(source, &recipe, &rules, &tensors, &linear);
+        let warnings = warnings::of(source, &recipe, &rules, &tensors, &linear);
         if recipe.fuses_experts() {
             tensors = fuse::fuse(source, &model_types, tensors, &codec)?;
         }
@@ -181,7 +187,14 @@ impl Plan {
     pub fn decoded(source: &Source, recipe: Recipe, inputs: Vec<Input>, config: Option<String>) -> Result<Plan> {
         let keep = |input: Input| {
             let reason = if input.read.is_decoded() { "decoded" } else { "copied" };
-            let verdict = Verdict { role: Role::Unknown, quantize: false, linear: false, reason: reason.into() };
+            let verdict = Verdict {
+                role: Role::Unknown,
+                quantize: false,
+                linear: false,
+                included: false,
+                in_doubt: false,
+                reason: reason.into(),
+            };
             PlannedTensor::new((input, verdict, Decision::Keep), &recipe.codec())
         };
         let mut tensors: Vec<PlannedTensor> = inputs.into_iter().map(keep).collect();
@@ -213,6 +226,22 @@ impl Plan {
         has_4_bit_experts(&self.recipe, &self.tensors)
     }
 
+    /// That more than a tenth of the source's bytes stays unquantized, if it does, and the largest tensor of it.
+    pub fn left_in_16_bits(&self) -> Option<Warning> {
+        warnings::left_in_16_bits(&self.tensors)
+    }
+
+    /// What is kept in doubt: patterns that match the names of such tensors and of none that is decided otherwise but by a number
+    /// in it, each with how many tensors and how many bytes of the source it takes.
+    pub fn in_doubt(&self) -> Vec<(String, usize, u64)> {
+        let mut patterns: BTreeMap<String, (usize, u64)> = BTreeMap::new();
+        for tensor in self.tensors.iter().filter(|tensor| tensor.in_doubt) {
+            let (tensors, bytes) = patterns.entry(pattern_of(&tensor.name)).or_default();
+            (*tensors, *bytes) = (*tensors + 1, *bytes + tensor.source_len());
+        }
+        patterns.into_iter().map(|(pattern, (tensors, bytes))| (pattern, tensors, bytes)).collect()
+    }
+
     /// The tensors to be quantized.
     pub fn quantized(&self) -> impl Iterator<Item = &PlannedTensor> {
         self.tensors.iter().filter(|tensor| tensor.decision != Decision::Keep)
@@ -230,17 +259,18 @@ impl Plan {
 }
 
 /// Decides for each tensor, with fused experts taken apart where the format wants it.
-fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules) -> Result<Vec<Decided>> {
+fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules<'_>) -> Result<Vec<Decided>> {
     let codec = recipe.codec();
     if codec.layout() == Some(Layout::GptOss) && !families(model_types).any(|family| family.gpt_oss_layout) {
         let (path, why) =
             (source.location.path().to_owned(), "the gpt-oss layout is for gpt_oss models only".to_owned());
         return Err(Error::NothingToQuantize { path, why, hint: Some(Hint::CompressedTensorsLayout) });
     }
-    let mut selection = Selection::new(recipe, rules.clone())?;
+    let mut selection = Selection::new(recipe)?;
     let mut decided = Vec::new();
     for input in input::inputs(source, recipe.dequantize_source)? {
-        let mut verdict = selection.decide(&input.name, &input.shape);
+        let mut verdict = selection.decide(rules, &input.name, &input.shape);
+        clients::keep(&codec, model_types, rules, &input.name, &mut verdict);
         if !codec.is_blocks() {
             groups::check(source, model_types, &input, &codec, &mut verdict)?;
         }
@@ -255,6 +285,7 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
         decided.push((input, verdict, decision));
     }
     selection.check_patterns()?;
+    clients::keep_odd_rows(&codec, &mut decided);
     match codec.layout() {
         None => Ok(decided),
         Some(Layout::GptOss) => {
@@ -267,6 +298,13 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
         }
         Some(_) => split::split_experts(source, model_types, decided),
     }
+}
+
+/// A regular expression for a name and those that differ from it in numbers only.
+fn pattern_of(name: &str) -> String {
+    let is_number = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    let parts = name.split('.').map(|part| if is_number(part) { r"\d+".to_owned() } else { regex::escape(part) });
+    format!("^{}$", parts.collect::<Vec<_>>().join(r"\."))
 }
 
 fn bits_per_element<'a>(tensors: impl Iterator<Item = &'a PlannedTensor>) -> f64 {
@@ -314,45 +352,4 @@ fn quantized_config(
 fn has_4_bit_experts(recipe: &Recipe, tensors: &[PlannedTensor]) -> bool {
     let is_quantized = |tensor: &PlannedTensor| tensor.role.is_expert() && tensor.decision != Decision::Keep;
     recipe.codec().is_blocks() && tensors.iter().any(is_quantized)
-}
-
-fn warnings(
-    source: &Source,
-    recipe: &Recipe,
-    rules: &Rules,
-    tensors: &[PlannedTensor],
-    linear: &[bool],
-) -> Vec<Warning> {
-    let mut warnings: Vec<Warning> = Vec::new();
-    let quantized = || tensors.iter().zip(linear).filter(|(tensor, _)| tensor.decision != Decision::Keep);
-    if source.config.is_none() {
-        warnings.push("no config.json beside the weights: rules go by names alone, and clients need one".into());
-    } else if !rules.is_compared() {
-        let message = "this architecture wasn't compared with transformers' own".to_owned();
-        warnings.push(Warning { message, hint: Some(Hint::ListTensors) });
-    }
-    if let Some((tensor, _)) = quantized().find(|(tensor, linear)| !**linear && !tensor.role.is_expert()) {
-        let message = "matches an include pattern, but isn't a Linear's: plain transformers won't load it";
-        warnings.push(format!("{:?} {message}", tensor.name).into());
-    }
-    if has_4_bit_experts(recipe, tensors) {
-        warnings.push(
-            "experts are 4-bit: transformers 5 can't load them without prequant's loader; config.json's \
-             experts_implementation has it stop rather than fill them with random numbers"
-                .into(),
-        );
-        if recipe.codec().double_quant() && recipe.fuses_experts() {
-            warnings.push(
-                "double quantization over fused experts is less exact than expert by expert: all of a layer's experts \
-                 share one mean of absmax, and groups of 256 blocks straddle them; the manifest's statistics tell how much"
-                    .into(),
-            );
-        }
-    }
-    let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
-    warnings.extend(scale_sets::warnings(recipe, &model_types, tensors));
-    if tensors.iter().any(|tensor| tensor.dtype == Dtype::F64) {
-        warnings.push("it has F64 tensors, which are copied unchanged".into());
-    }
-    warnings
 }

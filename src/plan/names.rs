@@ -126,6 +126,7 @@ mod tests {
             role: Role::Unknown,
             decision: Decision::Keep,
             reason: "".into(),
+            in_doubt: false,
             outputs: suffixes.iter().map(output).collect(),
         }
     }

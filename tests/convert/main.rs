@@ -4,6 +4,8 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod caution;
+mod clients;
 mod coded_sources;
 mod cold;
 mod conversion;
@@ -20,3 +22,4 @@ mod sources;
 mod split;
 mod unreadable;
 mod verify;
+mod warnings;

@@ -11,6 +11,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use tempfile::TempDir;
 
 pub mod codings;
+pub mod decisions;
 pub mod groups;
 pub mod recompute;
 pub mod weights;

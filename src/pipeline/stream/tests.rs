@@ -89,6 +89,7 @@ fn plan(lens: &[Vec<u64>]) -> Plan {
             role: Role::Unknown,
             decision: Decision::Keep,
             reason: "".into(),
+            in_doubt: false,
             outputs: outputs.collect(),
         }
     });
