@@ -28,7 +28,7 @@ fn tensors(known: &facts::Known) -> Vec<(String, usize, Vec<Kind>)> {
     known.tensors.iter().flat_map(of_name).collect()
 }
 
-fn rules(known: &facts::Known) -> Rules {
+fn rules(known: &facts::Known) -> Rules<'static> {
     Rules::new(&[known.model_type]).of_classes(&[known.class])
 }
 

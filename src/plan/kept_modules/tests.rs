@@ -11,7 +11,7 @@ use crate::models::{Role, Rules};
 
 /// One spelling of a class's tensors, with the number 3 wherever there is one, and what the rules make of each.
 struct Spelled {
-    rules: Rules,
+    rules: Rules<'static>,
     tensors: Vec<(String, Role, bool, bool)>,
 }
 
