@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::Duration;
 
-use prequant::{Bytes, Conversion, GroupSize, Layout, Manifest, Recipe, Statistics, Weights};
+use prequant::{Bytes, Conversion, GroupSize, Layout, ManifestHead, Recipe, Statistics, Weights};
 use serde_json::{Value, json};
 
 use super::hints;
@@ -15,7 +15,7 @@ use super::words::{count, rate};
 pub struct Done<'a> {
     pub conversion: &'a Conversion,
     pub destination: &'a Path,
-    pub manifest: &'a Manifest,
+    pub manifest: &'a ManifestHead,
 }
 
 impl Done<'_> {
@@ -94,10 +94,12 @@ impl Done<'_> {
 
     /// What is known at the end only, or is worth reading last: matrices without a number in them, and how much isn't quantized.
     pub fn warnings(&self) -> Vec<String> {
-        let zeros: Vec<_> = self.manifest.tensors.iter().filter(|tensor| tensor.is_all_zeros()).collect();
-        let first = zeros.first().and_then(|tensor| tensor.sources.first());
-        let zeros = first.map(|first| {
-            let what = match zeros.len() {
+        // Read again only where some block is: what was just written is in the cache.
+        let suspicious = self.manifest.summary.statistics.zero_blocks > 0;
+        let location = self.destination.join("prequant.json");
+        let zeros = suspicious.then(|| ManifestHead::matrices_of_zeros(&location.as_path().into()).ok()).flatten();
+        let zeros = zeros.and_then(|(count, first)| Some((count, first?))).map(|(count, first)| {
+            let what = match count {
                 1 => format!("{:?} is all zeros", first.name),
                 many => format!("{many} matrices are all zeros, {:?} in {:?} first", first.name, first.file),
             };

@@ -1,7 +1,7 @@
 //! What a checkpoint tells of its tensors beyond their names: numbers in config.json, and the shapes of other tensors.
 
-use std::cell::OnceCell;
 use std::collections::{HashMap, HashSet};
+use std::sync::OnceLock;
 
 use serde_json::{Map, Value};
 
@@ -47,7 +47,7 @@ pub(crate) struct Evidence<'s> {
     counts: Vec<(u64, Count, String)>,
     source: Option<&'s Source>,
     /// Made when it is first asked for: most checkpoints need none.
-    shapes: OnceCell<Shapes<'s>>,
+    shapes: OnceLock<Shapes<'s>>,
 }
 
 #[derive(Debug, Default)]
@@ -68,7 +68,7 @@ impl<'s> Evidence<'s> {
         if let Some(config) = &source.config {
             collect(config.values(), DEEPEST, &mut counts);
         }
-        Evidence { counts, source: Some(source), shapes: OnceCell::new() }
+        Evidence { counts, source: Some(source), shapes: OnceLock::new() }
     }
 
     /// What there are `rows` of, and config.json's key; of several, the first in the order of [`Count`], which says most.

@@ -145,7 +145,7 @@ pub(super) fn tensor_parallel_warning(codec: &Codec, tensors: &[PlannedTensor]) 
     let mut found: Vec<(String, String)> =
         rows.map(|((name, _), rows)| (name, format!("{rows} rows with what vLLM merges it with"))).collect();
     let columns = dense.iter().filter(|tensor| by_columns(&tensor.name) && uncut(tensor.columns()));
-    found.extend(columns.map(|tensor| (tensor.name.clone(), format!("{} columns", tensor.columns()))));
+    found.extend(columns.map(|tensor| (tensor.name.to_string(), format!("{} columns", tensor.columns()))));
     let (name, what) = found.first()?;
     let more = if found.len() > 1 { format!(", and {} more", found.len() - 1) } else { String::new() };
     Some(format!("{name:?} ({what}){more} can't be halved: vLLM can't serve it with tensor parallelism of 2").into())
