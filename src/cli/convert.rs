@@ -264,7 +264,8 @@ fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
     match if arguments.force { Ok(None) } else { conversion.finished(&arguments.destination) } {
         Ok(None) => {}
         Ok(Some(Finished { manifest, weights_compared })) => {
-            let done = summary::Done::new(&conversion, &arguments.destination, &manifest)?;
+            let done =
+                summary::Done { conversion: &conversion, destination: &arguments.destination, manifest: &manifest };
             return Ok(done.already(weights_compared, arguments.audience()));
         }
         // What an earlier run left, finished, of a source that is another by now.
@@ -274,7 +275,7 @@ fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
     let reporter = Reporter::new(arguments.style(), &conversion.plan);
     let manifest = conversion.execute_until(interrupt::flag(), &arguments.destination, &reporter)?;
     reporter.finish();
-    let done = summary::Done::new(&conversion, &arguments.destination, &manifest)?;
+    let done = summary::Done { conversion: &conversion, destination: &arguments.destination, manifest: &manifest };
     if !arguments.quiet {
         done.warnings().iter().for_each(|warning| tell(format_args!("warning: {warning}")));
     }

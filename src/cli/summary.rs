@@ -4,10 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::Duration;
 
-use prequant::{
-    Bytes, Conversion, Error, GroupSize, Layout, Manifest, ManifestHead, Recipe, SourceTensorRecord, Statistics,
-    Weights,
-};
+use prequant::{Bytes, Conversion, GroupSize, Layout, ManifestHead, Recipe, Statistics, Weights};
 use serde_json::{Value, json};
 
 use super::output::{Audience, Outcome};
@@ -22,21 +19,9 @@ pub struct Done<'a> {
     pub conversion: &'a Conversion,
     pub destination: &'a Path,
     pub manifest: &'a ManifestHead,
-    /// How many of its tensors are all zeros, and the first.
-    zeros: (usize, Option<SourceTensorRecord>),
 }
 
-impl<'a> Done<'a> {
-    /// Reads of the manifest what isn't held.
-    pub fn new(
-        conversion: &'a Conversion,
-        destination: &'a Path,
-        manifest: &'a ManifestHead,
-    ) -> Result<Done<'a>, Error> {
-        let zeros = Manifest::all_zeros(destination.join("prequant.json"))?;
-        Ok(Done { conversion, destination, manifest, zeros })
-    }
-
+impl Done<'_> {
     /// What was done, and how long it took.
     pub fn report(&self, elapsed: Duration, audience: Audience) -> Outcome {
         let output = match audience {
@@ -116,8 +101,11 @@ impl<'a> Done<'a> {
 
     /// What is known at the end only, or is worth reading last: matrices without a number in them, and how much isn't quantized.
     pub fn warnings(&self) -> Vec<String> {
-        let (count, first) = self.zeros.clone();
-        let zeros = first.map(|first| {
+        // Read again only where some block is: what was just written is in the cache.
+        let suspicious = self.manifest.summary.statistics.zero_blocks > 0;
+        let location = self.destination.join("prequant.json");
+        let zeros = suspicious.then(|| ManifestHead::matrices_of_zeros(&location.as_path().into()).ok()).flatten();
+        let zeros = zeros.and_then(|(count, first)| Some((count, first?))).map(|(count, first)| {
             let what = match count {
                 1 => format!("{:?} is all zeros", first.name),
                 many => format!("{many} matrices are all zeros, {:?} in {:?} first", first.name, first.file),

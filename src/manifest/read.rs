@@ -54,16 +54,14 @@ impl ManifestHead {
     pub fn read_head(location: &Location) -> Result<ManifestHead> {
         Ok(read_records::<IgnoredAny>(location, &mut |_, _| ())?.0)
     }
-}
 
-impl Manifest {
-    /// How many of a manifest's quantized tensors have no element other than zero, and what the first was made from.
+    /// Of the manifest that lies there, how many quantized tensors have no element other than zero, and what the first is made of.
     ///
     /// # Errors
-    /// As [`Manifest::read`]'s.
-    pub fn all_zeros(location: impl Into<Location>) -> Result<(usize, Option<SourceTensorRecord>)> {
+    /// As [`Manifest::read`].
+    pub fn matrices_of_zeros(location: &Location) -> Result<(u64, Option<SourceTensorRecord>)> {
         let (mut count, mut first) = (0, None);
-        read_records::<TensorRecord>(&location.into(), &mut |record, _| {
+        read_records::<TensorRecord>(location, &mut |record, _| {
             if record.is_all_zeros() {
                 count += 1;
                 first = first.take().or_else(|| record.sources.into_iter().next());

@@ -194,7 +194,9 @@ impl Class {
     }
 
     pub(super) fn heads(&self) -> Vec<String> {
-        let is_head = |kinds: &[(Kind, usize)]| kinds.iter().any(|(kind, _)| matches!(kind, Kind::Head | Kind::Labels));
+        let is_head = |kinds: &[(Kind, usize)]| {
+            kinds.iter().any(|(kind, _)| matches!(kind, Kind::Head | Kind::Labels | Kind::Last))
+        };
         let heads = self.tensors().into_iter().filter(|(name, kinds)| is_head(kinds) && !name.contains('*'));
         heads.flat_map(|(name, _)| self.modules(&name)).collect()
     }

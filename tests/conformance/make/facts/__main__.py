@@ -44,15 +44,20 @@ def main():
     cache = args.cache / f"{transformers.__version__}-{hashlib.sha256(scripts).hexdigest()[:12]}"
     cache.mkdir(parents=True, exist_ok=True)
     types = args.only or models.model_types()
-    # A process for a few types only: transformers keeps what it has imported.
-    with multiprocessing.get_context("spawn").Pool(args.jobs, collect.start, maxtasksperchild=50) as pool:
-        described = list(pool.imap(collect.cached, [(model_type, cache) for model_type in types]))
+    places = {model_type: cache / f"{model_type}.{collect.settings_hash(model_type)}.json" for model_type in types}
+    missing = [(model_type, place) for model_type, place in places.items() if not place.exists()]
+    if missing:
+        # A process for a few types only: transformers keeps what it has imported.
+        with multiprocessing.get_context("spawn").Pool(min(args.jobs, len(missing)), collect.start, maxtasksperchild=50) as pool:
+            for _ in pool.imap_unordered(collect.write, missing):
+                pass
+    described = [json.loads(place.read_text()) for place in places.values()]
     facts, not_built = encode.text(transformers.__version__, described)
     args.out.write_text(facts)
     args.out.with_name("not-built.txt").write_text(not_built)
     built = sum(bool(one["built"]) for one in described)
     classes = sum(len(one["built"]) for one in described)
-    print(f"{built} of {len(types)} model types, {classes} classes, {len(facts)} bytes")
+    print(f"{built} of {len(types)} model types, {classes} classes, {len(facts)} bytes; {len(missing)} types built anew")
 
 
 if __name__ == "__main__":

@@ -24,16 +24,17 @@ def start():
     models.without_packages()
 
 
-def cached(task):
-    """What is known of a type, from the cache folder if it is there."""
-    model_type, cache = task
-    own = hashlib.sha256(repr(SETTINGS.get(model_type)).encode()).hexdigest()[:8]
-    path = cache / f"{model_type}.{own}.json"
-    if not path.exists():
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(describe(model_type)))
-        part.replace(path)
-    return json.loads(path.read_text())
+def settings_hash(model_type):
+    """Changes where what is set for a type does."""
+    return hashlib.sha256(repr(SETTINGS.get(model_type)).encode()).hexdigest()[:8]
+
+
+def write(task):
+    """Writes what is known of a type into a file, whole or not at all."""
+    model_type, path = task
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(describe(model_type)))
+    part.replace(path)
 
 
 def describe(model_type):
