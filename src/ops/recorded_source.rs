@@ -82,11 +82,11 @@ pub(crate) fn check_read(source: &Source, manifest: &Manifest, outcome: &Outcome
             return Err(Error::Malformed { path, why, hint: Some(Hint::Restart) });
         }
     }
-    let loaded = copied.iter().filter(|file| FileClass::of(&file.name) == FileClass::Loaded);
-    for file in loaded.filter(|file| expected(&file.name).is_some_and(|sha256| sha256 != file.sha256)) {
-        return Err(malformed(&source.location.join(&file.name), &other_hash(file.sha256)));
+    let mut loaded = copied.iter().filter(|file| FileClass::of(&file.name) == FileClass::Loaded);
+    match loaded.find(|file| expected(&file.name).is_some_and(|sha256| sha256 != file.sha256)) {
+        Some(file) => Err(malformed(&source.location.join(&file.name), &other_hash(file.sha256))),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 fn by_name(manifest: &Manifest) -> HashMap<&str, &FileRecord> {

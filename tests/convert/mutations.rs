@@ -69,7 +69,8 @@ pub fn apply(folder: &Path, operation: &[Value]) {
         "folder" => fs::create_dir(path(1)).unwrap(),
         "replace" => edit(folder, text(1), |content| {
             let (from, to) = (text(2).as_bytes(), text(3).as_bytes());
-            let at = content.windows(from.len()).position(|bytes| bytes == from).expect(text(2));
+            let at = content.windows(from.len()).position(|bytes| bytes == from);
+            let at = at.unwrap_or_else(|| panic!("{} has no {:?}", text(1), text(2)));
             content.splice(at..at + from.len(), to.iter().copied());
         }),
         "set" => edit_json(folder, text(1), &operation[2], |inner, key| match key.as_str() {
