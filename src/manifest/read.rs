@@ -144,8 +144,8 @@ fn parse<'de, S: DeserializeSeed<'de>>(
     seed: S,
 ) -> io::Result<Result<(S::Value, Sha256Hash), String>> {
     position.set(0);
-    let mut reader = BufReader::with_capacity(BUFFER, HashingReader::new(input));
-    let mut deserializer = serde_json::Deserializer::from_reader(Counted { reader: &mut reader, position });
+    let mut reader = Counted::new(HashingReader::new(input), position);
+    let mut deserializer = serde_json::Deserializer::from_reader(&mut reader);
     let value = seed.deserialize(&mut deserializer).and_then(|value| deserializer.end().map(|()| value));
     drop(deserializer);
     match value {
@@ -153,22 +153,39 @@ fn parse<'de, S: DeserializeSeed<'de>>(
         Err(error) => Ok(Err(not_a_manifest(error))),
         Ok(value) => {
             io::copy(&mut reader, &mut io::sink())?;
-            Ok(Ok((value, reader.get_ref().finish().1)))
+            Ok(Ok((value, reader.reader.finish().1)))
         }
     }
 }
 
-/// Tells how many bytes were read.
+/// Tells how many bytes were taken of what it reads ahead. The parser takes them one by one.
 struct Counted<'a, R> {
     reader: R,
+    /// What was read ahead, from `taken` to `filled`.
+    ahead: Box<[u8]>,
+    taken: usize,
+    filled: usize,
     position: &'a Cell<u64>,
 }
 
+impl<'a, R> Counted<'a, R> {
+    fn new(reader: R, position: &'a Cell<u64>) -> Counted<'a, R> {
+        Counted { reader, ahead: vec![0; BUFFER].into(), taken: 0, filled: 0, position }
+    }
+}
+
 impl<R: Read> Read for Counted<'_, R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.reader.read(buffer)?;
-        self.position.set(self.position.get() + read as u64);
-        Ok(read)
+    #[inline]
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if self.taken == self.filled {
+            self.filled = self.reader.read(&mut self.ahead)?;
+            self.taken = 0;
+        }
+        let len = into.len().min(self.filled - self.taken);
+        into[..len].copy_from_slice(&self.ahead[self.taken..self.taken + len]);
+        self.taken += len;
+        self.position.set(self.position.get() + len as u64);
+        Ok(len)
     }
 }
 
