@@ -255,10 +255,13 @@ impl<'a> Execution<'a> {
     fn check_memory(&self) -> Result<()> {
         let size = lane_size(self.plan, self.context.budget.chunk_elements);
         let len = self.context.device.cpu().lane_len(&size);
-        let reserved = usize::try_from(len).map(|len| Vec::<u8>::new().try_reserve_exact(len));
+        let mut probe = Vec::<u8>::new();
+        let reserved = usize::try_from(len).is_ok_and(|len| probe.try_reserve_exact(len).is_ok());
+        // Or the compiler would see that nothing is done with it, and leave it out.
+        std::hint::black_box(&mut probe);
         match reserved {
-            Ok(Ok(())) => Ok(()),
-            _ => Err(Error::OutOfMemory { purpose: "a thread's buffers", len }),
+            true => Ok(()),
+            false => Err(Error::OutOfMemory { purpose: "a thread's buffers", len }),
         }
     }
 
