@@ -29,7 +29,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [source, destination] = &arguments[..] else { return Err("usage: convert SRC DST".into()) };
     let recipe = RecipeOptions { double_quant: Some(true), ..RecipeOptions::default() }.build()?;
-    let conversion = plan(source, recipe, Options { memory: 1 << 30, ..Options::default() })?;
+    let conversion = plan(source, recipe, Options { memory: Some(1 << 30), ..Options::default() })?;
     let manifest = conversion.execute(destination, &Files)?;
     println!("{:.2} bits per weight", manifest.summary.bits_per_weight);
     Ok(())

@@ -8,7 +8,6 @@ use crate::checkpoint::{MANIFEST_NAME, Source, TensorInfo};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Hint, Result};
 use crate::format::Codec;
-use crate::layout::bitsandbytes::MAX_QUANT_STATE;
 use crate::layout::{OutputKind, OutputTensor, Stored, StoredFormat, StoredWeight};
 use crate::manifest::{DecisionRecord, Manifest, OutputRecord, TensorRecord};
 use crate::read::{Decode, Input, MAX_EXPERTS, Nested, Read, SmallTensors, Span, Tensors};
@@ -27,7 +26,8 @@ impl<'a> Converted<'a> {
     /// # Errors
     /// When they differ.
     pub(crate) fn new(source: &'a Source, manifest: &'a Manifest) -> Result<Converted<'a>> {
-        let converted = Converted::unchecked(source, manifest);
+        let (codec, tensors) = (manifest.recipe.codec(), Tensors::new(source));
+        let converted = Converted { source, codec, tensors, small: SmallTensors::new(source) };
         let mut recorded = HashSet::new();
         for output in manifest.tensors.iter().flat_map(|record| &record.outputs) {
             converted.check(output)?;
@@ -38,12 +38,6 @@ impl<'a> Converted<'a> {
             None if recorded.is_empty() => Err(converted.malformed("it lists no tensor".to_owned())),
             None => Ok(converted),
         }
-    }
-
-    /// The files as they are, whatever the manifest lists: for finding out all that is wrong with them.
-    pub(crate) fn unchecked(source: &'a Source, manifest: &Manifest) -> Converted<'a> {
-        let (codec, tensors) = (manifest.recipe.codec(), Tensors::new(source));
-        Converted { source, codec, tensors, small: SmallTensors::new(source) }
     }
 
     /// Whether a tensor is there as the manifest has it.
@@ -79,16 +73,6 @@ impl<'a> Converted<'a> {
         Weight { name, codec, parts: codec.tensors(), tensors, small, malformed: &malformed }.decoded(model)
     }
 
-    /// The content of a quant_state.
-    ///
-    /// # Errors
-    /// When there is none of this name, it is longer than any, or the system refuses to read.
-    pub(crate) fn quant_state(&mut self, name: &str) -> Result<Vec<u8>> {
-        let (span, info) = self.tensor(name)?;
-        few(span, info, MAX_QUANT_STATE).map_err(|why| self.malformed(why))?;
-        self.small.read(span)
-    }
-
     fn malformed(&self, why: String) -> Error {
         malformed(self.source, why)
     }
@@ -102,7 +86,7 @@ fn malformed(source: &Source, why: String) -> Error {
 
 /// What a tensor's header says otherwise than the manifest.
 pub(crate) fn difference(found: &TensorInfo, expected: &OutputRecord) -> Option<String> {
-    let is_same = found.dtype.to_string() == expected.dtype && found.shape == expected.shape;
+    let is_same = found.dtype.to_string() == expected.dtype && *found.shape == *expected.shape;
     let (dtype, shape) = (&expected.dtype, &expected.shape);
     (!is_same).then(|| format!("is {} {:?}, expected {dtype} {shape:?}", found.dtype, found.shape))
 }
@@ -279,7 +263,7 @@ mod tests {
                 let tensors = tensors.map(|tensor| {
                     let (name, dtype) = (format!("a_proj.weight{}", tensor.suffix), tensor.dtype.dtype(Dtype::BF16));
                     let len = byte_len(dtype, &tensor.shape).unwrap();
-                    TensorInfo { name, dtype, shape: tensor.shape, offset: 0, len }
+                    TensorInfo { name: name.into(), dtype, shape: tensor.shape.into(), offset: 0, len }
                 });
                 let source = checkpoint(tensors.collect());
                 let found = weights(&source);

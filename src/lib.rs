@@ -58,6 +58,7 @@ mod pipeline;
 mod plan;
 mod read;
 mod recipe;
+mod shape;
 mod stats;
 mod store;
 mod threads;
@@ -70,8 +71,8 @@ pub use dtype::{Dtype, FloatDtype};
 pub use error::{Error, ErrorKind, Hint, Result, Setting, Warning};
 pub use format::{BlockSize, FORMATS, FormatSpec, GroupSize, Layout};
 pub use manifest::{
-    DecisionRecord, FileRecord, Manifest, OutputRecord, SourceFileRecord, SourceRecord, SourceTensorRecord, Summary,
-    TensorRecord, Tool,
+    DecisionRecord, FileRecord, Manifest, ManifestHead, NotHeld, OutputRecord, SourceFileRecord, SourceRecord,
+    SourceTensorRecord, Summary, TensorRecord, Tool,
 };
 pub use models::Role;
 pub use ops::dequantize::Dequantization;

@@ -11,6 +11,8 @@ use std::io;
 use schemars::{JsonSchema, Schema};
 use serde::{Deserialize, Serialize};
 
+pub(crate) use read::{read_part, read_records};
+
 use crate::models::Role;
 use crate::recipe::{ExpertLayout, Recipe};
 use crate::stats::Statistics;
@@ -20,9 +22,11 @@ use crate::store::Sha256Hash;
 pub(crate) const SCHEMA_VERSION: u32 = 2;
 
 /// A converted checkpoint's manifest.
+///
+/// It has a record for every tensor, which together are nearly all of it; [`ManifestHead`] is what is known without them.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[schemars(title = "prequant.json", description = "The manifest of a checkpoint quantized by prequant.")]
-pub struct Manifest {
+pub struct Manifest<Tensors = Vec<TensorRecord>> {
     /// The version of this schema.
     pub schema_version: u32,
     /// The version of the schema that it was read from, if that is an older one.
@@ -43,8 +47,15 @@ pub struct Manifest {
     /// Every file of the checkpoint but this one and SHA256SUMS, by name.
     pub files: Vec<FileRecord>,
     /// Every tensor of the source, in its order; one that was taken apart has an entry for each piece.
-    pub tensors: Vec<TensorRecord>,
+    pub tensors: Tensors,
 }
+
+/// A manifest of which the tensors' records aren't held.
+pub type ManifestHead = Manifest<NotHeld>;
+
+/// In place of records that aren't held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotHeld;
 
 /// A program.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -174,7 +185,7 @@ pub struct OutputRecord {
     pub sha256: Sha256Hash,
 }
 
-impl Manifest {
+impl<Tensors> Manifest<Tensors> {
     /// What wrote it, if that isn't this version.
     pub fn other_version(&self) -> Option<String> {
         let Tool { name, version } = &self.tool;
@@ -184,11 +195,38 @@ impl Manifest {
         }
     }
 
+    /// The same with other records, or none.
+    pub(crate) fn with<Others>(self, tensors: Others) -> Manifest<Others> {
+        let Manifest { schema_version, older_schema, tool, recipe, source, relaid_from, summary, files, .. } = self;
+        Manifest { schema_version, older_schema, tool, recipe, source, relaid_from, summary, files, tensors }
+    }
+}
+
+impl Manifest {
+    /// Bytes that its records take in memory, by estimate.
+    pub(crate) fn held_len(&self) -> u64 {
+        // Of a vector, a name, a file's name and a dtype, what their allocations take beside their bytes.
+        const ALLOCATIONS: usize = 4 * 24;
+        let of_tensor =
+            |name: &str, file: &str, shape: &[u64]| name.len() + file.len() + size_of_val(shape) + ALLOCATIONS;
+        let of_record = |record: &TensorRecord| {
+            let sources = record.sources.iter().map(|source| of_tensor(&source.name, &source.file, &source.shape));
+            let outputs = record.outputs.iter().map(|output| of_tensor(&output.name, &output.file, &output.shape));
+            // Vectors grow to twice of what they hold.
+            let held =
+                2 * size_of::<TensorRecord>() + 2 * size_of_val(&*record.sources) + 2 * size_of_val(&*record.outputs);
+            held + record.reason.len() + sources.chain(outputs).sum::<usize>() + ALLOCATIONS
+        };
+        self.tensors.iter().map(of_record).sum::<usize>() as u64
+    }
+
     /// The JSON Schema of the manifest; `schemas/prequant.schema.json` holds it.
     pub fn schema() -> Schema {
         schemars::schema_for!(Manifest)
     }
+}
 
+impl<Tensors: Serialize> Manifest<Tensors> {
     /// Writes the file's content.
     ///
     /// # Errors

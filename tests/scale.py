@@ -1,17 +1,19 @@
-"""Checks that prequant stays within its memory limit on large checkpoints, and times a plan.
+"""Checks that prequant stays within its memory limit on large checkpoints, and that planning them takes little time.
 
     scripts/check-scale [PREQUANT]
 
-Converts, with default options, a checkpoint whose only weight is one 4 GiB 3-D tensor, and one with 20,000 tensors; both
-are sparse files, so that they take no room. Peak RSS must stay below 300 MiB. Then plans (--dry-run) a checkpoint of
-1,000 shards and 200,000 tensors, inspects, converts and verifies it, and prints how long each took, and its peak RSS: that
-of the last two is for names, offsets and hashes, which are held for every tensor. Needs Python alone.
+Converts, with default options, a checkpoint whose only weight is one 4 GiB 3-D tensor, one with 20,000 tensors, and two with
+150,000, in one file and in 300, with 64 threads; all are sparse files, so that they take no room. Peak RSS of converting and
+of verifying must stay below 300 MiB. Then finds the least --memory that 100,000 tensors are converted and decoded with,
+and holds both to it. Last plans (--dry-run) a checkpoint of 1,000 shards and 200,000 tensors, in at most 2 seconds of
+processor time, and inspects, converts and verifies it. Prints how long each took, and its peak RSS. Needs Python alone.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -27,34 +29,95 @@ Shapes = dict[str, list[int]]
 
 
 def main() -> int:
-    """Runs the three cases; returns the exit code."""
+    """Runs all cases; returns the exit code."""
     binary = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "target" / "release" / "prequant").resolve()
     huge = {"model.layers.0.mlp.experts.gate_up_proj": [128, 4096, 4096]}
-    small = {f"model.layers.{i // 500}.mlp.experts.{i % 500}.up_proj.weight": [64, 64] for i in range(20_000)}
-    failed = False
-    for name, shapes in {"one tensor of 4 GiB": huge, "20,000 tensors": small}.items():
+    passed = True
+    for name, shapes in {"one tensor of 4 GiB": huge, "20,000 tensors": experts(20_000)}.items():
         for flags in ([], ["--double-quant"], ["--format", "nvfp4"], ["--format", "int4-asym", "--group-size", "channel"]):
-            source = fresh("source")
-            write_shard(source / "model.safetensors", shapes)
-            (source / "config.json").write_text('{"model_type": "qwen3_moe"}\n')
-            seconds, peak = run([binary, "convert", source, fresh("converted") / "to", "--quiet", *flags])
-            failed |= peak > LIMIT
-            verdict = "FAILED" if peak > LIMIT else "ok"
-            print(f"{verdict:6} {' '.join([name, *flags])}: {peak / 2**20:.0f} MiB at most, {seconds:.2f} s", flush=True)
+            source, converted = fresh("source"), fresh("converted") / "to"
+            one_file(source, shapes)
+            passed &= check(" ".join([name, *flags]), [binary, "convert", source, converted, "--quiet", *flags], LIMIT)
+    for name, write in {
+        "150,000 tensors in a file": lambda to: one_file(to, experts(150_000)),
+        "150,000 tensors in 300 files": lambda to: many_shards(to, shards=300, tensors=150_000),
+    }.items():
+        for flags in ([], ["--double-quant"]):
+            source, converted = fresh("source"), fresh("converted") / "to"
+            write(source)
+            convert = [binary, "convert", source, converted, "--quiet", "--threads", "64", *flags]
+            passed &= check(" ".join([name, *flags]), convert, LIMIT)
+            shutil.rmtree(source)
+            passed &= check("  verifying the result", [binary, "verify", converted], LIMIT)
+            passed &= check("  verifying the result, --quick", [binary, "verify", converted, "--quick"], LIMIT)
+    passed &= least_memory(binary)
+    passed &= thousand_shards(binary)
+    shutil.rmtree(WORK)
+    return 0 if passed else 1
 
+
+def least_memory(binary: Path) -> bool:
+    """Asks what --memory is needed at least, and holds what is done with that to it."""
+    source, converted, other = fresh("source"), fresh("converted") / "to", fresh("other")
+    one_file(source, experts(100_000, [8, 64]))
+    passed = True
+    for name, command in {
+        "100,000 tensors in the least memory": ["convert", source, converted],
+        "  decoding the result": ["dequantize", converted, other / "decoded"],
+    }.items():
+        refused = subprocess.run([str(word) for word in [binary, *command, "--memory", "14MiB"]], capture_output=True, text=True)
+        found = re.search(r"needs at least (\d+)MiB", refused.stderr)
+        if not refused.returncode or not found:
+            sys.exit(f"expected to be told the least --memory: {refused.stderr}")
+        command = [binary, *command, "--quiet", "--threads", "8", "--memory", f"{found[1]}MiB"]
+        passed &= check(name, command, int(found[1]) * 2**20)
+    return passed
+
+
+def thousand_shards(binary: Path) -> bool:
+    """A checkpoint of 1,000 shards and 200,000 tensors."""
     source, converted = fresh("source"), fresh("converted") / "to"
     many_shards(source, shards=1_000, tensors=200_000)
+    plan = "plan of 1,000 shards, 200,000 tensors"
+    passed = check(plan, [binary, "convert", source, converted, "--dry-run"], LIMIT, most_seconds=2.0)
     for what, command in {
-        "plan of 1,000 shards, 200,000 tensors": ["convert", source, converted, "--dry-run"],
-        "inspecting it": ["inspect", source],
-        "converting it": ["convert", source, converted, "--quiet", "--max-shard-size", "500kB"],
-        "verifying the result": ["verify", converted],
-        "verifying the result, --quick": ["verify", converted, "--quick"],
+        "  inspecting it": ["inspect", source],
+        "  converting it": ["convert", source, converted, "--quiet", "--max-shard-size", "500kB"],
+        "  verifying the result": ["verify", converted],
+        "  verifying the result, --quick": ["verify", converted, "--quick"],
+        "  comparing it with its source": ["verify", converted, "--against", source],
     }.items():
-        seconds, peak = run([binary, *command])
-        print(f"       {what}: {seconds:.2f} s, {peak / 2**20:.0f} MiB", flush=True)
-    shutil.rmtree(WORK)
-    return 1 if failed else 0
+        # The default limit: 64 MiB, 1 KiB for each tensor, and what buffers need at least.
+        passed &= check(what, [binary, *command], LIMIT)
+    return passed
+
+
+def check(name: str, command: list, limit: int, most_seconds: float | None = None) -> bool:
+    """Runs a command that must succeed, and prints what it took; whether that is no more than it may."""
+    start = time.perf_counter()
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"exit code {process.returncode}: {' '.join(map(str, command))}")
+    seconds, peak, processor = time.perf_counter() - start, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
+    passed = peak <= limit and (most_seconds is None or processor <= most_seconds)
+    verdict, most = "ok" if passed else "FAILED", limit / 2**20
+    peak /= 2**20
+    print(f"{verdict:6} {name}: {peak:.0f} of {most:.0f} MiB, {seconds:.2f} s, {processor:.2f} s of processor time", flush=True)
+    return passed
+
+
+def experts(count: int, shape: list[int] | None = None) -> Shapes:
+    """So many experts' matrices."""
+    shape = shape or [64, 64]
+    return {f"model.layers.{i // 500}.mlp.experts.{i % 500}.up_proj.weight": shape for i in range(count)}
+
+
+def one_file(folder: Path, shapes: Shapes) -> None:
+    """A checkpoint without shards."""
+    write_shard(folder / "model.safetensors", shapes)
+    (folder / "config.json").write_text('{"model_type": "qwen3_moe"}\n')
 
 
 def fresh(name: str) -> Path:
@@ -63,17 +126,6 @@ def fresh(name: str) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
-
-
-def run(command: list) -> tuple[float, int]:
-    """Seconds and peak RSS of a command that must succeed."""
-    start = time.perf_counter()
-    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"exit code {process.returncode}: {' '.join(map(str, command))}")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
 
 
 def write_shard(path: Path, shapes: Shapes) -> None:

@@ -8,55 +8,45 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, BufReader, Read};
 use std::path::Path;
+use std::sync::Arc;
 
-use safetensors::tensor::{Metadata, TensorInfo as Entry};
+use safetensors::tensor::{Metadata, TensorInfo as LibraryEntry};
+use serde::Deserialize;
 use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, Visitor};
-use serde::ser::{SerializeMap, Serializer};
-use serde::{Deserialize, Serialize};
 
 use crate::dtype::{self, Dtype, byte_len};
 use crate::error::{Error, IoContext, Result};
+use crate::shape::Shapes;
 use crate::store::{HashingReader, Sha256Hash};
 
 /// The longest header that is read: the safetensors library's own limit.
 pub(crate) const MAX_HEADER_LEN: u64 = 100_000_000;
 
 /// Bytes before the JSON.
-const LENGTH_FIELD: u64 = 8;
+pub(super) const LENGTH_FIELD: u64 = 8;
 
 /// What is read at once.
 const BUFFER: usize = 1 << 16;
 
+/// Tensors that the library checks at once: it takes a copy of what it checks.
+const CHECKED_AT_ONCE: usize = 1 << 12;
+
 /// The key that names no tensor.
-const METADATA_KEY: &str = "__metadata__";
+pub(super) const METADATA_KEY: &str = "__metadata__";
 
 /// One tensor of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {
     /// Its name.
-    pub name: String,
+    pub name: Arc<str>,
     /// Its dtype.
     pub dtype: Dtype,
     /// Its shape; empty for a scalar.
-    pub shape: Vec<u64>,
+    pub shape: Arc<[u64]>,
     /// The file offset of its first byte.
     pub offset: u64,
     /// Its size in bytes.
     pub len: u64,
-}
-
-impl Described for TensorInfo {
-    fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-
-    fn shape(&self) -> &[u64] {
-        &self.shape
-    }
 }
 
 /// A checked header: the tensors lie in the file one after the other and end with it.
@@ -105,26 +95,49 @@ impl Header {
                 return Err(Error::malformed(path, why));
             }
         };
-        entries.sort_by_key(|(_, entry)| entry.data_offsets);
+        entries.sort_by_key(|entry| entry.data_offsets);
         // The library says whether a header is valid; what is wrong with it, and where, is ours to tell.
-        // Names tell it nothing.
-        let nameless = entries.iter().map(|(_, entry)| (String::new(), entry.clone()));
-        let checked = Metadata::new(None, nameless.collect());
-        let end = |metadata: &Metadata| data_start.checked_add(metadata.data_len() as u64);
-        if !checked.as_ref().is_ok_and(|metadata| end(metadata) == Some(file_len)) {
+        let checked = data_len(&entries);
+        if !checked.as_ref().is_ok_and(|len| data_start.checked_add(*len) == Some(file_len)) {
             let why = defect(&entries, data_start, file_len);
-            let why = why.or_else(|| Some(checked.err()?.to_string()));
+            let why = why.or_else(|| checked.err());
             return Err(Error::malformed(path, why.unwrap_or_else(|| "its tensors don't fill the file".to_owned())));
         }
-        let tensors = entries.into_iter().map(|(name, entry)| TensorInfo {
+        let tensors = entries.into_iter().map(|Entry { name, dtype, shape, data_offsets: (begin, end) }| TensorInfo {
             name,
-            dtype: entry.dtype,
-            offset: data_start + entry.data_offsets.0 as u64,
-            len: (entry.data_offsets.1 - entry.data_offsets.0) as u64,
-            shape: entry.shape.into_iter().map(|dimension| dimension as u64).collect(),
+            dtype,
+            shape,
+            offset: data_start + begin,
+            len: end - begin,
         });
-        Ok(Header { tensors: tensors.collect(), sha256, len: data_start })
+        let mut tensors: Vec<TensorInfo> = tensors.collect();
+        tensors.shrink_to_fit();
+        Ok(Header { tensors, sha256, len: data_start })
     }
+}
+
+/// A tensor as the header has it.
+struct Entry {
+    name: Arc<str>,
+    dtype: Dtype,
+    shape: Arc<[u64]>,
+    data_offsets: (u64, u64),
+}
+
+/// Bytes of all tensors, if the library finds them valid in this order. It is given a part of them at a time, as a file of its
+/// own, and no names, which tell it nothing.
+fn data_len(entries: &[Entry]) -> Result<u64, String> {
+    let mut start = 0;
+    for part in entries.chunks(CHECKED_AT_ONCE) {
+        let nameless = part.iter().map(|Entry { dtype, shape, data_offsets: (begin, end), .. }| {
+            let shift = |offset: u64| usize::try_from(offset.wrapping_sub(start)).unwrap_or(usize::MAX);
+            let shape = shape.iter().map(|&dimension| usize::try_from(dimension).unwrap_or(usize::MAX)).collect();
+            (String::new(), LibraryEntry { dtype: *dtype, shape, data_offsets: (shift(*begin), shift(*end)) })
+        });
+        let checked = Metadata::new(None, nameless.collect()).map_err(|error| error.to_string())?;
+        start = start.checked_add(checked.data_len() as u64).ok_or("its tensors end past 2^64")?;
+    }
+    Ok(start)
 }
 
 fn check_length(json_len: u64, file_len: u64, path: &Path) -> Result<()> {
@@ -142,14 +155,13 @@ fn check_length(json_len: u64, file_len: u64, path: &Path) -> Result<()> {
 
 /// What is wrong with entries in the order of their offsets, if anything: dtype, shape and offsets of each must agree,
 /// and their bytes fill the file from `data_start` to its end, without holes or overlaps.
-fn defect(entries: &[(String, Entry)], data_start: u64, file_len: u64) -> Option<String> {
+fn defect(entries: &[Entry], data_start: u64, file_len: u64) -> Option<String> {
     let mut position = data_start;
-    for (name, Entry { dtype, shape, data_offsets: (begin, end) }) in entries {
-        let dimensions: Vec<u64> = shape.iter().map(|&dimension| dimension as u64).collect();
-        let Some(expected) = byte_len(*dtype, &dimensions) else {
+    for Entry { name, dtype, shape, data_offsets: (begin, end) } in entries {
+        let Some(expected) = byte_len(*dtype, shape) else {
             return Some(format!("tensor {name:?} of {dtype} {shape:?} is not a whole number of bytes below 2^64"));
         };
-        let Some(len) = end.checked_sub(*begin).map(|len| len as u64) else {
+        let Some(len) = end.checked_sub(*begin) else {
             return Some(format!("tensor {name:?} has data_offsets [{begin}, {end}]: they are reversed"));
         };
         if len != expected {
@@ -158,7 +170,7 @@ fn defect(entries: &[(String, Entry)], data_start: u64, file_len: u64) -> Option
                  give {len}"
             ));
         }
-        let Some(offset) = data_start.checked_add(*begin as u64) else {
+        let Some(offset) = data_start.checked_add(*begin) else {
             return Some(format!("tensor {name:?} has data_offsets [{begin}, {end}]: past 2^64"));
         };
         if offset != position {
@@ -184,16 +196,18 @@ struct NoHeader {
 }
 
 /// The entries in their own order, without `__metadata__`.
-fn parse(json: impl Read) -> Result<Vec<(String, Entry)>, NoHeader> {
+fn parse(json: impl Read) -> Result<Vec<Entry>, NoHeader> {
     let (mut entries, mut at) = (Vec::new(), None);
     let mut json = serde_json::Deserializer::from_reader(json);
-    let parsed = Entries { entries: &mut entries, at: &mut at }.deserialize(&mut json).and_then(|()| json.end());
+    let parsing = Entries { entries: &mut entries, shapes: Shapes::default(), at: &mut at };
+    let parsed = parsing.deserialize(&mut json).and_then(|()| json.end());
     parsed.map(|()| entries).map_err(|error| NoHeader { tensor: at, error })
 }
 
 /// Reads the JSON object. The library's own type reads it into maps, which lose a name that stands in it twice.
 struct Entries<'a> {
-    entries: &'a mut Vec<(String, Entry)>,
+    entries: &'a mut Vec<Entry>,
+    shapes: Shapes,
     /// The tensor whose entry is being read.
     at: &'a mut Option<String>,
 }
@@ -213,19 +227,20 @@ impl<'de> Visitor<'de> for Entries<'_> {
         f.write_str("an object of tensors by name")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
         let mut metadata = None;
         while let Some(name) = map.next_key::<String>()? {
             if name != METADATA_KEY {
                 *self.at = Some(name);
                 let RawEntry { dtype, shape, data_offsets } = map.next_value()?;
-                let entry = Entry { dtype, shape, data_offsets };
-                self.entries.extend(self.at.take().map(|name| (name, entry)));
+                let shape = self.shapes.get(&shape);
+                let name = self.at.take().map(Arc::from);
+                self.entries.extend(name.map(|name| Entry { name, dtype, shape, data_offsets }));
             } else if metadata.replace(map.next_value::<BTreeMap<String, String>>()?).is_some() {
                 return Err(de::Error::custom(format!("the key {METADATA_KEY:?} stands in it twice")));
             }
         }
-        let mut names: Vec<&str> = self.entries.iter().map(|(name, _)| name.as_str()).collect();
+        let mut names: Vec<&str> = self.entries.iter().map(|entry| &*entry.name).collect();
         names.sort_unstable();
         match names.windows(2).find(|pair| pair[0] == pair[1]) {
             Some(twice) => Err(de::Error::custom(format!("tensor {:?} stands in it twice", twice[0]))),
@@ -239,8 +254,8 @@ impl<'de> Visitor<'de> for Entries<'_> {
 struct RawEntry {
     #[serde(deserialize_with = "known_dtype")]
     dtype: Dtype,
-    shape: Vec<usize>,
-    data_offsets: (usize, usize),
+    shape: Vec<u64>,
+    data_offsets: (u64, u64),
 }
 
 fn known_dtype<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Dtype, D::Error> {
@@ -248,98 +263,7 @@ fn known_dtype<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Dtype, D::E
     dtype::named(&name).ok_or_else(|| de::Error::custom(format!("dtype {name:?}, which this version doesn't know")))
 }
 
-/// A tensor to be written: name, dtype, shape.
-pub(crate) trait Described {
-    /// The tensor's name.
-    fn name(&self) -> &str;
-    /// Its dtype.
-    fn dtype(&self) -> Dtype;
-    /// Its shape.
-    fn shape(&self) -> &[u64];
-
-    /// Its size.
-    ///
-    /// # Panics
-    /// Past 2^64 bytes; what comes from a checked header, and what is derived from it, is below.
-    fn byte_len(&self) -> u64 {
-        byte_len(self.dtype(), self.shape()).expect("a tensor below 2^64 bytes")
-    }
-}
-
 /// Puts tensors in the order that the safetensors library writes them in: by dtype, the widest first, then by name.
-pub(crate) fn sort_canonically<T: Described>(tensors: &mut [T]) {
-    tensors.sort_by(|a, b| b.dtype().cmp(&a.dtype()).then_with(|| a.name().cmp(b.name())));
-}
-
-/// The length field and the JSON of a file that holds `tensors` in this order, as the safetensors library writes them.
-///
-/// # Panics
-/// When all together are past 2^64 bytes; a plan's aren't.
-pub(crate) fn header_bytes<T: Described>(tensors: &[T]) -> Vec<u8> {
-    let mut header = vec![0; LENGTH_FIELD as usize];
-    serde_json::to_writer(&mut header, &HeaderJson(tensors)).expect("writing to memory");
-    header.resize(header.len().next_multiple_of(LENGTH_FIELD as usize), b' ');
-    let json_len = header.len() as u64 - LENGTH_FIELD;
-    header[..LENGTH_FIELD as usize].copy_from_slice(&json_len.to_le_bytes());
-    header
-}
-
-/// What the library's `Metadata` is written as, without a copy of every name and shape.
-struct HeaderJson<'a, T>(&'a [T]);
-
-#[derive(Serialize)]
-struct EntryJson<'a> {
-    dtype: Dtype,
-    shape: &'a [u64],
-    data_offsets: (u64, u64),
-}
-
-impl<T: Described> Serialize for HeaderJson<'_, T> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(Some(1 + self.0.len()))?;
-        map.serialize_entry(METADATA_KEY, &BTreeMap::from([("format", "pt")]))?;
-        let mut end = 0;
-        for tensor in self.0 {
-            let begin = end;
-            end += tensor.byte_len();
-            let (dtype, shape, data_offsets) = (tensor.dtype(), tensor.shape(), (begin, end));
-            map.serialize_entry(tensor.name(), &EntryJson { dtype, shape, data_offsets })?;
-        }
-        map.end()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_header_is_written_as_the_library_writes_it() {
-        let tensor = |name: &str, dtype, shape: &[u64]| TensorInfo {
-            name: name.to_owned(),
-            dtype,
-            shape: shape.to_vec(),
-            offset: 0,
-            len: 0,
-        };
-        let tensors = [
-            tensor("a \"quoted\" name", Dtype::F32, &[3, 5]),
-            tensor("größe", Dtype::BF16, &[]),
-            tensor("none", Dtype::U8, &[0, 7]),
-            tensor("four bits", Dtype::F4, &[6]),
-        ];
-        let mut end = 0;
-        let entries = tensors.iter().map(|tensor| {
-            let begin = end;
-            end += tensor.byte_len() as usize;
-            let shape = tensor.shape.iter().map(|&dimension| dimension as usize).collect();
-            (tensor.name.clone(), Entry { dtype: tensor.dtype, shape, data_offsets: (begin, end) })
-        });
-        let format = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
-        let expected = serde_json::to_vec(&Metadata::new(Some(format), entries.collect()).unwrap()).unwrap();
-        let header = header_bytes(&tensors);
-        let (length, json) = header.split_at(LENGTH_FIELD as usize);
-        assert_eq!(u64::from_le_bytes(length.try_into().unwrap()), json.len() as u64);
-        assert_eq!(json.trim_ascii_end(), expected);
-    }
+pub(crate) fn sort_canonically(tensors: &mut [TensorInfo]) {
+    tensors.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
 }

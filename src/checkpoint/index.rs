@@ -1,10 +1,11 @@
 //! `model.safetensors.index.json`: which file holds which tensor.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io;
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use super::TensorInfo;
 use crate::error::{Error, IoContext, Result};
@@ -20,9 +21,18 @@ pub struct Index {
 }
 
 #[derive(Serialize)]
-struct OutputIndex<'a> {
+struct OutputIndex<W> {
     metadata: Metadata,
-    weight_map: BTreeMap<&'a str, &'a str>,
+    weight_map: W,
+}
+
+/// Tensors and their files, written one by one.
+struct WeightMap<I>(Cell<Option<I>>);
+
+impl<'a, I: Iterator<Item = (String, &'a str)>> Serialize for WeightMap<I> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.take().into_iter().flatten())
+    }
 }
 
 #[derive(Serialize)]
@@ -80,9 +90,9 @@ impl Index {
         let mut found = HashSet::with_capacity(self.weight_map.len());
         for (file, tensors) in files {
             for TensorInfo { name, .. } in tensors {
-                let why = match self.weight_map.get(name) {
+                let why = match self.weight_map.get(&**name) {
                     Some(expected) if expected == file => {
-                        found.insert(name.as_str());
+                        found.insert(&**name);
                         continue;
                     }
                     Some(expected) => format!("tensor {name:?} is said to be in {expected:?}, but {file:?} has it"),
@@ -109,16 +119,17 @@ pub(crate) fn shard_name(i: usize, count: usize) -> String {
     }
 }
 
-/// Writes an index of tensors and their files, with the sum of the tensors' bytes; as transformers writes it.
+/// Writes an index of tensors, in the order of their names, and their files, with the sum of the tensors' bytes; as transformers
+/// writes it.
 ///
 /// # Errors
 /// Those of `writer`.
 pub(crate) fn write_index<'a>(
-    weight_map: impl Iterator<Item = (&'a str, &'a str)>,
+    weight_map: impl Iterator<Item = (String, &'a str)>,
     total_size: u64,
     mut writer: &mut dyn io::Write,
 ) -> io::Result<()> {
-    let index = OutputIndex { metadata: Metadata { total_size }, weight_map: weight_map.collect() };
+    let index = OutputIndex { metadata: Metadata { total_size }, weight_map: WeightMap(Cell::new(Some(weight_map))) };
     serde_json::to_writer_pretty(&mut writer, &index)?;
     writer.write_all(b"\n")
 }

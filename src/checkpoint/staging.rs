@@ -233,6 +233,11 @@ impl Staging {
         record::read(&self.folder.join(SEALED_FOLDER), name)
     }
 
+    /// The same, to be read piece by piece.
+    pub(crate) fn open_sealed(&self, name: &str) -> Result<Option<impl Read + use<>>> {
+        record::open(&self.folder.join(SEALED_FOLDER), name)
+    }
+
     /// Writes the record of a file that is written, synced and hashed; its name comes next.
     pub(crate) fn write_sealed(&self, name: &str, record: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
         record::write(&self.folder.join(SEALED_FOLDER), name, record)

@@ -16,6 +16,7 @@ use super::output::{self, Audience, Outcome};
 use super::progress::{Reporter, Style};
 use super::streams::tell;
 use super::trace::Tracing;
+use super::words::Limit;
 use super::{device, dry_run, hints, interrupt, summary};
 
 /// Quantize a checkpoint to 4 bits.
@@ -79,9 +80,9 @@ pub struct Arguments {
     #[arg(long, value_name = "SIZE")]
     max_shard_size: Option<Bytes>,
 
-    /// Memory limit
-    #[arg(long, value_name = "SIZE", default_value = "256MiB")]
-    memory: Bytes,
+    /// Memory limit, of everything but the GPU driver's own [default: 256MiB, more for sources of over 190,000 tensors]
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<Bytes>,
 
     /// Number of threads [default: all cores]
     #[arg(long, value_name = "N")]
@@ -209,7 +210,7 @@ impl Arguments {
     fn options(&self) -> Options {
         let default = Options::default();
         Options {
-            memory: self.memory.0,
+            memory: self.memory.map(|memory| memory.0),
             threads: self.threads.map_or(default.threads, NonZeroUsize::get),
             device: self.device.device.clone().into(),
             device_memory: self.device.device_memory.0,
@@ -248,7 +249,7 @@ fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
     let tracing = Tracing::start(arguments.trace.as_deref(), &[&arguments.source, &arguments.destination])?;
     conversion.options.trace = tracing.trace();
     if let Audience::People = arguments.audience() {
-        tell(device::line(&conversion.device));
+        tell(format_args!("{}; memory: at most {}", device::line(&conversion.device), Limit(conversion.budget.memory)));
     }
     if !arguments.quiet {
         for warning in &conversion.plan.warnings {

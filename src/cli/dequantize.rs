@@ -13,7 +13,7 @@ use super::output::{self, Outcome};
 use super::progress::{Reporter, Style};
 use super::streams::tell;
 use super::trace::Tracing;
-use super::words::count;
+use super::words::{Limit, count};
 use super::{hints, interrupt};
 
 /// Decode a quantized checkpoint to bf16.
@@ -36,9 +36,9 @@ pub struct Arguments {
     #[arg(long, value_name = "SIZE", default_value = "5GB")]
     max_shard_size: Bytes,
 
-    /// Memory limit
-    #[arg(long, value_name = "SIZE", default_value = "256MiB")]
-    memory: Bytes,
+    /// Memory limit [default: 256MiB, more for checkpoints of over 190,000 tensors]
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<Bytes>,
 
     /// Number of threads [default: all cores]
     #[arg(long, value_name = "N")]
@@ -74,7 +74,7 @@ fn dequantize(arguments: &Arguments) -> Result<Outcome, Error> {
     let start = Instant::now();
     let default = Options::default();
     let options = Options {
-        memory: arguments.memory.0,
+        memory: arguments.memory.map(|memory| memory.0),
         threads: arguments.threads.map_or(default.threads, NonZeroUsize::get),
         force: arguments.force,
         restart: arguments.restart,
@@ -84,6 +84,9 @@ fn dequantize(arguments: &Arguments) -> Result<Outcome, Error> {
     let tracing = Tracing::start(arguments.trace.as_deref(), &[&arguments.source, &arguments.destination])?;
     decoding.options.trace = tracing.trace();
     let style = if arguments.quiet { Style::Silent } else { Style::of_stderr() };
+    if !arguments.quiet && !arguments.json {
+        tell(format_args!("memory: at most {}", Limit(decoding.budget.memory)));
+    }
     if !arguments.quiet {
         decoding.plan.warnings.iter().for_each(|warning| tell(format_args!("warning: {}", hints::warning(warning))));
     }

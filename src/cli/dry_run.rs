@@ -108,9 +108,9 @@ fn json(conversion: &Conversion, destination: &Path, free: Option<u64>, obstacle
     let (plan, decisions) = (&conversion.plan, conversion.decisions());
     let tensor = |tensor: &PlannedTensor| {
         json!({
-            "name": tensor.name,
+            "name": &*tensor.name,
             "dtype": tensor.dtype,
-            "shape": tensor.shape,
+            "shape": &*tensor.shape,
             "role": tensor.role,
             "decision": if tensor.quantized_from().is_some() { "quantize" } else { "keep" },
             "reason": tensor.reason,

@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::Duration;
 
-use prequant::{Bytes, Conversion, GroupSize, Layout, Manifest, Recipe, Statistics, Weights};
+use prequant::{Bytes, Conversion, GroupSize, Layout, ManifestHead, Recipe, Statistics, Weights};
 use serde_json::{Value, json};
 
 use super::hints;
@@ -15,7 +15,7 @@ use super::words::{count, rate};
 pub struct Done<'a> {
     pub conversion: &'a Conversion,
     pub destination: &'a Path,
-    pub manifest: &'a Manifest,
+    pub manifest: &'a ManifestHead,
 }
 
 impl Done<'_> {

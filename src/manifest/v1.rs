@@ -3,25 +3,12 @@
 
 use serde::Deserialize;
 
-use super::{FileRecord, SCHEMA_VERSION, SourceRecord, Summary, TensorRecord, Tool};
 use crate::format::{BlockSize, FormatSpec, GroupSize, Layout, Sharing};
-use crate::recipe::{ExpertLayout, NonFinitePolicy, RecipeOptions};
+use crate::recipe::{ExpertLayout, NonFinitePolicy, Recipe, RecipeOptions};
 
-/// The file.
+/// Its recipe.
 #[derive(Deserialize)]
-pub struct Manifest {
-    tool: Tool,
-    recipe: FlatRecipe,
-    source: SourceRecord,
-    #[serde(default)]
-    relaid_from: Option<ExpertLayout>,
-    summary: Summary,
-    files: Vec<FileRecord>,
-    tensors: Vec<TensorRecord>,
-}
-
-#[derive(Deserialize)]
-struct FlatRecipe {
+pub(super) struct FlatRecipe {
     format: &'static FormatSpec,
     block_size: BlockSize,
     #[serde(default)]
@@ -39,27 +26,15 @@ struct FlatRecipe {
     max_shard_size: u64,
 }
 
-impl TryFrom<Manifest> for super::Manifest {
-    type Error = String;
-
-    fn try_from(old: Manifest) -> Result<super::Manifest, String> {
-        let Manifest { tool, recipe, source, relaid_from, summary, files, tensors } = old;
-        let recipe = recipe.options().build().map_err(|error| format!("not a manifest: {error}"))?;
-        Ok(super::Manifest {
-            schema_version: SCHEMA_VERSION,
-            older_schema: Some(1),
-            tool,
-            recipe,
-            source,
-            relaid_from,
-            summary,
-            files,
-            tensors,
-        })
-    }
-}
-
 impl FlatRecipe {
+    /// The same in this version's words.
+    ///
+    /// # Errors
+    /// When options don't go together.
+    pub(super) fn recipe(self) -> Result<Recipe, String> {
+        self.options().build().map_err(|error| error.to_string())
+    }
+
     /// What applies to the format.
     fn options(self) -> RecipeOptions {
         let is_blocks = self.format.sharing == Sharing::Blocks;

@@ -64,7 +64,8 @@ pub fn plan(converted: impl Into<Location>, max_shard_size: u64, mut options: Op
         );
     }
     options.hash_source = manifest.is_some(); // what is read must be what its manifest says
-    let budget = Budget::new(&plan, options.limits(), &Cpu::detect())?;
+    let limits = options.limits(&source, manifest.as_ref().map_or(0, Manifest::held_len));
+    let budget = Budget::new(&plan, limits, &Cpu::detect())?;
     Ok(Dequantization { source, plan, budget, options, manifest })
 }
 

@@ -47,7 +47,7 @@ pub fn inspect(path: impl AsRef<Path>) -> Result<Contents> {
         name: name.to_owned(),
         file: source.files[file].name.clone(),
         format: codec.map_or_else(|| codes.dtype.to_string(), |codec| codec.format.name.to_owned()),
-        stored_shape: codes.shape.clone(),
+        stored_shape: codes.shape.to_vec(),
         // Two codes per byte; whether the last ones are a pad, only what stands beside them knows.
         elements: if codec.is_some() { 2 * codes.len } else { codes.shape.iter().product() },
         bytes: codes.len + beside.iter().map(|info| info.len).sum::<u64>(),

@@ -4,13 +4,15 @@ use std::sync::Arc;
 use std::thread;
 
 use crate::backend::{Device, DeviceChoice};
+use crate::checkpoint::Source;
 use crate::pipeline::{Limits, Trace};
 
 /// How to convert: what decides nothing about the output's bytes.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The most memory to use, in bytes.
-    pub memory: u64,
+    /// The most memory to use, in bytes: of everything that the process holds, a GPU driver's own memory excepted. Where it is
+    /// `None`, the larger of 256 MiB and 64 MiB + 1 KiB for each tensor of the source + what buffers need at least.
+    pub memory: Option<u64>,
     /// Threads to use.
     pub threads: usize,
     /// What quantizes: a backend or a [`DeviceChoice`], which is opened while the conversion is planned.
@@ -28,11 +30,11 @@ pub struct Options {
 }
 
 impl Default for Options {
-    /// 256 MiB here and on a device, all cores, the processor with its fastest kernel.
+    /// The default of memory here, 256 MiB on a device, all cores, the processor with its fastest kernel.
     fn default() -> Self {
         let threads = thread::available_parallelism().map_or(1, usize::from);
         Options {
-            memory: 256 << 20,
+            memory: None,
             threads,
             device: DeviceChoice::Cpu.into(),
             device_memory: 256 << 20,
@@ -45,8 +47,9 @@ impl Default for Options {
 }
 
 impl Options {
-    /// The bounds on memory and threads.
-    pub(crate) fn limits(&self) -> Limits {
-        Limits { memory: self.memory, threads: self.threads, device_memory: self.device_memory }
+    /// The bounds on memory and threads for what reads `source` and holds so many bytes beside its plan.
+    pub(crate) fn limits(&self, source: &Source, beside: u64) -> Limits {
+        let Options { memory, threads, device_memory, .. } = *self;
+        Limits { memory, beside, source_tensors: source.tensors().count() as u64, threads, device_memory }
     }
 }

@@ -7,12 +7,13 @@ use crate::backend::{ChosenDevice, Opening, Work};
 use crate::checkpoint::{MANIFEST_NAME, STAGING_NAME, SUMS_NAME, Source, Staging, free_space};
 use crate::error::{Error, IoContext, Result};
 use crate::layout::recognize;
-use crate::manifest::{FileRecord, Manifest, SourceRecord};
+use crate::manifest::{FileRecord, Manifest, ManifestHead, NotHeld, SourceRecord};
 use crate::ops::job::finished::{Comparison, Finished};
 use crate::ops::job::staged::write;
 use crate::ops::job::write::{Job, is_there, write_sums};
 use crate::ops::options::Options;
 use crate::ops::records;
+use crate::ops::records::Records;
 use crate::ops::relayout;
 use crate::ops::relayout::Relayout;
 use crate::pipeline::{Budget, Outcome, Progress};
@@ -73,7 +74,8 @@ pub fn plan(source: impl Into<Location>, recipe: Recipe, mut options: Options) -
         }
     };
     let device = choose(opening, &plan, options.threads)?;
-    let budget = Budget::new(&plan, options.limits(), &*device.backend)?;
+    let beside = relayout.as_ref().map_or(0, Relayout::held_len);
+    let budget = Budget::new(&plan, options.limits(&source, beside), &*device.backend)?;
     if budget.lanes.is_some() {
         device.backend.prepare(&plan.recipe.codec(), budget.device_peak())?;
     }
@@ -150,7 +152,7 @@ impl Conversion {
         if !is_file || is_there(&destination.join(STAGING_NAME))? {
             return Ok(None);
         }
-        let manifest = match Manifest::read(&location) {
+        let manifest = match ManifestHead::read_head(&location) {
             Ok(manifest) => manifest,
             Err(error @ Error::Io { .. }) => return Err(error),
             Err(_) => return Ok(None), // of nothing that this version writes
@@ -168,7 +170,7 @@ impl Conversion {
     }
 
     /// Whether a manifest is of a conversion with the same choices.
-    fn is_of_this_recipe(&self, manifest: &Manifest) -> bool {
+    fn is_of_this_recipe(&self, manifest: &ManifestHead) -> bool {
         let hashed = manifest.source.files.iter().any(|file| file.sha256.is_some());
         manifest.other_version().is_none()
             && manifest.recipe == self.plan.recipe
@@ -176,9 +178,9 @@ impl Conversion {
             && (self.relayout.is_some() || hashed || !self.options.hash_source)
     }
 
-    /// Writes the checkpoint to `destination` and returns its manifest; resumes where an earlier run was stopped. Until all
-    /// of it is written, synced and hashed, nothing there can be taken for a checkpoint.
-    pub fn execute(&self, destination: impl AsRef<Path>, progress: &dyn Progress) -> Result<Manifest> {
+    /// Writes the checkpoint to `destination` and returns its manifest, without the tensors' records; resumes where an earlier run was
+    /// stopped. Until all of it is written, synced and hashed, nothing there can be taken for a checkpoint.
+    pub fn execute(&self, destination: impl AsRef<Path>, progress: &dyn Progress) -> Result<ManifestHead> {
         self.execute_until(&AtomicBool::new(false), destination, progress)
     }
 
@@ -191,7 +193,7 @@ impl Conversion {
         interrupt: &AtomicBool,
         destination: impl AsRef<Path>,
         progress: &dyn Progress,
-    ) -> Result<Manifest> {
+    ) -> Result<ManifestHead> {
         self.execute_at(interrupt, &destination.as_ref().into(), progress)
     }
 
@@ -202,7 +204,7 @@ impl Conversion {
         interrupt: &AtomicBool,
         destination: &Location,
         progress: &dyn Progress,
-    ) -> Result<Manifest> {
+    ) -> Result<ManifestHead> {
         self.job().run(interrupt, destination, progress, |staging, files, outcome| {
             let manifest = self.finish(staging, files, outcome)?;
             Ok((published_names(&manifest), manifest))
@@ -210,9 +212,11 @@ impl Conversion {
     }
 
     /// Manifest and checksums, in the staging folder.
-    fn finish(&self, staging: &Staging, files: Vec<FileRecord>, outcome: Outcome) -> Result<Manifest> {
-        let manifest = self.manifest(files, outcome);
+    fn finish(&self, staging: &Staging, files: Vec<FileRecord>, outcome: Outcome) -> Result<ManifestHead> {
+        let outcome = self.relaid(outcome);
+        let manifest = self.manifest(files, &outcome);
         let record = write(staging, MANIFEST_NAME, |file| manifest.write_json(file))?;
+        let manifest = manifest.with(NotHeld);
         write_sums(staging, manifest.files.iter().chain([&record]))?;
         Ok(manifest)
     }
@@ -225,20 +229,27 @@ impl Conversion {
         }
     }
 
+    /// What came of executing the plan, as the manifest has it.
+    pub(crate) fn relaid(&self, outcome: Outcome) -> Outcome {
+        match &self.relayout {
+            None => outcome,
+            Some(relayout) => relayout.outcome(outcome),
+        }
+    }
+
     /// The manifest of a conversion that came out so.
-    pub(crate) fn manifest(&self, files: Vec<FileRecord>, outcome: Outcome) -> Manifest {
+    pub(crate) fn manifest<'a>(&'a self, files: Vec<FileRecord>, outcome: &'a Outcome) -> Manifest<Records<'a>> {
         let record = self.source_record();
         let Some(relayout) = &self.relayout else {
             return records::manifest(&self.source, &self.plan, record, files, outcome);
         };
-        let outcome = relayout.outcome(outcome);
         let manifest = records::manifest(&relayout.origin, &relayout.plan, record, files, outcome);
         Manifest { relaid_from: Some(relayout.from), ..manifest }
     }
 }
 
 /// All files of the checkpoint.
-fn published_names(manifest: &Manifest) -> Vec<String> {
+fn published_names(manifest: &ManifestHead) -> Vec<String> {
     let files = manifest.files.iter().map(|file| file.name.clone());
     files.chain([MANIFEST_NAME.to_owned(), SUMS_NAME.to_owned()]).collect()
 }

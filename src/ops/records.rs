@@ -1,5 +1,7 @@
 //! What a manifest tells of a conversion: its source, its tensors, and all of them together.
 
+use serde::{Serialize, Serializer};
+
 use crate::checkpoint::{Config, Source};
 use crate::manifest::{
     DecisionRecord, FileRecord, Manifest, OutputRecord, SCHEMA_VERSION, SourceFileRecord, SourceRecord,
@@ -24,24 +26,55 @@ pub(crate) fn source(source: &Source, plan: &Plan) -> SourceRecord {
     }
 }
 
+/// The records of a plan's tensors, made one by one when they are asked for: all of them take much more than what they are made of.
+pub(crate) struct Records<'a> {
+    source: &'a Source,
+    plan: &'a Plan,
+    /// Of each tensor of the plan.
+    outcomes: &'a [TensorOutcome],
+}
+
+impl Records<'_> {
+    /// How many.
+    pub(crate) fn len(&self) -> usize {
+        self.outcomes.len()
+    }
+
+    /// The name of the first tensor that is written for the one with this number.
+    pub(crate) fn name(&self, number: usize) -> Option<String> {
+        self.plan.tensors[number].output_names().next()
+    }
+
+    /// The record of the tensor with this number.
+    pub(crate) fn get(&self, number: usize) -> TensorRecord {
+        let file = self.plan.files.partition_point(|file| file.tensors.end <= number);
+        tensor_record(self.source, &self.plan.tensors[number], &self.plan.files[file].name, &self.outcomes[number])
+    }
+}
+
+impl Serialize for Records<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq((0..self.len()).map(|number| self.get(number)))
+    }
+}
+
 /// The manifest of a plan that came out so; `record` is its source's, and its files are `files`.
-pub(crate) fn manifest(
-    source: &Source,
-    plan: &Plan,
+pub(crate) fn manifest<'a>(
+    source: &'a Source,
+    plan: &'a Plan,
     mut record: SourceRecord,
     files: Vec<FileRecord>,
-    outcome: Outcome,
-) -> Manifest {
+    outcome: &'a Outcome,
+) -> Manifest<Records<'a>> {
     let Outcome { tensors, source_files, total, .. } = outcome;
-    for (file, sha256) in record.files.iter_mut().zip(source_files.into_iter().flatten()) {
-        file.sha256 = Some(sha256);
+    for (file, sha256) in record.files.iter_mut().zip(source_files.iter().flatten()) {
+        file.sha256 = Some(*sha256);
     }
     let elements = |quantized: bool| {
         let chosen = plan.tensors.iter().filter(move |tensor| tensor.quantized_from().is_some() == quantized);
         chosen.fold((0, 0), |(tensors, elements), tensor| (tensors + 1, elements + tensor.elements()))
     };
     let ((quantized_tensors, quantized_elements), (kept_tensors, kept_elements)) = (elements(true), elements(false));
-    let written = plan.files.iter().flat_map(|file| file.tensors.clone().map(move |i| (i, &file.name)));
     Manifest {
         schema_version: SCHEMA_VERSION,
         older_schema: None,
@@ -56,18 +89,15 @@ pub(crate) fn manifest(
             kept_elements,
             bits_per_quantized_weight: plan.bits_per_quantized_weight(),
             bits_per_weight: plan.bits_per_weight(),
-            statistics: total,
+            statistics: total.clone(),
         },
         files,
-        tensors: written
-            .zip(tensors)
-            .map(|((i, file), outcome)| tensor_record(source, &plan.tensors[i], file, outcome))
-            .collect(),
+        tensors: Records { source, plan, outcomes: tensors },
     }
 }
 
-fn tensor_record(source: &Source, tensor: &PlannedTensor, file: &str, outcome: TensorOutcome) -> TensorRecord {
-    let outputs = tensor.outputs.iter().zip(tensor.output_names()).zip(outcome.sha256);
+fn tensor_record(source: &Source, tensor: &PlannedTensor, file: &str, outcome: &TensorOutcome) -> TensorRecord {
+    let outputs = tensor.outputs.alike().iter().zip(tensor.output_names()).zip(&outcome.sha256);
     TensorRecord {
         sources: source_tensors(source, tensor),
         role: tensor.role,
@@ -78,11 +108,11 @@ fn tensor_record(source: &Source, tensor: &PlannedTensor, file: &str, outcome: T
                 name,
                 file: file.to_owned(),
                 dtype: output.dtype.to_string(),
-                shape: output.shape.clone(),
-                sha256,
+                shape: output.shape.to_vec(),
+                sha256: *sha256,
             })
             .collect(),
-        statistics: outcome.statistics,
+        statistics: outcome.statistics.as_deref().cloned(),
     }
 }
 
@@ -96,7 +126,7 @@ fn source_tensors(source: &Source, tensor: &PlannedTensor) -> Vec<SourceTensorRe
     }
     let record = |(file, tensor): (usize, usize)| {
         let (file, info) = (&source.files[file], &source.files[file].tensors[tensor]);
-        let (name, dtype, shape) = (info.name.clone(), info.dtype.to_string(), info.shape.clone());
+        let (name, dtype, shape) = (info.name.to_string(), info.dtype.to_string(), info.shape.to_vec());
         SourceTensorRecord { name, file: file.name.clone(), dtype, shape }
     };
     places.into_iter().map(record).collect()

@@ -18,10 +18,11 @@ use crate::format::{BlockSize, Scales};
 use crate::layout::{OutputKind, QuantState, quant_state_bytes};
 use crate::manifest::{DecisionRecord, Manifest, TensorRecord};
 use crate::pipeline::{Outcome, TensorOutcome};
-use crate::plan::{Decision, Plan, PlannedFile, PlannedOutput, PlannedTensor};
+use crate::plan::{Decision, Outputs, PlacedOutput, Plan, PlannedFile, PlannedOutput, PlannedTensor};
 use crate::read::{Read, Span};
 use crate::recipe::{ExpertLayout, Recipe, RecipeOptions};
-use crate::store::{Identity, Location};
+use crate::shape::Shapes;
+use crate::store::{Identity, Location, Sha256Hash};
 
 /// A converted checkpoint and what it becomes.
 #[derive(Debug)]
@@ -96,6 +97,16 @@ impl Relayout {
         Ok((copying, Relayout { manifest, from, origin, plan, unchanged }))
     }
 
+    /// Bytes that it holds beside the copying plan, by estimate.
+    pub(crate) fn held_len(&self) -> u64 {
+        let of_tensor = |tensor: &PlannedTensor| {
+            let outputs = tensor.outputs.len() * (size_of::<u64>() + size_of::<Sha256Hash>());
+            // What is planned, its name, what it came to and what the manifest says it was made from.
+            size_of::<PlannedTensor>() + size_of::<TensorOutcome>() + outputs + 3 * tensor.name.len() + 512
+        };
+        self.manifest.held_len() + self.plan.tensors.iter().map(of_tensor).sum::<usize>() as u64
+    }
+
     /// What came of executing the copying plan, as the outcome of the other. Statistics are known of tensors that didn't
     /// change, and of all together.
     pub(crate) fn outcome(&self, copied: Outcome) -> Outcome {
@@ -104,7 +115,7 @@ impl Relayout {
         let tensors = tensors
             .map(|(tensor, unchanged)| TensorOutcome {
                 sha256: hashes.by_ref().take(tensor.outputs.len()).collect(),
-                statistics: unchanged.and_then(|i| self.manifest.tensors[i].statistics.clone()),
+                statistics: unchanged.and_then(|i| self.manifest.tensors[i].statistics.clone()).map(Box::new),
             })
             .collect();
         let total = self.manifest.summary.statistics.clone();
@@ -143,7 +154,7 @@ fn origin(converted: &Source, manifest: &Manifest) -> Result<Source> {
         let identity = Identity { len: file.size, version: String::new(), sha256: file.sha256 };
         files.push(SourceFile { name, location, identity, header_sha256, tensors: Vec::new() });
     }
-    let mut total = 0u64;
+    let (mut total, mut shapes) = (0u64, Shapes::default());
     for tensor in manifest.tensors.iter().flat_map(|record| &record.sources) {
         let error = |what: &str| Error::malformed(path, format!("tensor {:?} of the source: {what}", tensor.name));
         let file = files.iter_mut().find(|file| file.name == tensor.file);
@@ -156,7 +167,7 @@ fn origin(converted: &Source, manifest: &Manifest) -> Result<Source> {
             .filter(|&total| total <= u64::MAX / 2)
             .ok_or_else(|| error("a shape past all bounds"))?;
         let offset = file.tensors.last().map_or(0, |last| last.offset + last.len);
-        let (name, shape) = (tensor.name.clone(), tensor.shape.clone());
+        let (name, shape) = (tensor.name.as_str().into(), shapes.get(&tensor.shape));
         file.tensors.push(TensorInfo { name, dtype, shape, offset, len });
     }
     // What was fused has lost its place: it is taken to have been where safetensors puts it.
@@ -187,13 +198,13 @@ fn records(manifest: &Manifest) -> HashMap<&str, (usize, &TensorRecord)> {
 /// Whether planning it now gives what is there.
 fn check_manifest(path: &Path, plan: &Plan, manifest: &Manifest) -> Result<()> {
     let is_planned = |tensor: &PlannedTensor, record: &TensorRecord| {
-        let outputs = tensor.outputs.iter().zip(&record.outputs);
+        let outputs = tensor.outputs.alike().iter().zip(&record.outputs);
         (tensor.decision == Decision::Keep) == (record.decision == DecisionRecord::Keep)
             && tensor.outputs.len() == record.outputs.len()
             && { outputs }.all(|(output, record)| {
                 record.name.strip_prefix(&*tensor.name) == Some(&*output.suffix)
                     && record.dtype == output.dtype.to_string()
-                    && record.shape == output.shape
+                    && *record.shape == *output.shape
             })
     };
     let records = records(manifest);
@@ -296,7 +307,7 @@ impl Copies<'_> {
             Some(OutputKind::Packed) => Ok(copy(tensor, output, packed.clone())),
             Some(OutputKind::Absmax) => Ok(copy(tensor, output, absmax.clone())),
             Some(OutputKind::QuantState) => Ok(copy(tensor, output, Read::Literal(quant_state_bytes(&state).into()))),
-            _ => Ok(copy(tensor, output, Read::Bytes(self.span(first, output)?))),
+            _ => Ok(copy(tensor, output, Read::Bytes(self.span(first, &output)?))),
         });
         outputs.collect()
     }
@@ -304,7 +315,7 @@ impl Copies<'_> {
     /// Copies of all outputs of a tensor that doesn't change.
     fn as_they_are(&self, tensor: &PlannedTensor) -> Result<Vec<PlannedTensor>> {
         let outputs = tensor.outputs.iter();
-        outputs.map(|output| Ok(copy(tensor, output, Read::Bytes(self.span(tensor, output)?)))).collect()
+        outputs.map(|output| Ok(copy(tensor, output, Read::Bytes(self.span(tensor, &output)?)))).collect()
     }
 
     /// Where an output is in the converted files.
@@ -352,15 +363,18 @@ impl Copies<'_> {
 }
 
 /// An output of a tensor as a tensor of its own, which is copied.
-fn copy(tensor: &PlannedTensor, output: &PlannedOutput, read: Read) -> PlannedTensor {
+fn copy(tensor: &PlannedTensor, output: PlacedOutput<'_>, read: Read) -> PlannedTensor {
+    let alone = PlannedOutput { kind: None, suffix: Cow::Borrowed(""), ..PlannedOutput::clone(&output) };
+    let mut outputs = Outputs::new([alone].into());
+    outputs.place(0, output.offset);
     PlannedTensor {
-        name: format!("{}{}", tensor.name, output.suffix),
+        name: format!("{}{}", tensor.name, output.suffix).into(),
         dtype: output.dtype,
         shape: output.shape.clone(),
         read,
         role: tensor.role,
         decision: Decision::Keep,
         reason: tensor.reason.clone(),
-        outputs: vec![PlannedOutput { kind: None, suffix: Cow::Borrowed(""), ..output.clone() }],
+        outputs,
     }
 }

@@ -1,13 +1,18 @@
 //! How much memory a plan takes, and how it is shared out.
 
+use std::borrow::Cow;
 use std::sync::atomic::AtomicUsize;
 
+use super::TensorOutcome;
 use super::stream::StreamMemory;
 use crate::backend::{Backend, Devices, LaneSize};
+use crate::checkpoint::TensorInfo;
 use crate::error::{Error, Hint, Result};
 use crate::format::{BlockSize, NESTED_BLOCK_SIZE, Scales};
 use crate::plan::{Plan, PlannedTensor};
-use crate::stats::GROUP;
+use crate::read::Decode;
+use crate::stats::{GROUP, Statistics};
+use crate::store::Sha256Hash;
 
 /// Every run of this many elements is whole blocks, and whole groups of blocks for the statistics; of formats with groups
 /// too, unless a chunk is whole rows.
@@ -22,6 +27,18 @@ const MAX_CHUNK: usize = 1 << 21;
 
 /// The program itself, its threads' stacks and what libraries hold.
 const BASE: u64 = 12 << 20;
+
+/// The limit where none is given, unless that is too little for a source of very many tensors: then it is the second, and the third
+/// for each of them, and what the plan needs at least for its buffers.
+const DEFAULT: u64 = 256 << 20;
+const DEFAULT_FOR_MANY: u64 = 64 << 20;
+const DEFAULT_PER_TENSOR: u64 = 1 << 10;
+
+/// What an allocation takes beside its bytes, at most.
+const ALLOCATION: usize = 24;
+
+/// What is known of an output file: sums of its statistics, which are long integers.
+const OF_FILE: usize = 5 << 10;
 
 /// With devices, chunks of more elements than this are made smaller until each thread has a lane; below it, fewer lanes will do.
 const MIN_SHARED_CHUNK: usize = 1 << 19;
@@ -46,8 +63,12 @@ const MAX_FILES: usize = 16;
 /// What a plan may use.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Bytes of memory here.
-    pub memory: u64,
+    /// Bytes of memory here, of everything that the process holds; if none are given, as many as are reasonable.
+    pub memory: Option<u64>,
+    /// Of that, bytes that are held beside the plan and what it reads.
+    pub beside: u64,
+    /// Tensors of the source.
+    pub source_tensors: u64,
     /// Threads.
     pub threads: usize,
     /// Bytes of memory on each device.
@@ -57,6 +78,8 @@ pub struct Limits {
 /// A share of the [`Limits`] for each purpose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget {
+    /// The most memory that may be taken here, in bytes.
+    pub memory: u64,
     /// Threads that quantize and hash.
     pub threads: usize,
     /// Elements that a thread takes at once, at most.
@@ -94,17 +117,21 @@ impl Budget {
     /// # Errors
     /// When it is too little.
     pub fn new(plan: &Plan, limits: Limits, backend: &dyn Backend) -> Result<Budget> {
-        let memory = limits.memory;
         let needs = Needs { plan, limits, backend, devices: devices_for(plan, backend) };
         let absmax = largest_absmax(plan);
         let step = plan.quantized().map(|tensor| chunk_unit(plan, tensor)).max().unwrap_or(0).max(CHUNK_STEP);
         // A thread, and a lane on a device for it to work in.
         let pair = needs.buffers_len(step).saturating_add(needs.lane_len(step));
-        let least = pair.saturating_add(BASE + absmax);
-        needs.check_least(step, least, absmax)?;
-        // Names and offsets take what they take; buffers shrink for them as far as they can.
-        let plan_len = plan_len(plan);
-        let fixed = BASE + plan_len.min(memory - least);
+        let buffers_least = pair.saturating_add(absmax);
+        // Names, offsets and hashes take what they take; buffers shrink for them as far as they can.
+        let fixed = BASE + plan_len(plan).saturating_add(limits.beside);
+        let least = buffers_least.saturating_add(fixed);
+        let memory = limits.memory.unwrap_or_else(|| {
+            let for_many = limits.source_tensors.saturating_mul(DEFAULT_PER_TENSOR).saturating_add(DEFAULT_FOR_MANY);
+            let enough = for_many.saturating_add(buffers_least).max(DEFAULT).max(least);
+            enough.checked_next_multiple_of(1 << 20).unwrap_or(enough)
+        });
+        needs.check_least(step, memory, least, absmax)?;
         // Without it, pieces go to the disk and are read back.
         let window = WINDOW.min((memory - fixed - absmax) / 4);
         let room = (memory - fixed - absmax - window).max(pair);
@@ -132,8 +159,8 @@ impl Budget {
         let window = window.min(memory - fixed - absmax - buffers);
         // A tensor of each file, but at least two and few enough bytes, so that some are read while others' absmax are quantized.
         let absmax = (absmax * files as u64).min(MAX_ABSMAX).max(2 * absmax).min(memory - fixed - buffers - window);
-        let peak = BASE + plan_len + absmax + buffers + window;
-        Ok(Budget { threads, chunk_elements, step, files, window, absmax, peak, lanes })
+        let peak = fixed + absmax + buffers + window;
+        Ok(Budget { memory, threads, chunk_elements, step, files, window, absmax, peak, lanes })
     }
 
     /// Memory for the pieces of output files that wait, of which `held` is taken.
@@ -175,8 +202,8 @@ struct Needs<'a> {
 
 impl Needs<'_> {
     /// Whether the least that the plan can be executed with is there.
-    fn check_least(&self, step: usize, least: u64, absmax: u64) -> Result<()> {
-        let Limits { memory, device_memory, .. } = self.limits;
+    fn check_least(&self, step: usize, memory: u64, least: u64, absmax: u64) -> Result<()> {
+        let device_memory = self.limits.device_memory;
         if least > memory {
             let hint = (absmax > 0 && least - absmax <= memory).then_some(Hint::LargerBlocks);
             return Err(Error::Memory { limit: memory, needed: least, hint });
@@ -273,15 +300,24 @@ fn largest_absmax(plan: &Plan) -> u64 {
     }
 }
 
-/// The source's headers, the plan, the results and the manifest made of them, by estimate.
+/// The source's headers, the plan and the results, by estimate: rather too much than too little.
 fn plan_len(plan: &Plan) -> u64 {
-    // The headers of files in progress.
-    let headers: u64 = plan.files.iter().map(|file| file.header_len).max().unwrap_or(0) * 2;
     let of_tensor = |tensor: &PlannedTensor| {
-        let (name, outputs) = (tensor.name.len(), tensor.outputs.len());
-        let parts = tensor.read.parts().iter().filter(|part| part.spans().next().is_some()).count();
-        // The header, the plan and the manifest know every part by its name.
-        (outputs * (name + 332) + parts * (3 * name + 300) + 300) as u64
+        let outputs = tensor.outputs.len();
+        let parts = tensor.read.parts();
+        // A part is of a tensor of the source, with a name; where there is one part, that name may be the tensor's own.
+        let part = size_of::<TensorInfo>() + 2 * ALLOCATION + tensor.name.len();
+        let reads = if parts.len() > 1 { size_of_val(parts) + ALLOCATION + tensor.name.len() } else { 0 };
+        let decodes = if tensor.is_decoded() { parts.len() * (size_of::<Decode>() + part) } else { 0 };
+        let reason = if let Cow::Owned(reason) = &tensor.reason { reason.len() + ALLOCATION } else { 0 };
+        let planned = size_of::<PlannedTensor>() + outputs * size_of::<u64>() + ALLOCATION + reason;
+        let statistics = tensor.quantized_from().map_or(0, |_| size_of::<Statistics>() + ALLOCATION);
+        let outcome = size_of::<TensorOutcome>() + outputs * size_of::<Sha256Hash>() + ALLOCATION + statistics;
+        // While it is written; the order of names, at the end; and what lies between allocations.
+        let in_progress = 160 + outputs * 16;
+        (parts.len() * part + reads + decodes + planned + outcome + in_progress) as u64
     };
-    headers + plan.tensors.iter().map(of_tensor).sum::<u64>()
+    let of_sets: usize = plan.scale_sets.iter().map(|set| (set.len() + 3) * size_of::<usize>() + ALLOCATION).sum();
+    let of_files = plan.files.len() * OF_FILE;
+    plan.tensors.iter().map(of_tensor).sum::<u64>() + (of_sets + of_files) as u64
 }

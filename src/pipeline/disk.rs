@@ -36,7 +36,7 @@ impl Execution<'_> {
                 self.close(file);
                 self.outputs.seal(planned, &outcome)?;
                 self.context.progress.sealed(&planned.name, planned.len);
-                scheduler.sealed(file);
+                scheduler.sealed(file, *outcome);
             }
         }
         Ok(())

@@ -6,7 +6,7 @@ use super::Output;
 use super::trace::{Span, Stamp};
 use crate::error::{Error, IoContext, Result};
 use crate::kernel::sha256::{Pairing, Sha256Stream};
-use crate::plan::{PlannedOutput, PlannedTensor};
+use crate::plan::{Part, PlannedFile, PlannedTensor};
 use crate::store::{Sha256Hash, read_exact_at};
 
 /// Pieces below this are left to the thread at the frontier, which gathers them.
@@ -17,35 +17,6 @@ const WRITEBACK: u64 = 8 << 20;
 
 /// What is written to again isn't given to the disk: any system's pages are this long, or shorter.
 const PAGE: u64 = 64 << 10;
-
-/// An output of a tensor of the file.
-#[derive(Clone, Copy)]
-pub(super) struct Part {
-    tensor: u32,
-    output: u32,
-}
-
-impl Part {
-    /// All of a file's, in the order of their bytes.
-    pub(super) fn all(tensors: &[PlannedTensor]) -> Arc<[Part]> {
-        let each = tensors.iter().enumerate().flat_map(|(tensor, planned)| {
-            let outputs = 0..planned.outputs.len() as u32;
-            outputs.map(move |output| Part { tensor: tensor as u32, output })
-        });
-        let mut parts: Vec<Part> = each.collect();
-        // Those without bytes come before what is at the same place.
-        parts.sort_by_key(|part| {
-            let output = part.of(tensors);
-            (output.offset, output.len)
-        });
-        parts.into()
-    }
-
-    /// What the plan has for it.
-    pub(super) fn of(self, tensors: &[PlannedTensor]) -> &PlannedOutput {
-        &tensors[self.tensor as usize].outputs[self.output as usize]
-    }
-}
 
 /// A piece that waits, all of it of one output.
 pub(super) struct Piece {
@@ -62,7 +33,7 @@ pub(crate) struct FileHashes {
     /// All of it.
     pub sha256: Sha256Hash,
     /// The outputs of each of its tensors.
-    pub tensors: Vec<Vec<Sha256Hash>>,
+    pub tensors: Vec<Box<[Sha256Hash]>>,
 }
 
 /// Who is told while a file is written.
@@ -94,7 +65,7 @@ pub(super) struct Frontier<'a> {
     /// That output's bytes after it.
     left: u64,
     /// The hashes of the outputs before it, by tensor.
-    hashes: Vec<Vec<Sha256Hash>>,
+    hashes: Vec<Box<[Sha256Hash]>>,
     /// Bytes before it that aren't written yet.
     gathered: Vec<u8>,
     /// Bytes that are gathered, or read back at once.
@@ -104,25 +75,34 @@ pub(super) struct Frontier<'a> {
 }
 
 impl<'a> Frontier<'a> {
-    /// Behind the header, which is not written yet.
-    pub(super) fn new(
-        tensors: &'a [PlannedTensor],
-        parts: Arc<[Part]>,
-        header: Vec<u8>,
-        buffer: usize,
-    ) -> Frontier<'a> {
-        let hashes = tensors.iter().map(|tensor| vec![Sha256Hash([0; 32]); tensor.outputs.len()]).collect();
+    /// At the file's first byte.
+    pub(super) fn new(tensors: &'a [PlannedTensor], parts: Arc<[Part]>, buffer: usize) -> Frontier<'a> {
+        let hashes = tensors.iter().map(|tensor| vec![Sha256Hash([0; 32]); tensor.outputs.len()].into()).collect();
         let left = parts.first().map_or(0, |part| part.of(tensors).len);
-        let at = header.len() as u64;
-        let mut file = Sha256Stream::new();
-        file.update(&header);
-        let part = Sha256Stream::new();
-        let gathered = header;
-        let pairing = Pairing::detect();
-        let mut frontier =
-            Frontier { tensors, parts, at, pairing, file, part, next: 0, left, hashes, gathered, buffer, given: 0 };
-        frontier.end_parts();
-        frontier
+        let (file, part, pairing) = (Sha256Stream::new(), Sha256Stream::new(), Pairing::detect());
+        let gathered = Vec::new();
+        Frontier { tensors, parts, at: 0, pairing, file, part, next: 0, left, hashes, gathered, buffer, given: 0 }
+    }
+
+    /// Writes and hashes the header, if that isn't done yet.
+    pub(super) fn pass_header(
+        &mut self,
+        planned: &PlannedFile,
+        output: &dyn Output,
+        watcher: &dyn Watcher,
+    ) -> Result<()> {
+        if self.at > 0 {
+            return Ok(());
+        }
+        let (tensors, parts) = (self.tensors, self.parts.clone());
+        planned.write_header(tensors, &parts, &mut |text| {
+            self.write(output, text, watcher)?;
+            self.file.update(text);
+            self.at += text.len() as u64;
+            self.give(watcher)
+        })?;
+        self.end_parts();
+        Ok(())
     }
 
     /// The file's first byte that isn't hashed.
@@ -238,7 +218,6 @@ impl<'a> Frontier<'a> {
             output.write_at(&self.gathered, self.at + ahead as u64 - self.gathered.len() as u64)?;
             watcher.end(begin, Span::Write, self.gathered.len());
             self.gathered.clear();
-            self.gathered.shrink_to(self.buffer + SMALL); // a long header was in it
         }
         Ok(())
     }

@@ -106,9 +106,9 @@ pub(crate) struct Outcome {
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct TensorOutcome {
     /// SHA-256 of each of its outputs, in the plan's order.
-    pub sha256: Vec<Sha256Hash>,
+    pub sha256: Box<[Sha256Hash]>,
     /// What quantizing it cost; `None` if it was kept.
-    pub statistics: Option<Statistics>,
+    pub statistics: Option<Box<Statistics>>,
 }
 
 /// What is known of a file once it is written: all that the manifest needs of it.

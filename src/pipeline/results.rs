@@ -27,7 +27,7 @@ impl Results<'_, '_, '_> {
         let Encoded { packed, scales, zero_points, figures, .. } = encoded;
         let weight = Weight { codec: self.codec, dtype: self.dtype, shape: &self.tensor.shape };
         let run = QuantizedRun { first, packed, scales, absmax: figures.absmax(), zero_points, tensor_scale };
-        for output in &self.tensor.outputs {
+        for output in self.tensor.outputs.iter() {
             let Some(kind) = output.kind else { continue };
             if let Some((at, bytes)) = weight.encode(kind, &run, self.bytes)? {
                 self.files.put(bytes, output.offset + at)?;
@@ -57,7 +57,7 @@ impl Results<'_, '_, '_> {
         }
         let weight = Weight { codec: self.codec, dtype: self.dtype, shape: &self.tensor.shape };
         let run = NestedRun { first, codes, nested_absmax, offset };
-        for output in &self.tensor.outputs {
+        for output in self.tensor.outputs.iter() {
             let Some(kind) = output.kind else { continue };
             if let Some((at, bytes)) = weight.encode_nested(kind, &run, self.bytes) {
                 self.files.put(bytes, output.offset + at)?;

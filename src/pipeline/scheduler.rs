@@ -147,12 +147,13 @@ impl<'a> Scheduler<'a> {
             ..State::default()
         };
         for (planned, sealed) in plan.files.iter().zip(sealed) {
-            let Some(outcome) = sealed else {
+            let Some(mut outcome) = sealed else {
                 state.files.push(FileState::new(planned));
                 continue;
             };
             state.files_left -= 1;
-            state.tensors[planned.tensors.clone()].clone_from_slice(&outcome.tensors);
+            let tensors = std::mem::take(&mut outcome.tensors).into_iter();
+            state.tensors[planned.tensors.clone()].iter_mut().zip(tensors).for_each(|(place, tensor)| *place = tensor);
             state.files.push(FileState::sealed(planned, outcome));
         }
         let scheduler = Scheduler {
@@ -259,9 +260,11 @@ impl<'a> Scheduler<'a> {
         self.seal_if_complete(&mut state, file);
     }
 
-    /// Notes that a file is on the disk and has its name.
-    pub(crate) fn sealed(&self, file: usize) {
+    /// Notes that a file is on the disk and has its name, and takes back what is known of it.
+    pub(crate) fn sealed(&self, file: usize, outcome: FileOutcome) {
         let mut state = self.lock();
+        let tensors = self.plan.files[file].tensors.clone();
+        state.tensors[tensors].iter_mut().zip(outcome.tensors).for_each(|(place, tensor)| *place = tensor);
         state.files_left -= 1;
         if std::mem::take(&mut state.files[file].is_begun) {
             state.begun -= 1;
@@ -478,7 +481,7 @@ impl<'a> Scheduler<'a> {
             if self.plan.recipe.codec().double_quant() {
                 statistics.double_quantization = Some(open.absmax_error.finish());
             }
-            state.tensors[tensor].statistics = Some(statistics);
+            state.tensors[tensor].statistics = Some(Box::new(statistics));
             let file = &mut state.files[file];
             file.total.merge(&open.accumulator);
             file.total_absmax.merge(&open.absmax_error);
@@ -501,7 +504,8 @@ impl<'a> Scheduler<'a> {
         };
         let outcome = FileOutcome {
             sha256,
-            tensors: state.tensors[self.plan.files[file].tensors.clone()].to_vec(),
+            // Lent until the file is sealed: they are too many for a copy.
+            tensors: state.tensors[self.plan.files[file].tensors.clone()].iter_mut().map(std::mem::take).collect(),
             total: state.files[file].total.clone(),
             total_absmax: state.files[file].total_absmax.clone(),
         };

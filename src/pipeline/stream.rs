@@ -9,11 +9,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Output;
-use super::frontier::{FileHashes, Frontier, Part, Piece, SMALL, Watcher};
+use super::frontier::{FileHashes, Frontier, Piece, SMALL, Watcher};
 use super::trace::Span;
 use crate::error::Result;
 use crate::kernel::sha256::Sha256Stream;
-use crate::plan::{Plan, PlannedFile, PlannedTensor};
+use crate::plan::{Part, Plan, PlannedFile, PlannedTensor};
 use crate::store::Sha256Hash;
 
 /// A file of the plan, being written.
@@ -78,8 +78,8 @@ impl<'a> FileStream<'a> {
         memory: StreamMemory<'a>,
     ) -> FileStream<'a> {
         let tensors = &plan.tensors[planned.tensors.clone()];
-        let parts = Part::all(tensors);
-        let frontier = Some(Box::new(Frontier::new(tensors, parts.clone(), planned.header(tensors), memory.buffer)));
+        let parts: Arc<[Part]> = Part::all(tensors).into();
+        let frontier = Some(Box::new(Frontier::new(tensors, parts.clone(), memory.buffer)));
         let state = Mutex::new(State { reached: planned.header_len, frontier, ..State::default() });
         let early_writer = Mutex::new(());
         FileStream { planned, tensors, output, parts, memory, early_writer, state }
@@ -103,6 +103,7 @@ impl<'a> FileStream<'a> {
         let Some(mut frontier) = state.frontier.take() else { return Ok(None) };
         let mut next = if is_next { None } else { state.next() };
         drop(state);
+        frontier.pass_header(self.planned, self.output(), watcher)?;
         if is_next {
             frontier.pass(self.output(), bytes, watcher)?;
         }

@@ -314,7 +314,7 @@ mod tests {
             spans.retain(|span| span["tid"] == id);
             let args = |name: &str| &spans.iter().find(|span| span["name"] == name).unwrap()["args"];
             let file = &plan.files.last().unwrap().name;
-            assert_eq!(args("read")["tensor"], plan.tensors[last].name);
+            assert_eq!(args("read")["tensor"], *plan.tensors[last].name);
             assert_eq!((&args("read")["file"], &args("read")["bytes"]), (&file.as_str().into(), &7.into()));
             assert!(args("read")["source"].is_string());
             assert_eq!(*args("wait"), serde_json::json!({"bytes": 0}));
@@ -349,7 +349,7 @@ mod tests {
     fn names_of_any_content_and_length_are_escaped_and_need_no_more_room_than_one_of_them() {
         let ((source, mut plan), location) = (planned(), in_memory());
         let name = "\"\\\n\u{1}\u{e9}".repeat(PIECE / 4);
-        plan.tensors[0].name = name.clone();
+        plan.tensors[0].name = name.clone().into();
         let trace = Trace::at(location.clone()).unwrap();
         let thread = ThreadTrace::new(Some(&trace), "worker", &source, &plan);
         record(&thread, BUFFERED);

@@ -111,7 +111,7 @@ impl<'j, 'a> Worker<'j, 'a> {
             Decision::Keep => {
                 let bytes = self.lane.source(len);
                 self.source.read(index, offset, bytes)?;
-                self.output.put(bytes, tensor.outputs[0].offset + offset)?;
+                self.output.put(bytes, tensor.outputs.get(0).offset + offset)?;
                 Done::Written
             }
         };

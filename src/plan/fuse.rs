@@ -2,12 +2,11 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use super::layout;
 use super::names::first_duplicate;
+use super::outputs::{Alike, Outputs};
 use super::{Decision, PlannedTensor};
 use crate::checkpoint::Source;
 use crate::error::{Error, Hint, Result};
-use crate::format::Codec;
 use crate::models::Role;
 use crate::models::experts::{ExpertParameter, Fusion};
 use crate::models::families::families;
@@ -22,7 +21,7 @@ pub(crate) fn fuse(
     source: &Source,
     model_types: &[&str],
     tensors: Vec<PlannedTensor>,
-    codec: &Codec,
+    alike: &mut Alike<'_>,
 ) -> Result<Vec<PlannedTensor>> {
     let parameters = families(model_types).flat_map(|family| family.experts);
     let fusions: Vec<Fusion> = parameters.filter_map(ExpertParameter::fusion).collect();
@@ -35,7 +34,7 @@ pub(crate) fn fuse(
             continue;
         }
         let mut tensor = group.fuse(source, &tensors)?;
-        tensor.outputs = layout::outputs(&tensor, codec);
+        tensor.outputs = alike.outputs(&tensor);
         fused.insert(members().min().unwrap_or_default(), tensor);
         taken.extend(members());
     }
@@ -43,7 +42,7 @@ pub(crate) fn fuse(
     let tensors: Vec<PlannedTensor> = tensors
         .filter_map(|(i, tensor)| fused.remove(&i).or_else(|| (!taken.contains(&i)).then_some(tensor)))
         .collect();
-    match first_duplicate(&tensors, |tensor| vec![tensor.name.clone()]) {
+    match first_duplicate(&tensors, |tensor| vec![tensor.name.to_string()]) {
         Some((tensor, _)) => {
             let why = "the source has a tensor of this name beside the experts that would be fused into it";
             Err(error(source, tensor, why.to_owned()))
@@ -89,7 +88,7 @@ fn groups<'a>(
 
 /// An error about an expert's tensor, with the way out.
 fn error(source: &Source, tensor: &PlannedTensor, why: String) -> Error {
-    let (path, tensor) = (source.files[tensor.read.first_file()].location.path().to_owned(), tensor.name.clone());
+    let (path, tensor) = (source.files[tensor.read.first_file()].location.path().to_owned(), tensor.name.to_string());
     Error::Experts { path, tensor, why, hint: Some(Hint::KeepExperts) }
 }
 
@@ -132,14 +131,14 @@ impl Group<'_> {
             Read::concat(self.members.values().map(|&i| tensors[i].read.clone()))
         };
         Ok(PlannedTensor {
-            name: self.name(self.fusion.target),
+            name: self.name(self.fusion.target).into(),
             dtype: first.dtype,
-            shape: if transposed { vec![experts, columns, rows] } else { vec![experts, rows, columns] },
+            shape: if transposed { [experts, columns, rows].into() } else { [experts, rows, columns].into() },
             read,
             role: Role::FusedExperts,
             decision: first.decision,
             reason: "3-D weight of all experts in the layer".into(),
-            outputs: Vec::new(),
+            outputs: Outputs::default(),
         })
     }
 

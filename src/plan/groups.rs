@@ -61,7 +61,7 @@ pub(crate) fn check(
 fn check_gpt_oss(source: &Source, input: &Input, codec: &Codec, verdict: &Verdict) -> Result<()> {
     let error = |why: String| {
         let path = source.files[input.read.first_file()].location.path().to_owned();
-        Err(Error::Experts { path, tensor: input.name.clone(), why, hint: Some(Hint::CompressedTensorsLayout) })
+        Err(Error::Experts { path, tensor: input.name.to_string(), why, hint: Some(Hint::CompressedTensorsLayout) })
     };
     if !verdict.quantize {
         return error(format!("{}; the gpt-oss layout needs all experts quantized", verdict.reason));

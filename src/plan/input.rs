@@ -37,7 +37,7 @@ pub(crate) fn inputs(source: &Source, four_bits: bool) -> Result<Vec<Input>> {
             }
         }
     }
-    inputs.retain(|input| input.read.is_decoded() || !beside.contains(&input.name));
+    inputs.retain(|input| input.read.is_decoded() || !beside.contains(&*input.name));
     match inputs.iter().find(|input| !input.read.is_decoded() && input.dtype == Dtype::F8_E4M3) {
         Some(input) => {
             let path = source.files[input.read.first_file()].location.path();

@@ -9,22 +9,25 @@ mod input;
 pub(crate) mod kept_modules;
 mod layout;
 mod names;
+mod outputs;
 mod scale_sets;
 pub(crate) mod source_quantization;
 pub(crate) mod split;
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use serde_json::Value;
 
+pub(crate) use layout::Part;
 pub use layout::PlannedFile;
-pub(crate) use layout::PlannedOutput;
+pub(crate) use outputs::{Outputs, PlacedOutput, PlannedOutput};
 
 use crate::checkpoint::{CONFIG_NAME, Source};
 use crate::dtype::Dtype;
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Hint, Result, Warning};
-use crate::format::{Codec, Layout};
+use crate::format::Layout;
 use crate::layout::OutputKind;
 use crate::layout::bitsandbytes::{EXPERTS_GUARD, EXPERTS_KEY};
 use crate::models::families::families;
@@ -33,6 +36,7 @@ use crate::read::Input;
 use crate::read::Read;
 use crate::recipe::Recipe;
 use decide::Selection;
+use outputs::Alike;
 use split::Decided;
 
 /// What will be written, byte by byte.
@@ -60,11 +64,11 @@ pub struct Plan {
 #[derive(Clone, Debug)]
 pub struct PlannedTensor {
     /// Its name in the output.
-    pub name: String,
+    pub name: Arc<str>,
     /// Its dtype, decoded if the source has it coded.
     pub dtype: Dtype,
     /// Its shape in the output, before quantizing.
-    pub shape: Vec<u64>,
+    pub shape: Arc<[u64]>,
     /// Where its bytes come from.
     pub(crate) read: Read,
     /// What the tensor is.
@@ -74,7 +78,7 @@ pub struct PlannedTensor {
     /// Why; a short sentence for people.
     pub reason: Cow<'static, str>,
     /// What is written for it.
-    pub(crate) outputs: Vec<PlannedOutput>,
+    pub(crate) outputs: Outputs,
 }
 
 /// Keep or quantize.
@@ -87,11 +91,12 @@ pub enum Decision {
 }
 
 impl PlannedTensor {
-    fn new((input, verdict, decision): Decided, codec: &Codec) -> PlannedTensor {
+    fn new((input, verdict, decision): Decided, alike: &mut Alike<'_>) -> PlannedTensor {
         let Input { name, dtype, shape, read } = input;
         let Verdict { role, reason, .. } = verdict;
-        let mut tensor = PlannedTensor { name, dtype, shape, read, role, decision, reason, outputs: Vec::new() };
-        tensor.outputs = layout::outputs(&tensor, codec);
+        let mut tensor =
+            PlannedTensor { name, dtype, shape, read, role, decision, reason, outputs: Outputs::default() };
+        tensor.outputs = alike.outputs(&tensor);
         tensor
     }
 
@@ -123,18 +128,18 @@ impl PlannedTensor {
         }
     }
 
-    /// The output of this kind, with its place among the outputs.
+    /// The output of this kind.
     ///
     /// # Panics
     /// When the tensor has no such output.
     pub fn output(&self, kind: OutputKind) -> &PlannedOutput {
-        let found = self.outputs.iter().find(|output| output.kind == Some(kind));
+        let found = self.outputs.alike().iter().find(|output| output.kind == Some(kind));
         found.expect("the codec gives this output")
     }
 
     /// Bytes of all that is written for it.
     pub fn output_len(&self) -> u64 {
-        self.outputs.iter().map(|output| output.len).sum()
+        self.outputs.alike().iter().map(|output| output.len).sum()
     }
 }
 
@@ -152,8 +157,9 @@ impl Plan {
         let rules = Rules::new(&model_types);
         let decided = decide(source, &recipe, &model_types, &rules)?;
         let linear: Vec<bool> = decided.iter().map(|(_, verdict, _)| verdict.linear).collect();
+        let mut alike = Alike::new(&codec);
         let mut tensors: Vec<PlannedTensor> =
-            decided.into_iter().map(|decided| PlannedTensor::new(decided, &codec)).collect();
+            decided.into_iter().map(|decided| PlannedTensor::new(decided, &mut alike)).collect();
         check_anything_quantized(source, &tensors, &recipe)?;
         let kept_modules = match codec.layout() {
             None => kept_modules::bitsandbytes::list(&rules, &tensors, &linear)?,
@@ -162,7 +168,7 @@ impl Plan {
         let config = quantized_config(source, &recipe, &tensors, &kept_modules)?;
         let warnings = warnings(source, &recipe, &rules, &tensors, &linear);
         if recipe.fuses_experts() {
-            tensors = fuse::fuse(source, &model_types, tensors, &codec)?;
+            tensors = fuse::fuse(source, &model_types, tensors, &mut alike)?;
         }
         names::check_are_free(source, &tensors)?;
         names::check_differ(source, &tensors, Some(Hint::Exclude))?;
@@ -177,10 +183,12 @@ impl Plan {
     /// # Errors
     /// When two have one name.
     pub fn decoded(source: &Source, recipe: Recipe, inputs: Vec<Input>, config: Option<String>) -> Result<Plan> {
+        let codec = recipe.codec();
+        let mut alike = Alike::new(&codec);
         let keep = |input: Input| {
             let reason = if input.read.is_decoded() { "decoded" } else { "copied" };
             let verdict = Verdict { role: Role::Unknown, quantize: false, linear: false, reason: reason.into() };
-            PlannedTensor::new((input, verdict, Decision::Keep), &recipe.codec())
+            PlannedTensor::new((input, verdict, Decision::Keep), &mut alike)
         };
         let mut tensors: Vec<PlannedTensor> = inputs.into_iter().map(keep).collect();
         names::check_differ(source, &tensors, None)?;
@@ -247,7 +255,7 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
             (true, Some(dtype)) => Decision::Quantize(dtype),
             (true, None) => {
                 let path = source.files[input.read.first_file()].location.path().to_owned();
-                return Err(Error::UnsupportedDtype { path, tensor: input.name, dtype: input.dtype });
+                return Err(Error::UnsupportedDtype { path, tensor: input.name.to_string(), dtype: input.dtype });
             }
         };
         decided.push((input, verdict, decision));

@@ -1,24 +1,53 @@
 //! Names of what is written: no two tensors may have one.
 
+use std::cmp::Ordering;
 use std::collections::HashSet;
 
-use super::{Decision, PlannedTensor};
+use super::{Decision, Plan, PlannedTensor};
 use crate::checkpoint::Source;
 use crate::error::{Error, Hint, Result};
+
+impl Plan {
+    /// The names of all that is written, in their order, each with that of its file. They are put together one by one: all of them
+    /// take more than the rest of the plan.
+    pub(crate) fn names_in_order(&self) -> impl Iterator<Item = (String, &str)> {
+        let parts =
+            |i: usize, output: u32| (&*self.tensors[i].name, &*self.tensors[i].outputs.alike()[output as usize].suffix);
+        let all = self.tensors.iter().enumerate();
+        let mut all: Vec<(u32, u32)> = all
+            .flat_map(|(i, tensor)| (0..tensor.outputs.len()).map(move |output| (i as u32, output as u32)))
+            .collect();
+        all.sort_unstable_by(|a, b| compare_joined(parts(a.0 as usize, a.1), parts(b.0 as usize, b.1)));
+        all.into_iter().map(move |(tensor, output)| {
+            let (name, suffix) = parts(tensor as usize, output);
+            let file = self.files.partition_point(|file| file.tensors.end <= tensor as usize);
+            (format!("{name}{suffix}"), self.files[file].name.as_str())
+        })
+    }
+}
 
 impl PlannedTensor {
     /// The names of its outputs.
     pub(crate) fn output_names(&self) -> impl Iterator<Item = String> {
-        self.outputs.iter().map(|output| format!("{}{}", self.name, output.suffix))
+        self.outputs.alike().iter().map(|output| format!("{}{}", self.name, output.suffix))
     }
+}
+
+/// Compares two names, each in two parts.
+fn compare_joined((a, a_end): (&str, &str), (b, b_end): (&str, &str)) -> Ordering {
+    let common = a.len().min(b.len());
+    let [(a, a_rest), (b, b_rest)] = [a, b].map(|first| first.as_bytes().split_at(common));
+    let [a_end, b_end] = [a_end, b_end].map(str::as_bytes);
+    // Most differ within the shorter first part, which is found at once.
+    a.cmp(b).then_with(|| a_rest.iter().chain(a_end).cmp(b_rest.iter().chain(b_end)))
 }
 
 /// What is written for a quantized weight must not have the name of another tensor.
 pub(super) fn check_are_free(source: &Source, tensors: &[PlannedTensor]) -> Result<()> {
     let Some(first) = tensors.iter().find(|tensor| tensor.outputs.len() > 1) else { return Ok(()) };
-    let suffixes: Vec<&str> = first.outputs.iter().map(|output| &*output.suffix).collect();
+    let suffixes: Vec<&str> = first.outputs.alike().iter().map(|output| &*output.suffix).collect();
     let quantized: HashSet<&str> =
-        tensors.iter().filter(|tensor| tensor.decision != Decision::Keep).map(|tensor| tensor.name.as_str()).collect();
+        tensors.iter().filter(|tensor| tensor.decision != Decision::Keep).map(|tensor| &*tensor.name).collect();
     for tensor in tensors {
         let name = &tensor.name;
         let weight = suffixes.iter().filter(|s| !s.is_empty()).find_map(|suffix| name.strip_suffix(suffix));
@@ -50,9 +79,9 @@ pub(super) fn check_differ(source: &Source, tensors: &[PlannedTensor], hint: Opt
 /// Whether two outputs could have one name. Of two that do, either both are of tensors with one name, or one tensor's name
 /// is the other's and the beginning of a suffix: that is seen without putting a checkpoint's names together.
 fn may_share_a_name(tensors: &[PlannedTensor]) -> bool {
-    let names: HashSet<&str> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
+    let names: HashSet<&str> = tensors.iter().map(|tensor| &*tensor.name).collect();
     let suffixes: HashSet<&str> =
-        tensors.iter().flat_map(|tensor| &tensor.outputs).map(|output| &*output.suffix).collect();
+        tensors.iter().flat_map(|tensor| tensor.outputs.alike()).map(|output| &*output.suffix).collect();
     let beginnings: HashSet<&str> =
         suffixes.iter().flat_map(|suffix| (1..=suffix.len()).filter_map(|len| suffix.get(..len))).collect();
     names.len() < tensors.len()
@@ -86,7 +115,7 @@ mod tests {
     use crate::checkpoint::{SourceFile, TensorInfo};
     use crate::dtype::Dtype;
     use crate::models::Role;
-    use crate::plan::{Plan, PlannedOutput};
+    use crate::plan::{Outputs, PlannedOutput};
     use crate::read::{Input, Read, Span};
     use crate::recipe::Recipe;
     use crate::store::{Identity, Location, Sha256Hash};
@@ -96,7 +125,7 @@ mod tests {
     fn two_tensors_of_one_name_are_refused_with_a_way_out_that_the_operation_has() {
         let location = Location::from("source");
         let identity = Identity { len: 16, version: String::new(), sha256: None };
-        let info = TensorInfo { name: "a".to_owned(), dtype: Dtype::U8, shape: vec![4], offset: 8, len: 4 };
+        let info = TensorInfo { name: "a".into(), dtype: Dtype::U8, shape: [4].into(), offset: 8, len: 4 };
         let input = || Input::as_stored(&info, Span { file: 0, tensor: 0, offset: 8, len: 4 });
         let name = "model.safetensors".to_owned();
         let header_sha256 = Sha256Hash([0; 32]);
@@ -113,20 +142,30 @@ mod tests {
     }
 
     fn tensor(name: &str, suffixes: &[&'static str]) -> PlannedTensor {
-        let (dtype, shape) = (Dtype::U8, vec![0]);
+        let (dtype, shape): (_, Arc<[u64]>) = (Dtype::U8, [0].into());
         let output = |suffix: &&'static str| {
             let (suffix, shape) = ((*suffix).into(), shape.clone());
-            PlannedOutput { kind: None, suffix, dtype, shape, len: 0, offset: 0 }
+            PlannedOutput { kind: None, suffix, dtype, shape, len: 0 }
         };
         PlannedTensor {
-            name: name.to_owned(),
+            name: name.into(),
             dtype,
             shape: shape.clone(),
             read: Read::Literal(Arc::new([])),
             role: Role::Unknown,
             decision: Decision::Keep,
             reason: "".into(),
-            outputs: suffixes.iter().map(output).collect(),
+            outputs: Outputs::new(suffixes.iter().map(output).collect()),
+        }
+    }
+
+    #[test]
+    fn names_in_two_parts_are_in_the_order_of_the_whole_ones() {
+        let parts = ["", "a", "a.", "a.b", "ab", "b", ".b", "ä", "\u{10000}"];
+        let names: Vec<(&str, &str)> = parts.into_iter().flat_map(|name| parts.map(|end| (name, end))).collect();
+        for (&a, &b) in names.iter().flat_map(|a| names.iter().map(move |b| (a, b))) {
+            let [whole_a, whole_b] = [a, b].map(|(name, end)| format!("{name}{end}"));
+            assert_eq!(compare_joined(a, b), whole_a.cmp(&whole_b), "{a:?} {b:?}");
         }
     }
 
@@ -139,8 +178,7 @@ mod tests {
         let mut of_other_names = 0;
         for (i, a) in all.iter().enumerate() {
             for b in &all[..i] {
-                let written =
-                    [a, b].map(|tensor| tensor.outputs.iter().map(|o| format!("{}{}", tensor.name, o.suffix)));
+                let written = [a, b].map(|tensor| tensor.output_names());
                 let [of_a, of_b] = written.map(|names| names.collect::<HashSet<String>>());
                 let clash = !of_a.is_disjoint(&of_b);
                 of_other_names += usize::from(clash && a.name != b.name);

@@ -1,6 +1,7 @@
 //! Fused experts split: clients of formats with groups load one matrix per expert and projection.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use super::Decision;
 use crate::checkpoint::{MAX_HEADER_LEN, Source};
@@ -66,14 +67,14 @@ pub(crate) fn join(
     let (prefix, split) = splits.of(name)?;
     let dtype = matrices.first()?.dtype;
     let read = Read::concat(matrices.iter().map(|matrix| matrix.read.clone()));
-    let joined = Input { name: name.to_owned(), dtype, shape: shape.to_vec(), read };
+    let joined = Input { name: name.into(), dtype, shape: shape.into(), read };
     let Matrices { experts, transposed, .. } = split.layout(source, &joined).ok()?;
     let expected = (0..experts).flat_map(|expert| split.targets.iter().map(move |target| (expert, target)));
     let names = expected.map(|(expert, target)| {
         let end = target.replace('*', &expert.to_string());
         if prefix.is_empty() { end } else { format!("{prefix}.{end}") }
     });
-    let is_whole = names.eq(matrices.iter().map(|matrix| matrix.name.clone()))
+    let is_whole = names.eq(matrices.iter().map(|matrix| &*matrix.name))
         && matrices.iter().all(|matrix| matrix.dtype == dtype)
         && byte_len(dtype, shape) == Some(joined.read.len());
     (is_whole && !transposed && !split.interleaved).then_some(joined)
@@ -95,7 +96,7 @@ fn unknown(source: &Source, model_types: &[&str], input: &Input) -> Error {
         format!("the layout of the fused experts {model} isn't known, and this format needs one tensor per expert");
     Error::Experts {
         path: source.files[input.read.first_file()].location.path().to_owned(),
-        tensor: input.name.clone(),
+        tensor: input.name.to_string(),
         why,
         hint: Some(Hint::Exclude),
     }
@@ -133,7 +134,7 @@ impl Split {
         let error = |why: String| {
             let path = source.files[input.read.first_file()].location.path().to_owned();
             let why = format!("its shape is {:?}: {why}", input.shape);
-            Err(Error::Experts { path, tensor: input.name.clone(), why, hint: Some(Hint::Exclude) })
+            Err(Error::Experts { path, tensor: input.name.to_string(), why, hint: Some(Hint::Exclude) })
         };
         let (experts, stored) = match input.shape[..] {
             // A bias is one row; transposed, each of its elements is one.
@@ -170,7 +171,8 @@ impl Split {
     fn apply(&self, source: &Source, prefix: &str, input: &Input) -> Result<Vec<Input>> {
         let Matrices { experts, stored, transposed, rows, columns } = self.layout(source, input)?;
         let rows_of_one = rows / self.targets.len() as u64;
-        let shape = if input.shape.len() == 2 { vec![rows_of_one] } else { vec![rows_of_one, columns] };
+        let shape: Arc<[u64]> =
+            if input.shape.len() == 2 { [rows_of_one].into() } else { [rows_of_one, columns].into() };
         let mut inputs = Vec::new();
         for expert in 0..experts {
             let read = input.read.slice(expert, experts);
@@ -179,7 +181,7 @@ impl Split {
                 let end = target.replace('*', &expert.to_string());
                 let name = if prefix.is_empty() { end } else { format!("{prefix}.{end}") };
                 let read = self.matrix(&read, [rows, columns], input.element_size(), which);
-                inputs.push(Input { name, dtype: input.dtype, shape: shape.clone(), read });
+                inputs.push(Input { name: name.into(), dtype: input.dtype, shape: shape.clone(), read });
             }
         }
         Ok(inputs)

@@ -1,5 +1,7 @@
 //! A tensor, and where its bytes come from.
 
+use std::sync::Arc;
+
 use super::{Read, Span};
 use crate::checkpoint::TensorInfo;
 use crate::dtype::{Dtype, FloatDtype, byte_len};
@@ -11,11 +13,11 @@ pub(crate) const MAX_EXPERTS: u64 = 1 << 16;
 #[derive(Clone, Debug, PartialEq)]
 pub struct Input {
     /// Its name.
-    pub name: String,
+    pub name: Arc<str>,
     /// Its dtype, decoded.
     pub dtype: Dtype,
     /// Its shape, decoded.
-    pub shape: Vec<u64>,
+    pub shape: Arc<[u64]>,
     /// Where its bytes come from.
     pub read: Read,
 }
@@ -27,8 +29,8 @@ impl Input {
     }
 
     /// A tensor that is decoded to `dtype`.
-    pub fn decoded(name: String, shape: Vec<u64>, dtype: FloatDtype, read: Read) -> Input {
-        let dtype = dtype.dtype();
+    pub fn decoded(name: impl Into<Arc<str>>, shape: impl Into<Arc<[u64]>>, dtype: FloatDtype, read: Read) -> Input {
+        let (name, shape, dtype) = (name.into(), shape.into(), dtype.dtype());
         assert_eq!(byte_len(dtype, &shape), Some(read.len()), "{name}: decodes to its shape");
         Input { name, dtype, shape, read }
     }
@@ -38,7 +40,7 @@ impl Input {
         let &[experts, rows, columns] = &self.shape[..] else { return self };
         let size = self.element_size();
         let matrices = (0..experts).map(|expert| self.read.slice(expert, experts).transposed([rows, columns], size));
-        Input { shape: vec![experts, columns, rows], read: Read::concat(matrices), ..self }
+        Input { shape: [experts, columns, rows].into(), read: Read::concat(matrices), ..self }
     }
 
     /// Bytes of an element.

@@ -171,7 +171,12 @@ pub(crate) struct Reader<'a> {
 impl<'a> Reader<'a> {
     /// At the beginning of `file`.
     pub(crate) fn new(file: &'a dyn ReadAt) -> Reader<'a> {
-        Reader { file, position: 0 }
+        Reader::at(file, 0)
+    }
+
+    /// At a position of `file`.
+    pub(crate) fn at(file: &'a dyn ReadAt, position: u64) -> Reader<'a> {
+        Reader { file, position }
     }
 }
 

@@ -40,7 +40,8 @@ fn convert(source: &Path, destination: &Path, recipe: &Recipe, how: How) -> Mani
     let options = Options { threads: how.threads, device: Arc::new(Cpu::new(how.kernel)).into(), ..Options::default() };
     let mut conversion = plan(source, recipe.clone(), options).unwrap();
     conversion.budget = conversion.budget.with_chunk_elements(how.chunk_elements);
-    conversion.execute(destination, &Unseen).unwrap()
+    conversion.execute(destination, &Unseen).unwrap();
+    Manifest::parse(&std::fs::read(destination.join("prequant.json")).unwrap()).unwrap()
 }
 
 /// A whole tensor at once, by the specification: its outputs by suffix.

@@ -13,7 +13,7 @@ use prequant::internal::format::{Codec, FP4, INT4, INT4_ASYM, MXFP4, NF4, NVFP4}
 use prequant::internal::kernel::{BlockErrors, Figures, Kernel};
 use prequant::internal::ops::quantize::plan;
 use prequant::{
-    ErrorKind, FloatDtype, GroupSize, Hint, Layout, Manifest, NonFinitePolicy, Options, Progress, Recipe,
+    ErrorKind, FloatDtype, GroupSize, Hint, Layout, ManifestHead, NonFinitePolicy, Options, Progress, Recipe,
     RecipeOptions, Result,
 };
 use safetensors::tensor::Dtype;
@@ -184,7 +184,7 @@ fn source() -> Folder {
     folder
 }
 
-fn convert(source: &Path, to: &Path, recipe: &Recipe, device: Arc<dyn Backend>) -> Result<Manifest> {
+fn convert(source: &Path, to: &Path, recipe: &Recipe, device: Arc<dyn Backend>) -> Result<ManifestHead> {
     let options = Options { threads: 3, device: device.into(), ..Options::default() };
     let mut conversion = plan(source, recipe.clone(), options)?;
     conversion.budget = conversion.budget.with_chunk_elements(1);

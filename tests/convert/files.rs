@@ -74,7 +74,12 @@ fn tensors_longer_than_any_chunk_are_what_one_pass_gives_in_any_memory() {
             (3, 14 << 20, Kernel::detect()), // room for one tensor's absmax at a time
         ] {
             let to = folder.beside(&format!("{double_quant}-{threads}"));
-            let options = Options { threads, memory, device: Arc::new(Cpu::new(kernel)).into(), ..Options::default() };
+            let options = Options {
+                threads,
+                memory: Some(memory),
+                device: Arc::new(Cpu::new(kernel)).into(),
+                ..Options::default()
+            };
             plan(folder.source(), recipe.clone(), options).unwrap().execute(&to, &Unseen).unwrap();
             let files = contents(&to);
             let reference = reference.get_or_insert_with(|| {

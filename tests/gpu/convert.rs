@@ -430,7 +430,7 @@ fn auto_starts_no_gpu_where_it_would_gain_nothing() {
     assert!(!used.exists(), "the driver was started");
     // What is asked for is taken, however little there is to do.
     let said = convert(&small, &small.beside("asked"), &["--device", "cuda"], &[]).ok().stderr;
-    assert!(said.starts_with("device: cuda:0 (Fake GPU), CUDA 12.4 driver\n"), "{said}");
+    assert!(said.starts_with("device: cuda:0 (Fake GPU), CUDA 12.4 driver; memory: at most 256MiB\n"), "{said}");
 }
 
 #[test]

@@ -92,7 +92,7 @@ pub fn plan(data: &[u8]) {
         let recipe = options.build().expect("options that go together");
         if let Ok(plan) = Plan::new(&source, recipe) {
             assert_eq!(plan.tensors.len(), plan.files.iter().map(|file| file.tensors.len()).sum::<usize>());
-            let limits = Limits { memory: 1 << 28, threads: 4, device_memory: 0 };
+            let limits = Limits { memory: Some(1 << 28), beside: 0, source_tensors: 0, threads: 4, device_memory: 0 };
             let _ = Budget::new(&plan, limits, &Cpu::detect());
         }
     }

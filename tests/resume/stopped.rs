@@ -13,7 +13,7 @@ use std::time::Duration;
 use prequant::internal::ops::quantize::plan;
 use prequant::internal::ops::verify::{Options as VerifyOptions, verify};
 use prequant::internal::store::{Fault, FaultyStore, LocalStore, Location};
-use prequant::{Conversion, Error, Manifest, Options, Progress, Recipe, RecipeOptions, Sha256Hash};
+use prequant::{Conversion, Error, ManifestHead, Options, Progress, Recipe, RecipeOptions, Sha256Hash};
 use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
 
@@ -90,7 +90,7 @@ struct Failing {
 }
 
 impl Failing {
-    fn execute(&self, watch: &Watch) -> prequant::Result<Manifest> {
+    fn execute(&self, watch: &Watch) -> prequant::Result<ManifestHead> {
         self.conversion.execute_at(&AtomicBool::new(false), &self.destination, watch)
     }
 }

@@ -30,6 +30,14 @@ pub(super) fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
     }
 }
 
+/// A file to be read; `None` if there is none. A link is none.
+pub(super) fn open_if_there(path: &Path) -> Result<Option<File>> {
+    match is_file(path)? {
+        true => File::open(path).at(path, "open it").map(Some),
+        false => Ok(None),
+    }
+}
+
 /// Makes a folder, unless it is there.
 pub(super) fn make_folder(path: &Path) -> Result<()> {
     match fs::create_dir(path) {

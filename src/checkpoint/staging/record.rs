@@ -1,12 +1,15 @@
 //! The records of a staging folder. Each ends with a SHA-256 over its name and content, and gets its name once it is on
 //! the disk: one that is torn, altered or another's is as good as none, and what it told of is done again.
 
-use std::io::{self, Write};
+use std::io::{self, BufReader, Read, Seek, Write};
 use std::path::Path;
 
 use super::disk;
-use crate::error::Result;
-use crate::store::{HashingWriter, Sha256Hash};
+use crate::error::{IoContext, Result};
+use crate::store::{HashingReader, HashingWriter, Sha256Hash};
+
+/// Bytes that are read at once.
+const BUFFER: usize = 1 << 16;
 
 /// The end of a record's name until it is written.
 const UNFINISHED: &str = ".unfinished";
@@ -27,14 +30,27 @@ pub(super) fn write(folder: &Path, name: &str, content: impl FnOnce(&mut dyn Wri
 
 /// The content of the record called `name`; `None` if there is none, or it isn't what was written.
 pub(super) fn read(folder: &Path, name: &str) -> Result<Option<Vec<u8>>> {
-    let Some(mut bytes) = disk::read_if_there(&folder.join(name))? else { return Ok(None) };
-    let end = last_line(name, Sha256Hash::of(&[])).len();
-    let Some((content, last)) = bytes.len().checked_sub(end).map(|len| bytes.split_at(len)) else { return Ok(None) };
-    if last != last_line(name, Sha256Hash::of(content)).as_bytes() {
+    let Some(mut content) = open(folder, name)? else { return Ok(None) };
+    let mut bytes = Vec::new();
+    content.read_to_end(&mut bytes).at(&folder.join(name), "read it")?;
+    Ok(Some(bytes))
+}
+
+/// The same, to be read piece by piece: a file of very many tensors has a long record.
+pub(super) fn open(folder: &Path, name: &str) -> Result<Option<impl Read + use<>>> {
+    let path = folder.join(name);
+    let Some(mut file) = disk::open_if_there(&path)? else { return Ok(None) };
+    let end = last_line(name, Sha256Hash::of(&[])).len() as u64;
+    let Some(len) = file.metadata().at(&path, "look at it")?.len().checked_sub(end) else { return Ok(None) };
+    let mut content = HashingReader::new((&file).take(len));
+    io::copy(&mut BufReader::with_capacity(BUFFER, &mut content), &mut io::sink()).at(&path, "read it")?;
+    let mut last = Vec::new();
+    (&file).take(end + 1).read_to_end(&mut last).at(&path, "read it")?;
+    if last != last_line(name, content.finish().1).as_bytes() {
         return Ok(None);
     }
-    bytes.truncate(bytes.len() - end);
-    Ok(Some(bytes))
+    file.rewind().at(&path, "read it")?;
+    Ok(Some(BufReader::with_capacity(BUFFER, file.take(len))))
 }
 
 /// What ends a record whose content has this hash. A name has no zero byte, so it can't pass for part of the hash.

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::checkpoint::{CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, Source, SourceFile};
 use crate::error::{Error, IoContext, Result};
-use crate::manifest::{FileRecord, Manifest, SourceRecord};
+use crate::manifest::{FileRecord, ManifestHead, SourceRecord};
 use crate::ops::job::side_files;
 use crate::plan::Plan;
 use crate::store::{Location, Sha256Hash, hash_range};
@@ -17,8 +17,8 @@ const BUFFER: usize = 1 << 20;
 /// A conversion that was finished earlier.
 #[derive(Debug)]
 pub struct Finished {
-    /// Its manifest.
-    pub manifest: Manifest,
+    /// Its manifest, without the tensors' records.
+    pub manifest: ManifestHead,
     /// Whether the content of the source's weights was compared, rather than their sizes and headers.
     pub weights_compared: bool,
 }
@@ -26,7 +26,7 @@ pub struct Finished {
 /// What a finished conversion is compared with.
 pub(crate) struct Comparison<'a> {
     /// What was converted.
-    pub manifest: &'a Manifest,
+    pub manifest: &'a ManifestHead,
     /// Where that is.
     pub destination: &'a Location,
     /// What would be converted now.

@@ -150,5 +150,5 @@ pub(crate) fn write_sealed(staging: &Staging, name: &str, outcome: &FileOutcome)
 
 /// What was noted down of a finished file; `None` if nothing was, or not to its end.
 pub(crate) fn read_sealed(staging: &Staging, name: &str) -> Result<Option<FileOutcome>> {
-    Ok(staging.sealed(name)?.and_then(|record| serde_json::from_slice(&record).ok()))
+    Ok(staging.open_sealed(name)?.and_then(|record| serde_json::from_reader(record).ok()))
 }

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use crate::checkpoint::{CONFIG_NAME, DONE_NAME, MANIFEST_NAME, STAGING_NAME, SUMS_NAME, Staging};
 use crate::error::{Error, IoContext, Result};
-use crate::manifest::Manifest;
+use crate::manifest::ManifestHead;
 use crate::store::{Kind, Location};
 
 /// Folders deeper than this aren't looked into.
@@ -19,7 +19,7 @@ pub(crate) fn listed(destination: &Location) -> Result<BTreeSet<String>> {
     if !location.is_file().at(location.path(), "look at it")? {
         return Ok(BTreeSet::new());
     }
-    match Manifest::read(&location) {
+    match ManifestHead::read_head(&location) {
         Ok(manifest) => {
             let files = manifest.files.into_iter().map(|file| file.name);
             Ok(files.chain([MANIFEST_NAME.to_owned(), SUMS_NAME.to_owned()]).collect())

@@ -1,7 +1,6 @@
 //! Resuming a conversion that was stopped: which of its finished files can be kept.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crate::checkpoint::{Source, Staging};
 use crate::error::{Error, IoContext, Result};
@@ -26,7 +25,7 @@ pub(crate) fn sealed_files(
     if found > 0 {
         context.progress.found(found, plan.files.len());
     }
-    let trusted = Mutex::new(vec![None; plan.files.len()]);
+    let unchanged: Vec<AtomicBool> = noted.iter().map(|_| AtomicBool::new(false)).collect();
     let next = AtomicUsize::new(0);
     let check = || -> Result<()> {
         let mut buffer = vec![0; BUFFER];
@@ -34,16 +33,15 @@ pub(crate) fn sealed_files(
         while let Some(i) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&i| i < noted.len()) {
             let Some(outcome) = &noted[i] else { continue };
             let begin = trace.begin();
-            let unchanged = is_unchanged(staging, plan, i, outcome, context, &mut buffer);
+            let found = is_unchanged(staging, plan, i, outcome, context, &mut buffer);
             trace.end(begin, Span::Hash, Subject::Output(i), plan.files[i].len);
-            if unchanged? {
-                trusted.lock().unwrap_or_else(PoisonError::into_inner)[i] = Some(outcome.clone());
-            }
+            unchanged[i].store(found?, Ordering::Relaxed);
         }
         Ok(())
     };
     threads::share(context.budget.threads.min(found), check).into_iter().collect::<Result<()>>()?;
-    let trusted = trusted.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let noted = noted.into_iter().zip(unchanged);
+    let trusted: Vec<_> = noted.map(|(outcome, unchanged)| outcome.filter(|_| unchanged.into_inner())).collect();
     if found > 0 {
         let kept = || plan.files.iter().zip(&trusted).filter(|(_, outcome)| outcome.is_some());
         let tensors = kept().flat_map(|(file, _)| &plan.tensors[file.tensors.clone()]);

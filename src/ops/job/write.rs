@@ -9,7 +9,7 @@ use crate::checkpoint::{
     CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, STAGING_NAME, SUMS_NAME, Source, Staging, free_space, write_index,
 };
 use crate::error::{Error, Hint, IoContext, Result};
-use crate::manifest::{FileRecord, Manifest, sha256_sums};
+use crate::manifest::{FileRecord, Manifest, ManifestHead, sha256_sums};
 use crate::ops::job::journal::JobFingerprint;
 use crate::ops::job::staged::{Staged, write};
 use crate::ops::job::{replace, resume, side_files};
@@ -64,8 +64,8 @@ impl Job<'_> {
             Err(Error::Destination { .. }) => {}
             Err(_) => return checked,
         }
-        let there = Manifest::read(&destination.join(MANIFEST_NAME)).ok();
-        match there.as_ref().and_then(Manifest::other_version) {
+        let there = ManifestHead::read_head(&destination.join(MANIFEST_NAME)).ok();
+        match there.as_ref().and_then(ManifestHead::other_version) {
             Some(version) => {
                 let why = format!("{version} wrote the checkpoint there, and this is {}", env!("CARGO_PKG_VERSION"));
                 Err(Error::Destination { path: destination.path().to_owned(), why, hint: Some(Hint::ReplaceOther) })
@@ -182,13 +182,8 @@ impl Job<'_> {
     }
 
     fn write_index(&self, file: &mut dyn io::Write) -> io::Result<()> {
-        let outputs = self.plan.files.iter().flat_map(|file| {
-            let tensors = self.plan.tensors[file.tensors.clone()].iter();
-            tensors.flat_map(move |tensor| tensor.output_names().map(move |name| (name, file.name.as_str())))
-        });
-        let weight_map: Vec<(String, &str)> = outputs.collect();
         let total_size = self.plan.tensors.iter().map(PlannedTensor::output_len).sum();
-        write_index(weight_map.iter().map(|(tensor, file)| (tensor.as_str(), *file)), total_size, file)
+        write_index(self.plan.names_in_order(), total_size, file)
     }
 }
 

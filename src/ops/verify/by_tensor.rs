@@ -1,7 +1,7 @@
 //! A checkpoint that another version wrote, compared with what this one makes of its source: tensor by tensor, wherever in
 //! its files they are. What may differ between versions, docs/manifest.md says: the order of tensors, and words.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,6 +14,7 @@ use crate::layout::modelopt::PRODUCER;
 use crate::manifest::{Manifest, OutputRecord, TensorRecord};
 use crate::ops::model_card;
 use crate::ops::quantize::Conversion;
+use crate::ops::records::Records;
 use crate::ops::verify::conversion::{execute, hash_side_files};
 use crate::ops::verify::{Checkpoint, Options, Report};
 use crate::pipeline::{FileOutcome, Output, Outputs};
@@ -49,15 +50,8 @@ pub(crate) fn compare(
             report.differ(model_card::NAME, None, "isn't what converting the source gives");
         }
     }
-    let mut expected = conversion.manifest(Vec::new(), outcome);
-    let mut found = checkpoint.manifest.clone();
-    // The hashes of what differs may be those of what was found.
-    let is_comparable =
-        |record: &TensorRecord| !record.outputs.iter().any(|output| differing.contains_key(&output.name));
-    expected.tensors.retain(is_comparable);
-    found.tensors.retain(is_comparable);
-    compare_records(&expected, &found, report);
-    Ok(())
+    let outcome = conversion.relaid(outcome);
+    compare_records(&conversion.manifest(Vec::new(), &outcome), checkpoint, &differing, report)
 }
 
 /// What clients load by must be the same; of `config.json`'s other keys, all that converting the source gives.
@@ -87,32 +81,52 @@ fn compare_config(conversion: &Conversion, checkpoint: &Checkpoint, report: &mut
     Ok(())
 }
 
-/// Sources, decisions and tensors must be the same, by their names.
-fn compare_records(expected: &Manifest, found: &Manifest, report: &mut Report) {
-    if found.source != expected.source {
+/// Sources, decisions and tensors must be the same, by their names; `differing` are those whose bytes aren't, and whose hashes may be
+/// those of what was found.
+fn compare_records(
+    expected: &Manifest<Records<'_>>,
+    checkpoint: &Checkpoint,
+    differing: &BTreeMap<String, String>,
+    report: &mut Report,
+) -> Result<()> {
+    if checkpoint.manifest.source != expected.source {
         report.differ(MANIFEST_NAME, None, "it was made from another source: names, sizes or headers of files differ");
     }
-    let [found, expected] = [found, expected].map(|manifest| {
-        let name = |record: &TensorRecord| record.outputs.first().map(|output| output.name.clone()).unwrap_or_default();
-        manifest.tensors.iter().map(|record| (name(record), record)).collect::<BTreeMap<_, _>>()
-    });
-    let of_outputs = |record: &TensorRecord| -> Vec<(String, String, Vec<u64>, Sha256Hash)> {
-        let output =
-            |output: &OutputRecord| (output.name.clone(), output.dtype.clone(), output.shape.clone(), output.sha256);
-        record.outputs.iter().map(output).collect()
+    let records = &expected.tensors;
+    let mut numbers: HashMap<String, usize> =
+        (0..records.len()).filter_map(|number| Some((records.name(number)?, number))).collect();
+    let is_comparable =
+        |record: &TensorRecord| !record.outputs.iter().any(|output| differing.contains_key(&output.name));
+    checkpoint.records.all(&mut |found| {
+        let name = found.outputs.first().map(|output| output.name.as_str()).unwrap_or_default();
+        let expected = numbers.remove(name).map(|number| records.get(number));
+        if is_comparable(&found) && expected.as_ref().is_none_or(is_comparable) {
+            let what = record_difference(&found, expected.as_ref());
+            what.into_iter().for_each(|what| report.differ(MANIFEST_NAME, Some(name), what));
+        }
+    })?;
+    for (name, _) in numbers.iter().filter(|(_, number)| is_comparable(&records.get(**number))) {
+        report.differ(MANIFEST_NAME, Some(name), "has no record, though converting the source gives it");
+    }
+    Ok(())
+}
+
+/// What a record has otherwise than the one that is expected, if one is.
+fn record_difference(found: &TensorRecord, expected: Option<&TensorRecord>) -> Option<&'static str> {
+    let is_same = |(a, b): (&OutputRecord, &OutputRecord)| {
+        (&a.name, &a.dtype, &a.shape, a.sha256) == (&b.name, &b.dtype, &b.shape, b.sha256)
     };
-    for name in expected.keys().chain(found.keys()).collect::<BTreeSet<_>>() {
-        let what = match (found.get(name), expected.get(name)) {
-            (None, _) => "has no record, though converting the source gives it",
-            (_, None) => "has a record, though converting the source doesn't give it",
-            (Some(found), Some(expected)) if found.sources != expected.sources => "is recorded to be of other sources",
-            (Some(found), Some(expected)) if found.decision != expected.decision => "is recorded with another decision",
-            (Some(found), Some(expected)) if of_outputs(found) != of_outputs(expected) => {
-                "is recorded with other tensors than converting the source gives"
-            }
-            _ => continue,
-        };
-        report.differ(MANIFEST_NAME, Some(name), what);
+    match expected {
+        None => Some("has a record, though converting the source doesn't give it"),
+        Some(expected) if found.sources != expected.sources => Some("is recorded to be of other sources"),
+        Some(expected) if found.decision != expected.decision => Some("is recorded with another decision"),
+        Some(expected)
+            if found.outputs.len() != expected.outputs.len()
+                || !found.outputs.iter().zip(&expected.outputs).all(is_same) =>
+        {
+            Some("is recorded with other tensors than converting the source gives")
+        }
+        Some(_) => None,
     }
 }
 
@@ -144,19 +158,19 @@ impl Rearranged {
         let opened: Vec<Arc<dyn ReadAt>> =
             found.files.iter().map(|file| Ok(file.reopen()?.into())).collect::<Result<_>>()?;
         let mut there: BTreeMap<&str, (usize, &TensorInfo)> =
-            found.tensors().map(|(file, info)| (info.name.as_str(), (file, info))).collect();
+            found.tensors().map(|(file, info)| (&*info.name, (file, info))).collect();
         let mut spans: BTreeMap<String, Vec<Span>> = BTreeMap::new();
         for planned in &plan.files {
             let of_file = spans.entry(planned.name.clone()).or_default();
             for tensor in &plan.tensors[planned.tensors.clone()] {
-                for output in &tensor.outputs {
+                for output in tensor.outputs.iter() {
                     let name = format!("{}{}", tensor.name, output.suffix);
                     let Some((file, info)) = there.remove(name.as_str()) else {
                         report.differ(&planned.name, Some(&name), "is missing, though converting the source gives it");
                         continue;
                     };
                     let file_name = &found.files[file].name;
-                    if info.dtype != output.dtype || info.shape != output.shape {
+                    if info.dtype != output.dtype || *info.shape != *output.shape {
                         let what = format!(
                             "is {} {:?}, and converting the source gives {} {:?}",
                             info.dtype, info.shape, output.dtype, output.shape

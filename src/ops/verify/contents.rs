@@ -9,25 +9,29 @@ use crate::error::{Error, IoContext, Result};
 use crate::ops::verify::hashing::hash_all;
 use crate::ops::verify::headers::CheckedFile;
 use crate::ops::verify::jobs::{Contents, Job, Opened};
-use crate::ops::verify::records::{ByFile, by_file};
+use crate::ops::verify::kept_modules::KeptModules;
 use crate::ops::verify::{Checkpoint, Options, Report, files, headers};
 
 /// What a checkpoint's files are checked against, from any thread.
 struct Expected<'a> {
     checkpoint: &'a Checkpoint,
-    by_file: &'a ByFile<'a>,
+    kept: &'a KeptModules,
     report: Mutex<Report>,
     /// Headers of files that are being hashed, by the files' names.
-    headers: Mutex<HashMap<String, CheckedFile<'a>>>,
+    headers: Mutex<HashMap<String, CheckedFile>>,
 }
 
 /// Every file must be there, with its size and (but for `quick`) its hash; every tensor of the manifest must stand in its
-/// file's header, and no other, and (but for `quick`) have its hash.
-pub(super) fn check(checkpoint: &Checkpoint, options: Options<'_>, report: &mut Report) -> Result<()> {
-    let by_file = by_file(&checkpoint.manifest);
-    let mut jobs = files::check_sizes(checkpoint, &by_file, options.quick, report)?;
+/// file's header, and no other, and (but for `quick`) have its hash. `kept` is told of what is quantized.
+pub(super) fn check(
+    checkpoint: &Checkpoint,
+    kept: &KeptModules,
+    options: Options<'_>,
+    report: &mut Report,
+) -> Result<()> {
+    let mut jobs = files::check_sizes(checkpoint, options.quick, report)?;
     let report_so_far = Mutex::new(std::mem::take(report));
-    let contents = Expected { checkpoint, by_file: &by_file, report: report_so_far, headers: Mutex::default() };
+    let contents = Expected { checkpoint, kept, report: report_so_far, headers: Mutex::default() };
     if options.quick {
         for job in &jobs {
             if options.interrupt.load(Ordering::Relaxed) {
@@ -39,14 +43,19 @@ pub(super) fn check(checkpoint: &Checkpoint, options: Options<'_>, report: &mut 
         hash_all(&mut jobs, &contents, options)?;
     }
     *report = std::mem::take(&mut *contents.report());
-    headers::check_index(checkpoint, &by_file, report)
+    headers::check_index(checkpoint, report)?;
+    checkpoint.records.check_is_unchanged()
 }
 
-impl<'a> Expected<'a> {
-    fn check_header(&self, job: &Job<'_>) -> Result<Option<CheckedFile<'a>>> {
-        let Some(expected) = self.by_file.get(job.name) else { return Ok(None) };
+impl Expected<'_> {
+    fn check_header(&self, job: &Job<'_>) -> Result<Option<CheckedFile>> {
+        if !self.checkpoint.records.has_tensors_in(job.name) {
+            return Ok(None);
+        }
         let mut report = Report::default();
-        let header = CheckedFile::open(self.checkpoint, job.name, expected, &mut report)?;
+        let mut quantized = self.kept.quantized();
+        let header = CheckedFile::open(self.checkpoint, job.name, &mut report, &mut |record| quantized.add(record))?;
+        quantized.check();
         let mut all = self.report();
         all.tensors += report.tensors;
         all.differences.append(&mut report.differences);
@@ -57,14 +66,14 @@ impl<'a> Expected<'a> {
         self.report.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn headers(&self) -> MutexGuard<'_, HashMap<String, CheckedFile<'a>>> {
+    fn headers(&self) -> MutexGuard<'_, HashMap<String, CheckedFile>> {
         self.headers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl<'a> Contents<'a> for Expected<'a> {
+impl Contents for Expected<'_> {
     /// Compares its header with the manifest first. There is nothing to hash in a file that holds no tensors and is known to differ.
-    fn open(&self, job: &Job<'_>) -> Result<Option<Opened<'a>>> {
+    fn open(&self, job: &Job<'_>) -> Result<Option<Opened>> {
         let Some(header) = self.check_header(job)? else {
             let location = self.checkpoint.folder.join(job.name);
             let open = |_| location.open().at(location.path(), "open it");
@@ -80,7 +89,7 @@ impl<'a> Contents<'a> for Expected<'a> {
         let header = self.headers().remove(job.name);
         let Some(header) = header else { return Ok(()) };
         let mut report = Report::default();
-        header.check_quant_states(&self.checkpoint.manifest, &mut report)?;
+        header.check_quant_states(self.checkpoint, &mut report)?;
         self.report().differences.append(&mut report.differences);
         Ok(())
     }

@@ -7,7 +7,7 @@ use crate::checkpoint::{FileClass, MANIFEST_NAME, SUMS_NAME};
 use crate::error::{IoContext, Result};
 use crate::manifest::{FileRecord, sha256_sums};
 use crate::ops::verify::jobs::Job;
-use crate::ops::verify::records::{ByFile, is_inside};
+use crate::ops::verify::records::is_inside;
 use crate::ops::verify::{Checkpoint, Report};
 use crate::store::Kind;
 
@@ -64,12 +64,7 @@ pub(crate) fn check_names(checkpoint: &Checkpoint, report: &mut Report) -> Resul
 }
 
 /// Every file must be there, with its size. Returns those that can be hashed, and those whose tensors can.
-pub(super) fn check_sizes<'a>(
-    checkpoint: &'a Checkpoint,
-    by_file: &ByFile<'a>,
-    quick: bool,
-    report: &mut Report,
-) -> Result<Vec<Job<'a>>> {
+pub(super) fn check_sizes<'a>(checkpoint: &'a Checkpoint, quick: bool, report: &mut Report) -> Result<Vec<Job<'a>>> {
     let mut jobs = Vec::new();
     for record in &checkpoint.manifest.files {
         report.files += 1;
@@ -79,12 +74,16 @@ pub(super) fn check_sizes<'a>(
             None => jobs.push(Job { name, len, sha256: Some(record.sha256) }),
             Some(Unsound { what, len }) => {
                 report.differ(name, None, what);
-                jobs.extend(len.filter(|_| by_file.contains_key(name)).map(|len| Job { name, len, sha256: None }));
+                jobs.extend(len.filter(|_| checkpoint.records.has_tensors_in(name)).map(|len| Job {
+                    name,
+                    len,
+                    sha256: None,
+                }));
             }
         }
     }
     let known: HashSet<&str> = checkpoint.manifest.files.iter().map(|record| record.name.as_str()).collect();
-    for file in by_file.keys().filter(|file| !known.contains(*file)) {
+    for file in checkpoint.records.files().filter(|file| !known.contains(file)) {
         report.differ(file, None, "it holds tensors, but is not among the manifest's files");
     }
     Ok(jobs)

@@ -1,109 +1,125 @@
 //! Tensors: what headers, index and quant_states say of them.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 
-use crate::checkpoint::{CONFIG_NAME, Config, INDEX_NAME, Index, Source, SourceFile, TensorInfo};
-use crate::converted::{self, Converted};
+use crate::checkpoint::{CONFIG_NAME, Config, INDEX_NAME, SourceFile, TensorInfo, read_entries};
+use crate::converted;
 use crate::dtype::{self, FloatDtype, elements};
 use crate::error::{Error, IoContext, Result};
-use crate::layout::bitsandbytes::{ParsedQuantState, QUANT_STATE};
+use crate::layout::bitsandbytes::{MAX_QUANT_STATE, ParsedQuantState, QUANT_STATE};
 use crate::layout::gpt_oss;
-use crate::manifest::{DecisionRecord, Manifest, OutputRecord, SourceTensorRecord, TensorRecord};
+use crate::manifest::{DecisionRecord, ManifestHead, OutputRecord, SourceTensorRecord, TensorRecord};
 use crate::models::Role;
 use crate::ops::verify::jobs::TensorJob;
-use crate::ops::verify::records::{ByFile, ByName, is_inside};
+use crate::ops::verify::records::is_inside;
 use crate::ops::verify::{Checkpoint, Report, if_sound};
-use crate::store::{ReadAt, Sha256Hash};
+use crate::store::{ReadAt, Sha256Hash, read_exact_at};
 
 /// A file of tensors whose header was compared with the manifest.
-pub(super) struct CheckedFile<'a> {
-    /// The file as a checkpoint of its own.
-    source: Source,
-    expected: &'a ByName<'a>,
+pub(super) struct CheckedFile {
+    file: SourceFile,
+    /// What the SHA-256 of each of its tensors should be, of those that are in the manifest.
+    expected: Vec<Option<Sha256Hash>>,
+    /// Its tensors in the order of their names.
+    by_name: Vec<u32>,
 }
 
-impl<'a> CheckedFile<'a> {
+impl CheckedFile {
     /// Every tensor of the manifest must stand in the header as it has it, and no other. None if the file is damaged, which
-    /// is reported, or was reported as no file of the folder.
+    /// is reported, or was reported as no file of the folder. `each` is told of every record with a tensor in the file.
     pub(super) fn open(
         checkpoint: &Checkpoint,
-        file: &str,
-        expected: &'a ByName<'a>,
+        name: &str,
         report: &mut Report,
-    ) -> Result<Option<CheckedFile<'a>>> {
-        let Some(source) = open(checkpoint, file, report)? else { return Ok(None) };
-        let checked = CheckedFile { source, expected };
-        let tensors = &checked.file().tensors;
-        report.tensors += tensors.len();
-        let found: HashSet<&str> = tensors.iter().map(|info| info.name.as_str()).collect();
-        for name in found.iter().filter(|name| !expected.contains_key(*name)) {
-            report.differ(file, Some(name), "is not in the manifest");
-        }
-        for name in expected.keys().filter(|name| !found.contains(*name)) {
-            report.differ(file, Some(name), "is missing from the file");
-        }
-        for entry in checked.entries() {
-            let what = converted::difference(entry.info, entry.record);
-            what.into_iter().for_each(|what| entry.differ(report, what));
+        each: &mut dyn FnMut(&TensorRecord),
+    ) -> Result<Option<CheckedFile>> {
+        let Some(file) = open(checkpoint, name, report)? else { return Ok(None) };
+        let mut by_name: Vec<u32> = (0..file.tensors.len() as u32).collect();
+        by_name.sort_unstable_by_key(|&i| &file.tensors[i as usize].name);
+        let expected = vec![None; file.tensors.len()];
+        let mut checked = CheckedFile { file, expected, by_name };
+        report.tensors += checked.file.tensors.len();
+        checkpoint.records.of_file(name, &mut |record| {
+            each(&record);
+            for output in record.outputs.iter().filter(|output| output.file == name) {
+                let Some(i) = checked.find(&output.name) else {
+                    report.differ(name, Some(&output.name), "is missing from the file");
+                    continue;
+                };
+                let what = converted::difference(&checked.file.tensors[i], output);
+                what.into_iter().for_each(|what| report.differ(name, Some(&output.name), what));
+                if checked.expected[i].replace(output.sha256).is_some() {
+                    report.differ(name, Some(&output.name), "is in the manifest twice");
+                }
+            }
+        })?;
+        for (info, _) in checked.file.tensors.iter().zip(&checked.expected).filter(|(_, expected)| expected.is_none()) {
+            report.differ(name, Some(&info.name), "is not in the manifest");
         }
         Ok(Some(checked))
     }
 
     /// The file's content.
     pub(super) fn reopen(&self) -> Result<Box<dyn ReadAt>> {
-        self.file().reopen()
+        self.file.reopen()
     }
 
     /// The tensors that have a hash in the manifest. Those without bytes are compared at once.
-    pub(super) fn tensors(&self, report: &mut Report) -> Vec<TensorJob<'a>> {
-        let mut jobs = Vec::new();
-        for entry in self.entries() {
-            let (offset, len, sha256) = (entry.info.offset, entry.info.len, entry.record.sha256);
+    pub(super) fn tensors(&self, report: &mut Report) -> Vec<TensorJob> {
+        let mut jobs = Vec::with_capacity(self.expected.len());
+        for (info, sha256) in self.file.tensors.iter().zip(&self.expected) {
+            let Some(sha256) = *sha256 else { continue };
+            let (name, offset, len) = (info.name.clone(), info.offset, info.len);
             if len > 0 {
-                jobs.push(TensorJob { name: &entry.record.name, place: offset..offset + len, sha256 });
+                jobs.push(TensorJob { name, place: offset..offset + len, sha256 });
             } else if sha256 != Sha256Hash::of(&[]) {
-                entry.differ(report, format!("its SHA-256 is {}, expected {sha256}", Sha256Hash::of(&[])));
+                let what = format!("its SHA-256 is {}, expected {sha256}", Sha256Hash::of(&[]));
+                report.differ(&self.file.name, Some(&name), what);
             }
         }
         jobs
     }
 
     /// The JSON that clients decode by must say what the recipe and the source say.
-    pub(super) fn check_quant_states(&self, manifest: &Manifest, report: &mut Report) -> Result<()> {
-        let model = self.source.model_dtype();
-        let mut converted = Converted::unchecked(&self.source, manifest);
-        for entry in self.entries().filter(|entry| entry.info.name.contains(QUANT_STATE)) {
-            let state = entry.quant_state(&mut converted, report)?;
-            state.into_iter().for_each(|state| entry.check_quant_state(&state, manifest, model, report));
+    pub(super) fn check_quant_states(&self, checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
+        if !self.file.tensors.iter().any(|info| info.name.contains(QUANT_STATE)) {
+            return Ok(());
         }
-        Ok(())
+        // A config that can't be read is reported as such.
+        let config = if_sound(Config::read(&checkpoint.folder.join(CONFIG_NAME)))?;
+        let model = config.as_ref().and_then(Config::dtype).unwrap_or(FloatDtype::Bfloat16);
+        let opened = self.reopen()?;
+        let mut failed = None;
+        checkpoint.records.of_file(&self.file.name, &mut |tensor| {
+            for output in tensor.outputs.iter().filter(|o| o.file == self.file.name && o.name.contains(QUANT_STATE)) {
+                let Some(info) = self.find(&output.name).map(|i| &self.file.tensors[i]) else { continue };
+                let entry = Entry { file: &self.file, info, tensor: &tensor };
+                match entry.quant_state(&*opened, report) {
+                    Ok(Some(state)) => entry.check_quant_state(&state, &checkpoint.manifest, model, report),
+                    Ok(None) => {}
+                    Err(error) => failed = failed.take().or(Some(error)),
+                }
+            }
+        })?;
+        failed.map_or(Ok(()), Err)
     }
 
-    fn file(&self) -> &SourceFile {
-        &self.source.files[0]
-    }
-
-    /// The tensors that both have, in the order of their bytes.
-    fn entries(&self) -> impl Iterator<Item = Entry<'_, 'a>> {
-        self.file().tensors.iter().filter_map(|info| {
-            let (record, tensor) = *self.expected.get(info.name.as_str())?;
-            Some(Entry { file: self.file(), info, record, tensor })
-        })
+    /// The place of a tensor in the header.
+    fn find(&self, name: &str) -> Option<usize> {
+        let name_of = |i: &u32| &*self.file.tensors[*i as usize].name;
+        let place = self.by_name.binary_search_by(|i| name_of(i).cmp(name)).ok()?;
+        Some(self.by_name[place] as usize)
     }
 }
 
-/// The file as a checkpoint of its own; none if it is damaged, which is reported, or was reported as no file of the folder.
-fn open(checkpoint: &Checkpoint, file: &str, report: &mut Report) -> Result<Option<Source>> {
+/// A file of weights; none if it is damaged, which is reported, or was reported as no file of the folder.
+fn open(checkpoint: &Checkpoint, file: &str, report: &mut Report) -> Result<Option<SourceFile>> {
     let location = checkpoint.folder.join(file);
     if !is_inside(file) || !location.is_file().at(location.path(), "look at it")? {
         return Ok(None);
     }
-    match SourceFile::open(file.to_owned(), location.clone()) {
-        Ok(opened) => {
-            // A config that can't be read is reported as such.
-            let config = if_sound(Config::read(&checkpoint.folder.join(CONFIG_NAME)))?;
-            Ok(Some(Source { location, files: vec![opened], config, side_files: Vec::new() }))
-        }
+    match SourceFile::open(file.to_owned(), location) {
+        Ok(opened) => Ok(Some(opened)),
         Err(Error::Malformed { why, .. }) => {
             report.differ(file, None, why);
             Ok(None)
@@ -112,31 +128,39 @@ fn open(checkpoint: &Checkpoint, file: &str, report: &mut Report) -> Result<Opti
     }
 }
 
-/// A tensor as its file has it and as the manifest has it.
-struct Entry<'f, 'a> {
+/// A tensor as its file has it, and what it belongs to by the manifest.
+struct Entry<'f> {
     file: &'f SourceFile,
     info: &'f TensorInfo,
-    record: &'a OutputRecord,
-    tensor: &'a TensorRecord,
+    tensor: &'f TensorRecord,
 }
 
-impl Entry<'_, '_> {
+impl Entry<'_> {
     fn differ(&self, report: &mut Report, what: String) {
         report.differ(&self.file.name, Some(&self.info.name), what);
     }
 
     /// The quant_state that it is; what is none is reported.
-    fn quant_state(&self, converted: &mut Converted<'_>, report: &mut Report) -> Result<Option<ParsedQuantState>> {
-        let state = match converted.quant_state(&self.info.name) {
-            Ok(json) => ParsedQuantState::parse(&json).map_err(|error| error.to_string()),
-            Err(Error::Malformed { why, .. }) => Err(why),
-            Err(error) => return Err(error),
-        };
+    fn quant_state(&self, file: &dyn ReadAt, report: &mut Report) -> Result<Option<ParsedQuantState>> {
+        let TensorInfo { offset, len, .. } = *self.info;
+        if len > MAX_QUANT_STATE {
+            self.differ(report, format!("is no quant_state: {len} bytes, expected {MAX_QUANT_STATE} at most"));
+            return Ok(None);
+        }
+        let mut json = vec![0; len as usize];
+        read_exact_at(file, &mut json, offset).at(self.file.location.path(), "read it")?;
+        let state = ParsedQuantState::parse(&json);
         Ok(state.map_err(|error| self.differ(report, format!("is no quant_state: {error}"))).ok())
     }
 
     /// The JSON that clients decode by must say what the recipe and the source say.
-    fn check_quant_state(&self, state: &ParsedQuantState, manifest: &Manifest, model: FloatDtype, report: &mut Report) {
+    fn check_quant_state(
+        &self,
+        state: &ParsedQuantState,
+        manifest: &ManifestHead,
+        model: FloatDtype,
+        report: &mut Report,
+    ) {
         let (Some(source), DecisionRecord::Quantize) = (self.tensor.sources.first(), self.tensor.decision) else {
             return self.differ(report, "belongs to a tensor that isn't quantized".to_owned());
         };
@@ -151,7 +175,7 @@ impl Entry<'_, '_> {
     }
 
     /// Whether a weight of this shape is what the manifest's sources give.
-    fn is_of_sources(&self, shape: &[u64], manifest: &Manifest) -> bool {
+    fn is_of_sources(&self, shape: &[u64], manifest: &ManifestHead) -> bool {
         let sources = &self.tensor.sources;
         let is_coded =
             |source: &&SourceTensorRecord| source.dtype == "F8_E4M3" || source.name.ends_with(gpt_oss::BLOCKS);
@@ -178,29 +202,38 @@ fn is_made_of(fused: &[u64], shapes: &[&[u64]]) -> bool {
 }
 
 /// The index must have every tensor in its file.
-pub(super) fn check_index(checkpoint: &Checkpoint, by_file: &ByFile<'_>, report: &mut Report) -> Result<()> {
+pub(super) fn check_index(checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
+    let records = &checkpoint.records;
     if !checkpoint.manifest.files.iter().any(|file| file.name == INDEX_NAME) {
-        if by_file.len() > 1 {
+        if records.files().count() > 1 {
             report.differ(INDEX_NAME, None, "is not in the manifest, though there are several files of weights");
         }
         return Ok(());
     }
-    let Some(index) = if_sound(Index::read(&checkpoint.folder.join(INDEX_NAME)))? else {
+    let mut found = vec![false; records.tensors.len()];
+    // Entries that the manifest doesn't have so: there are none unless something is wrong.
+    let mut others: BTreeMap<String, String> = BTreeMap::new();
+    let read =
+        read_entries(&checkpoint.folder.join(INDEX_NAME), &mut |name, file| match records.tensors.place(name, file) {
+            Some(place) => found[place] = true,
+            None => drop(others.insert(name.to_owned(), file.to_owned())),
+        });
+    if if_sound(read)?.is_none() {
         report.differ(INDEX_NAME, None, "it is missing, or not an index of tensors");
         return Ok(());
-    };
-    let expected: BTreeMap<&str, &str> =
-        by_file.iter().flat_map(|(file, tensors)| tensors.keys().map(|name| (*name, *file))).collect();
-    for (name, file) in &expected {
-        match index.file_of(name) {
-            Some(found) if found == *file => {}
-            found => {
-                let found = found.unwrap_or("no file");
+    }
+    if others.is_empty() && found.iter().all(|found| *found) {
+        return Ok(());
+    }
+    records.all(&mut |record| {
+        for OutputRecord { name, file, .. } in &record.outputs {
+            if records.tensors.place(name, file).is_some_and(|place| !found[place]) {
+                let found = others.remove(name).unwrap_or("no file".to_owned());
                 report.differ(INDEX_NAME, Some(name), format!("is said to be in {found}, expected {file}"));
             }
         }
-    }
-    for name in index.tensors().filter(|name| !expected.contains_key(name)) {
+    })?;
+    for name in others.keys() {
         report.differ(INDEX_NAME, Some(name), "is not in the manifest");
     }
     Ok(())

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use crate::error::Result;
 use crate::store::{ReadAt, Sha256Hash};
@@ -17,16 +18,16 @@ pub(super) struct Job<'a> {
 }
 
 /// A tensor to be hashed.
-pub(super) struct TensorJob<'a> {
+pub(super) struct TensorJob {
     /// Its name.
-    pub name: &'a str,
+    pub name: Arc<str>,
     /// Where it is in its file; not empty.
     pub place: Range<u64>,
     /// What its SHA-256 should be.
     pub sha256: Sha256Hash,
 }
 
-impl TensorJob<'_> {
+impl TensorJob {
     /// Its size.
     pub(super) fn len(&self) -> u64 {
         self.place.end - self.place.start
@@ -34,17 +35,17 @@ impl TensorJob<'_> {
 }
 
 /// A file's content.
-pub(super) struct Opened<'a> {
+pub(super) struct Opened {
     /// The open file.
     pub bytes: Box<dyn ReadAt>,
     /// Its tensors, in the order of their bytes.
-    pub tensors: Vec<TensorJob<'a>>,
+    pub tensors: Vec<TensorJob>,
 }
 
 /// What a checkpoint's files hold, asked from any thread.
-pub(super) trait Contents<'a>: Sync {
+pub(super) trait Contents: Sync {
     /// Opens a file; none if there is nothing to hash in it.
-    fn open(&self, job: &Job<'_>) -> Result<Option<Opened<'a>>>;
+    fn open(&self, job: &Job<'_>) -> Result<Option<Opened>>;
     /// All of a file was read a moment ago.
     fn hashed(&self, job: &Job<'_>) -> Result<()>;
     /// A file or a tensor in it isn't as it should be.

@@ -7,6 +7,7 @@ mod files;
 mod hashing;
 mod headers;
 mod jobs;
+mod kept_modules;
 mod reconvert;
 mod records;
 
@@ -20,11 +21,10 @@ pub use reconvert::against;
 use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, STAGING_NAME};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, IoContext, Result};
-use crate::layout::OutputKind;
-use crate::manifest::{DecisionRecord, Manifest};
-use crate::models::Rules;
+use crate::manifest::ManifestHead;
 use crate::ops::quantize::Conversion;
-use crate::plan::kept_modules::{bitsandbytes, compressed_tensors};
+use crate::ops::verify::kept_modules::KeptModules;
+use crate::ops::verify::records::Records;
 use crate::store::{Location, Sha256Hash, is_no_file};
 
 /// How to verify.
@@ -91,8 +91,10 @@ impl Report {
 /// A checkpoint's folder and its manifest, as it was found.
 struct Checkpoint {
     folder: Location,
-    manifest: Manifest,
+    /// Without its records, which stay in the file.
+    manifest: ManifestHead,
     manifest_sha256: Sha256Hash,
+    records: Records,
 }
 
 impl Checkpoint {
@@ -117,8 +119,9 @@ pub fn verify(folder: impl Into<Location>, options: Options<'_>) -> Result<Repor
     let Some(checkpoint) = open(&folder.into(), &mut report)? else { return Ok(report) };
     files::check_sums(&checkpoint, &mut report)?;
     files::check_names(&checkpoint, &mut report)?;
-    contents::check(&checkpoint, options, &mut report)?;
-    check_config(&checkpoint, &mut report)?;
+    let kept = check_config(&checkpoint, &mut report)?;
+    contents::check(&checkpoint, &kept, options, &mut report)?;
+    kept.report(&mut report);
     report.differences.sort();
     report.differences.dedup();
     Ok(report)
@@ -137,8 +140,10 @@ fn open(folder: &Location, report: &mut Report) -> Result<Option<Checkpoint>> {
         };
         return Err(Error::NotACheckpoint { path: folder.path().to_owned(), why: why.to_owned() });
     }
-    match Manifest::read_and_hash(&path) {
-        Ok((manifest, manifest_sha256)) => Ok(Some(Checkpoint { folder: folder.clone(), manifest, manifest_sha256 })),
+    match Records::open(&path) {
+        Ok((manifest, manifest_sha256, records)) => {
+            Ok(Some(Checkpoint { folder: folder.clone(), manifest, manifest_sha256, records }))
+        }
         Err(Error::Malformed { why, .. }) => {
             report.differ(MANIFEST_NAME, None, why);
             Ok(None)
@@ -147,19 +152,20 @@ fn open(folder: &Location, report: &mut Report) -> Result<Option<Checkpoint>> {
     }
 }
 
-/// config.json must tell clients what the recipe says. That it is the file that was written is checked by its hash.
-fn check_config(checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
+/// config.json must tell clients what the recipe says. That it is the file that was written is checked by its hash. Returns what it
+/// lists as left unquantized.
+fn check_config(checkpoint: &Checkpoint, report: &mut Report) -> Result<KeptModules> {
     const NAME: &str = CONFIG_NAME;
     if !checkpoint.manifest.files.iter().any(|file| file.name == NAME) {
-        return Ok(());
+        return Ok(KeptModules::default());
     }
     let Some(config) = if_sound(Config::read(&checkpoint.folder.join(NAME)))? else {
         report.differ(NAME, None, "not a model's config");
-        return Ok(());
+        return Ok(KeptModules::default());
     };
     let Some(found) = config.values().get("quantization_config") else {
         report.differ(NAME, None, "has no quantization_config");
-        return Ok(());
+        return Ok(KeptModules::default());
     };
     let codec = checkpoint.manifest.recipe.codec();
     let expected = codec.quantization_config(FloatDtype::Bfloat16, &[]);
@@ -169,8 +175,7 @@ fn check_config(checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
             report.differ(NAME, None, format!("quantization_config's {key} is {found}, expected {expected}"));
         }
     }
-    check_kept_modules(checkpoint, &config, found, report);
-    Ok(())
+    Ok(KeptModules::of(&config, found, codec))
 }
 
 /// What was read; none if the file isn't there, or isn't what it should be. What the system refuses is an error.
@@ -180,30 +185,5 @@ fn if_sound<T>(read: Result<T>) -> Result<Option<T>> {
         Err(Error::Malformed { .. }) => Ok(None),
         Err(Error::Io { ref source, .. }) if is_no_file(source) => Ok(None),
         Err(error) => Err(error),
-    }
-}
-
-/// No module that is quantized may be among those that clients are told to leave alone.
-fn check_kept_modules(checkpoint: &Checkpoint, config: &Config, found: &serde_json::Value, report: &mut Report) {
-    let codec = checkpoint.manifest.recipe.codec();
-    let key = codec.kept_modules_key();
-    let listed = found.get(key).and_then(|list| list.as_array());
-    let listed: Vec<&str> = listed.into_iter().flatten().filter_map(|entry| entry.as_str()).collect();
-    let tensors = checkpoint.manifest.tensors.iter();
-    let quantized = tensors.filter(|tensor| tensor.decision == DecisionRecord::Quantize);
-    let rules = Rules::new(&config.model_types());
-    let clash = match codec.layout() {
-        None => {
-            let weights: Vec<&str> = quantized.flat_map(|tensor| &tensor.sources).map(|s| s.name.as_str()).collect();
-            bitsandbytes::clash(&rules, &listed, &weights)
-        }
-        Some(layout) => {
-            let suffix = codec.suffix(OutputKind::Packed).unwrap_or_default();
-            let codes = quantized.filter_map(|tensor| tensor.outputs.first()?.name.strip_suffix(&*suffix));
-            compressed_tensors::clash(&rules, layout, &listed, &codes.collect::<Vec<_>>())
-        }
-    };
-    if let Some((entry, module)) = clash {
-        report.differ(CONFIG_NAME, None, format!("{key} has {entry:?}, but {module:?} is quantized"));
     }
 }

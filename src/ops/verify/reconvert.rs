@@ -1,14 +1,14 @@
 //! Doing a conversion again, without writing, and comparing every byte with what is there: proof that a checkpoint came
 //! from a source by its recipe.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, SourceFile};
 use crate::error::{Error, IoContext, Result};
-use crate::manifest::{Manifest, TensorRecord};
+use crate::manifest::TensorRecord;
 use crate::ops::model_card;
 use crate::ops::options;
 use crate::ops::quantize;
@@ -67,7 +67,7 @@ fn compare(conversion: &Conversion, checkpoint: &Checkpoint, options: Options<'_
     match executed {
         Ok(outcome) => {
             compare_others(conversion, &outcome, checkpoint, &differences, report)?;
-            compare_manifests(conversion, outcome, manifest, &differences, report);
+            compare_manifests(conversion, outcome, checkpoint, &differences, report)?;
         }
         Err(Error::Io { source, path, .. }) if source.kind() == std::io::ErrorKind::UnexpectedEof => {
             report.differ(&path.file_name().unwrap_or_default().to_string_lossy(), None, "it is too short");
@@ -115,47 +115,67 @@ fn compare_others(
 fn compare_manifests(
     conversion: &Conversion,
     outcome: pipeline::Outcome,
-    found: &Manifest,
+    checkpoint: &Checkpoint,
     different: &[Difference],
     report: &mut Report,
-) {
+) -> Result<()> {
+    let found = &checkpoint.manifest;
     let weights = conversion.plan.files.iter().map(|file| file.name.as_str()).collect::<Vec<_>>();
     let files = found.files.iter().filter(|file| !weights.contains(&file.name.as_str())).cloned().collect();
-    let mut expected = conversion.manifest(files, outcome);
-    let mut found = found.clone();
-    // Tensors rewritten in another layout have no statistics of their own.
+    let outcome = conversion.relaid(outcome);
+    let expected = conversion.manifest(files, &outcome);
+    // Tensors rewritten in another layout have no statistics of their own, and the order within the source's files may not have
+    // survived.
     let relaid = found.relaid_from.is_some();
-    let statistics = |expected: &TensorRecord, found: &TensorRecord| match &found.statistics {
-        None if relaid => None,
-        _ => expected.statistics.clone(),
+    let numbers: HashMap<String, usize> = match relaid {
+        true => (0..expected.tensors.len()).filter_map(|i| Some((expected.tensors.name(i)?, i))).collect(),
+        false => HashMap::new(),
     };
-    if relaid {
-        // The order within the source's files may not have survived.
-        let by_name = |record: &TensorRecord| record.outputs.first().map(|output| output.name.clone());
-        found.tensors.sort_by_cached_key(by_name);
-        expected.tensors.sort_by_cached_key(by_name);
-    }
     // The hashes of tensors with other bytes may be those of what was found.
     let different: HashSet<&str> = different.iter().filter_map(|difference| difference.tensor.as_deref()).collect();
-    let is_comparable =
-        |record: &TensorRecord| !record.outputs.iter().any(|output| different.contains(output.name.as_str()));
-    for (found, expected) in found.tensors.iter().zip(&expected.tensors) {
-        let sources = expected.sources.iter().map(|source| source.name.as_str());
-        if !is_comparable(expected) {
-            // Of what was put together the first part is named, too.
-            for name in sources.filter(|name| !different.contains(name)).take(1) {
-                report.differ(MANIFEST_NAME, Some(name), "its bytes aren't what converting the source gives");
-            }
-        } else if *found != (TensorRecord { statistics: statistics(expected, found), ..expected.clone() }) {
-            report.differ(MANIFEST_NAME, { sources }.next(), "its record isn't what converting the source gives");
-        }
-    }
-    let same = found.tensors.len() == expected.tensors.len()
+    let mut count = 0;
+    checkpoint.records.all(&mut |found| {
+        let number = match relaid {
+            true => found.outputs.first().and_then(|output| numbers.get(&output.name).copied()),
+            false => Some(count).filter(|number| *number < expected.tensors.len()),
+        };
+        let expected = number.map(|number| expected.tensors.get(number));
+        compare_records(&found, expected, relaid, &different, report);
+        count += 1;
+    })?;
+    let same = count == expected.tensors.len()
         && found.source == expected.source
         && (found.summary == expected.summary || relaid)
         && found.tool == expected.tool;
     if !same {
         report.differ(MANIFEST_NAME, None, "isn't what converting the source with this version gives");
+    }
+    Ok(())
+}
+
+/// A record must be what a manifest made now would have in its place, if anything.
+fn compare_records(
+    found: &TensorRecord,
+    expected: Option<TensorRecord>,
+    relaid: bool,
+    different: &HashSet<&str>,
+    report: &mut Report,
+) {
+    let Some(mut expected) = expected else {
+        let name = found.sources.first().map(|source| source.name.as_str());
+        return report.differ(MANIFEST_NAME, name, "its record isn't what converting the source gives");
+    };
+    if relaid && found.statistics.is_none() {
+        expected.statistics = None;
+    }
+    let mut sources = expected.sources.iter().map(|source| source.name.as_str());
+    if expected.outputs.iter().any(|output| different.contains(output.name.as_str())) {
+        // Of what was put together the first part is named, too.
+        for name in sources.filter(|name| !different.contains(name)).take(1) {
+            report.differ(MANIFEST_NAME, Some(name), "its bytes aren't what converting the source gives");
+        }
+    } else if *found != expected {
+        report.differ(MANIFEST_NAME, sources.next(), "its record isn't what converting the source gives");
     }
 }
 
@@ -188,7 +208,7 @@ impl ComparedFile<'_> {
     fn note(&self, found: &[u8], expected: &[u8], offset: u64) {
         let end = offset + expected.len() as u64;
         for tensor in &self.all.plan.tensors[self.planned.tensors.clone()] {
-            for output in &tensor.outputs {
+            for output in tensor.outputs.iter() {
                 let (from, to) = (output.offset.max(offset), (output.offset + output.len).min(end));
                 let here = |bytes: &[u8]| bytes[(from - offset) as usize..(to - offset) as usize].to_vec();
                 if from < to && here(found) != here(expected) {

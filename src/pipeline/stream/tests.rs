@@ -11,7 +11,7 @@ use super::*;
 use crate::dtype::Dtype;
 use crate::models::Role;
 use crate::pipeline::trace::Stamp;
-use crate::plan::{Decision, Plan, PlannedOutput};
+use crate::plan::{Decision, Outputs, Part, PlacedOutput, Plan, PlannedOutput};
 use crate::read::Read;
 use crate::recipe::RecipeOptions;
 use crate::store::{Location, MemoryStore, ReadAt, WriteAt};
@@ -77,39 +77,58 @@ fn plan(lens: &[Vec<u64>]) -> Plan {
             kind: None,
             suffix: format!(".{j}").into(),
             dtype: Dtype::U8,
-            shape: vec![len],
+            shape: [len].into(),
             len,
-            offset: 0,
         });
         PlannedTensor {
-            name: i.to_string(),
+            name: i.to_string().into(),
             dtype: Dtype::U8,
-            shape: Vec::new(),
+            shape: [].into(),
             read: Read::Literal([].into()),
             role: Role::Unknown,
             decision: Decision::Keep,
             reason: "".into(),
-            outputs: outputs.collect(),
+            outputs: Outputs::new(outputs.collect()),
         }
     });
     let mut tensors: Vec<PlannedTensor> = tensors.collect();
     let mut file =
         PlannedFile { name: "model.safetensors".to_owned(), tensors: 0..tensors.len(), header_len: 0, len: 0 };
-    file.header_len = file.header(&tensors).len() as u64;
-    file.len = file.header_len;
-    for output in tensors.iter_mut().flat_map(|tensor| &mut tensor.outputs) {
-        output.offset = file.len;
-        file.len += output.len;
-    }
+    // What the header says depends on the order of the outputs, not on where the first one is.
+    let mut place_from = |start: u64, tensors: &mut [PlannedTensor]| {
+        file.len = start;
+        for outputs in tensors.iter_mut().map(|tensor| &mut tensor.outputs) {
+            for i in 0..outputs.len() {
+                outputs.place(i, file.len);
+                file.len += outputs.get(i).len;
+            }
+        }
+        file.header_len = header(&file, tensors).len() as u64;
+        file.header_len
+    };
+    let header_len = place_from(0, &mut tensors);
+    assert_eq!(place_from(header_len, &mut tensors), header_len);
     let recipe = RecipeOptions::default().build().unwrap();
     let (scale_sets, side_files, warnings) = Default::default();
     Plan { recipe, tensors, files: vec![file], scale_sets, config: None, side_files, warnings }
 }
 
+/// A file's first bytes.
+fn header(file: &PlannedFile, tensors: &[PlannedTensor]) -> Vec<u8> {
+    let mut header = Vec::new();
+    let mut take = |text: &[u8]| {
+        header.extend_from_slice(text);
+        Ok(())
+    };
+    let file = PlannedFile { header_len: file.header_len.max(8), ..file.clone() };
+    file.write_header(tensors, &Part::all(tensors), &mut take).unwrap();
+    header
+}
+
 /// Cuts every output into pieces of at most `step` bytes: offset and length.
 fn pieces(plan: &Plan, step: u64) -> Vec<(u64, u64)> {
-    let outputs = plan.tensors.iter().flat_map(|tensor| &tensor.outputs);
-    let cut = |output: &PlannedOutput| {
+    let outputs = plan.tensors.iter().flat_map(|tensor| tensor.outputs.iter());
+    let cut = |output: PlacedOutput<'_>| {
         let (offset, len) = (output.offset, output.len);
         (0..len.max(1)).step_by(step as usize).map(move |at| (offset + at, step.min(len - at))).collect::<Vec<_>>()
     };
@@ -120,7 +139,7 @@ fn check(lens: &[Vec<u64>], step: u64, window: usize, threads: usize, order: imp
     let plan = plan(lens);
     let planned = &plan.files[0];
     let mut content: Vec<u8> = (0..planned.len).map(|i| (i * 31 % 251) as u8).collect();
-    let header = planned.header(&plan.tensors);
+    let header = header(planned, &plan.tensors);
     content[..header.len()].copy_from_slice(&header);
     let location = Location::new(Arc::new(MemoryStore::default()), "model.safetensors");
     let output = Counted { file: location.create(planned.len).unwrap(), writes: AtomicUsize::new(0) };
@@ -143,8 +162,8 @@ fn check(lens: &[Vec<u64>], step: u64, window: usize, threads: usize, order: imp
     let [hashes] = &hashes.into_inner().unwrap()[..] else { panic!("a file is finished once") };
     assert_eq!(hashes.sha256, Sha256Hash::of(&content));
     for (tensor, hashes) in plan.tensors.iter().zip(&hashes.tensors) {
-        let of = |output: &PlannedOutput| Sha256Hash::of(&content[output.offset as usize..][..output.len as usize]);
-        assert_eq!(*hashes, tensor.outputs.iter().map(of).collect::<Vec<_>>());
+        let of = |output: PlacedOutput<'_>| Sha256Hash::of(&content[output.offset as usize..][..output.len as usize]);
+        assert_eq!(**hashes, tensor.outputs.iter().map(of).collect::<Vec<_>>());
     }
     let mut there = vec![0; content.len()];
     read_exact_at(&*location.open().unwrap(), &mut there, 0).unwrap();

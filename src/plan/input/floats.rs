@@ -63,7 +63,7 @@ pub(super) fn fp8(rules: &Rules, info: &TensorInfo, codes: Span, scales: (Span, 
         }
         _ => (scale_code, rules.model),
     };
-    decoded(rules, info, info.shape.clone(), codes, scales, (ElementCode::E4m3, scale_code), dtype)
+    decoded(rules, info, &info.shape, codes, scales, (ElementCode::E4m3, scale_code), dtype)
 }
 
 /// E2M1 floats, two in a byte, the even column in its low half: `[.., rows, columns / 2]`.
@@ -76,26 +76,26 @@ pub(super) fn fp4_in_bytes(
     codes: Span,
     scales: (Span, &TensorInfo),
 ) -> Result<Input, String> {
-    let mut shape = info.shape.clone();
+    let mut shape = info.shape.to_vec();
     if let Some(columns) = shape.last_mut() {
         *columns = columns.saturating_mul(2);
     }
     let scale_code = scale_code(scales.1)?;
-    decoded(rules, info, shape, codes, scales, (ElementCode::E2m1, scale_code), rules.model)
+    decoded(rules, info, &shape, codes, scales, (ElementCode::E2m1, scale_code), rules.model)
 }
 
 /// A weight of this shape with a scale for each block.
 fn decoded(
     rules: &Rules,
     info: &TensorInfo,
-    shape: Vec<u64>,
+    shape: &[u64],
     codes: Span,
     (scales, scale): (Span, &TensorInfo),
     (element, scale_code): (ElementCode, ScaleCode),
     dtype: FloatDtype,
 ) -> Result<Input, String> {
-    let (matrices, rows, columns) = matrices(&shape)?;
-    let [group_rows, group] = block(rules, &shape, scale)?;
+    let (matrices, rows, columns) = matrices(shape)?;
+    let [group_rows, group] = block(rules, shape, scale)?;
     let coding = Coding::new(element, scale_code, group as usize);
     // Each matrix begins with a scale of its own, whole blocks or not.
     let matrix = |which: u64| {

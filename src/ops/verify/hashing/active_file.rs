@@ -14,7 +14,7 @@ pub(super) struct ActiveFile<'a> {
     pub job: &'a Job<'a>,
     pub file: SharedFile,
     /// In the order of their bytes.
-    pub tensors: Vec<TensorJob<'a>>,
+    pub tensors: Vec<TensorJob>,
     begun: Mutex<Begun>,
 }
 
@@ -28,7 +28,7 @@ struct Begun {
 }
 
 impl<'a> ActiveFile<'a> {
-    pub(super) fn new(job: &'a Job<'a>, file: SharedFile, tensors: Vec<TensorJob<'a>>) -> ActiveFile<'a> {
+    pub(super) fn new(job: &'a Job<'a>, file: SharedFile, tensors: Vec<TensorJob>) -> ActiveFile<'a> {
         let rest = tensors.iter().map(TensorJob::len).sum();
         let begun = Mutex::new(Begun { tensors: vec![false; tensors.len()], first: 0, rest });
         ActiveFile { job, file, tensors, begun }

@@ -59,7 +59,7 @@ impl<'a> Lane<'a> {
             return;
         }
         let hash = Sha256Hash(std::mem::take(&mut self.stream).finish());
-        hashing.compare(self.file.job, Some(tensor.name), hash, tensor.sha256);
+        hashing.compare(self.file.job, Some(&tensor.name), hash, tensor.sha256);
         self.tensors.start += 1;
         if !self.is_done() {
             self.at = self.file.tensors[self.tensors.start].place.start;

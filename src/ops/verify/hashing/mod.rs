@@ -34,11 +34,7 @@ const TELL_EVERY: Duration = Duration::from_millis(5);
 ///
 /// # Errors
 /// The first of any thread; interrupts are one.
-pub(super) fn hash_all<'a>(
-    jobs: &'a mut [Job<'a>],
-    contents: &'a dyn Contents<'a>,
-    options: Options<'a>,
-) -> Result<()> {
+pub(super) fn hash_all<'a>(jobs: &'a mut [Job<'a>], contents: &'a dyn Contents, options: Options<'a>) -> Result<()> {
     jobs.sort_by_key(|job| std::cmp::Reverse(job.len));
     let chunks: u64 = jobs.iter().map(|job| 1 + job.len / shared_file::CHUNK).sum();
     let threads = options.threads.clamp(1, usize::try_from(chunks).unwrap_or(usize::MAX).max(1));
@@ -68,7 +64,7 @@ struct Hashing<'a> {
     jobs: &'a [Job<'a>],
     /// The jobs' sizes.
     lens: Vec<u64>,
-    contents: &'a dyn Contents<'a>,
+    contents: &'a dyn Contents,
     options: Options<'a>,
     threads: usize,
     state: Mutex<State<'a>>,

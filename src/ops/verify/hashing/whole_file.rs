@@ -72,7 +72,7 @@ impl<'a> Hashing<'a> {
             if let Some(tensor) = tensor.filter(|tensor| at == tensor.place.end) {
                 pass.tensor += 1;
                 if let Some(stream) = pass.stream.take() {
-                    self.compare(pass.file.job, Some(tensor.name), Sha256Hash(stream.finish()), tensor.sha256);
+                    self.compare(pass.file.job, Some(&tensor.name), Sha256Hash(stream.finish()), tensor.sha256);
                 }
             }
         }
