@@ -6,6 +6,7 @@ mod hash;
 mod local;
 mod location;
 mod memory;
+mod open_files;
 
 #[cfg(test)]
 mod conformance;
@@ -25,6 +26,7 @@ pub(crate) use local::memory_size;
 pub use location::Location;
 pub(crate) use location::is_no_file;
 pub use memory::MemoryStore;
+pub(crate) use open_files::descriptors_left;
 
 /// A place that holds files by path. Its calls block; they may come from any thread.
 pub trait Store: Debug + Send + Sync {
