@@ -24,6 +24,11 @@ pub(crate) const MAX_HEADER_LEN: u64 = 100_000_000;
 /// Bytes before the JSON.
 const LENGTH_FIELD: u64 = 8;
 
+/// The first tensor of a file that is written starts at a multiple of this, and all that follow, but for those at the file's end: a
+/// multiple of every dtype's size, for readers that map the file, and a block of SHA-256, so that a file and its tensors have the
+/// same blocks.
+pub(crate) const ALIGNMENT: u64 = 64;
+
 /// What is read at once.
 const BUFFER: usize = 1 << 16;
 
@@ -271,14 +276,15 @@ pub(crate) fn sort_canonically<T: Described>(tensors: &mut [T]) {
     tensors.sort_by(|a, b| b.dtype().cmp(&a.dtype()).then_with(|| a.name().cmp(b.name())));
 }
 
-/// The length field and the JSON of a file that holds `tensors` in this order, as the safetensors library writes them.
+/// The length field and the JSON of a file that holds `tensors` in this order, as the safetensors library writes them, but for
+/// spaces up to a multiple of [`ALIGNMENT`] where it has them up to a multiple of 8.
 ///
 /// # Panics
 /// When all together are past 2^64 bytes; a plan's aren't.
 pub(crate) fn header_bytes<T: Described>(tensors: &[T]) -> Vec<u8> {
     let mut header = vec![0; LENGTH_FIELD as usize];
     serde_json::to_writer(&mut header, &HeaderJson(tensors)).expect("writing to memory");
-    header.resize(header.len().next_multiple_of(LENGTH_FIELD as usize), b' ');
+    header.resize(header.len().next_multiple_of(ALIGNMENT as usize), b' ');
     let json_len = header.len() as u64 - LENGTH_FIELD;
     header[..LENGTH_FIELD as usize].copy_from_slice(&json_len.to_le_bytes());
     header

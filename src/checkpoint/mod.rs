@@ -13,7 +13,7 @@ mod staging;
 
 pub use config::Config;
 pub use header::Header;
-pub(crate) use header::{Described, MAX_HEADER_LEN, TensorInfo, header_bytes, sort_canonically};
+pub(crate) use header::{ALIGNMENT, Described, MAX_HEADER_LEN, TensorInfo, header_bytes, sort_canonically};
 pub use index::Index;
 pub(crate) use index::{shard_name, write_index};
 pub(crate) use output::OutputFile;

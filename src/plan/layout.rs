@@ -5,7 +5,7 @@ use std::cmp::Reverse;
 use std::ops::Range;
 
 use super::{Decision, PlannedTensor};
-use crate::checkpoint::{Described, header_bytes, shard_name};
+use crate::checkpoint::{ALIGNMENT, Described, header_bytes, shard_name};
 use crate::dtype::{Dtype, byte_len};
 use crate::format::Codec;
 use crate::layout::OutputKind;
@@ -114,9 +114,6 @@ impl Described for Placed<'_> {
         &self.output.shape
     }
 }
-
-/// Every dtype's elements start at a multiple of their size where a tensor starts at one of this.
-const ALIGNMENT: u64 = 8;
 
 /// Sets the offsets of one file's outputs; returns the length of its header and its size.
 fn place(tensors: &mut [PlannedTensor]) -> (u64, u64) {
