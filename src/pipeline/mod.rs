@@ -17,6 +17,7 @@ mod results;
 mod scheduler;
 mod source_files;
 mod stream;
+mod threads;
 mod trace;
 mod worker;
 
@@ -28,6 +29,7 @@ use std::thread;
 use serde::{Deserialize, Serialize};
 
 pub use budget::{Budget, Limits};
+pub(crate) use threads::start_threads;
 pub use trace::Trace;
 pub(crate) use trace::{Span, Subject, ThreadTrace};
 
@@ -183,11 +185,23 @@ pub(crate) fn run(
     sealed: Vec<Option<FileOutcome>>,
     context: ExecutionContext<'_>,
 ) -> Result<Outcome> {
+    run_in(memory_size(), source, plan, outputs, sealed, context)
+}
+
+/// The same on a machine with so many bytes of memory, if that is known.
+fn run_in(
+    memory: Option<u64>,
+    source: &Source,
+    plan: &Plan,
+    outputs: &dyn Outputs,
+    sealed: Vec<Option<FileOutcome>>,
+    context: ExecutionContext<'_>,
+) -> Result<Outcome> {
     let streams = plan.files.iter().map(|_| Mutex::default()).collect();
     let lanes = context.budget.lanes.map(|budget| LanePool::new(context.device, budget));
     let held = AtomicUsize::new(0);
     let touched = plan.source_len().saturating_add(plan.output_len());
-    let crowds_memory = memory_size().is_some_and(|memory| touched > memory / 2);
+    let crowds_memory = memory.is_some_and(|memory| touched > memory / 2);
     let execution = Execution { source, plan, outputs, context, lanes, streams, held: &held, crowds_memory };
     let scheduler = Scheduler::new(plan, source.files.len(), sealed, context);
     thread::scope(|scope| {
@@ -197,20 +211,16 @@ pub(crate) fn run(
             let trace = ThreadTrace::new(context.trace, "worker", source, plan);
             Worker::new(&execution, &scheduler, &trace).work();
         };
-        let disk = thread::Builder::new().spawn_scoped(scope, serve_disk).map(drop);
-        // Where the system allows fewer threads, fewer do.
-        let mut workers = 0..context.budget.threads;
-        let first = workers.next().map_or(Ok(()), |_| thread::Builder::new().spawn_scoped(scope, work).map(drop));
-        if let Err(source) = disk.and(first) {
-            return scheduler.fail(0, Error::Threads { source });
-        }
-        for _ in workers {
-            if thread::Builder::new().spawn_scoped(scope, work).is_err() {
-                return;
-            }
+        let disk = threads::start_threads(scope, 1, serve_disk).map(drop);
+        if let Err(error) = disk.and_then(|()| threads::start_threads(scope, context.budget.threads, work).map(drop)) {
+            return scheduler.fail(0, error);
         }
         // Without it the threads wait for the disk themselves.
-        let _ = thread::Builder::new().spawn_scoped(scope, || read_ahead::run(&execution, &scheduler));
+        let read_ahead = || {
+            let trace = ThreadTrace::new(context.trace, "reader", source, plan);
+            read_ahead::run(&execution, &scheduler, &trace);
+        };
+        let _ = threads::start_threads(scope, 1, read_ahead);
     });
     scheduler.into_outcome()
 }
@@ -238,3 +248,6 @@ impl<'a> Execution<'a> {
         *self.streams[file].lock().unwrap_or_else(PoisonError::into_inner) = Slot::Closed;
     }
 }
+
+#[cfg(test)]
+mod tests;

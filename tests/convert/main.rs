@@ -16,5 +16,7 @@ mod mxint4;
 mod relayout;
 mod sources;
 mod split;
+#[cfg(target_os = "linux")]
+mod threads;
 mod unreadable;
 mod verify;

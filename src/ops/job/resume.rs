@@ -7,7 +7,7 @@ use std::thread;
 use crate::checkpoint::{Source, Staging};
 use crate::error::{Error, IoContext, Result};
 use crate::ops::job::journal;
-use crate::pipeline::{ExecutionContext, FileOutcome, Span, Subject, TensorOutcome, ThreadTrace};
+use crate::pipeline::{ExecutionContext, FileOutcome, Span, Subject, TensorOutcome, ThreadTrace, start_threads};
 use crate::plan::{Plan, PlannedTensor};
 use crate::store::hash_range;
 
@@ -43,7 +43,7 @@ pub(crate) fn sealed_files(
         Ok(())
     };
     thread::scope(|scope| {
-        let threads: Vec<_> = (0..context.budget.threads.min(found)).map(|_| scope.spawn(check)).collect();
+        let threads = start_threads(scope, context.budget.threads.min(found), check)?;
         threads.into_iter().try_for_each(|thread| thread.join().unwrap_or(Err(Error::Stopped)))
     })?;
     let trusted = trusted.into_inner().unwrap_or_else(PoisonError::into_inner);

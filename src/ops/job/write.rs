@@ -120,10 +120,12 @@ impl Job<'_> {
         let sealed = self.take_up(staging, context)?;
         self.check_space(staging.destination(), &sealed)?;
         let (outcome, side_files) = thread::scope(|scope| {
-            let side_files = scope.spawn(|| side_files::copy(source, plan, self.decodes, staging));
+            let copy = || side_files::copy(source, plan, self.decodes, staging);
+            let copying = thread::Builder::new().spawn_scoped(scope, copy);
             let outputs = Staged { staging };
             let outcome = pipeline::run(source, plan, &outputs, sealed, context);
-            (outcome, side_files.join().unwrap_or(Err(Error::Stopped)))
+            // Where the system allows no thread for them, they come last.
+            (outcome, copying.map_or_else(|_| copy(), |thread| thread.join().unwrap_or(Err(Error::Stopped))))
         });
         let outcome = outcome?;
         if let Some(manifest) = self.manifest {
