@@ -5,21 +5,20 @@
 use std::collections::HashSet;
 
 use crate::checkpoint::{MANIFEST_NAME, Source, TensorInfo};
-use crate::error::{Error, Hint, IoContext, Result};
-use crate::format::{Codec, FormatSpec};
+use crate::dtype::FloatDtype;
+use crate::error::{Error, Hint, Result};
+use crate::format::Codec;
 use crate::layout::bitsandbytes::MAX_QUANT_STATE;
 use crate::layout::{OutputKind, OutputTensor, Stored, StoredFormat, StoredWeight};
 use crate::manifest::{DecisionRecord, Manifest, OutputRecord, TensorRecord};
-use crate::read::{Decode, Input, MAX_EXPERTS, Nested, Read, Span, Tensors};
-use crate::store::{ReadAt, read_exact_at};
+use crate::read::{Decode, Input, MAX_EXPERTS, Nested, Read, SmallTensors, Span, Tensors};
 
 /// A checkpoint that prequant converted: its files hold the tensors that its manifest lists, and no others.
 pub(crate) struct Converted<'a> {
     source: &'a Source,
     codec: Codec,
     tensors: Tensors<'a>,
-    /// Files of weights, opened as they are needed.
-    files: Vec<Option<Box<dyn ReadAt>>>,
+    small: SmallTensors<'a>,
 }
 
 impl<'a> Converted<'a> {
@@ -43,8 +42,8 @@ impl<'a> Converted<'a> {
 
     /// The files as they are, whatever the manifest lists: for finding out all that is wrong with them.
     pub(crate) fn unchecked(source: &'a Source, manifest: &Manifest) -> Converted<'a> {
-        let files = source.files.iter().map(|_| None).collect();
-        Converted { source, codec: manifest.recipe.codec(), tensors: Tensors::new(source), files }
+        let (codec, tensors) = (manifest.recipe.codec(), Tensors::new(source));
+        Converted { source, codec, tensors, small: SmallTensors::new(source) }
     }
 
     /// Whether a tensor is there as the manifest has it.
@@ -74,15 +73,10 @@ impl<'a> Converted<'a> {
         let suffix = self.codec.suffix(OutputKind::Packed).unwrap_or_default();
         let name = first.name.strip_suffix(&*suffix);
         let name = name.ok_or_else(|| self.malformed(format!("{:?} doesn't end in {suffix:?}", first.name)))?;
-        let (codec, model) = (self.codec, self.source.model_dtype());
-        let mut weight = Weight { name, tensors: codec.tensors(), converted: self };
-        let stored = codec.read(&mut weight, model)?;
-        let read = weight.decode(&stored)?;
-        if stored.transposed && stored.shape[0] > MAX_EXPERTS {
-            return Err(weight.malformed(format!("{} experts, expected {MAX_EXPERTS} at most", stored.shape[0])));
-        }
-        let input = Input::decoded(name.to_owned(), stored.shape, stored.dtype, read);
-        Ok(if stored.transposed { input.transposed() } else { input })
+        let (source, model) = (self.source, self.source.model_dtype());
+        let malformed = |why: String| malformed(source, format!("weight {name:?}: {why}"));
+        let Converted { codec, tensors, small, .. } = self;
+        Weight { name, codec, parts: codec.tensors(), tensors, small, malformed: &malformed }.decoded(model)
     }
 
     /// The content of a quant_state.
@@ -90,30 +84,20 @@ impl<'a> Converted<'a> {
     /// # Errors
     /// When there is none of this name, it is longer than any, or the system refuses to read.
     pub(crate) fn quant_state(&mut self, name: &str) -> Result<Vec<u8>> {
-        let tensor = self.tensor(name)?;
-        self.bytes(tensor, MAX_QUANT_STATE)
-    }
-
-    /// All bytes of a small tensor.
-    fn bytes(&mut self, (span, info): (Span, &TensorInfo), most: u64) -> Result<Vec<u8>> {
-        if span.len > most {
-            return Err(self.malformed(format!("{:?} has {} bytes, expected {most} at most", info.name, span.len)));
-        }
-        let source = &self.source.files[span.file];
-        let file = match &mut self.files[span.file] {
-            Some(file) => file,
-            none => none.insert(source.reopen()?),
-        };
-        let mut bytes = vec![0; span.len as usize];
-        read_exact_at(&**file, &mut bytes, span.offset).at(source.location.path(), "read it")?;
-        Ok(bytes)
+        let (span, info) = self.tensor(name)?;
+        few(span, info, MAX_QUANT_STATE).map_err(|why| self.malformed(why))?;
+        self.small.read(span)
     }
 
     fn malformed(&self, why: String) -> Error {
-        let why = format!("{why}: the files aren't what the manifest says");
-        let path = self.source.location.join(MANIFEST_NAME).path().to_owned();
-        Error::Malformed { path, why, hint: Some(Hint::Verify) }
+        malformed(self.source, why)
     }
+}
+
+fn malformed(source: &Source, why: String) -> Error {
+    let why = format!("{why}: the files aren't what the manifest says");
+    let path = source.location.join(MANIFEST_NAME).path().to_owned();
+    Error::Malformed { path, why, hint: Some(Hint::Verify) }
 }
 
 /// What a tensor's header says otherwise than the manifest.
@@ -123,24 +107,49 @@ pub(crate) fn difference(found: &TensorInfo, expected: &OutputRecord) -> Option<
     (!is_same).then(|| format!("is {} {:?}, expected {dtype} {shape:?}", found.dtype, found.shape))
 }
 
-/// A quantized weight of a converted checkpoint.
+/// Whether a tensor has no more bytes than may be read whole.
+fn few(span: Span, info: &TensorInfo, most: u64) -> Result<(), String> {
+    match span.len {
+        len if len > most => Err(format!("{:?} has {len} bytes, expected {most} at most", info.name)),
+        _ => Ok(()),
+    }
+}
+
+/// A quantized weight, whoever wrote it: the one reader of all layouts.
 struct Weight<'w, 'a> {
     name: &'w str,
+    codec: &'w Codec,
     /// What it consists of.
-    tensors: Vec<OutputTensor>,
-    converted: &'w mut Converted<'a>,
+    parts: Vec<OutputTensor>,
+    tensors: &'w Tensors<'a>,
+    small: &'w mut SmallTensors<'a>,
+    /// The error that it isn't what it should be.
+    malformed: &'w dyn Fn(String) -> Error,
 }
 
 impl<'a> Weight<'_, 'a> {
-    fn tensor(&self, kind: OutputKind) -> Result<(Span, &'a TensorInfo)> {
-        match self.tensors.iter().find(|tensor| tensor.kind == kind) {
-            Some(tensor) => self.converted.tensor(&format!("{}{}", self.name, tensor.suffix)),
-            None => Err(self.malformed(format!("its format has no {kind:?}"))),
+    /// What it decodes to; `model` is the model's dtype.
+    fn decoded(mut self, model: FloatDtype) -> Result<Input> {
+        let codec = *self.codec;
+        let stored = codec.read(&mut self, model)?;
+        let read = self.decode(&stored)?;
+        if stored.transposed && stored.shape[0] > MAX_EXPERTS {
+            return Err((self.malformed)(format!("{} experts, expected {MAX_EXPERTS} at most", stored.shape[0])));
         }
+        let input = Input::decoded(self.name.to_owned(), stored.shape, stored.dtype, read);
+        Ok(if stored.transposed { input.transposed() } else { input })
+    }
+
+    fn tensor(&self, kind: OutputKind) -> Result<(Span, &'a TensorInfo)> {
+        let Some(part) = self.parts.iter().find(|part| part.kind == kind) else {
+            return Err((self.malformed)(format!("its format has no {kind:?}")));
+        };
+        let name = format!("{}{}", self.name, part.suffix);
+        self.tensors.get(&name).ok_or_else(|| (self.malformed)(format!("{name:?} is missing from the files")))
     }
 
     fn decode(&self, stored: &Stored) -> Result<Read> {
-        let codec = &self.converted.codec;
+        let codec = self.codec;
         let span = |kind| self.tensor(kind).map(|(span, _)| span);
         let nested = match stored.nested_offset {
             Some(offset) => Some(Nested { absmax: span(OutputKind::NestedAbsmax)?, offset }),
@@ -158,7 +167,7 @@ impl<'a> Weight<'_, 'a> {
             zero_points: codec.has_zero_points().then(|| span(OutputKind::ZeroPoint)).transpose()?,
             nested,
         });
-        read.map_err(|why| self.malformed(format!("a shape of {:?}, and {why}", stored.shape)))
+        read.map_err(|why| (self.malformed)(format!("a shape of {:?}, and {why}", stored.shape)))
     }
 }
 
@@ -168,12 +177,13 @@ impl StoredWeight for Weight<'_, '_> {
     }
 
     fn bytes(&mut self, kind: OutputKind, most: u64) -> Result<Vec<u8>> {
-        let tensor = self.tensor(kind)?;
-        self.converted.bytes(tensor, most)
+        let (span, info) = self.tensor(kind)?;
+        few(span, info, most).map_err(self.malformed)?;
+        self.small.read(span)
     }
 
     fn malformed(&self, why: String) -> Error {
-        self.converted.malformed(format!("weight {:?}: {why}", self.name))
+        (self.malformed)(why)
     }
 }
 
@@ -184,26 +194,39 @@ pub(crate) struct FoundWeight<'a> {
     pub name: &'a str,
     /// The number of the file that its codes are in.
     pub file: usize,
-    /// Its 4-bit format, if it is in one of ours.
-    pub format: Option<&'static FormatSpec>,
+    /// Its 4-bit format with its layout, if it is in one of ours.
+    pub codec: Option<Codec>,
     /// Its codes, or all of it.
     pub codes: &'a TensorInfo,
     /// What belongs to the codes.
     pub beside: Vec<&'a TensorInfo>,
 }
 
+impl FoundWeight<'_> {
+    /// What it decodes to, if it is in one of our formats; `model` is the model's dtype.
+    ///
+    /// # Errors
+    /// When its tensors don't fit each other.
+    pub(crate) fn decoded<'a>(
+        &self,
+        source: &'a Source,
+        tensors: &Tensors<'a>,
+        small: &mut SmallTensors<'a>,
+        model: FloatDtype,
+    ) -> Option<Result<Input>> {
+        let (codec, path) = (self.codec.as_ref()?, source.files[self.file].location.path());
+        let malformed = |why: String| Error::malformed(path, format!("tensor {:?}: {why}", self.codes.name));
+        let weight = Weight { name: self.name, codec, parts: codec.tensors(), tensors, small, malformed: &malformed };
+        Some(weight.decoded(model))
+    }
+}
+
 /// All weights of a checkpoint, with their tensors put together; from headers only.
 pub(crate) fn weights(source: &Source) -> Vec<FoundWeight<'_>> {
     let (tensors, formats) = (Tensors::new(source), StoredFormat::all());
-    let find = |name: &str| tensors.get(name).map(|(_, info)| info);
     let found = source.tensors().map(|(file, codes)| {
-        let weights = formats.iter().filter_map(|stored| {
-            let (name, beside) = stored.parts(codes, find)?;
-            Some(FoundWeight { name, file, format: Some(stored.format), codes, beside })
-        });
-        // One format's tensors can be some of another's.
-        let largest = weights.max_by_key(|weight| weight.beside.len());
-        largest.unwrap_or(FoundWeight { name: &codes.name, file, format: None, codes, beside: Vec::new() })
+        let plain = || FoundWeight { name: &codes.name, file, codec: None, codes, beside: Vec::new() };
+        stored_weight(&formats, &tensors, file, codes).unwrap_or_else(plain)
     });
     let mut weights: Vec<FoundWeight<'_>> = found.collect();
     let parts: HashSet<&str> = weights.iter().flat_map(|weight| &weight.beside).map(|info| &*info.name).collect();
@@ -211,11 +234,27 @@ pub(crate) fn weights(source: &Source) -> Vec<FoundWeight<'_>> {
     weights
 }
 
+/// The weight in one of our formats whose codes a tensor is.
+pub(crate) fn stored_weight<'a>(
+    formats: &[StoredFormat],
+    tensors: &Tensors<'a>,
+    file: usize,
+    codes: &'a TensorInfo,
+) -> Option<FoundWeight<'a>> {
+    let find = |name: &str| tensors.get(name).map(|(_, info)| info);
+    let weights = formats.iter().filter_map(|stored| {
+        let (name, beside) = stored.parts(codes, find)?;
+        Some(FoundWeight { name, file, codec: Some(stored.codec), codes, beside })
+    });
+    // One format's tensors can be some of another's.
+    weights.max_by_key(|weight| weight.beside.len())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::checkpoint::SourceFile;
-    use crate::dtype::{Dtype, FloatDtype, byte_len};
+    use crate::dtype::{Dtype, byte_len};
     use crate::format::{CodecOptions, FORMATS, Layout};
     use crate::store::{Identity, Location, Sha256Hash};
 
@@ -244,7 +283,7 @@ mod tests {
                 });
                 let source = checkpoint(tensors.collect());
                 let found = weights(&source);
-                let formats: Vec<_> = found.iter().map(|weight| weight.format).collect();
+                let formats: Vec<_> = found.iter().map(|weight| weight.codec.map(|codec| codec.format)).collect();
                 assert_eq!(formats, [Some(*format)], "{format:?} {layout:?}: {found:?}");
             }
         }

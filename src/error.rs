@@ -55,7 +55,7 @@ pub enum Error {
         dtype: Dtype,
     },
     /// The source is quantized already.
-    #[error("{}: already quantized with {method} ({evidence}); start from the bf16 checkpoint it was made from", path.display())]
+    #[error("{}: already quantized with {method} ({evidence}); start from the bf16 checkpoint it was made from, if there is one", path.display())]
     AlreadyQuantized {
         /// The file that says so.
         path: PathBuf,
@@ -203,6 +203,14 @@ pub enum Error {
         /// What is otherwise.
         what: String,
     },
+    /// The destination holds a finished conversion, but not of the source as it is now, or not all of it.
+    #[error("{}: {why}", path.display())]
+    Outdated {
+        /// The file that isn't what it was.
+        path: PathBuf,
+        /// What was found and what was expected.
+        why: String,
+    },
     /// The file system has no room for the output.
     #[error(
         "{}: no space: the output takes {needed} and {available} are free; make room, or choose another destination",
@@ -278,6 +286,7 @@ impl Error {
             Error::DeviceMemory { .. } => ErrorKind::DeviceMemory,
             Error::NoDevice { .. } => ErrorKind::NoDevice,
             Error::Device { .. } => ErrorKind::Device,
+            Error::Outdated { .. } => ErrorKind::Outdated,
             Error::NoSpace { .. } => ErrorKind::NoSpace,
             Error::SourceChanged { .. } => ErrorKind::SourceChanged,
             Error::Io { .. } => ErrorKind::Io,
@@ -294,6 +303,7 @@ impl Error {
         match self {
             Error::UnsupportedDtype { .. } => vec![Hint::Exclude],
             Error::NonFinite { .. } => vec![Hint::Exclude, Hint::KeepNonFinite],
+            Error::Outdated { .. } => vec![Hint::Replace, Hint::Restart],
             Error::NoDevice { .. } => vec![Hint::UseCpu],
             Error::Device { .. } => vec![Hint::Resume, Hint::UseCpu],
             // What was finished before is of the source as it was.
@@ -370,6 +380,8 @@ pub enum ErrorKind {
     NoDevice,
     /// See [`Error::Device`].
     Device,
+    /// See [`Error::Outdated`].
+    Outdated,
     /// See [`Error::NoSpace`].
     NoSpace,
     /// See [`Error::SourceChanged`].
@@ -407,6 +419,7 @@ impl ErrorKind {
             ErrorKind::DeviceMemory => "device_memory",
             ErrorKind::NoDevice => "no_device",
             ErrorKind::Device => "device",
+            ErrorKind::Outdated => "outdated",
             ErrorKind::NoSpace => "no_space",
             ErrorKind::SourceChanged => "source_changed",
             ErrorKind::Io => "io",

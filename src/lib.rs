@@ -39,7 +39,7 @@
 //! ```no_run
 #![doc = include_str!("../examples/verify.rs")]
 //! ```
-#![deny(unreachable_pub)]
+#![deny(unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
 
 mod backend;
 mod checkpoint;
@@ -60,6 +60,7 @@ mod read;
 mod recipe;
 mod stats;
 mod store;
+mod threads;
 mod units;
 
 use std::path::Path;
@@ -75,6 +76,7 @@ pub use manifest::{
 pub use models::Role;
 pub use ops::dequantize::Dequantization;
 pub use ops::inspect::{Contents, StoredWeight, inspect};
+pub use ops::job::finished::Finished;
 pub use ops::options::Options;
 pub use ops::quantize::Conversion;
 pub use ops::verify::{Difference, Options as VerifyOptions, Report};

@@ -21,7 +21,7 @@ pub struct Recipe {
     pub include: Vec<String>,
     /// Regular expressions: tensors to keep, whatever else says otherwise.
     pub exclude: Vec<String>,
-    /// Whether gpt-oss's MXFP4 experts are decoded first.
+    /// Whether weights that the source has in 4 bits are decoded first.
     pub dequantize_source: bool,
     /// The most bytes of tensors in one file; a weight and its scales stay together even if they exceed it.
     pub max_shard_size: u64,

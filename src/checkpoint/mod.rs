@@ -4,6 +4,7 @@
 //! outside the source's folder is opened. Nothing here knows what quantization is.
 
 mod config;
+mod file_class;
 mod header;
 mod index;
 mod output;
@@ -12,6 +13,7 @@ mod source;
 mod staging;
 
 pub use config::Config;
+pub(crate) use file_class::FileClass;
 pub use header::Header;
 pub(crate) use header::{ALIGNMENT, Described, MAX_HEADER_LEN, TensorInfo, header_bytes, sort_canonically};
 pub use index::Index;
@@ -19,7 +21,7 @@ pub(crate) use index::{shard_name, write_index};
 pub(crate) use output::OutputFile;
 pub(crate) use side_files::SideFile;
 pub use source::{Source, SourceFile};
-pub(crate) use staging::{STAGING_NAME, Staging, free_space};
+pub(crate) use staging::{DONE_NAME, STAGING_NAME, Staging, free_space};
 
 /// The index beside the shards.
 pub(crate) const INDEX_NAME: &str = "model.safetensors.index.json";

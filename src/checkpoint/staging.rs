@@ -1,32 +1,44 @@
-//! Filling a destination so that no crash leaves a folder that looks whole.
+//! Filling a destination so that no crash leaves a folder that looks whole, and nothing that isn't ours is touched.
 //!
 //! Everything is written to a staging folder inside the destination. The order, which every step below keeps:
 //!
-//! 1. `lock` is taken; `job` says what is being made.
+//! 1. The staging folder is made and marked as ours; `lock` is taken; `job` says what is being made.
 //! 2. A file of weights is written and hashed as `partial/NAME`, and synced.
-//! 3. `sealed/NAME`, which holds its hashes, is written and synced; then `partial/NAME` becomes `ready/NAME`.
+//! 3. The record `sealed/NAME`, which holds its hashes, is written and synced; then `partial/NAME` becomes `ready/NAME`.
 //! 4. Side files, config.json, index, manifest and checksums are written and synced.
-//! 5. `publishing` is written, and with `force` what marks the old checkpoint as whole is removed.
-//! 6. The files move to the destination: weights and side files, checksums, index, config.json, then, after a sync of
-//!    the folder, the manifest. The staging folder gets another name, and goes.
+//! 5. `sealed` and `ready` are synced; the records `replacing` (with `force`) and `publishing` are written; what marks the old
+//!    checkpoint as whole is removed, then those of its files that have no successor.
+//! 6. The files move to the destination: weights and side files, then, after a sync of the folders, checksums, index,
+//!    config.json, and after another the manifest. The staging folder gets another name, and goes.
 //!
-//! Killed before 5, the destination holds nothing but the staging folder. Killed in 6, it has no manifest and (but for an
-//! instant) no config.json. Either way the same command resumes: sealed files are hashed again and kept, files moved
-//! already are taken back, the rest is made anew.
+//! Killed before 5, the destination holds what it held and the staging folder. Killed in 5 or 6, it has no manifest and (but
+//! for an instant) no config.json. Either way the same command resumes: sealed files are hashed again and kept, files
+//! moved already are taken back, the rest is made anew.
 
+mod disk;
+mod ownership;
+mod publish;
+mod record;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeSet;
 use std::fs::{self, File, TryLockError};
-use std::io::{self, BufWriter, Read, Write};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Component, Path, PathBuf};
 
-use super::{CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, QUANT_CONFIG_NAME, SUMS_NAME};
+use rustix::fs::OFlags;
+
 use crate::error::{Error, Hint, IoContext, Result};
-use crate::store::{HashingWriter, Location, Sha256Hash};
+use crate::store::{Location, Sha256Hash};
+use publish::REPLACING_NAME;
 
 /// The folder inside the destination that holds what isn't finished.
 pub(crate) const STAGING_NAME: &str = ".prequant-staging";
 
 /// The staging folder's name once it has served.
-const DONE_NAME: &str = ".prequant-done";
+pub(crate) const DONE_NAME: &str = ".prequant-done";
 
 /// Finished files, under the names that they will have.
 const READY_FOLDER: &str = "ready";
@@ -37,10 +49,6 @@ const SEALED_FOLDER: &str = "sealed";
 
 const LOCK_NAME: &str = "lock";
 const JOB_NAME: &str = "job";
-const PUBLISHING_NAME: &str = "publishing";
-
-/// What marks a folder as a checkpoint, the strongest mark first.
-const MARKS: [&str; 4] = [MANIFEST_NAME, CONFIG_NAME, INDEX_NAME, SUMS_NAME];
 
 /// A destination being filled.
 #[derive(Debug)]
@@ -51,6 +59,7 @@ pub(crate) struct Staging {
     folder: PathBuf,
     /// Folders that weren't there before, the innermost first.
     made: Vec<PathBuf>,
+    /// Whether a checkpoint that is there is replaced: asked for now, or by the run that is resumed.
     force: bool,
     /// Held, by the operating system, as long as this process lives.
     _lock: File,
@@ -83,8 +92,9 @@ impl Staging {
         };
         match fs::read_dir(place) {
             Ok(mut entries) => {
-                let moving = is_there(&place.join(STAGING_NAME).join(PUBLISHING_NAME))?;
-                if force || moving || entries.all(is_left_over) {
+                let (staging, done) = (place.join(STAGING_NAME), place.join(DONE_NAME));
+                let (is_marked, _) = (ownership::is_ours(&staging)?, ownership::is_ours(&done)?);
+                if force || is_marked && publish::has_begun(&staging)? || entries.all(is_left_over) {
                     return Ok(());
                 }
                 let why = "it exists and isn't empty".to_owned();
@@ -98,6 +108,15 @@ impl Staging {
         }
     }
 
+    /// The names of files at the destination that an earlier run put there, or was replacing.
+    pub(crate) fn known_files(destination: &Location) -> Result<BTreeSet<String>> {
+        let folder = resolve(local(destination)?)?.join(STAGING_NAME);
+        match ownership::is_ours(&folder)? {
+            true => publish::known(&folder),
+            false => Ok(BTreeSet::new()),
+        }
+    }
+
     /// Takes the destination, after [`Staging::check`]: makes it and the staging folder in it, or resumes with those of
     /// an earlier run.
     ///
@@ -107,22 +126,24 @@ impl Staging {
         Self::check(destination, source, force)?;
         let path = resolve(local(destination)?)?;
         let (place, destination) = (destination.at(path.clone()), &path);
-        let made = destination.ancestors().take_while(|folder| !folder.exists()).map(Path::to_owned).collect();
-        let (folder, done) = (destination.join(STAGING_NAME), destination.join(DONE_NAME));
-        if is_there(&done)? {
-            fs::remove_dir_all(&done).at(&done, "remove what an earlier run left")?;
+        ownership::remove(&destination.join(DONE_NAME))?;
+        let made = make_folders(destination).map_err(|error| refused(destination, error))?;
+        let folder = destination.join(STAGING_NAME);
+        if !ownership::is_ours(&folder)? {
+            disk::make_folder(&folder).map_err(|error| refused(destination, error))?;
+            ownership::mark(&folder)?;
+            disk::sync_folder(&folder)?;
+            disk::sync_folder(destination)?;
         }
-        fs::create_dir_all(&folder).map_err(|error| {
-            let why = format!("can't make a folder in it: {error}; choose a place that you may write to");
-            Error::destination(destination, why)
-        })?;
         let lock = take_lock(destination, &folder.join(LOCK_NAME))?;
+        ownership::check_tree(&folder)?;
+        let force = force || publish::has_begun(&folder)?;
         Ok(Staging { place, destination: destination.to_owned(), folder, made, force, _lock: lock })
     }
 
     /// Removes what a run left that was killed in its very last step. Best effort: nothing looks at it.
     pub(crate) fn tidy(destination: &Location) {
-        let _ = destination.local().map(|folder| fs::remove_dir_all(folder.join(DONE_NAME)));
+        let _ = destination.local().map(|folder| ownership::remove(&folder.join(DONE_NAME)));
     }
 
     /// The folder that is being filled.
@@ -133,6 +154,11 @@ impl Staging {
     /// The staging folder itself.
     pub(crate) fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// Whether a checkpoint that is at the destination is replaced.
+    pub(crate) fn replaces(&self) -> bool {
+        self.force
     }
 
     /// Where the finished file called `name` waits to be moved.
@@ -153,74 +179,42 @@ impl Staging {
         self.folder.join(PARTIAL_FOLDER).join(name)
     }
 
-    /// Where what is known of a sealed file is noted.
-    fn sealed_path(&self, name: &str) -> PathBuf {
-        self.folder.join(SEALED_FOLDER).join(name)
-    }
-
     /// Whether the files called `names` can be moved to the destination later on.
     ///
     /// # Errors
     /// When a folder stands where one of them goes.
     pub(crate) fn check_names<'a>(&self, mut names: impl Iterator<Item = &'a str>) -> Result<()> {
-        match names.find(|name| self.destination.join(name).is_dir()) {
-            Some(name) => {
-                let why = "a folder stands where a file of that name goes; move it away";
-                Err(Error::destination(&self.destination.join(name), why))
+        names.try_for_each(|name| {
+            let path = self.destination.join(name);
+            match disk::kind(&path)? {
+                Some(kind) if kind.is_dir() => {
+                    Err(Error::destination(&path, "a folder stands where a file of that name goes; move it away"))
+                }
+                _ => Ok(()),
             }
-            None => Ok(()),
-        }
+        })
     }
 
     /// What an earlier run said it was making, if there was one.
     pub(crate) fn job(&self) -> Result<Option<Vec<u8>>> {
-        read_if_there(&self.folder.join(JOB_NAME))
+        record::read(&self.folder, JOB_NAME)
     }
 
     /// Forgets what an earlier run left, and says what this one is making.
     pub(crate) fn begin(&self, job: &[u8]) -> Result<()> {
-        for entry in fs::read_dir(&self.folder).at(&self.folder, "list it")? {
-            let path = entry.at(&self.folder, "list it")?.path();
-            if path.is_dir() {
-                fs::remove_dir_all(&path).at(&path, "remove what an earlier run left")?;
-            } else if !path.ends_with(LOCK_NAME) {
-                fs::remove_file(&path).at(&path, "remove what an earlier run left")?;
-            }
-        }
-        self.make_folders()?;
-        write(&self.folder.join(JOB_NAME), |file| file.write_all(job)).map(|_| ())
+        // Nothing is discarded while the destination has some of it.
+        self.unpublish()?;
+        ownership::clear(&self.folder, &[LOCK_NAME, REPLACING_NAME])?;
+        record::write(&self.folder, JOB_NAME, |file| file.write_all(job))?;
+        self.make_folders()
     }
 
-    fn make_folders(&self) -> Result<()> {
+    /// Makes the folders in it that aren't there.
+    pub(crate) fn make_folders(&self) -> Result<()> {
         for name in [READY_FOLDER, PARTIAL_FOLDER, SEALED_FOLDER] {
-            let path = self.folder.join(name);
-            fs::create_dir_all(&path).at(&path, "make it")?;
+            disk::make_folder(&self.folder.join(name))?;
         }
-        Ok(())
-    }
-
-    /// Takes back what an earlier run had moved to the destination before it was stopped.
-    pub(crate) fn unpublish<'a>(&self, names: impl Iterator<Item = &'a str>) -> Result<()> {
-        self.make_folders()?;
-        let marker = self.folder.join(PUBLISHING_NAME);
-        if !is_there(&marker)? {
-            return Ok(());
-        }
-        for name in MARKS {
-            remove_if_there(&self.destination.join(name))?;
-        }
-        for name in names {
-            let (from, to) = (self.destination.join(name), self.path(name));
-            if is_there(&from)? && !is_there(&to)? {
-                make_parent(&to)?;
-                fs::rename(&from, &to).at(&from, "take it back")?;
-                // Folders that hold nothing else go too; others refuse.
-                let parents = Path::new(name).ancestors().skip(1).filter(|parent| !parent.as_os_str().is_empty());
-                parents.for_each(|parent| drop(fs::remove_dir(self.destination.join(parent))));
-            }
-        }
-        sync_folder(&self.destination)?;
-        remove_if_there(&marker)
+        disk::sync_folder(&self.folder)
     }
 
     /// Writes and syncs a file in one go; returns its size and its hash.
@@ -230,54 +224,25 @@ impl Staging {
         content: impl FnOnce(&mut dyn Write) -> io::Result<()>,
     ) -> Result<(u64, Sha256Hash)> {
         let path = self.path(name);
-        make_parent(&path)?;
-        write(&path, content)
+        disk::make_parents(&self.folder, &path)?;
+        disk::write(&path, content)
     }
 
-    /// The record of a sealed file, if there is one.
+    /// The record of a sealed file, if there is one, as it was written.
     pub(crate) fn sealed(&self, name: &str) -> Result<Option<Vec<u8>>> {
-        read_if_there(&self.sealed_path(name))
+        record::read(&self.folder.join(SEALED_FOLDER), name)
     }
 
     /// Writes the record of a file that is written, synced and hashed; its name comes next.
     pub(crate) fn write_sealed(&self, name: &str, record: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
-        write(&self.sealed_path(name), record).map(|_| ())
+        record::write(&self.folder.join(SEALED_FOLDER), name, record)
     }
 
     /// Puts a file that is written and sealed where it waits to be moved.
     pub(crate) fn name_finished(&self, name: &str) -> Result<()> {
         let to = self.path(name);
-        fs::rename(self.partial_path(name), &to).at(&to, "give the finished file its name")
-    }
-
-    /// Moves the files called `names` to the destination, what marks it as whole last.
-    ///
-    /// With `force`, what marks the old checkpoint as whole goes first, and its weights that aren't replaced go too.
-    pub(crate) fn publish(self, names: &[String]) -> Result<()> {
-        self.check_names(names.iter().map(String::as_str))?;
-        write(&self.folder.join(PUBLISHING_NAME), |_| Ok(()))?;
-        sync_folder(&self.folder)?;
-        if self.force {
-            self.remove_old(names)?;
-        }
-        let rank = |name: &str| MARKS.iter().rev().position(|mark| *mark == name).map_or(0, |position| position + 1);
-        let has_manifest = names.iter().any(|name| name == MANIFEST_NAME);
-        let mut in_order: Vec<&String> = names.iter().collect();
-        in_order.sort_by_key(|name| rank(name));
-        for name in in_order {
-            let (from, to) = (self.path(name), self.destination.join(name));
-            let is_last_mark = name == MANIFEST_NAME || name == CONFIG_NAME && !has_manifest;
-            if is_last_mark {
-                sync_folder(&self.destination)?;
-            }
-            make_parent(&to)?;
-            fs::rename(&from, &to).at(&to, "move the finished file to it")?;
-        }
-        sync_folder(&self.destination)?;
-        // In one step, so that no run finds half of it.
-        let done = self.destination.join(DONE_NAME);
-        fs::rename(&self.folder, &done).at(&self.folder, "put it away")?;
-        fs::remove_dir_all(&done).at(&done, "remove it")
+        disk::make_parents(&self.folder, &to)?;
+        disk::rename(&self.partial_path(name), &to, "give the finished file its name")
     }
 
     /// After a failure: keeps sealed files for the next run, and nothing else. Best effort, since the error that led here
@@ -285,10 +250,11 @@ impl Staging {
     pub(crate) fn abandon(self) -> usize {
         self.remove_partial();
         let sealed = count_sealed(&self.folder);
-        if sealed > 0 {
+        // What is known of a checkpoint that was being replaced must outlast this run.
+        if sealed > 0 || publish::has_begun(&self.folder).unwrap_or(true) {
             return sealed;
         }
-        let _ = fs::remove_dir_all(&self.folder);
+        let _ = ownership::remove(&self.folder);
         self.made.iter().for_each(|folder| drop(fs::remove_dir(folder)));
         0
     }
@@ -299,21 +265,6 @@ impl Staging {
             let _ = fs::remove_file(entry.path());
         }
     }
-
-    fn remove_old(&self, names: &[String]) -> Result<()> {
-        for name in MARKS {
-            remove_if_there(&self.destination.join(name))?;
-        }
-        for entry in fs::read_dir(&self.destination).at(&self.destination, "list it")? {
-            let entry = entry.at(&self.destination, "list it")?;
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let is_shard = name.starts_with("model") && name.ends_with(".safetensors");
-            if (is_shard || name == QUANT_CONFIG_NAME) && !names.contains(&name) && entry.path().is_file() {
-                remove_if_there(&entry.path())?;
-            }
-        }
-        Ok(())
-    }
 }
 
 fn count_sealed(folder: &Path) -> usize {
@@ -321,23 +272,54 @@ fn count_sealed(folder: &Path) -> usize {
     entries.filter(|entry| entry.file_name().to_string_lossy().ends_with(".safetensors")).count()
 }
 
-/// Writes and syncs a file in one go; returns its size and its hash.
-fn write(path: &Path, content: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(u64, Sha256Hash)> {
-    let file = File::create(path).at(path, "create it")?;
-    let mut writer = BufWriter::with_capacity(1 << 16, HashingWriter::new(&file));
-    content(&mut writer).and_then(|()| writer.flush()).at(path, "write it")?;
-    file.sync_all().at(path, "sync it")?;
-    Ok(writer.get_ref().finish())
+/// Makes a folder and those above it that aren't there, each one's name on the disk before the next; returns them, the
+/// innermost first.
+fn make_folders(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut made = Vec::new();
+    for above in folder.ancestors() {
+        if disk::kind(above)?.is_some() {
+            break;
+        }
+        made.push(above.to_owned());
+    }
+    for folder in made.iter().rev() {
+        disk::make_folder(folder)?;
+        folder.parent().map_or(Ok(()), disk::sync_folder)?;
+    }
+    Ok(made)
 }
 
-fn make_parent(path: &Path) -> Result<()> {
-    path.parent().map_or(Ok(()), |parent| fs::create_dir_all(parent).at(parent, "make it"))
+/// Why nothing can be put there.
+fn refused(destination: &Path, error: Error) -> Error {
+    match error {
+        Error::Io { ref source, .. } if is_for_the_user(source) => {
+            let why = format!("can't make a folder in it: {source}; choose a place that you may write to");
+            Error::destination(destination, why)
+        }
+        other => other,
+    }
+}
+
+/// Whether another place would help, rather than another disk.
+fn is_for_the_user(error: &io::Error) -> bool {
+    use io::ErrorKind::{NotADirectory, NotFound, PermissionDenied, ReadOnlyFilesystem};
+    matches!(error.kind(), PermissionDenied | ReadOnlyFilesystem | NotADirectory | NotFound)
 }
 
 /// Takes the lock file, which the system frees when its holder dies, however it dies. The holder's pid is in it.
 fn take_lock(destination: &Path, path: &Path) -> Result<File> {
-    let mut lock =
-        File::options().read(true).write(true).create(true).truncate(false).open(path).at(path, "create it")?;
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(false).custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
+    let mut lock = match options.open(path) {
+        Err(error) if disk::kind(path)?.is_some_and(|kind| !kind.is_file()) => {
+            let why = format!("it is no regular file ({error}): prequant didn't make it; move it away");
+            return Err(Error::destination(path, why));
+        }
+        opened => opened.at(path, "create it")?,
+    };
+    if !ownership::is_plain_file(&lock.metadata().at(path, "look at it")?) {
+        return Err(Error::destination(path, "it has other names too: prequant didn't make it; move it away"));
+    }
     match lock.try_lock() {
         Ok(()) => {
             let pid = format!("{}\n", std::process::id());
@@ -354,34 +336,6 @@ fn take_lock(destination: &Path, path: &Path) -> Result<File> {
         Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(lock),
         Err(TryLockError::Error(error)) => Err(error).at(path, "lock it"),
     }
-}
-
-/// Whether anything is there, links followed; what the system can't tell is an error.
-fn is_there(path: &Path) -> Result<bool> {
-    match path.try_exists() {
-        Err(error) if error.kind() == io::ErrorKind::NotADirectory => Ok(false),
-        other => other.at(path, "look at it"),
-    }
-}
-
-fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
-    match fs::read(path) {
-        Ok(content) => Ok(Some(content)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error).at(path, "read it"),
-    }
-}
-
-fn remove_if_there(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).at(path, "remove it"),
-        _ => Ok(()),
-    }
-}
-
-/// Waits until the names in a folder are on the disk.
-pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
-    File::open(folder).and_then(|folder| folder.sync_all()).at(folder, "sync it")
 }
 
 /// Staging and publishing are renames, locks and syncs of folders: they need the file system.
@@ -401,8 +355,10 @@ fn resolve(path: &Path) -> Result<PathBuf> {
             Component::CurDir => {}
             part => {
                 resolved.push(part);
-                if let Ok(canonical) = resolved.canonicalize() {
-                    resolved = canonical;
+                match resolved.canonicalize() {
+                    Ok(canonical) => resolved = canonical,
+                    Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
+                    Err(error) => return Err(error).at(&resolved, "resolve it"),
                 }
             }
         }
@@ -414,7 +370,14 @@ fn resolve(path: &Path) -> Result<PathBuf> {
 /// no count.
 pub(crate) fn free_space(place: &Location) -> Result<Option<u64>> {
     let place = resolve(local(place)?)?;
-    let there = place.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("/"));
+    let mut there = Path::new("/");
+    for above in place.ancestors() {
+        // Followed, since what a link leads to is what is filled.
+        if above.try_exists().at(above, "look at it")? {
+            there = above;
+            break;
+        }
+    }
     let status = rustix::fs::statvfs(there).at(there, "ask for its free space")?;
     Ok((status.f_blocks > 0).then(|| status.f_bavail.saturating_mul(status.f_frsize)))
 }

@@ -8,12 +8,13 @@ use std::time::Instant;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use prequant::{
-    BlockSize, Bytes, Error, ExpertLayout, FORMATS, FormatSpec, GroupSize, Layout, NonFinitePolicy, Options, Recipe,
-    RecipeOptions, Setting, plan, recipe_of,
+    BlockSize, Bytes, Error, ExpertLayout, FORMATS, Finished, FormatSpec, GroupSize, Layout, NonFinitePolicy, Options,
+    Recipe, RecipeOptions, Setting, plan, recipe_of,
 };
 
 use super::output::{self, Audience, Outcome};
 use super::progress::{Reporter, Style};
+use super::streams::tell;
 use super::trace::Tracing;
 use super::{device, dry_run, hints, interrupt, summary};
 
@@ -66,7 +67,7 @@ pub struct Arguments {
     #[arg(long, value_name = "REGEX")]
     exclude: Vec<String>,
 
-    /// Decode gpt-oss's MXFP4 experts while reading. FP8 in blocks (DeepSeek-V3's) is decoded without this option
+    /// Decode weights that SRC has in 4 bits while reading, and quantize what they stand for. FP8 is decoded without this option
     #[arg(long)]
     dequantize_source: bool,
 
@@ -247,18 +248,23 @@ fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
     let tracing = Tracing::start(arguments.trace.as_deref(), &[&arguments.source, &arguments.destination])?;
     conversion.options.trace = tracing.trace();
     if let Audience::People = arguments.audience() {
-        eprintln!("{}", device::line(&conversion.device));
+        tell(device::line(&conversion.device));
     }
     if !arguments.quiet {
         for warning in &conversion.plan.warnings {
-            eprintln!("warning: {}", hints::warning(warning));
+            tell(format_args!("warning: {}", hints::warning(warning)));
         }
     }
-    if !arguments.force
-        && let Some(manifest) = conversion.finished(&arguments.destination)?
-    {
-        let done = summary::Done { conversion: &conversion, destination: &arguments.destination, manifest: &manifest };
-        return Ok(done.already(arguments.audience()));
+    match if arguments.force { Ok(None) } else { conversion.finished(&arguments.destination) } {
+        Ok(None) => {}
+        Ok(Some(Finished { manifest, weights_compared })) => {
+            let done =
+                summary::Done { conversion: &conversion, destination: &arguments.destination, manifest: &manifest };
+            return Ok(done.already(weights_compared, arguments.audience()));
+        }
+        // What an earlier run left, finished, of a source that is another by now.
+        Err(Error::Outdated { .. }) if arguments.restart => conversion.options.force = true,
+        Err(error) => return Err(error),
     }
     let reporter = Reporter::new(arguments.style(), &conversion.plan);
     let manifest = conversion.execute_until(interrupt::flag(), &arguments.destination, &reporter)?;

@@ -11,18 +11,20 @@ use serde_json::json;
 
 use super::output::{self, Outcome};
 use super::progress::{Reporter, Style};
+use super::streams::tell;
 use super::trace::Tracing;
 use super::words::count;
 use super::{hints, interrupt};
 
-/// Decode a converted checkpoint to bf16.
+/// Decode a quantized checkpoint to bf16.
 ///
-/// SRC is a checkpoint converted by prequant, in any format. DST becomes an unquantized checkpoint: every weight has the
+/// SRC is a checkpoint converted by prequant, in any format, or one that another program quantized: FP8, or 4 bits by
+/// compressed-tensors, ModelOpt, gpt-oss or DeepSeek-V4. DST becomes an unquantized checkpoint: every weight has the
 /// value its 4-bit code stands for, in the dtype that the format's own library decodes to (bf16 if the source was bf16).
-/// Everything read is checked against SRC's manifest.
+/// What prequant converted is checked against its manifest as it is read.
 #[derive(Args)]
 pub struct Arguments {
-    /// Folder of the converted checkpoint
+    /// Folder of the quantized checkpoint
     #[arg(value_name = "SRC")]
     source: PathBuf,
 
@@ -83,7 +85,7 @@ fn dequantize(arguments: &Arguments) -> Result<Outcome, Error> {
     decoding.options.trace = tracing.trace();
     let style = if arguments.quiet { Style::Silent } else { Style::of_stderr() };
     if !arguments.quiet {
-        decoding.plan.warnings.iter().for_each(|warning| eprintln!("warning: {}", hints::warning(warning)));
+        decoding.plan.warnings.iter().for_each(|warning| tell(format_args!("warning: {}", hints::warning(warning))));
     }
     let reporter = Reporter::new(style, &decoding.plan);
     let files = decoding.execute_until(interrupt::flag(), &arguments.destination, &reporter)?;
@@ -100,7 +102,7 @@ fn dequantize(arguments: &Arguments) -> Result<Outcome, Error> {
         (false, false) => format!(
             "{destination}: {} decoded from {}, {} copied; {} in {}, {seconds:.2} s, hashes included\n",
             count(decoded, "tensor"),
-            super::summary::format_name(&decoding.plan.recipe),
+            decoding.converted_by().map_or_else(|| decoding.formats().join(", "), super::summary::format_name),
             tensors.len() - decoded,
             Bytes(written),
             count(files.len() + 1, "file"),

@@ -1,17 +1,23 @@
 //! SIGINT and SIGTERM: the first stops the work where it can be resumed, the second ends the process at once.
 
 use std::io;
-use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use prequant::Error;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
+use signal_hook::iterator::Signals;
+
+use super::output;
 
 /// How long the work may take to stop; a disk that doesn't answer must not keep the process.
 const PATIENCE: Duration = Duration::from_millis(900);
+
+/// How often to look for the second signal.
+const LOOK: Duration = Duration::from_millis(5);
 
 static INTERRUPTED: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
 static SIGNAL: LazyLock<Arc<AtomicUsize>> = LazyLock::new(Arc::default);
@@ -22,26 +28,25 @@ pub fn flag() -> &'static AtomicBool {
 }
 
 /// 128 and the signal's number, as shells have it, if one has come.
-pub fn exit_code() -> Option<ExitCode> {
+pub fn exit_code() -> Option<u8> {
     let signal = SIGNAL.load(Ordering::Relaxed);
-    (signal > 0).then(|| ExitCode::from(128 + signal as u8))
+    (signal > 0).then_some(128 + signal as u8)
 }
 
-/// Starts to listen.
-pub fn listen() -> io::Result<()> {
+/// Starts to listen. A process that has to be ended says so as `output::finish` would.
+pub fn listen(json: bool) -> io::Result<()> {
     for signal in [SIGINT, SIGTERM] {
-        // In this order: the first signal finds the flag unset, the second one ends the process.
-        flag::register_conditional_shutdown(signal, 128 + signal, INTERRUPTED.clone())?;
         flag::register_usize(signal, SIGNAL.clone(), signal as usize)?;
         flag::register(signal, INTERRUPTED.clone())?;
     }
-    thread::Builder::new().name("interrupt".to_owned()).spawn(|| {
-        while !INTERRUPTED.load(Ordering::Relaxed) {
-            thread::sleep(Duration::from_millis(50));
+    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+    thread::Builder::new().name("interrupt".to_owned()).spawn(move || {
+        signals.forever().next();
+        let first = Instant::now();
+        while first.elapsed() < PATIENCE && signals.pending().next().is_none() {
+            thread::sleep(LOOK);
         }
-        thread::sleep(PATIENCE);
-        eprintln!("error: interrupted; run the same command again to resume");
-        std::process::exit(128 + SIGNAL.load(Ordering::Relaxed) as i32);
+        output::end(&Error::Interrupted, json);
     })?;
     Ok(())
 }

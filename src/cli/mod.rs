@@ -9,14 +9,19 @@ mod inspect;
 mod interrupt;
 mod output;
 mod progress;
+mod streams;
 mod summary;
 mod trace;
 mod verify;
 mod words;
 
+use std::env;
+use std::ffi::OsString;
+use std::panic;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use prequant::Error;
 
 /// Turn a bf16 Hugging Face checkpoint into a 4-bit one: once, offline, in constant memory.
 #[derive(Parser)]
@@ -40,15 +45,27 @@ Exit codes: 0 done; 1 a check found a difference; 2 wrong usage; 3 bad input; 4 
 
 /// Runs the command that the process was started with.
 pub fn run() -> ExitCode {
-    let Arguments { command } = Arguments::parse();
-    if let Err(error) = interrupt::listen() {
-        eprintln!("error: can't listen for signals: {error}");
-        return ExitCode::from(4);
+    let json = asks_for_json(env::args_os());
+    if let Err(source) = interrupt::listen(json) {
+        let error = Error::Io { path: "signals".into(), action: "listen for them", source };
+        return output::finish(Err(error), json);
     }
-    match command {
-        Command::Convert(arguments) => convert::run(&arguments),
-        Command::Dequantize(arguments) => dequantize::run(&arguments),
-        Command::Verify(arguments) => verify::run(&arguments),
-        Command::Inspect(arguments) => inspect::run(&arguments),
-    }
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(message) => return output::usage(&message, json),
+    };
+    // Its words are told by then, and the exit code is one of the table's.
+    let ran = panic::catch_unwind(|| match &arguments.command {
+        Command::Convert(arguments) => convert::run(arguments),
+        Command::Dequantize(arguments) => dequantize::run(arguments),
+        Command::Verify(arguments) => verify::run(arguments),
+        Command::Inspect(arguments) => inspect::run(arguments),
+    });
+    ran.unwrap_or_else(|_| output::finish(Err(Error::Internal { what: "a thread panicked".to_owned() }), json))
+}
+
+/// Whether the arguments ask for JSON, whatever else is wrong with them.
+fn asks_for_json(arguments: impl Iterator<Item = OsString>) -> bool {
+    let options = arguments.take_while(|argument| argument != "--");
+    options.skip(1).any(|argument| argument == "--json" || argument.as_encoded_bytes().starts_with(b"--json="))
 }

@@ -1,12 +1,22 @@
 //! How a command ends: what it prints, and its exit code.
 
-use std::io::{self, Write};
-use std::process::ExitCode;
+use std::process::{self, ExitCode};
+use std::time::{Duration, Instant};
+use std::{io, thread};
 
 use prequant::{Error, ErrorKind};
 use serde_json::{Value, json};
 
-use super::{hints, interrupt};
+use super::{hints, interrupt, streams};
+
+/// The exit code for arguments that the command doesn't take.
+const WRONG_USAGE: u8 = 2;
+
+/// The exit code for an I/O or device failure.
+const IO_FAILURE: u8 = 4;
+
+/// How long the answer of a process that is being ended may take.
+const LAST_WORDS: Duration = Duration::from_millis(100);
 
 /// To whom a report is addressed.
 #[derive(Clone, Copy)]
@@ -29,23 +39,86 @@ pub struct Outcome {
 
 /// Prints what a command has to say (to standard output, errors to standard error), and gives its exit code.
 pub fn finish(result: Result<Outcome, Error>, json: bool) -> ExitCode {
-    let Outcome { output, error, code } = result.unwrap_or_else(|error| {
+    let outcome = result.unwrap_or_else(|error| {
         let output = if json { format!("{}\n", error_json(&error)) } else { String::new() };
         Outcome { output, error: Some(error), code: 0 }
     });
-    if let Err(error) = io::stdout().write_all(output.as_bytes())
-        && error.kind() != io::ErrorKind::BrokenPipe
-    {
-        eprintln!("error: can't write to standard output: {error}");
-        return ExitCode::from(4);
-    }
-    match error {
-        Some(error) => {
-            eprintln!("error: {}", hints::error(&error));
-            interrupt::exit_code().unwrap_or(ExitCode::from(exit_code(error.kind())))
+    close(outcome.output, outcome.error.as_ref(), outcome.code)
+}
+
+/// Ends the process for an error that the command's own thread doesn't tell of.
+pub fn end(error: &Error, json: bool) -> ! {
+    let code = code_of(error);
+    let output = if json { format!("{}\n", error_json(error)) } else { String::new() };
+    let message = format!("error: {}", hints::error(error));
+    // On a thread of their own: a pipe that nobody reads would keep the process.
+    let words = thread::Builder::new().spawn(move || {
+        if streams::begin_answer() {
+            let _ = streams::answer(&output);
+            streams::tell(message);
+        } else {
+            thread::sleep(LAST_WORDS); // the process ends by itself if it can
         }
-        None => ExitCode::from(code),
+    });
+    let begun = Instant::now();
+    while words.as_ref().is_ok_and(|words| !words.is_finished()) && begun.elapsed() < LAST_WORDS {
+        thread::sleep(Duration::from_millis(1));
     }
+    process::exit(code.into())
+}
+
+/// Ends a command that was started with arguments that it doesn't take, or was asked for help only.
+pub fn usage(message: &clap::Error, json: bool) -> ExitCode {
+    let is_error = message.use_stderr();
+    let code = if is_error { WRONG_USAGE } else { 0 };
+    // In colors, if that is a terminal; with --json people are told on standard error.
+    let written = match (is_error, json) {
+        (true, _) => message.print().or(Ok(())),
+        (false, false) => streams::unless_closed(message.print()),
+        (false, true) => {
+            streams::tell(message);
+            Ok(())
+        }
+    };
+    let text = message.to_string();
+    let answer = match (json, is_error) {
+        (false, _) => String::new(),
+        (true, true) => format!("{}\n", failure_json("usage", text.trim_end().trim_start_matches("error: "), code)),
+        (true, false) => format!("{}\n", json!({"message": text})),
+    };
+    match written {
+        Err(error) => unwritten(&error),
+        Ok(()) => close(answer, None, code),
+    }
+}
+
+/// Writes the answer, and tells of the error.
+fn close(answer: String, error: Option<&Error>, code: u8) -> ExitCode {
+    // Before anything of it is read, so that the two agree.
+    let code = error.map_or(code, code_of);
+    if !streams::begin_answer() {
+        // The process is being ended, with another answer.
+        loop {
+            thread::park();
+        }
+    }
+    if let Err(error) = streams::answer(&answer) {
+        return unwritten(&error);
+    }
+    if let Some(error) = error {
+        streams::tell(format_args!("error: {}", hints::error(error)));
+    }
+    ExitCode::from(code)
+}
+
+fn unwritten(error: &io::Error) -> ExitCode {
+    streams::tell(format_args!("error: can't write to standard output: {error}"));
+    ExitCode::from(IO_FAILURE)
+}
+
+/// The exit code for an error, which is the signal's if one has come.
+fn code_of(error: &Error) -> u8 {
+    interrupt::exit_code().unwrap_or(exit_code(error.kind()))
 }
 
 /// The process's exit code: 2 wrong usage, 3 bad input, 4 I/O or device failure.
@@ -55,7 +128,7 @@ fn exit_code(kind: ErrorKind) -> u8 {
         | ErrorKind::Options
         | ErrorKind::AmbiguousSkipEntry
         | ErrorKind::Memory
-        | ErrorKind::DeviceMemory => 2,
+        | ErrorKind::DeviceMemory => WRONG_USAGE,
         ErrorKind::SourceMissing
         | ErrorKind::NotACheckpoint
         | ErrorKind::Malformed
@@ -66,6 +139,7 @@ fn exit_code(kind: ErrorKind) -> u8 {
         | ErrorKind::Experts
         | ErrorKind::NothingToQuantize
         | ErrorKind::Destination
+        | ErrorKind::Outdated
         | ErrorKind::SourceChanged
         | ErrorKind::JobChanged => 3,
         ErrorKind::NoSpace
@@ -74,12 +148,15 @@ fn exit_code(kind: ErrorKind) -> u8 {
         | ErrorKind::Device
         | ErrorKind::Internal
         | ErrorKind::Interrupted
-        | ErrorKind::Stopped => 4,
+        | ErrorKind::Stopped => IO_FAILURE,
     }
 }
 
 /// An error as machines read it.
 pub fn error_json(error: &Error) -> Value {
-    let kind = error.kind();
-    json!({"error": {"kind": kind.name(), "message": hints::error(error), "exit_code": exit_code(kind)}})
+    failure_json(error.kind().name(), &hints::error(error), code_of(error))
+}
+
+fn failure_json(kind: &str, message: &str, code: u8) -> Value {
+    json!({"error": {"kind": kind, "message": message, "exit_code": code}})
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 use prequant::{Bytes, Plan, Progress};
 
+use super::streams::tell;
 use super::words::count;
 
 /// Without a terminal, a line at least this often.
@@ -59,7 +60,7 @@ impl Reporter {
         match self.style {
             Style::Silent => {}
             Style::Bar if !self.bar.is_finished() => self.bar.println(line),
-            Style::Bar | Style::Lines => eprintln!("{line}"),
+            Style::Bar | Style::Lines => tell(line),
         }
     }
 
@@ -96,6 +97,10 @@ impl Progress for Reporter {
         }
     }
 
+    fn left(&self, file: &str) {
+        self.say(&format!("left as it was, and no part of the checkpoint: {file}"));
+    }
+
     fn advanced(&self, tensor: &str, bytes: u64) {
         match self.style {
             Style::Silent => {}
@@ -116,7 +121,7 @@ impl Progress for Reporter {
                     let percent = 100 * lines.done / self.total.max(1);
                     let left = seconds * (self.total - lines.done) as f64 / lines.done.max(1) as f64;
                     let rate = Bytes((lines.done as f64 / seconds) as u64);
-                    eprintln!("{percent} % ({done} of {total}), {rate}/s, {left:.0} s left, {tensor}");
+                    tell(format_args!("{percent} % ({done} of {total}), {rate}/s, {left:.0} s left, {tensor}"));
                 }
             }
         }

@@ -30,10 +30,12 @@ impl Done<'_> {
     }
 
     /// That there was nothing to do.
-    pub fn already(&self, audience: Audience) -> Outcome {
+    pub fn already(&self, weights_compared: bool, audience: Audience) -> Outcome {
+        let compared = if weights_compared { "" } else { "weights' content not compared; " };
         let output = match audience {
             Audience::People => format!(
-                "{}: already converted from this source with these options; nothing to do (`prequant verify` checks it)\n",
+                "{}: already converted from this source with these options; nothing to do ({compared}`prequant verify` \
+                 checks it)\n",
                 self.destination.display()
             ),
             Audience::Machines => format!("{}\n", self.json(Duration::ZERO)),

@@ -1,12 +1,11 @@
 //! `--trace`: a timeline of what each thread does.
 
-use std::io::{self, Write};
 use std::path::Path;
 use std::sync::Arc;
 
 use prequant::{Error, Trace};
 
-use super::hints;
+use super::{hints, streams};
 
 /// The trace that was asked for. What couldn't be written of it is told when the command is done.
 pub struct Tracing(Option<Arc<Trace>>);
@@ -27,11 +26,8 @@ impl Tracing {
 impl Drop for Tracing {
     fn drop(&mut self) {
         if let Some(Err(error)) = self.0.as_ref().map(|trace| trace.check()) {
-            let _ = writeln!(
-                io::stderr(),
-                "warning: {}; the trace ends there, the output is unaffected",
-                hints::error(&error)
-            );
+            let error = hints::error(&error);
+            streams::tell(format_args!("warning: {error}; the trace ends there, the output is unaffected"));
         }
     }
 }

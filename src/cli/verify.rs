@@ -11,6 +11,7 @@ use prequant::{Bytes, DeviceChoice, Error, Options, Report, VerifyOptions, verif
 use serde_json::json;
 
 use super::output::{self, Outcome};
+use super::streams::tell;
 use super::trace::Tracing;
 use super::words::{count, rate};
 use super::{device, interrupt};
@@ -83,7 +84,7 @@ fn check(arguments: &Arguments) -> Result<Report, Error> {
         hashed: &|bytes| progress.inc(bytes),
         planned: &|conversion| {
             if !arguments.quiet && !arguments.json {
-                progress.suspend(|| eprintln!("{}", device::line(&conversion.device)));
+                progress.suspend(|| tell(device::line(&conversion.device)));
             }
         },
     };

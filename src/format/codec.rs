@@ -135,7 +135,10 @@ impl Codec {
         let scale = match (self.layout(), scale) {
             (Some(Layout::GptOss), ScaleCode::E8m0(_)) => ScaleCode::E8m0(Highest::Finite),
             (None | Some(Layout::CompressedTensors | Layout::Modelopt), scale)
-            | (Some(Layout::GptOss), scale @ (ScaleCode::Float(_) | ScaleCode::SourceFloat | ScaleCode::E4m3)) => scale,
+            | (
+                Some(Layout::GptOss),
+                scale @ (ScaleCode::Float(_) | ScaleCode::SourceFloat | ScaleCode::RoundedF32 | ScaleCode::E4m3),
+            ) => scale,
         };
         let tensor_scale = self.tensor_scale(tensor_scale.unwrap_or(1.0));
         Coding { element, scale, group: self.block_len(columns) as usize, tensor_scale }

@@ -26,6 +26,8 @@ pub enum ScaleCode {
     Float(FloatDtype),
     /// A float of the weight's dtype, little-endian.
     SourceFloat,
+    /// An f32 that is rounded to the dtype decoded to before codes are multiplied by it. Only decoded: no format has such.
+    RoundedF32,
     /// A float of eight bits, with one scale more for the whole tensor.
     E4m3,
     /// A power of two, 2^(byte - 127).
@@ -91,6 +93,7 @@ impl ScaleCode {
     pub fn size(self, dtype: FloatDtype) -> usize {
         match self {
             ScaleCode::Float(_) | ScaleCode::SourceFloat => self.float_dtype(dtype).size(),
+            ScaleCode::RoundedF32 => size_of::<f32>(),
             ScaleCode::E4m3 | ScaleCode::E8m0(_) => 1,
         }
     }

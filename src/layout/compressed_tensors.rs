@@ -5,9 +5,9 @@ use std::borrow::Cow;
 
 use serde_json::{Value, json};
 
-use crate::dtype::FloatDtype;
+use crate::dtype::{Dtype, FloatDtype};
 use crate::error::Result;
-use crate::format::{Codec, ElementCode, GroupSize, ScaleCode, Scales};
+use crate::format::{Codec, Coding, ElementCode, GroupSize, ScaleCode, Scales, Sharing};
 use crate::layout::reader::number;
 use crate::layout::{OutputDtype, OutputKind, OutputTensor, Stored, StoredWeight};
 
@@ -32,6 +32,7 @@ pub(crate) fn output_tensors(codec: &Codec, shape: &[u64]) -> Vec<OutputTensor> 
     };
     let scale = match codec.format.scale {
         ScaleCode::Float(dtype) => OutputDtype::Float(dtype),
+        ScaleCode::RoundedF32 => OutputDtype::Float(FloatDtype::Float32),
         ScaleCode::SourceFloat => OutputDtype::Source,
         ScaleCode::E4m3 => OutputDtype::F8E4M3,
         ScaleCode::E8m0(_) => OutputDtype::U8,
@@ -70,17 +71,41 @@ pub(crate) fn read(codec: &Codec, weight: &mut dyn StoredWeight) -> Result<Store
     let dtype = match codec.format.scale {
         ScaleCode::SourceFloat => FloatDtype::of(scale.dtype)
             .ok_or_else(|| weight.malformed(format!("{:?} is {}", scale.name, scale.dtype)))?,
-        ScaleCode::Float(_) | ScaleCode::E4m3 | ScaleCode::E8m0(_) => FloatDtype::Bfloat16,
+        ScaleCode::Float(_) | ScaleCode::RoundedF32 | ScaleCode::E4m3 | ScaleCode::E8m0(_) => FloatDtype::Bfloat16,
     };
-    let shape = match is_integer(codec) {
-        true => {
-            let bytes = weight.bytes(OutputKind::Shape, 16)?;
-            bytes.as_chunks().0.iter().map(|dimension| u64::from_le_bytes(*dimension)).collect()
-        }
-        false => vec![rows, packed.saturating_mul(2)],
-    };
+    let groups = scale.shape.last().copied();
+    let shape = if is_integer(codec) { shape(weight, [rows, packed])? } else { vec![rows, packed.saturating_mul(2)] };
     let scale = if codec.has_tensor_scale() { Some(number(weight, OutputKind::GlobalScale)?) } else { None };
-    Stored::of_rows(weight, shape, dtype, |columns| codec.coding(columns, scale))
+    let stored = Stored::of_rows(weight, shape, dtype, |columns| codec.coding(columns, scale))?;
+    match groups {
+        // The group's size is in no tensor; who wrote it chose it.
+        Some(groups @ 1..) if codec.format.sharing == Sharing::Groups => {
+            let columns = stored.columns;
+            if !columns.is_multiple_of(groups) {
+                return Err(weight
+                    .malformed(format!("its scales are {groups} for each row, which don't divide {columns} columns")));
+            }
+            Ok(Stored { coding: Coding { group: (columns / groups) as usize, ..stored.coding }, ..stored })
+        }
+        _ => Ok(stored),
+    }
+}
+
+/// The shape of a weight of integers, of which a row's codes fill `packed` whole words.
+fn shape(weight: &mut dyn StoredWeight, [rows, packed]: [u64; 2]) -> Result<Vec<u64>> {
+    let is_short = weight.info(OutputKind::Shape)?.dtype == Dtype::I32;
+    let bytes = weight.bytes(OutputKind::Shape, 16)?;
+    let shape: Vec<u64> = match is_short {
+        true => bytes.as_chunks().0.iter().map(|dimension| u32::from_le_bytes(*dimension).into()).collect(),
+        false => bytes.as_chunks().0.iter().map(|dimension| u64::from_le_bytes(*dimension)).collect(),
+    };
+    match shape[..] {
+        [of_shape, columns] if of_shape == rows && columns.div_ceil(8) == packed => Ok(shape),
+        _ => Err(weight.malformed(format!(
+            "its codes have the shape {:?} and its weight_shape says {shape:?}: expected eight codes of 4 bits in each word",
+            [rows, packed]
+        ))),
+    }
 }
 
 /// Whether codes are integers, whose number in a row is in a tensor of its own.
@@ -117,12 +142,13 @@ pub(crate) fn unpack_zero_points(packed: &[u8], per_row: usize, first: u64, rows
 
 /// The library's name for how weights of these codes are packed.
 fn compressor(codec: &Codec) -> &'static str {
-    use ScaleCode::{E4m3, E8m0, Float, SourceFloat};
+    use ScaleCode::{E4m3, E8m0, Float, RoundedF32, SourceFloat};
     match (codec.format.element, codec.format.scale) {
         (ElementCode::Int { .. }, SourceFloat | Float(_) | E8m0(_)) => "pack-quantized",
         (ElementCode::E2m1, E4m3) => "nvfp4-pack-quantized",
         (ElementCode::E2m1, E8m0(_)) => "mxfp4-pack-quantized",
         (ElementCode::Int { .. }, E4m3)
+        | (ElementCode::Int { .. } | ElementCode::E2m1, RoundedF32)
         | (ElementCode::E2m1, SourceFloat | Float(_))
         | (ElementCode::Codebook(_) | ElementCode::E4m3, _) => {
             unreachable!("{:?} can't be put in this layout: tests refuse such a format", codec.format)
@@ -136,7 +162,7 @@ pub(crate) fn quantization_config(codec: &Codec, ignore: &[String]) -> Value {
     let scale_dtype = match codec.format.scale {
         ScaleCode::E4m3 => Value::from("torch.float8_e4m3fn"),
         ScaleCode::E8m0(_) => Value::from("torch.uint8"),
-        ScaleCode::Float(_) | ScaleCode::SourceFloat => Value::Null,
+        ScaleCode::Float(_) | ScaleCode::RoundedF32 | ScaleCode::SourceFloat => Value::Null,
     };
     let (strategy, group_size) = match codec.scales {
         Scales::Groups { size: GroupSize::Channel, .. } => ("channel", Value::Null),

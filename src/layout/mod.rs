@@ -23,7 +23,7 @@ pub use bitsandbytes::{ParsedQuantState, QuantState, quant_state_bytes};
 pub(crate) use encode::{NestedRun, QuantizedRun, Weight};
 pub(crate) use output::{OutputDtype, OutputKind, OutputTensor};
 pub(crate) use reader::{Stored, StoredWeight};
-pub(crate) use recognize::{FP8_METHOD, MXFP4_METHOD, SourceQuantization};
+pub(crate) use recognize::SourceQuantization;
 pub(crate) use stored::StoredFormat;
 
 impl Codec {

@@ -44,7 +44,8 @@ impl Stored {
         coding: impl FnOnce(u64) -> Coding,
     ) -> Result<Stored> {
         let (Some(elements @ 1..), Some(&columns)) = (dtype::elements(&shape), shape.last()) else {
-            return Err(weight.malformed(format!("a shape of {shape:?}")));
+            let codes = weight.info(OutputKind::Packed)?;
+            return Err(weight.malformed(format!("a shape of {shape:?}: {:?} has {:?}", codes.name, codes.shape)));
         };
         let (coding, rows) = (coding(columns), elements / columns);
         Ok(Stored { shape, dtype, coding, rows, columns, nested_offset: None, transposed: false })

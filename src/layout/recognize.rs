@@ -8,14 +8,19 @@ use crate::dtype::Dtype;
 use crate::layout::{bitsandbytes, compressed_tensors, gpt_oss, modelopt};
 
 /// DeepSeek-V3's, as names give it away.
-pub(crate) const FP8_METHOD: &str = "FP8 in blocks";
+const FP8_METHOD: &str = "FP8 in blocks";
 /// gpt-oss's, likewise.
-pub(crate) const MXFP4_METHOD: &str = "MXFP4 (gpt-oss)";
+const MXFP4_METHOD: &str = "MXFP4 (gpt-oss)";
 
-/// The end of the name of an FP8 weight's scales, after the weight's.
-pub(crate) const FP8_SCALE: &str = "_scale_inv";
-/// What may stand beside an FP8 weight for products with FP8 inputs; it has no meaning once the weight is decoded.
-pub(crate) const FP8_INPUT_SCALES: [&str; 2] = [".activation_scale", ".input_scale"];
+/// The end of the name of an FP8 weight's scales in DeepSeek-V3, after the weight's.
+const FP8_SCALE: &str = "_scale_inv";
+/// How names of eight-bit floats end, and those of their scales: DeepSeek-V3's, DeepSeek-V4's, those of compressed-tensors and
+/// ModelOpt, Mistral's.
+pub(crate) const FP8_SCALES: &[(&str, &str)] =
+    &[("", FP8_SCALE), (".weight", ".scale"), ("", modelopt::SCALE), (".weight", ".qscale_weight")];
+/// What may stand beside coded weights for products with coded inputs; it has no meaning once the weight is decoded.
+pub(crate) const INPUT_SCALES: [&str; 6] =
+    [".activation_scale", ".input_scale", ".input_scale_ub", ".input_global_scale", ".input_zero_point", ".qscale_act"];
 
 /// How names end that a method's checkpoints have and others don't: in two parts, the second a layout's own.
 const ENDS: &[(&str, &str, &str)] = &[
@@ -30,6 +35,20 @@ const ENDS: &[(&str, &str, &str)] = &[
     ("", bitsandbytes::ABSMAX, "bitsandbytes"),
 ];
 
+/// Of a tensor of codes, by its name: the weight's, and the tensors that codes of such a name decode by.
+pub(crate) fn parts_of(name: &str) -> Option<(&str, &'static str)> {
+    let parts = [
+        (
+            compressed_tensors::CODES,
+            "_scale and _shape (INT4, I32), _scale F8_E4M3 for each 16 columns and _global_scale (NVFP4, U8), or _scale U8 for \
+             each 32 columns (MXFP4, U8) of compressed-tensors",
+        ),
+        (gpt_oss::BLOCKS, "_scales U8 [experts, rows, groups] of blocks U8 [experts, rows, groups, 16]"),
+        (modelopt::TENSOR_SCALE, "U8 codes and a _scale F8_E4M3 for each 16 columns (ModelOpt's NVFP4)"),
+    ];
+    parts.into_iter().find_map(|(end, expected)| Some((name.strip_suffix(end)?, expected)))
+}
+
 /// How a checkpoint is quantized.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct SourceQuantization {
@@ -42,11 +61,6 @@ pub(crate) struct SourceQuantization {
 impl SourceQuantization {
     fn new(method: &str, evidence: String) -> SourceQuantization {
         SourceQuantization { method: method.to_owned(), evidence }
-    }
-
-    /// The method that config.json names, and where it names it.
-    pub(crate) fn in_config(config: &Config) -> Option<SourceQuantization> {
-        in_config(config)
     }
 
     /// The method that a tensor of this name belongs to.

@@ -2,13 +2,13 @@
 
 use super::{OutputKind, OutputTensor};
 use crate::checkpoint::TensorInfo;
-use crate::dtype;
-use crate::format::{CodecOptions, FORMATS, FormatSpec, Layout, Sharing};
+use crate::dtype::{self, Dtype};
+use crate::format::{Codec, CodecOptions, FORMATS, FormatSpec, Layout, Sharing};
 
 /// A format in one of its layouts, as files have it.
 pub(crate) struct StoredFormat {
-    /// The format.
-    pub format: &'static FormatSpec,
+    /// The format in its layout; sizes that the format leaves open are the default's.
+    pub codec: Codec,
     tensors: Vec<OutputTensor>,
 }
 
@@ -21,7 +21,7 @@ impl StoredFormat {
         let all = all.flat_map(|of| [false, true].map(|double_quant| (of, double_quant)));
         all.map(|((format, layout), double_quant)| {
             let codec = format.codec(CodecOptions { layout, double_quant, ..CodecOptions::default() });
-            StoredFormat { format, tensors: codec.tensors() }
+            StoredFormat { codec, tensors: codec.tensors() }
         })
         .collect()
     }
@@ -38,6 +38,8 @@ impl StoredFormat {
         let mut parts = Vec::new();
         for other in others {
             match find(&format!("{name}{}", other.suffix)) {
+                // Moonshot AI wrote shapes as I32.
+                Some(part) if other.kind == OutputKind::Shape && part.dtype == Dtype::I32 => parts.push(part),
                 Some(part) if other.dtype.fits(part.dtype) && self.has_as_many(other.kind, part, codes) => {
                     parts.push(part)
                 }
@@ -52,7 +54,7 @@ impl StoredFormat {
 
     /// Whether there are as many scales as groups of the format's size, where it has one: formats may differ in that alone.
     fn has_as_many(&self, kind: OutputKind, part: &TensorInfo, codes: &TensorInfo) -> bool {
-        match self.format.sharing {
+        match self.codec.format.sharing {
             Sharing::GroupsOf(columns) if kind == OutputKind::Scale => {
                 let covered = dtype::elements(&part.shape).and_then(|scales| scales.checked_mul(columns.into()));
                 covered.is_some() && covered == codes.len.checked_mul(2)

@@ -1,7 +1,8 @@
 //! Writing a checkpoint's weights back as floats: for merging adapters, or a look.
 //!
-//! What is read is a checkpoint that prequant converted; its manifest tells what is what. Decoding is an execution of a plan
-//! like any other, in which all tensors are kept and some are read decoded.
+//! What is read is a checkpoint that prequant converted, whose manifest tells what is what; or one that another program quantized
+//! and whose tensors tell. Decoding is an execution of a plan like any other, in which all tensors are kept and some are read
+//! decoded.
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -16,15 +17,15 @@ use crate::ops::job::write::{Job, write_sums};
 use crate::ops::options::Options;
 use crate::ops::relayout;
 use crate::pipeline::{Budget, Progress};
-use crate::plan::{Plan, split};
+use crate::plan::{Plan, source_quantization, split};
 use crate::read::Input;
 use crate::recipe::Recipe;
 use crate::store::Location;
 
-/// What config.json says because of the 4-bit weights.
-const CONFIG_KEYS: [&str; 2] = ["quantization_config", EXPERTS_KEY];
+/// What config.json says because of the quantized weights.
+const CONFIG_KEYS: [&str; 3] = ["quantization_config", "compression_config", EXPERTS_KEY];
 
-/// The decoding of a converted checkpoint, planned to the last byte and not begun.
+/// The decoding of a quantized checkpoint, planned to the last byte and not begun.
 #[derive(Debug)]
 pub struct Dequantization {
     /// What is decoded.
@@ -35,25 +36,25 @@ pub struct Dequantization {
     pub budget: Budget,
     /// How it is done.
     pub options: Options,
-    /// The source's.
-    manifest: Manifest,
+    /// The source's, if prequant converted it.
+    manifest: Option<Manifest>,
 }
 
 /// Plans the decoding of `converted`; reads headers and what is one number a tensor, and writes nothing.
 ///
 /// # Errors
-/// When it is no checkpoint that prequant converted, or isn't what its manifest says.
+/// When nothing in it is quantized, or not in a way that decodes; or it isn't what its manifest says.
 pub fn plan(converted: impl Into<Location>, max_shard_size: u64, mut options: Options) -> Result<Dequantization> {
     let source = Source::open(converted)?;
-    let Some(manifest) = relayout::manifest_of(&source.location)? else {
-        let why = format!("it has no {MANIFEST_NAME}: give the folder of a checkpoint that prequant converted");
-        return Err(Error::NotACheckpoint { path: source.location.path().to_owned(), why });
+    let manifest = relayout::manifest_of(&source.location)?;
+    let ((inputs, left_apart), recipe) = match &manifest {
+        Some(manifest) => (inputs(&source, manifest)?, manifest.recipe.clone()),
+        None => ((other_inputs(&source)?, false), Recipe::default()),
     };
-    let (inputs, left_apart) = inputs(&source, &manifest)?;
     let config = source.config.as_ref().map(|config| config.without(&CONFIG_KEYS)).transpose();
     let config =
         config.map_err(|error| Error::malformed(source.location.join(CONFIG_NAME).path(), error.to_string()))?;
-    let recipe = Recipe { max_shard_size, ..manifest.recipe.clone() };
+    let recipe = Recipe { max_shard_size, ..recipe };
     let mut plan = Plan::decoded(&source, recipe, inputs, config)?;
     if left_apart {
         plan.warnings.push(
@@ -62,12 +63,23 @@ pub fn plan(converted: impl Into<Location>, max_shard_size: u64, mut options: Op
                 .into(),
         );
     }
-    options.hash_source = true; // what is read must be what its manifest says
+    options.hash_source = manifest.is_some(); // what is read must be what its manifest says
     let budget = Budget::new(&plan, options.limits(), &Cpu::detect())?;
     Ok(Dequantization { source, plan, budget, options, manifest })
 }
 
 impl Dequantization {
+    /// The recipe by which the source was converted, if prequant converted it.
+    pub fn converted_by(&self) -> Option<&Recipe> {
+        self.manifest.as_ref().map(|manifest| &manifest.recipe)
+    }
+
+    /// What the source's coded weights are in, by the names of their formats' libraries; for a source that another program
+    /// quantized.
+    pub fn formats(&self) -> Vec<&'static str> {
+        source_quantization::formats(&self.source)
+    }
+
     /// Writes the checkpoint to `destination`; returns its files. Resumes where an earlier run was stopped, and publishes at the
     /// end, as [`Conversion::execute`](crate::Conversion::execute) does.
     ///
@@ -105,7 +117,7 @@ impl Dequantization {
             budget: *budget,
             device: &Cpu::detect(),
             options,
-            manifest: Some(manifest),
+            manifest: manifest.as_ref(),
             decodes: true,
         };
         job.run(interrupt, destination, progress, |staging, files, _| {
@@ -114,6 +126,19 @@ impl Dequantization {
             Ok((names, files))
         })
     }
+}
+
+/// Every tensor of what another program quantized, decoded.
+fn other_inputs(source: &Source) -> Result<Vec<Input>> {
+    source_quantization::check_decodes(source)?;
+    let inputs = source_quantization::decoded(source)?;
+    inputs.ok_or_else(|| {
+        let why = format!(
+            "it has no {MANIFEST_NAME}, and none of its weights is quantized: give a checkpoint that prequant converted, or one \
+             that is quantized in a format it reads"
+        );
+        Error::NotACheckpoint { path: source.location.path().to_owned(), why }
+    })
 }
 
 /// Every tensor of the manifest, decoded; experts that were fused are so again. Also whether some can't be.

@@ -43,13 +43,13 @@ pub struct StoredWeight {
 pub fn inspect(path: impl AsRef<Path>) -> Result<Contents> {
     let source = Source::open(path.as_ref())?;
     let weights = converted::weights(&source).into_iter();
-    let weights = weights.map(|FoundWeight { name, file, format, codes, beside }| StoredWeight {
+    let weights = weights.map(|FoundWeight { name, file, codec, codes, beside }| StoredWeight {
         name: name.to_owned(),
         file: source.files[file].name.clone(),
-        format: format.map_or_else(|| codes.dtype.to_string(), |format| format.name.to_owned()),
+        format: codec.map_or_else(|| codes.dtype.to_string(), |codec| codec.format.name.to_owned()),
         stored_shape: codes.shape.clone(),
         // Two codes per byte; whether the last ones are a pad, only what stands beside them knows.
-        elements: if format.is_some() { 2 * codes.len } else { codes.shape.iter().product() },
+        elements: if codec.is_some() { 2 * codes.len } else { codes.shape.iter().product() },
         bytes: codes.len + beside.iter().map(|info| info.len).sum::<u64>(),
     });
     let config = source.config.as_ref();

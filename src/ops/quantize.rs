@@ -4,10 +4,11 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use crate::backend::{ChosenDevice, Opening, Work};
-use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, STAGING_NAME, SUMS_NAME, Source, Staging, free_space};
+use crate::checkpoint::{MANIFEST_NAME, STAGING_NAME, SUMS_NAME, Source, Staging, free_space};
 use crate::error::{Error, IoContext, Result};
 use crate::layout::recognize;
 use crate::manifest::{FileRecord, Manifest, SourceRecord};
+use crate::ops::job::finished::{Comparison, Finished};
 use crate::ops::job::staged::write;
 use crate::ops::job::write::{Job, is_there, write_sums};
 use crate::ops::options::Options;
@@ -17,7 +18,7 @@ use crate::ops::relayout::Relayout;
 use crate::pipeline::{Budget, Outcome, Progress};
 use crate::plan::{Plan, PlannedTensor, source_quantization};
 use crate::recipe::{ExpertLayout, Recipe};
-use crate::store::{Location, Sha256Hash};
+use crate::store::Location;
 
 /// The length of rows, before it is known.
 const LIKELY_COLUMNS: u64 = 4096;
@@ -134,12 +135,15 @@ impl Conversion {
         Job { source, plan, budget: *budget, device: &*device.backend, options, manifest, decodes: false }
     }
 
-    /// The manifest in `destination`, if it is of this very conversion, finished: same tool, recipe, config.json and
-    /// source, by the sizes and headers of its files. Nothing more is looked at; `verify` does that.
+    /// What `destination` holds, if that is this very conversion, finished: same tool and recipe, same source by the sizes and
+    /// headers of its weights and the content of all its other files. The weights' content is compared where
+    /// [`Options::hash_source`] is set and was then, or the store knows its hash; nothing else of what was written is looked
+    /// at but that it is there, with its size: `verify` does that.
     ///
     /// # Errors
-    /// When the system refuses to tell.
-    pub fn finished(&self, destination: impl AsRef<Path>) -> Result<Option<Manifest>> {
+    /// [`Error::Outdated`] when it is that conversion of another content, or not all of it is there; when the system refuses to
+    /// tell.
+    pub fn finished(&self, destination: impl AsRef<Path>) -> Result<Option<Finished>> {
         let destination = &Location::from(destination.as_ref());
         let location = destination.join(MANIFEST_NAME);
         let is_file = location.is_file().at(location.path(), "look at it")?;
@@ -151,22 +155,25 @@ impl Conversion {
             Err(error @ Error::Io { .. }) => return Err(error),
             Err(_) => return Ok(None), // of nothing that this version writes
         };
+        if !self.is_of_this_recipe(&manifest) {
+            return Ok(None);
+        }
+        let record = &self.source_record();
+        let (source, plan, threads) = (&self.source, &self.plan, self.options.threads);
+        let comparison = Comparison { manifest: &manifest, destination, source, plan, record, threads };
+        comparison.check()?;
+        let weights_compared = self.relayout.is_none() && comparison.check_weights(self.options.hash_source)?;
+        Staging::tidy(destination);
+        Ok(Some(Finished { manifest, weights_compared }))
+    }
+
+    /// Whether a manifest is of a conversion with the same choices.
+    fn is_of_this_recipe(&self, manifest: &Manifest) -> bool {
         let hashed = manifest.source.files.iter().any(|file| file.sha256.is_some());
-        let mut source = manifest.source.clone();
-        if self.relayout.is_none() {
-            source.files.iter_mut().for_each(|file| file.sha256 = None);
-        }
-        let same_source = source == self.source_record()
+        manifest.other_version().is_none()
+            && manifest.recipe == self.plan.recipe
             && manifest.relaid_from == self.relaid_from()
-            && (self.relayout.is_some() || hashed == self.options.hash_source);
-        let config_of = |manifest: &Manifest| manifest.files.iter().find(|f| f.name == CONFIG_NAME).map(|f| f.sha256);
-        let same_config = config_of(&manifest) == self.plan.config.as_ref().map(|text| Sha256Hash::of(text.as_bytes()));
-        let same_recipe = manifest.other_version().is_none() && manifest.recipe == self.plan.recipe;
-        let same = same_source && same_config && same_recipe;
-        if same {
-            Staging::tidy(destination);
-        }
-        Ok(same.then_some(manifest))
+            && (self.relayout.is_some() || hashed || !self.options.hash_source)
     }
 
     /// Writes the checkpoint to `destination` and returns its manifest; resumes where an earlier run was stopped. Until all

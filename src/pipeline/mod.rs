@@ -17,7 +17,6 @@ mod results;
 mod scheduler;
 mod source_files;
 mod stream;
-mod threads;
 mod trace;
 mod worker;
 
@@ -29,7 +28,6 @@ use std::thread;
 use serde::{Deserialize, Serialize};
 
 pub use budget::{Budget, Limits};
-pub(crate) use threads::start_threads;
 pub use trace::Trace;
 pub(crate) use trace::{Span, Subject, ThreadTrace};
 
@@ -56,6 +54,10 @@ pub trait Progress: Sync {
     fn sealed(&self, file: &str, len: u64);
     /// After a failure: `files` finished files are kept for the next run.
     fn kept(&self, files: usize);
+    /// A checkpoint was replaced: `file` at the destination is no part of the new one, and isn't ours to remove.
+    fn left(&self, file: &str) {
+        let _ = file;
+    }
 }
 
 /// Tells no one.
@@ -211,16 +213,24 @@ fn run_in(
             let trace = ThreadTrace::new(context.trace, "worker", source, plan);
             Worker::new(&execution, &scheduler, &trace).work();
         };
-        let disk = threads::start_threads(scope, 1, serve_disk).map(drop);
-        if let Err(error) = disk.and_then(|()| threads::start_threads(scope, context.budget.threads, work).map(drop)) {
-            return scheduler.fail(0, error);
+        let disk = thread::Builder::new().spawn_scoped(scope, serve_disk).map(drop);
+        // Where the system allows fewer threads, fewer do.
+        let mut workers = 0..context.budget.threads;
+        let first = workers.next().map_or(Ok(()), |_| thread::Builder::new().spawn_scoped(scope, work).map(drop));
+        if let Err(source) = disk.and(first) {
+            return scheduler.fail(0, Error::Threads { source });
+        }
+        for _ in workers {
+            if thread::Builder::new().spawn_scoped(scope, work).is_err() {
+                return;
+            }
         }
         // Without it the threads wait for the disk themselves.
         let read_ahead = || {
             let trace = ThreadTrace::new(context.trace, "reader", source, plan);
             read_ahead::run(&execution, &scheduler, &trace);
         };
-        let _ = threads::start_threads(scope, 1, read_ahead);
+        let _ = thread::Builder::new().spawn_scoped(scope, read_ahead);
     });
     scheduler.into_outcome()
 }

@@ -146,7 +146,7 @@ impl Plan {
     /// to quantize, or clients couldn't tell what is quantized from what is not.
     pub fn new(source: &Source, mut recipe: Recipe) -> Result<Plan> {
         // It is no part of the recipe where nothing was decoded because of it.
-        recipe.dequantize_source &= source_quantization::has_mxfp4_experts(source);
+        recipe.dequantize_source = recipe.dequantize_source && source_quantization::has_four_bits(source);
         let codec = recipe.codec();
         let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
         let rules = Rules::new(&model_types);
@@ -237,7 +237,7 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
     }
     let mut selection = Selection::new(recipe, rules.clone())?;
     let mut decided = Vec::new();
-    for input in input::inputs(source, recipe)? {
+    for input in input::inputs(source, recipe.dequantize_source)? {
         let mut verdict = selection.decide(&input.name, &input.shape);
         if !codec.is_blocks() {
             groups::check(source, model_types, &input, &codec, &mut verdict)?;

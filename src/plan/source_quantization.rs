@@ -1,17 +1,15 @@
-//! Which quantized sources are converted: DeepSeek-V3's FP8 in blocks, and gpt-oss's MXFP4 experts on request.
+//! Which quantized sources are converted: those whose coded weights are all of kinds that decode, and of four bits only on request.
 
-use std::collections::HashSet;
-
-use crate::checkpoint::Source;
-use crate::dtype::Dtype;
+use super::input::{self, Coded};
+use crate::checkpoint::{CONFIG_NAME, Source, TensorInfo};
 use crate::error::{Error, Hint, Result, Setting};
-use crate::layout::gpt_oss::{BLOCKS, SCALES};
-use crate::layout::recognize::{self, FP8_SCALE};
-use crate::layout::{FP8_METHOD, MXFP4_METHOD, SourceQuantization};
+use crate::layout::SourceQuantization;
+use crate::layout::recognize;
+use crate::read::Input;
 use crate::recipe::Recipe;
 
 /// # Errors
-/// When the source is quantized, and not as FP8 blocks; or as gpt-oss's experts, and the recipe doesn't have it decoded.
+/// When the source is quantized in a way that doesn't decode; or in four bits, and the recipe doesn't have it decoded.
 pub(crate) fn check(source: &Source, recipe: &Recipe) -> Result<()> {
     let Some((path, SourceQuantization { method, evidence })) = recognize::of(source) else {
         return if recipe.dequantize_source {
@@ -21,30 +19,97 @@ pub(crate) fn check(source: &Source, recipe: &Recipe) -> Result<()> {
             Ok(())
         };
     };
-    let ends = |end: &'static str| source.tensors().filter_map(move |(_, info)| info.name.strip_suffix(end));
-    let method_is = |name: &str| {
-        source.config.as_ref().and_then(SourceQuantization::in_config).is_none_or(|found| found.method == name)
-    };
-    // No tensor may be of another method.
-    let only = |own: &str| {
-        source.tensors().all(|(_, info)| SourceQuantization::by_name(&info.name).is_none_or(|method| method == own))
-    };
-    let fp8 = source.tensors().filter(|(_, info)| info.dtype == Dtype::F8_E4M3);
-    let fp8: HashSet<&str> = fp8.map(|(_, info)| info.name.as_str()).collect();
-    let has_fp8 = ends(FP8_SCALE).next().is_some() && ends(FP8_SCALE).all(|weight| fp8.contains(weight));
-    let is_fp8 = has_fp8 && method_is("fp8") && only(FP8_METHOD);
-    let is_mxfp4 = has_mxfp4_experts(source) && method_is("mxfp4") && only(MXFP4_METHOD);
-    let hint = match (is_fp8, is_mxfp4, recipe.dequantize_source) {
-        (true, false, _) | (false, true, true) => return Ok(()),
-        (false, true, false) => Some(Hint::DequantizeSource),
-        _ => None,
+    let hint = match decodes(source)? {
+        true if recipe.dequantize_source || !has_four_bits(source) => return Ok(()),
+        true => Some(Hint::DequantizeSource),
+        false => None,
     };
     Err(Error::AlreadyQuantized { path, method, evidence, hint })
 }
 
-/// Whether experts are in MXFP4, as gpt-oss's.
-pub(crate) fn has_mxfp4_experts(source: &Source) -> bool {
-    let is = |name: &str, end| name.strip_suffix(end).is_some_and(|name| name.ends_with("_proj"));
-    let has = |end| source.tensors().any(|(_, info)| is(&info.name, end));
-    has(BLOCKS) && has(SCALES)
+/// # Errors
+/// When the source is quantized in a way that doesn't decode.
+pub(crate) fn check_decodes(source: &Source) -> Result<()> {
+    match recognize::of(source) {
+        Some((path, SourceQuantization { method, evidence })) if !decodes(source)? => {
+            Err(Error::AlreadyQuantized { path, method, evidence, hint: None })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The tensors of a source that no manifest is of, decoded; none if none is coded.
+///
+/// # Errors
+/// When what a coded tensor decodes by is missing, or doesn't fit.
+pub(crate) fn decoded(source: &Source) -> Result<Option<Vec<Input>>> {
+    let inputs = input::inputs(source, true)?;
+    Ok(inputs.iter().any(|input| input.read.is_decoded()).then_some(inputs))
+}
+
+/// The formats that weights are coded in, each once, by name.
+pub(crate) fn formats(source: &Source) -> Vec<&'static str> {
+    let coded = Coded::new(source);
+    let mut formats = Vec::new();
+    for weight in source.tensors().filter_map(|(file, info)| coded.weight(file, info)) {
+        if !formats.contains(&weight.format()) {
+            formats.push(weight.format());
+        }
+    }
+    formats.sort_unstable();
+    formats
+}
+
+/// Whether weights are coded in four bits.
+pub(crate) fn has_four_bits(source: &Source) -> bool {
+    let coded = Coded::new(source);
+    let mut weights = source.tensors().filter_map(|(file, info)| coded.weight(file, info));
+    weights.any(|weight| weight.has_four_bits())
+}
+
+/// Whether something is coded, and everything that is decodes.
+///
+/// # Errors
+/// When parts of a weight are missing, or weights are stored rotated.
+fn decodes(source: &Source) -> Result<bool> {
+    check_is_not_rotated(source)?;
+    let coded = Coded::new(source);
+    let names = coded.names(source);
+    for (file, info) in source.tensors() {
+        let Some(method) = SourceQuantization::by_name(&info.name).filter(|_| !names.contains(&*info.name)) else {
+            continue;
+        };
+        let Some(evidence) = incomplete(source, info) else { return Ok(false) };
+        let path = source.files[file].location.path().to_owned();
+        return Err(Error::AlreadyQuantized { path, method: method.into_owned(), evidence, hint: None });
+    }
+    Ok(!names.is_empty())
+}
+
+/// compressed-tensors' transforms, whose inverse would have to be multiplied to what decodes.
+fn check_is_not_rotated(source: &Source) -> Result<()> {
+    let config = source.config.as_ref().and_then(|config| config.values().get("quantization_config"));
+    let groups = config.and_then(|config| config.get("transform_config")?.get("config_groups")?.as_object());
+    match groups.is_some_and(|groups| !groups.is_empty()) {
+        true => {
+            let why = "its \"transform_config\" says that weights are stored rotated, and rotations aren't undone: start from \
+                       a checkpoint without them";
+            Err(Error::malformed(source.location.join(CONFIG_NAME).path(), why))
+        }
+        false => Ok(()),
+    }
+}
+
+/// What is wrong with a tensor whose name is that of codes which decode, but whose parts aren't what they should be.
+fn incomplete(source: &Source, info: &TensorInfo) -> Option<String> {
+    let (name, expected) = recognize::parts_of(&info.name)?;
+    let module = name.strip_suffix(".weight").unwrap_or(name);
+    let beside = source.tensors().filter(|(_, other)| other.name.starts_with(module) && other.name != info.name);
+    let mut found: Vec<String> =
+        beside.map(|(_, other)| format!("{:?} {} {:?}", other.name, other.dtype, other.shape)).take(6).collect();
+    if found.is_empty() {
+        found.push("nothing".to_owned());
+    }
+    let (dtype, shape, found) = (info.dtype, &info.shape, found.join(", "));
+    Some(format!("tensor {:?} is {dtype} {shape:?}, and beside it there is {found}; expected {expected}", info.name))
 }

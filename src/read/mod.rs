@@ -6,6 +6,7 @@
 mod decode;
 mod evaluate;
 mod input;
+mod small;
 mod tensors;
 #[cfg(test)]
 mod tests;
@@ -15,6 +16,7 @@ use std::sync::Arc;
 pub(crate) use decode::{Decode, Nested};
 pub(crate) use evaluate::{Evaluator, Fetch};
 pub(crate) use input::{Input, MAX_EXPERTS};
+pub(crate) use small::SmallTensors;
 pub(crate) use tensors::Tensors;
 
 /// Consecutive bytes of a source tensor.

@@ -54,7 +54,7 @@ pub struct RecipeOptions {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Vec<String>")]
     pub exclude: Option<Vec<String>>,
-    /// Present if gpt-oss's MXFP4 experts were decoded first.
+    /// Present if weights that the source has in 4 bits were decoded first.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "bool", extend("const" = true))]
     pub dequantize_source: Option<bool>,

@@ -269,20 +269,83 @@ fn a_finished_conversion_is_not_done_again() {
     for flags in [&["--format", "fp4"][..], &["--hash-source"], &["--exclude", "q_proj"]] {
         folder.convert(flags).fails(3, &["exists and isn't empty"]);
     }
-    folder.write("config.json", "{\"model_type\": \"qwen3_moe\", \"dtype\": \"bfloat16\"}");
-    folder.convert(&[]).fails(3, &["exists and isn't empty"]);
+    assert_eq!(contents(&folder.destination()), before);
+}
+
+/// The next training checkpoint has the same names, sizes and headers.
+#[test]
+fn a_finished_conversion_of_a_source_that_changed_is_an_error_that_names_what_changed() {
+    let changed = |name: &str| format!("source/{name}: ");
+    type Change = fn(&Folder);
+    let changes: [(&str, Change); 5] = [
+        ("config.json", |folder| folder.write("config.json", r#"{"model_type": "qwen3_moe", "dtype": "bfloat16"}"#)),
+        ("README.md", |folder| folder.write("README.md", "another card")),
+        ("added_tokens.json", |folder| folder.write("added_tokens.json", "{}")),
+        ("tokenizer.json", |folder| fs::remove_file(folder.source().join("tokenizer.json")).unwrap()),
+        ("model.safetensors", |folder| flip_last_byte(&folder.source().join("model.safetensors"))),
+    ];
+    for (name, change) in changes {
+        let folder = moe();
+        folder.write("tokenizer.json", "{}");
+        folder.convert(&["--hash-source"]).ok();
+        let before = contents(&folder.destination());
+        let run = folder.convert(&["--hash-source"]).ok();
+        assert!(!run.stdout.contains("not compared"), "{}", run.stdout);
+        change(&folder);
+        folder.convert(&["--hash-source"]).fails(3, &[&changed(name), "--force", "--restart"]);
+        assert_eq!(contents(&folder.destination()), before, "{name}");
+        folder.convert(&["--hash-source", "--restart"]).ok();
+        assert_ne!(contents(&folder.destination()), before, "{name}");
+    }
+}
+
+#[test]
+fn a_finished_conversion_says_if_the_content_of_weights_was_not_compared() {
+    let folder = moe();
+    folder.convert(&[]).ok();
+    flip_last_byte(&folder.source().join("model.safetensors"));
+    let run = folder.convert(&[]).ok();
+    assert!(run.stdout.contains("weights' content not compared"), "{}", run.stdout);
+    fs::remove_file(folder.destination().join("model.safetensors")).unwrap();
+    folder.convert(&[]).fails(3, &["converted/model.safetensors: it is missing", "--force"]);
+    fs::write(folder.destination().join("model.safetensors"), "short").unwrap();
+    folder.convert(&[]).fails(3, &["converted/model.safetensors: it has 5 bytes", "--force"]);
+}
+
+fn flip_last_byte(path: &std::path::Path) {
+    let mut content = fs::read(path).unwrap();
+    *content.last_mut().unwrap() ^= 0x80;
+    fs::write(path, content).unwrap();
+}
+
+#[test]
+fn force_removes_what_the_old_manifest_lists_and_names_the_rest() {
+    let folder = moe();
+    folder.write("added_tokens.json", "{}");
+    folder.write("code/modeling.py", "pass");
+    folder.convert(&["--max-shard-size", "3kB"]).ok();
+    fs::write(folder.destination().join("notes.txt"), "mine").unwrap();
+    fs::remove_file(folder.source().join("added_tokens.json")).unwrap();
+    fs::remove_dir_all(folder.source().join("code")).unwrap();
+    let run = folder.convert(&["--force"]).ok();
+    let names = ["README.md", "SHA256SUMS", "config.json", "model.safetensors", "notes.txt", "prequant.json"];
+    assert_eq!(file_names(&folder.destination()), names);
+    assert!(run.stderr.contains("left as it was, and no part of the checkpoint: notes.txt"), "{}", run.stderr);
+    // Weights of someone else's would be loaded too.
+    fs::write(folder.destination().join("model-00001-of-00002.safetensors"), "theirs").unwrap();
+    let before = contents(&folder.destination());
+    folder.convert(&["--force"]).fails(3, &["model-00001-of-00002.safetensors", "remove it"]);
     assert_eq!(contents(&folder.destination()), before);
 }
 
 #[test]
-fn what_an_interrupted_run_left_does_not_matter() {
+fn a_run_that_was_killed_at_once_does_not_matter() {
     let folder = moe();
     folder.convert(&[]).ok();
     let expected = contents(&folder.destination());
     fs::remove_dir_all(folder.destination()).unwrap();
     let staging = folder.destination().join(".prequant-staging");
-    fs::create_dir_all(staging.join("partial")).unwrap();
-    fs::write(staging.join("partial/model.safetensors"), "half").unwrap();
+    fs::create_dir_all(&staging).unwrap();
     folder.convert(&["--threads", "1"]).ok();
     assert_eq!(contents(&folder.destination()), expected);
 }

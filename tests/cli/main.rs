@@ -7,4 +7,5 @@ mod command;
 mod destinations;
 mod errors;
 mod odd_files;
+mod streams;
 mod trace;

@@ -4,6 +4,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod coded_sources;
 mod cold;
 mod conversion;
 mod dequantize;

@@ -133,7 +133,7 @@ fn differences_are_named_by_file_and_tensor() {
     differs(&folder, &["--quick"], &[shard, "it is missing"]);
     restore();
     fs::write(folder.destination().join("model-00004-of-00004.safetensors"), "").unwrap();
-    differs(&folder, &["--quick"], &["model-00004-of-00004.safetensors", "weights too many"]);
+    differs(&folder, &["--quick"], &["model-00004-of-00004.safetensors", "not in the manifest"]);
 }
 
 /// Files of several buffers, so that threads share one: tensors that aren't begun, tensors that end inside of a buffer.

@@ -5,3 +5,4 @@ mod support;
 
 mod blocks;
 mod groups;
+mod sources;

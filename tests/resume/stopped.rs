@@ -13,7 +13,7 @@ use std::time::Duration;
 use prequant::internal::ops::quantize::plan;
 use prequant::internal::ops::verify::{Options as VerifyOptions, verify};
 use prequant::internal::store::{Fault, FaultyStore, LocalStore, Location};
-use prequant::{Conversion, Error, Manifest, Options, Progress, Recipe, RecipeOptions};
+use prequant::{Conversion, Error, Manifest, Options, Progress, Recipe, RecipeOptions, Sha256Hash};
 use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
 
@@ -192,6 +192,41 @@ fn a_trace_tells_of_hashing_what_an_earlier_run_finished() {
     assert!(name["args"]["name"].as_str().unwrap().starts_with("resume "), "{name}");
 }
 
+/// A record of this name as a run writes it.
+fn as_record(name: &str, content: &Value) -> String {
+    let text = content.to_string();
+    let hash = Sha256Hash::of(text.as_bytes());
+    format!("{text}\n{}", Sha256Hash::of(&[name.as_bytes(), &[0], &hash.0].concat()))
+}
+
+/// One digit of a hash or of a statistic says otherwise: the file itself still fits.
+#[test]
+fn a_file_whose_record_was_altered_is_made_again() {
+    for alter in [|text: &str| text.replace("snr_db\":", "snr_db\":1"), |text: &str| text.replacen('a', "b", 1)] {
+        let folder = stopped();
+        let records = folder.destination().join(STAGING).join("sealed");
+        for name in file_names(&records) {
+            let text = fs::read_to_string(records.join(&name)).unwrap();
+            fs::write(records.join(&name), alter(&text)).unwrap();
+        }
+        folder.convert(&FLAGS).ok();
+        assert!(contents(&folder.destination()) == expected(false));
+    }
+}
+
+/// Torn, as a kill or a full disk leaves it: as good as none.
+#[test]
+fn a_torn_note_of_a_source_file_is_taken_again() {
+    for len in [0, 7, 32] {
+        let folder = stopped_with(Options { threads: 1, hash_source: true, ..Options::default() });
+        let records = folder.destination().join(STAGING).join("sealed");
+        let note = file_names(&records).into_iter().find(|name| name.ends_with(".source-sha256")).unwrap();
+        let text = fs::read(records.join(&note)).unwrap();
+        fs::write(records.join(&note), &text[..len]).unwrap();
+        folder.convert(&[&FLAGS[..], &["--hash-source"]].concat()).ok();
+    }
+}
+
 /// A record that was cut, or is of fewer tensors than the file has, proves nothing.
 #[test]
 fn a_file_whose_record_is_too_short_is_made_again() {
@@ -205,9 +240,10 @@ fn a_file_whose_record_is_too_short_is_made_again() {
         let folder = stopped();
         let records = folder.destination().join(STAGING).join("sealed");
         let sealed = file_names(&records).into_iter().find(|name| name.ends_with(".safetensors")).unwrap();
-        let mut record = serde_json::from_slice(&fs::read(records.join(&sealed)).unwrap()).unwrap();
+        let text = fs::read(records.join(&sealed)).unwrap();
+        let mut record = serde_json::from_slice(&text[..text.len() - 65]).unwrap();
         cut(&mut record);
-        fs::write(records.join(&sealed), record.to_string()).unwrap();
+        fs::write(records.join(&sealed), as_record(&sealed, &record)).unwrap();
         let run = folder.convert(&FLAGS).ok();
         assert!(run.stderr.contains(&format!("wrote {sealed}")), "{}", run.stderr);
         assert!(contents(&folder.destination()) == expected(false));
@@ -389,6 +425,8 @@ fn two_conversions_into_one_folder_are_refused() {
     let folder = checkpoint();
     let staging = folder.destination().join(STAGING);
     fs::create_dir_all(&staging).unwrap();
+    let text = "A staging folder of prequant. It holds what isn't finished; to start over, remove all of it.\n";
+    fs::write(staging.join("prequant"), text).unwrap();
     let lock = File::create(staging.join("lock")).unwrap();
     lock.write_all_at(b"4711\n", 0).unwrap();
     lock.lock().unwrap();
@@ -483,7 +521,7 @@ fn a_run_that_was_stopped_while_publishing_is_gone_on_with() {
         order.sort_by_key(|name| rank(name));
         let ready = staging.join("ready");
         let sealed: Vec<_> = file_names(&ready).into_iter().filter(|name| name.ends_with(".safetensors")).collect();
-        fs::write(staging.join("publishing"), "").unwrap();
+        fs::write(staging.join("publishing"), as_record("publishing", &json!({"files": names}))).unwrap();
         for (i, name) in order.iter().enumerate() {
             let made = !name.ends_with(".safetensors") || sealed.contains(name);
             if made {

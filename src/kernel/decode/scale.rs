@@ -1,5 +1,6 @@
 //! Scales as they are stored.
 
+use super::round;
 use crate::dtype::FloatDtype;
 use crate::format::{Coding, Highest, ScaleCode, TensorScale};
 use crate::kernel::block::scalar;
@@ -21,6 +22,7 @@ impl Scales<'_> {
         let Scales { coding, dtype, bytes } = self;
         match (coding.scale, coding.tensor_scale) {
             (ScaleCode::Float(FloatDtype::Float32), _) => f32::from_le_bytes(bytes.as_chunks().0[i]),
+            (ScaleCode::RoundedF32, _) => rounded(f32::from_le_bytes(bytes.as_chunks().0[i]), dtype),
             (ScaleCode::Float(_) | ScaleCode::SourceFloat, _) => {
                 let dtype = coding.scale.float_dtype(dtype);
                 scalar::decode(&bytes[i * dtype.size()..][..dtype.size()], dtype)
@@ -37,6 +39,16 @@ impl Scales<'_> {
     #[inline(always)]
     pub(crate) fn is_two_to_128(self, i: usize) -> bool {
         self.coding.scale == ScaleCode::E8m0(Highest::Finite) && self.bytes[i] == 255
+    }
+}
+
+/// The nearest number of a dtype.
+#[inline(always)]
+fn rounded(x: f32, dtype: FloatDtype) -> f32 {
+    match dtype {
+        FloatDtype::Bfloat16 => scalar::decode(&round::bfloat16(x), dtype),
+        FloatDtype::Float16 => scalar::decode(&round::float16(x), dtype),
+        FloatDtype::Float32 => x,
     }
 }
 

@@ -133,6 +133,7 @@ impl Chosen {
                 let scale = or_epsilon(round(absmax / largest), dtype);
                 Chosen { stored: Stored::Float(scale), scale, zero_point: 0.0 }
             }
+            (ScaleCode::RoundedF32, _) => unreachable!("no format has scales that are rounded in decoding"),
             (ScaleCode::Float(own), _) => {
                 let scale = or_epsilon(self::round(absmax / largest, own), own);
                 Chosen { stored: Stored::Float(scale), scale, zero_point: 0.0 }

@@ -71,7 +71,7 @@ impl JobFingerprint {
                         tool.version
                     ));
                 }
-                // It was cut off while it was written: nothing came after it.
+                // Nothing that any version writes.
                 (Err(_), Err(_)) => {}
             }
         }

@@ -2,14 +2,14 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::thread;
 
 use crate::checkpoint::{Source, Staging};
 use crate::error::{Error, IoContext, Result};
 use crate::ops::job::journal;
-use crate::pipeline::{ExecutionContext, FileOutcome, Span, Subject, TensorOutcome, ThreadTrace, start_threads};
+use crate::pipeline::{ExecutionContext, FileOutcome, Span, Subject, TensorOutcome, ThreadTrace};
 use crate::plan::{Plan, PlannedTensor};
 use crate::store::hash_range;
+use crate::threads;
 
 /// Bytes of a sealed file that are read at once.
 const BUFFER: usize = 1 << 20;
@@ -42,10 +42,7 @@ pub(crate) fn sealed_files(
         }
         Ok(())
     };
-    thread::scope(|scope| {
-        let threads = start_threads(scope, context.budget.threads.min(found), check)?;
-        threads.into_iter().try_for_each(|thread| thread.join().unwrap_or(Err(Error::Stopped)))
-    })?;
+    threads::share(context.budget.threads.min(found), check).into_iter().collect::<Result<()>>()?;
     let trusted = trusted.into_inner().unwrap_or_else(PoisonError::into_inner);
     if found > 0 {
         let kept = || plan.files.iter().zip(&trusted).filter(|(_, outcome)| outcome.is_some());

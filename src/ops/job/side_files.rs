@@ -8,7 +8,7 @@ use crate::manifest::FileRecord;
 use crate::ops::job::staged::write;
 use crate::ops::model_card;
 use crate::plan::Plan;
-use crate::store::{HashingReader, Location, Reader, Sha256Hash};
+use crate::store::{HashingReader, Location, Reader, Sha256Hash, hash_range};
 
 /// Copies what lies beside the weights, as it is; the model card may be another. Also writes what the plan has beside them.
 pub(crate) fn copy(source: &Source, plan: &Plan, decodes: bool, staging: &Staging) -> Result<Vec<FileRecord>> {
@@ -29,6 +29,23 @@ pub(crate) fn copy(source: &Source, plan: &Plan, decodes: bool, staging: &Stagin
     let made = made.map(|(name, text)| write(staging, name, |file| file.write_all(text.as_bytes())));
     records.extend(made.collect::<Result<Vec<_>>>()?);
     Ok(records)
+}
+
+/// The hashes of the files that [`copy`] would write, by name.
+pub(crate) fn hashes(source: &Source, plan: &Plan) -> Result<Vec<(String, Sha256Hash)>> {
+    let mut buffer = vec![0; 1 << 16];
+    let card = model_card::changed(source, plan, false)?;
+    let mut hashes = Vec::new();
+    for side in source.side_files.iter().filter(|side| card.is_none() || side.name != model_card::NAME) {
+        let path = side.location.path();
+        let file = side.location.open().at(path, "open it")?;
+        let hash = hash_range(&*file, 0, side.len, &mut buffer, || true).at(path, "read it")?;
+        hashes.extend(hash.map(|hash| (side.name.clone(), hash)));
+    }
+    let card = card.filter(|card| !card.is_empty()).map(|card| (model_card::NAME.to_owned(), Sha256Hash::of(&card)));
+    let made = plan.side_files.iter().map(|(name, text)| ((*name).to_owned(), Sha256Hash::of(text.as_bytes())));
+    hashes.extend(card.into_iter().chain(made));
+    Ok(hashes)
 }
 
 /// Copies a file as it is; returns its hash.

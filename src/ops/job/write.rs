@@ -1,8 +1,8 @@
 //! Writing a planned checkpoint to a destination: all files to a staging folder, which is published in one last step.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::atomic::AtomicBool;
-use std::thread;
 
 use crate::backend::Backend;
 use crate::checkpoint::{
@@ -12,13 +12,14 @@ use crate::error::{Error, Hint, IoContext, Result};
 use crate::manifest::{FileRecord, Manifest, sha256_sums};
 use crate::ops::job::journal::JobFingerprint;
 use crate::ops::job::staged::{Staged, write};
-use crate::ops::job::{resume, side_files};
+use crate::ops::job::{replace, resume, side_files};
 use crate::ops::model_card;
 use crate::ops::options::Options;
 use crate::pipeline;
 use crate::pipeline::{Budget, ExecutionContext, FileOutcome, Outcome, Progress};
 use crate::plan::{Plan, PlannedTensor};
 use crate::store::Location;
+use crate::threads;
 use crate::units::Bytes;
 
 /// A plan to be written, and all that it takes.
@@ -58,7 +59,11 @@ impl Job<'_> {
     /// Whether `destination` is a place for it.
     fn check_place(&self, destination: &Location) -> Result<()> {
         let checked = Staging::check(destination, &self.source.location, self.options.force);
-        let Err(Error::Destination { .. }) = checked else { return checked };
+        match checked {
+            Ok(()) => return replace::check(destination, &self.names()),
+            Err(Error::Destination { .. }) => {}
+            Err(_) => return checked,
+        }
         let there = Manifest::read(&destination.join(MANIFEST_NAME)).ok();
         match there.as_ref().and_then(Manifest::other_version) {
             Some(version) => {
@@ -67,6 +72,15 @@ impl Job<'_> {
             }
             None => checked,
         }
+    }
+
+    /// The files that it will write, as far as they are loaded with weights.
+    fn names(&self) -> BTreeSet<String> {
+        let weights = self.plan.files.iter().map(|file| file.name.clone());
+        let index = (self.plan.files.len() > 1).then(|| INDEX_NAME.to_owned());
+        let config = self.plan.config.as_ref().map(|_| CONFIG_NAME.to_owned());
+        let others = self.source.side_files.iter().map(|file| file.name.clone());
+        weights.chain(index).chain(config).chain(others).collect()
     }
 
     /// Whether there is room for all but the files that are `sealed` already.
@@ -101,7 +115,13 @@ impl Job<'_> {
         let files = self.write_files(&staging, context);
         match files.and_then(|(files, outcome)| finish(&staging, files, outcome)) {
             Ok((names, result)) => {
-                staging.publish(&names)?;
+                let replaced = staging.replaces();
+                let old = if replaced { replace::listed(destination)? } else { BTreeSet::new() };
+                staging.publish(&names, old)?;
+                if replaced {
+                    let published = names.into_iter().collect();
+                    replace::left(destination, &published)?.iter().for_each(|file| progress.left(file));
+                }
                 Ok(result)
             }
             Err(error) => {
@@ -119,14 +139,10 @@ impl Job<'_> {
         let (source, plan) = (self.source, self.plan);
         let sealed = self.take_up(staging, context)?;
         self.check_space(staging.destination(), &sealed)?;
-        let (outcome, side_files) = thread::scope(|scope| {
-            let copy = || side_files::copy(source, plan, self.decodes, staging);
-            let copying = thread::Builder::new().spawn_scoped(scope, copy);
-            let outputs = Staged { staging };
-            let outcome = pipeline::run(source, plan, &outputs, sealed, context);
-            // Where the system allows no thread for them, they come last.
-            (outcome, copying.map_or_else(|_| copy(), |thread| thread.join().unwrap_or(Err(Error::Stopped))))
-        });
+        let (side_files, outcome) = threads::beside(
+            || side_files::copy(source, plan, self.decodes, staging),
+            || pipeline::run(source, plan, &Staged { staging }, sealed, context),
+        );
         let outcome = outcome?;
         if let Some(manifest) = self.manifest {
             check_source(source, manifest, &outcome)?;
@@ -153,11 +169,12 @@ impl Job<'_> {
         let job = JobFingerprint::new(source, &plan.recipe, self.decodes);
         let resumed = job.take_up(staging, self.options.restart)?;
         staging.remove_partial();
+        staging.unpublish()?;
+        staging.make_folders()?;
         let weights = plan.files.iter().map(|file| file.name.as_str());
-        let names: Vec<&str> = weights.chain(source.side_files.iter().map(|file| file.name.as_str())).collect();
-        staging.unpublish(names.iter().copied())?;
+        let names = weights.chain(source.side_files.iter().map(|file| file.name.as_str()));
         let others = [model_card::NAME, CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, SUMS_NAME];
-        staging.check_names(names.into_iter().chain(others))?;
+        staging.check_names(names.chain(others))?;
         match resumed {
             true => resume::sealed_files(staging, source, plan, context),
             false => Ok(vec![None; plan.files.len()]),

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::io;
 
-use crate::checkpoint::{INDEX_NAME, MANIFEST_NAME, QUANT_CONFIG_NAME, SUMS_NAME};
+use crate::checkpoint::{FileClass, MANIFEST_NAME, SUMS_NAME};
 use crate::error::{IoContext, Result};
 use crate::manifest::{FileRecord, sha256_sums};
 use crate::ops::verify::jobs::Job;
@@ -46,7 +46,7 @@ pub(crate) fn check_sums(checkpoint: &Checkpoint, report: &mut Report) -> Result
     Ok(())
 }
 
-/// Every file's name must stay inside the folder, and no weights may be there that the manifest doesn't know.
+/// Every file's name must stay inside the folder, and no file that clients could load may be there that the manifest doesn't know.
 pub(crate) fn check_names(checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
     let known: HashSet<&str> = checkpoint.manifest.files.iter().map(|file| file.name.as_str()).collect();
     for name in known.iter().filter(|name| !is_inside(name)) {
@@ -54,12 +54,10 @@ pub(crate) fn check_names(checkpoint: &Checkpoint, report: &mut Report) -> Resul
     }
     for entry in checkpoint.folder.list().at(checkpoint.folder.path(), "list it")? {
         let name = entry.name.to_string_lossy().into_owned();
-        let is_weights = name.ends_with(".safetensors") || name == INDEX_NAME || name.ends_with(".bin");
-        if is_weights && !known.contains(name.as_str()) {
-            report.differ(&name, None, "is not in the manifest: weights too many");
-        }
-        if name == QUANT_CONFIG_NAME && !known.contains(name.as_str()) {
-            report.differ(&name, None, "is not in the manifest: it speaks of other weights");
+        let is_ours = [MANIFEST_NAME, SUMS_NAME].contains(&name.as_str());
+        let is_extra = entry.stat.kind == Kind::File && !is_ours && !known.contains(name.as_str());
+        if is_extra && FileClass::of(&name) == FileClass::Loaded {
+            report.differ(&name, None, "is not in the manifest, and clients could load it");
         }
     }
     Ok(())

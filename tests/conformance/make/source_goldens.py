@@ -10,6 +10,8 @@ mxfp4.safetensors    blocks                  U8 [experts, rows, groups, 16], as 
                      scales                  U8 [experts, rows, groups]: every byte
                      DTYPE                   what its loader gives: [experts, groups * 32, rows] in DTYPE, so transposed
 
+deepseek_v4.safetensors, see coded.py: experts in FP4, two in an I8, and FP8 in blocks, both with exponents as `.scale`.
+
 Fp8Dequantize takes the block's size from the weight's shape and the scales', and refuses what does not divide: there are no
 short last blocks.
 """
@@ -19,6 +21,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import reproducible
+from coded import fp8 as fp8_without_nan
+from coded import random_bytes, save
 from reproducible import bell, seeded
 
 import numpy as np
@@ -78,10 +82,27 @@ def mxfp4() -> dict[str, torch.Tensor]:
     return {"blocks": blocks, "scales": scales} | decoded
 
 
+def deepseek_v4(folder: Path) -> None:
+    """A checkpoint of an expert and a projection."""
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]}
+    config = {"model_type": "deepseek_v4", "dtype": "bfloat16", "expert_dtype": "fp4", "quantization_config": quantization}
+    coded, decoded = {}, {}
+    for name, weight, shape in (
+        ("layers.0.ffn.experts.0.w1", random_bytes("v4 expert", 16, 128).view(torch.int8), (16, 8)),
+        ("layers.0.attn.wq_a", fp8_without_nan("v4 projection", 128, 256), (1, 2)),
+    ):
+        exponents = seeded(f"{name} scales").integers(100, 140, shape).astype(np.uint8)
+        scale = torch.from_numpy(exponents).view(torch.float8_e8m0fnu)
+        coded |= {f"{name}.weight": weight, f"{name}.scale": scale}
+        decoded[f"{name}.weight"] = Fp8Dequantize(None)._dequantize_one(weight, scale, torch.bfloat16)
+    save(folder / "deepseek_v4.safetensors", config, coded, decoded)
+
+
 def make(folder: Path) -> None:
     """Writes both files into an empty folder."""
     torch.set_num_threads(1)
     save_file(fp8(), folder / "fp8.safetensors")
+    deepseek_v4(folder)
     save_file(mxfp4(), folder / "mxfp4.safetensors")
 
 

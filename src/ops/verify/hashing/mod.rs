@@ -19,8 +19,8 @@ use crate::error::{Error, Result};
 use crate::kernel::sha256::{FREE, second_stream_cost};
 use crate::ops::verify::Options;
 use crate::ops::verify::jobs::{Contents, Job, Opened};
-use crate::pipeline::start_threads;
 use crate::store::Sha256Hash;
+use crate::threads;
 use active_file::ActiveFile;
 use lane::Lane;
 use shared_file::{NEAR, SharedFile};
@@ -55,19 +55,13 @@ pub(super) fn hash_all<'a>(
         idle: AtomicUsize::new(0),
         stopped: AtomicBool::new(false),
     };
+    // Without a thread that tells the store, reading waits for it at times.
     thread::scope(|scope| {
-        let threads = start_threads(scope, threads, || hashing.work())?;
-        let teller = thread::Builder::new().spawn_scoped(scope, || hashing.tell_store());
-        let panicked = threads.into_iter().map(|thread| thread.join().is_err()).fold(false, |any, one| any | one);
-        hashing.stopped.store(true, Ordering::Relaxed);
-        // Without it, threads wait for the store themselves.
-        let _ = teller.map(|teller| teller.thread().unpark());
-        match hashing.state().error.take() {
-            Some(error) => Err(error),
-            None if panicked => Err(Error::Stopped),
-            None => Ok(()),
-        }
-    })
+        let _stop = StopAtEnd(&hashing);
+        let _ = thread::Builder::new().spawn_scoped(scope, || hashing.tell_store());
+        threads::share(threads, || hashing.work());
+    });
+    hashing.state().error.take().map_or(Ok(()), Err)
 }
 
 /// What the threads share.
@@ -213,6 +207,16 @@ impl<'a> Hashing<'a> {
 
     fn state(&self) -> MutexGuard<'_, State<'a>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Stops all threads when it goes, in a panic too.
+struct StopAtEnd<'h, 'a>(&'h Hashing<'a>);
+
+impl Drop for StopAtEnd<'_, '_> {
+    fn drop(&mut self) {
+        self.0.stopped.store(true, Ordering::Relaxed);
+        self.0.changed.notify_all();
     }
 }
 
