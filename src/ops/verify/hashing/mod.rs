@@ -2,7 +2,7 @@
 //!
 //! Threads take files, the largest first, and hash a file and its tensors in one pass where that is soonest done
 //! ([`balance`]). Threads for which no file is left take tensors of the files that others are hashing, near the place where
-//! those are, so that a byte is read once ([`shared_file`]).
+//! those are, so that a byte is read once ([`shared_file`]); or read for them, where hashing a file's tensors with it is free.
 
 mod active_file;
 mod balance;
