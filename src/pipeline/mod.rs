@@ -188,6 +188,18 @@ pub(crate) fn run(
     plan: &Plan,
     outputs: &dyn Outputs,
     sealed: Vec<Option<FileOutcome>>,
+    context: ExecutionContext<'_>,
+) -> Result<Outcome> {
+    run_in(memory_size(), source, plan, outputs, sealed, context)
+}
+
+/// The same on a machine with so many bytes of memory, if that is known.
+fn run_in(
+    memory: Option<u64>,
+    source: &Source,
+    plan: &Plan,
+    outputs: &dyn Outputs,
+    sealed: Vec<Option<FileOutcome>>,
     mut context: ExecutionContext<'_>,
 ) -> Result<Outcome> {
     let open_files = OpenFiles::new(context.budget.threads, context.budget.files);
@@ -196,7 +208,7 @@ pub(crate) fn run(
     let lanes = context.budget.lanes.map(|budget| LanePool::new(context.device, budget));
     let held = AtomicUsize::new(0);
     let touched = plan.source_len().saturating_add(plan.output_len());
-    let crowds_memory = memory_size().is_some_and(|memory| touched > memory / 2);
+    let crowds_memory = memory.is_some_and(|memory| touched > memory / 2);
     let execution = Execution { source, plan, outputs, context, lanes, streams, held: &held, crowds_memory };
     let scheduler = Scheduler::new(plan, source.files.len(), sealed, open_files.outputs, context);
     thread::scope(|scope| {
@@ -227,7 +239,11 @@ pub(crate) fn run(
             }
         }
         // Without it the threads wait for the disk themselves.
-        let _ = thread::Builder::new().spawn_scoped(scope, || read_ahead::run(&execution, &scheduler));
+        let read_ahead = || {
+            let trace = ThreadTrace::new(context.trace, "reader", source, plan);
+            read_ahead::run(&execution, &scheduler, &trace);
+        };
+        let _ = thread::Builder::new().spawn_scoped(scope, read_ahead);
     });
     scheduler.into_outcome()
 }
@@ -270,3 +286,6 @@ impl<'a> Execution<'a> {
         *self.streams[file].lock().unwrap_or_else(PoisonError::into_inner) = Slot::Closed;
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -61,7 +61,7 @@ pub trait ReadAt: Send + Sync {
     /// What the file is known by now.
     fn identity(&self) -> io::Result<Identity>;
 
-    /// Says that `len` bytes from `offset` on will be read soon. A hint: nothing depends on it.
+    /// Says that `len` bytes from `offset` on will be read soon. A hint: nothing depends on it. It may take as long as reading them.
     fn will_read(&self, offset: u64, len: u64) {
         let _ = (offset, len);
     }

@@ -24,6 +24,8 @@ mod recorded;
 mod relayout;
 mod sources;
 mod split;
+#[cfg(target_os = "linux")]
+mod threads;
 mod unreadable;
 mod verify;
 mod warnings;
