@@ -133,7 +133,7 @@ fn convert(memory: Option<u64>) -> (Arc<Told>, Plan) {
     let recipe = RecipeOptions { max_shard_size: Some(30_000), ..RecipeOptions::default() }.build().unwrap();
     let plan = Plan::new(&source, recipe).unwrap();
     let (device, interrupt) = (Cpu::detect(), AtomicBool::new(false));
-    let limits = Limits { memory: 1 << 30, threads: 1, device_memory: 0 };
+    let limits = Limits { memory: Some(1 << 30), threads: 1, device_memory: 0, beside: 0, source_tensors: 0 };
     let budget = Budget::new(&plan, limits, &device).unwrap();
     let context = ExecutionContext {
         device: &device,

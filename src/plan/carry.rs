@@ -57,7 +57,7 @@ pub(crate) fn carry_over(source: &Source, tensors: &mut [PlannedTensor], codec: 
     }
     for i in carried {
         let tensor = &mut tensors[i];
-        let from = tensor.read.parts().first().map(|part| name_of(part)).unwrap_or_default();
+        let from = tensor.read.parts().first().map(name_of).unwrap_or_default();
         let (how, parts) = match scales.remove(&i) {
             Some(rescaled) => (rescaled.carried, parts(tensor, Some(rescaled))),
             None => (Carried::Lossless, parts(tensor, None)),

@@ -204,7 +204,7 @@ pub fn assert_well_formed(file: &[u8]) {
     let mut tensors: Vec<_> = header.tensors().into_iter().collect();
     tensors.sort_by_key(|(_, info)| info.data_offsets);
     assert_eq!((8 + header_len) % 64, 0);
-    let is_whole = |info: &TensorInfo| (info.data_offsets.1 - info.data_offsets.0) % 64 == 0;
+    let is_whole = |info: &TensorInfo| (info.data_offsets.1 - info.data_offsets.0).is_multiple_of(64);
     assert!(tensors.is_sorted_by_key(|(_, info)| !is_whole(info)), "{tensors:?}");
     for (name, info) in &tensors {
         let size = (info.dtype.bitsize() / 8).clamp(1, 8);
