@@ -130,6 +130,7 @@ impl Pairing {
     }
 
     /// Compresses blocks of both streams together, and leaves those that are to be compressed alone.
+    #[allow(unused_variables, reason = "other architectures compress none together")]
     fn compress<'b>(self, states: [&mut [u32; 8]; 2], blocks: [&'b [[u8; BLOCK]]; 2]) -> [&'b [[u8; BLOCK]]; 2] {
         match self {
             Pairing::InTurn => blocks,
