@@ -1,6 +1,7 @@
 //! What the tool does: each operation opens, plans, executes and seals.
 
 pub(crate) mod dequantize;
+mod hub_count;
 pub(crate) mod inspect;
 pub(crate) mod job;
 mod kept_modules;

@@ -6,8 +6,8 @@ use std::sync::atomic::AtomicBool;
 use crate::backend::{ChosenDevice, Opening, Work};
 use crate::checkpoint::{MANIFEST_NAME, STAGING_NAME, SUMS_NAME, Source, Staging, free_space};
 use crate::error::{Error, IoContext, Result};
-use crate::layout::recognize;
-use crate::manifest::{FileRecord, Manifest, ManifestHead, NotHeld, SourceRecord};
+use crate::layout::{leftover, recognize};
+use crate::manifest::{FileRecord, LeftOutRecord, Manifest, ManifestHead, NotHeld, SourceRecord};
 use crate::ops::job::finished::{Comparison, Finished};
 use crate::ops::job::staged::write;
 use crate::ops::job::write::{Job, is_there, write_sums};
@@ -58,7 +58,8 @@ pub fn plan(source: impl Into<Location>, recipe: Recipe, mut options: Options) -
         let (weights, threads) = (source_len / 2, options.threads);
         Work { source_len, weights, codec: &codec, columns: LIKELY_COLUMNS, threads }.too_little()
     });
-    let source = Source::open(source)?;
+    let mut source = Source::open_with(source, options.follow_links)?;
+    leftover::take_out(&mut source)?;
     let manifest = match recognize::of(&source) {
         Some(_) => relayout::manifest_of(&source.location)?,
         None => None,
@@ -110,6 +111,18 @@ impl Conversion {
         (self.source.files.len(), self.source.side_files.len())
     }
 
+    /// What lies beside the source's weights and is copied: paths below the source, and sizes.
+    pub fn copied_files(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.source.side_files.iter().map(|file| (file.name.as_str(), file.len))
+    }
+
+    /// What of the source won't be in the checkpoint: files, and tensors of files.
+    pub fn left_out(&self) -> Vec<LeftOutRecord> {
+        let Conversion { source, plan, .. } = self;
+        let made = plan.side_files.iter().map(|(name, _)| name.as_str()).chain(self.job().index_name());
+        records::left_out(source, plan.files.iter().map(|file| file.name.as_str()).chain(made))
+    }
+
     /// Bytes of the source's tensors as they are stored.
     pub fn stored_len(&self) -> u64 {
         self.source.tensors().map(|(_, info)| info.len).sum()
@@ -133,7 +146,7 @@ impl Conversion {
         self.job().check_destination(&destination.as_ref().into())
     }
 
-    fn job(&self) -> Job<'_> {
+    pub(crate) fn job(&self) -> Job<'_> {
         let Conversion { source, plan, budget, device, options, relayout } = self;
         let manifest = relayout.as_ref().map(|relayout| &relayout.manifest);
         Job { source, plan, budget: *budget, device: &*device.backend, options, manifest, decodes: false }
@@ -246,7 +259,8 @@ impl Conversion {
             return records::manifest(&self.source, &self.plan, record, files, outcome);
         };
         let manifest = records::manifest(&relayout.origin, &relayout.plan, record, files, outcome);
-        Manifest { relaid_from: Some(relayout.from), ..manifest }
+        let left_out = relayout.manifest.left_out.clone();
+        Manifest { relaid_from: Some(relayout.from), left_out, ..manifest }
     }
 }
 

@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 
-use crate::checkpoint::{CONFIG_NAME, FileClass, INDEX_NAME, MANIFEST_NAME};
+use crate::checkpoint::{CONFIG_NAME, FileClass, MANIFEST_NAME};
 use crate::error::{IoContext, Result};
-use crate::manifest::{FileRecord, Manifest, TensorRecord};
+use crate::manifest::{FileRecord, LeftOutRecord, Manifest, TensorRecord};
 use crate::ops::job::write::write_index_of;
 use crate::ops::model_card;
 use crate::ops::quantize::Conversion;
@@ -43,11 +43,11 @@ fn files(conversion: &Conversion, outcome: &Outcome) -> Result<Vec<FileRecord>> 
         size: file.len,
         sha256: *sha256,
     }));
-    if plan.files.len() > 1 {
+    if let Some(name) = conversion.job().index_name() {
         let mut hasher = HashingWriter::new(io::sink());
-        write_index_of(plan, &mut hasher).at(INDEX_NAME.as_ref(), "write it")?;
+        write_index_of(plan, &mut hasher).at(name.as_ref(), "write it")?;
         let (size, sha256) = hasher.finish();
-        files.push(FileRecord { name: INDEX_NAME.to_owned(), size, sha256 });
+        files.push(FileRecord { name: name.to_owned(), size, sha256 });
     }
     files.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(files)
@@ -103,7 +103,16 @@ pub(super) fn compare(
     files.sort_by(|a, b| a.name.cmp(&b.name));
 
     let outcome = conversion.relaid(outcome);
-    let expected = conversion.manifest(files, &outcome);
+    let mut expected = conversion.manifest(files, &outcome);
+    // What git and the hub leave in a folder isn't the same for everyone who has the source.
+    let of_the_model = |left_out: &[LeftOutRecord]| -> Vec<LeftOutRecord> {
+        let is_hidden = |record: &LeftOutRecord| record.name.split('/').any(|part| part.starts_with('.'));
+        left_out.iter().filter(|record| !is_hidden(record)).cloned().collect()
+    };
+    if found.relaid_from.is_none() && of_the_model(&found.left_out) != of_the_model(&expected.left_out) {
+        report.differ(MANIFEST_NAME, None, "what it says was left out isn't what converting the source leaves out");
+    }
+    expected.left_out.clone_from(&found.left_out);
     let tensors: HashSet<&str> = different.iter().filter_map(|difference| difference.tensor.as_deref()).collect();
     match found.relaid_from {
         None => compare_in_order(&expected, checkpoint, &tensors, report)?,

@@ -21,7 +21,7 @@ use std::thread;
 pub use reconvert::against;
 pub use report::{Difference, DifferenceClass, Report};
 
-use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, STAGING_NAME};
+use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, MAX_JSON_LEN, STAGING_NAME};
 use crate::error::{Error, IoContext, Result};
 use crate::manifest::ManifestHead;
 use crate::ops::kept_modules::KeptModules;
@@ -68,7 +68,7 @@ impl Checkpoint {
     /// The content of a small file, if it is there.
     fn read(&self, name: &str) -> Result<Option<Vec<u8>>> {
         let location = self.folder.join(name);
-        location.read_if_there().at(location.path(), "read it")
+        location.read_if_there(MAX_JSON_LEN).at(location.path(), "read it")
     }
 
     /// The SHA-256 of a file, if one is there.
@@ -87,6 +87,7 @@ impl Checkpoint {
 pub fn verify(folder: impl Into<Location>, options: Options<'_>) -> Result<Report> {
     let mut report = Report::default();
     let Some(checkpoint) = open(&folder.into(), &mut report)? else { return Ok(report) };
+    report.left_out.clone_from(&checkpoint.manifest.left_out);
     sums::check(&checkpoint, &mut report)?;
     unlisted::check(&checkpoint, &mut report)?;
     let tensors_len = summary::check(&checkpoint, &mut report)?;

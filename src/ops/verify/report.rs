@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use crate::checkpoint::FileClass;
+use crate::manifest::LeftOutRecord;
 
 /// What a difference means to those who load the checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -51,6 +52,9 @@ pub struct Report {
     /// were compared, wherever they are.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub written_by: Option<String>,
+    /// What of the source was left out when it was converted, by the manifest.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<LeftOutRecord>,
     /// Everything that is not as it should be, by file; empty if all is well.
     pub differences: Vec<Difference>,
 }
