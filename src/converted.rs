@@ -238,7 +238,7 @@ pub(crate) fn stored_weight<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::SourceFile;
+    use crate::checkpoint::{Metadata, SourceFile};
     use crate::dtype::{Dtype, byte_len};
     use crate::format::{CodecOptions, FORMATS, Layout};
     use crate::store::{Identity, Location, Sha256Hash};
@@ -248,8 +248,9 @@ mod tests {
         let (location, name) = (Location::from("checkpoint"), "model.safetensors".to_owned());
         let identity = Identity { len: 0, version: String::new(), sha256: None };
         let header_sha256 = Sha256Hash([0; 32]);
-        let file = SourceFile { name, location: location.clone(), identity, header_sha256, tensors };
-        Source { location, files: vec![file], config: None, side_files: Vec::new() }
+        let metadata = Metadata::new();
+        let file = SourceFile { name, location: location.clone(), identity, header_sha256, metadata, tensors };
+        Source::of_files(location, vec![file], None)
     }
 
     /// Two formats whose tensors can't be told apart fail here.

@@ -431,16 +431,47 @@ impl ErrorKind {
     }
 }
 
-/// Adds the path and the deed to an I/O error.
+/// Adds the path and the deed to an I/O error. What the system would do and we don't is an error of the input.
 pub(crate) trait IoContext<T> {
     fn at(self, path: &Path, action: &'static str) -> Result<T>;
 }
 
 impl<T, E: Into<io::Error>> IoContext<T> for std::result::Result<T, E> {
     fn at(self, path: &Path, action: &'static str) -> Result<T> {
-        self.map_err(|source| Error::Io { path: path.to_owned(), action, source: source.into() })
+        self.map_err(|source| {
+            let source = source.into();
+            match source.get_ref() {
+                Some(why) if why.is::<NotAFile>() || why.is::<TooLong>() => Error::malformed(path, why.to_string()),
+                _ => Error::Io { path: path.to_owned(), action, source },
+            }
+        })
     }
 }
+
+/// Something that isn't opened: reading it might never end.
+#[derive(Debug, thiserror::Error)]
+#[error("not a regular file but a pipe, a device or a socket: expected a file of bytes")]
+pub(crate) struct NotAFile;
+
+/// A file that isn't read: it would take the memory of all its bytes.
+#[derive(Debug, thiserror::Error)]
+#[error("{len} bytes are too many: expected {most} at most; is it the right file?")]
+pub(crate) struct TooLong {
+    pub len: u64,
+    pub most: u64,
+}
+
+macro_rules! into_io {
+    ($($why:ty),*) => {$(
+        impl From<$why> for io::Error {
+            fn from(why: $why) -> io::Error {
+                io::Error::new(io::ErrorKind::InvalidData, why)
+            }
+        }
+    )*};
+}
+
+into_io!(NotAFile, TooLong);
 
 fn hint(error: &io::Error) -> &'static str {
     match error.kind() {

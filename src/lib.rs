@@ -71,12 +71,12 @@ pub use dtype::{Dtype, FloatDtype};
 pub use error::{Error, ErrorKind, Hint, Result, Setting, Warning};
 pub use format::{BlockSize, FORMATS, FormatSpec, GroupSize, Layout};
 pub use manifest::{
-    DecisionRecord, FileRecord, Manifest, ManifestHead, NotHeld, OutputRecord, SourceFileRecord, SourceRecord,
-    SourceTensorRecord, Summary, TensorRecord, Tool,
+    DecisionRecord, FileRecord, LeftOutRecord, Manifest, ManifestHead, NotHeld, OutputRecord, SourceFileRecord,
+    SourceRecord, SourceTensorRecord, Summary, TensorRecord, Tool,
 };
 pub use models::Role;
 pub use ops::dequantize::Dequantization;
-pub use ops::inspect::{Contents, StoredWeight, inspect};
+pub use ops::inspect::{Contents, Stored, StoredWeight, inspect};
 pub use ops::job::finished::Finished;
 pub use ops::options::Options;
 pub use ops::quantize::Conversion;

@@ -44,6 +44,9 @@ pub struct Manifest<Tensors = Vec<TensorRecord>> {
     pub relaid_from: Option<ExpertLayout>,
     /// The checkpoint in numbers.
     pub summary: Summary,
+    /// What of the source isn't in the checkpoint, by name; absent if all is.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub left_out: Vec<LeftOutRecord>,
     /// Every file of the checkpoint but this one and SHA256SUMS, by name.
     pub files: Vec<FileRecord>,
     /// Every tensor of the source, in its order; one that was taken apart has an entry for each piece.
@@ -108,6 +111,18 @@ pub struct FileRecord {
     pub size: u64,
     /// SHA-256 of its content: what git-lfs and the hub call its oid.
     pub sha256: Sha256Hash,
+}
+
+/// A file of the source that wasn't copied, or a tensor of one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct LeftOutRecord {
+    /// The file's path below the source; a folder that was left out as a whole ends in a slash.
+    pub name: String,
+    /// The tensor, if only that was left out.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub tensor: Option<String>,
+    /// Why.
+    pub why: String,
 }
 
 /// The checkpoint in numbers.
@@ -210,8 +225,10 @@ impl<Tensors> Manifest<Tensors> {
 
     /// The same with other records, or none.
     pub(crate) fn with<Others>(self, tensors: Others) -> Manifest<Others> {
-        let Manifest { schema_version, older_schema, tool, recipe, source, relaid_from, summary, files, .. } = self;
-        Manifest { schema_version, older_schema, tool, recipe, source, relaid_from, summary, files, tensors }
+        let Manifest {
+            schema_version, older_schema, tool, recipe, source, relaid_from, summary, left_out, files, ..
+        } = self;
+        Manifest { schema_version, older_schema, tool, recipe, source, relaid_from, summary, left_out, files, tensors }
     }
 }
 

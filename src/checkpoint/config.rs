@@ -6,42 +6,57 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
+use super::first_bytes;
 use crate::dtype::FloatDtype;
 use crate::error::{Error, IoContext, Result};
 use crate::store::{Location, Sha256Hash};
 
-/// The largest config that is read: real ones are a few KB.
-const MAX_CONFIG_LEN: u64 = 16 << 20;
+/// The largest config that is read, or any other JSON beside the weights: real ones are a few KB, tokenizers some MB.
+pub(crate) const MAX_JSON_LEN: u64 = 64 << 20;
+
+/// Where a config names the weights' file.
+pub(crate) const WEIGHTS_KEY: &str = "transformers_weights";
 
 /// A model's config: its text, which is written back as it was, and its values.
 #[derive(Clone, Debug)]
 pub struct Config {
     text: String,
     values: Map<String, Value>,
+    /// Of the text as it was read.
+    sha256: Sha256Hash,
 }
 
 impl Config {
     /// Reads and checks the config that lies there.
     pub fn read(location: &Location) -> Result<Config> {
         let path = location.path();
-        let len = location.stat().at(path, "read it")?.len;
-        if len > MAX_CONFIG_LEN {
-            return Err(Error::malformed(path, format!("{len} bytes are too many for a model's config")));
-        }
-        Self::parse(location.read().at(path, "read it")?, path)
+        Self::parse(location.read(MAX_JSON_LEN).at(path, "read it")?, path)
     }
 
     /// As [`Config::read`], from memory; `path` is for errors.
     pub fn parse(bytes: Vec<u8>, path: &Path) -> Result<Config> {
+        first_bytes::check_json(&bytes, path)?;
         let text = String::from_utf8(bytes).map_err(|_| Error::malformed(path, "not UTF-8 text"))?;
         let values = serde_json::from_str(&without_python_floats(&text))
             .map_err(|error| Error::malformed(path, format!("not a JSON object: {error}")))?;
-        Ok(Config { text, values })
+        let sha256 = Sha256Hash::of(text.as_bytes());
+        Ok(Config { text, values, sha256 })
     }
 
-    /// SHA-256 of the text.
+    /// The same without what stands at these paths: a key, and keys of the objects in it.
+    ///
+    /// # Errors
+    /// When it isn't JSON any more, which can't be.
+    pub(crate) fn pruned(&self, gone: &[&[&str]]) -> Result<Config> {
+        let internal = |error: serde_json::Error| Error::internal(format!("editing a model's config: {error}"));
+        let text = self.edited(&[], gone).map_err(internal)?;
+        let values = serde_json::from_str(&without_python_floats(&text)).map_err(internal)?;
+        Ok(Config { text, values, sha256: self.sha256 })
+    }
+
+    /// SHA-256 of the file's text.
     pub fn sha256(&self) -> Sha256Hash {
-        Sha256Hash::of(self.text.as_bytes())
+        self.sha256
     }
 
     /// The values, with Python's `Infinity` and `NaN` as any number.
@@ -62,6 +77,16 @@ impl Config {
         types
     }
 
+    /// diffusers' name of the model's class; a model with one is diffusers'.
+    pub fn class_name(&self) -> Option<&str> {
+        self.values.get("_class_name")?.as_str()
+    }
+
+    /// The file of weights or the index that transformers loads, where that isn't the usual one.
+    pub(crate) fn weights_name(&self) -> Option<&str> {
+        self.values.get(WEIGHTS_KEY)?.as_str()
+    }
+
     /// The dtype of the model's weights, `dtype` or `torch_dtype`, if it is one of those that are quantized.
     pub fn dtype(&self) -> Option<FloatDtype> {
         let of = |values: &Map<String, Value>| {
@@ -79,34 +104,67 @@ impl Config {
 
     /// The text without these keys.
     pub fn without(&self, keys: &[&str]) -> Result<String, serde_json::Error> {
-        self.edited(&[], keys)
+        let paths: Vec<[&str; 1]> = keys.iter().map(|&key| [key]).collect();
+        self.edited(&[], &paths.iter().map(|path| &path[..]).collect::<Vec<_>>())
     }
 
-    fn edited(&self, new: &[(&str, Value)], gone: &[&str]) -> Result<String, serde_json::Error> {
+    /// As [`Config::with`], and without what stands at the paths `gone`: a key, and keys of the objects in it.
+    pub fn edited(&self, new: &[(&str, Value)], gone: &[&[&str]]) -> Result<String, serde_json::Error> {
         let parsed = without_python_floats(&self.text);
-        let RawObject(raw) = serde_json::from_str(&parsed)?;
         // The parsed text differs from the true one inside numbers only, not in where things are.
         let spelled = |raw: &RawValue| {
             let begin = raw.get().as_ptr().addr() - parsed.as_ptr().addr();
             self.text[begin..begin + raw.get().len()].to_owned()
         };
-        let stays = |name: &str| new.iter().all(|(key, _)| name != *key) && !gone.contains(&name);
-        let others = raw.into_iter().filter(|(name, _)| stays(name));
-        let mut entries: Vec<(String, String)> = others.map(|(name, raw)| (name, spelled(raw))).collect();
+        let mut entries = entries(&parsed, gone, &spelled, 1)?;
+        entries.retain(|(name, _)| new.iter().all(|(key, _)| name != *key));
         let sorted = entries.is_sorted_by(|a, b| a.0 <= b.0);
         for (key, value) in new {
             let place = if sorted { entries.partition_point(|(name, _)| name.as_str() < *key) } else { entries.len() };
             let value = serde_json::to_string_pretty(value)?.replace('\n', "\n  ");
             entries.insert(place, ((*key).to_owned(), value));
         }
-
-        if entries.is_empty() {
-            return Ok("{}\n".to_owned());
-        }
-        let lines: Vec<String> =
-            entries.iter().map(|(name, value)| format!("  {}: {value}", Value::from(name.as_str()))).collect();
-        Ok(format!("{{\n{}\n}}\n", lines.join(",\n")))
+        Ok(object(&entries, 0) + "\n")
     }
+}
+
+/// An object's keys and their values as they are spelled, without what stands at the paths `gone`. `depth` is how many
+/// objects its entries are in.
+fn entries(
+    text: &str,
+    gone: &[&[&str]],
+    spelled: &dyn Fn(&RawValue) -> String,
+    depth: usize,
+) -> Result<Vec<(String, String)>, serde_json::Error> {
+    let RawObject(raw) = serde_json::from_str(text)?;
+    let mut kept = Vec::new();
+    for (name, raw) in raw {
+        let below: Vec<&[&str]> = gone
+            .iter()
+            .filter_map(|path| path.split_first().filter(|(key, _)| **key == name))
+            .map(|(_, rest)| rest)
+            .collect();
+        match below.iter().any(|rest| rest.is_empty()) {
+            true => {}
+            false if below.is_empty() => kept.push((name, spelled(raw))),
+            false => {
+                let value = entries(raw.get(), &below, spelled, depth + 1);
+                kept.push((name, value.map_or_else(|_| spelled(raw), |inner| object(&inner, depth))));
+            }
+        }
+    }
+    Ok(kept)
+}
+
+/// An object of these entries that stands in `depth` others.
+fn object(entries: &[(String, String)], depth: usize) -> String {
+    if entries.is_empty() {
+        return "{}".to_owned();
+    }
+    let indent = "  ".repeat(depth);
+    let lines: Vec<String> =
+        entries.iter().map(|(name, value)| format!("{indent}  {}: {value}", Value::from(name.as_str()))).collect();
+    format!("{{\n{}\n{indent}}}", lines.join(",\n"))
 }
 
 /// An object whose values keep their text.
@@ -170,7 +228,7 @@ mod tests {
 
     fn config(text: &str) -> Config {
         let values = serde_json::from_str(&without_python_floats(text)).unwrap();
-        Config { text: text.to_owned(), values }
+        Config { text: text.to_owned(), values, sha256: Sha256Hash::of(text.as_bytes()) }
     }
 
     #[test]
@@ -195,6 +253,16 @@ mod tests {
         let without = |text: &str| config(text).without(&["b", "x"]).unwrap();
         assert_eq!(without(r#"{"a": 1e-06, "b": {"a": 1}, "c": NaN}"#), "{\n  \"a\": 1e-06,\n  \"c\": NaN\n}\n");
         assert_eq!(without(r#"{"b": 1}"#), "{}\n");
+    }
+
+    #[test]
+    fn a_key_in_an_object_is_taken_out_of_it_alone() {
+        let text = r#"{"a": 1e-06, "text": {"b": {"x": Infinity}, "q": 1, "c": [NaN]}, "q": 2}"#;
+        let edited =
+            config(text).edited(&[("n", json!(0))], &[&["text", "q"], &["text", "none"], &["a", "x"]]).unwrap();
+        let expected = "{\n  \"a\": 1e-06,\n  \"text\": {\n    \"b\": {\"x\": Infinity},\n    \"c\": [NaN]\n  },\n  \"q\": 2,\n  \"n\": 0\n}\n";
+        assert_eq!(edited, expected);
+        assert_eq!(config(r#"{"t": {"q": 1}}"#).edited(&[], &[&["t", "q"]]).unwrap(), "{\n  \"t\": {}\n}\n");
     }
 
     #[test]

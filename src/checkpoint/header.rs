@@ -10,10 +10,11 @@ use std::io::{self, BufReader, Read};
 use std::path::Path;
 use std::sync::Arc;
 
-use safetensors::tensor::{Metadata, TensorInfo as LibraryEntry};
+use safetensors::tensor::{Metadata as Checked, TensorInfo as LibraryEntry};
 use serde::Deserialize;
 use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, Visitor};
 
+use super::first_bytes;
 use crate::dtype::{self, Dtype, byte_len};
 use crate::error::{Error, IoContext, Result};
 use crate::shape::Shapes;
@@ -33,6 +34,9 @@ const CHECKED_AT_ONCE: usize = 1 << 12;
 
 /// The key that names no tensor.
 pub(super) const METADATA_KEY: &str = "__metadata__";
+
+/// The key in it that says which framework's layout the tensors have.
+pub(crate) const FORMAT_KEY: &str = "format";
 
 /// One tensor of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,11 +58,16 @@ pub struct TensorInfo {
 pub struct Header {
     /// The tensors, in the order of their bytes.
     pub tensors: Vec<TensorInfo>,
+    /// What stands in it beside them, `__metadata__`.
+    pub metadata: Metadata,
     /// SHA-256 of the length field and the JSON.
     pub sha256: Sha256Hash,
     /// Bytes of the length field and the JSON.
     pub len: u64,
 }
+
+/// A header's `__metadata__`: text by key.
+pub(crate) type Metadata = BTreeMap<String, String>;
 
 impl Header {
     /// Reads and checks the header of `file`, which is `file_len` bytes long. `path` is for errors.
@@ -76,13 +85,15 @@ impl Header {
         let mut length_field = [0; LENGTH_FIELD as usize];
         file.read_exact(&mut length_field).at(path, "read its header")?;
         let json_len = u64::from_le_bytes(length_field);
-        check_length(json_len, file_len, path)?;
+        if let Err(error) = check_length(json_len, file_len, path) {
+            return Err(foreign(&length_field, &mut file, path)?.unwrap_or(error));
+        }
         let data_start = LENGTH_FIELD + json_len;
 
         let parsed = parse(BufReader::with_capacity(BUFFER, file.by_ref().take(json_len)));
         let (read, sha256) = file.finish();
-        let mut entries = match parsed {
-            Ok(entries) => entries,
+        let (mut entries, metadata) = match parsed {
+            Ok(parsed) => parsed,
             Err(NoHeader { error, .. }) if error.is_io() => {
                 return Err(io::Error::from(error)).at(path, "read its header");
             }
@@ -112,8 +123,16 @@ impl Header {
         });
         let mut tensors: Vec<TensorInfo> = tensors.collect();
         tensors.shrink_to_fit();
-        Ok(Header { tensors, sha256, len: data_start })
+        Ok(Header { tensors, metadata, sha256, len: data_start })
     }
+}
+
+/// What the file is that began so, if it is something else than safetensors that has a name.
+fn foreign(begin: &[u8], file: &mut impl Read, path: &Path) -> Result<Option<Error>> {
+    let mut first = begin.to_vec();
+    let most = (first_bytes::ENOUGH - first.len()) as u64;
+    file.take(most).read_to_end(&mut first).at(path, "read its header")?;
+    Ok(first_bytes::of(&first).map(|found| first_bytes::is(path, found)))
 }
 
 /// A tensor as the header has it.
@@ -134,7 +153,7 @@ fn data_len(entries: &[Entry]) -> Result<u64, String> {
             let shape = shape.iter().map(|&dimension| usize::try_from(dimension).unwrap_or(usize::MAX)).collect();
             (String::new(), LibraryEntry { dtype: *dtype, shape, data_offsets: (shift(*begin), shift(*end)) })
         });
-        let checked = Metadata::new(None, nameless.collect()).map_err(|error| error.to_string())?;
+        let checked = Checked::new(None, nameless.collect()).map_err(|error| error.to_string())?;
         start = start.checked_add(checked.data_len() as u64).ok_or("its tensors end past 2^64")?;
     }
     Ok(start)
@@ -195,18 +214,19 @@ struct NoHeader {
     error: serde_json::Error,
 }
 
-/// The entries in their own order, without `__metadata__`.
-fn parse(json: impl Read) -> Result<Vec<Entry>, NoHeader> {
-    let (mut entries, mut at) = (Vec::new(), None);
+/// The entries in their own order, and `__metadata__`.
+fn parse(json: impl Read) -> Result<(Vec<Entry>, Metadata), NoHeader> {
+    let (mut entries, mut metadata, mut at) = (Vec::new(), None, None);
     let mut json = serde_json::Deserializer::from_reader(json);
-    let parsing = Entries { entries: &mut entries, shapes: Shapes::default(), at: &mut at };
+    let parsing = Entries { entries: &mut entries, metadata: &mut metadata, shapes: Shapes::default(), at: &mut at };
     let parsed = parsing.deserialize(&mut json).and_then(|()| json.end());
-    parsed.map(|()| entries).map_err(|error| NoHeader { tensor: at, error })
+    parsed.map(|()| (entries, metadata.unwrap_or_default())).map_err(|error| NoHeader { tensor: at, error })
 }
 
 /// Reads the JSON object. The library's own type reads it into maps, which lose a name that stands in it twice.
 struct Entries<'a> {
     entries: &'a mut Vec<Entry>,
+    metadata: &'a mut Option<Metadata>,
     shapes: Shapes,
     /// The tensor whose entry is being read.
     at: &'a mut Option<String>,
@@ -228,7 +248,6 @@ impl<'de> Visitor<'de> for Entries<'_> {
     }
 
     fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
-        let mut metadata = None;
         while let Some(name) = map.next_key::<String>()? {
             if name != METADATA_KEY {
                 *self.at = Some(name);
@@ -236,7 +255,7 @@ impl<'de> Visitor<'de> for Entries<'_> {
                 let shape = self.shapes.get(&shape);
                 let name = self.at.take().map(Arc::from);
                 self.entries.extend(name.map(|name| Entry { name, dtype, shape, data_offsets }));
-            } else if metadata.replace(map.next_value::<BTreeMap<String, String>>()?).is_some() {
+            } else if self.metadata.replace(map.next_value()?).is_some() {
                 return Err(de::Error::custom(format!("the key {METADATA_KEY:?} stands in it twice")));
             }
         }

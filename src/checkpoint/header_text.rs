@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::header::{LENGTH_FIELD, METADATA_KEY};
+use super::header::{FORMAT_KEY, LENGTH_FIELD, METADATA_KEY, Metadata};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 
@@ -39,14 +39,23 @@ impl HeaderText {
     /// More bytes of JSON than a header without entries has.
     pub(crate) const LEAST: u64 = 64;
 
-    /// Of no entries yet.
-    pub(crate) fn new() -> HeaderText {
+    /// Of no entries yet; beside them stands `metadata`, and that the tensors' layout is PyTorch's.
+    pub(crate) fn new(metadata: &Metadata) -> HeaderText {
         let mut text = Vec::with_capacity(2 * PIECE);
         text.push(b'{');
         put(&mut text, METADATA_KEY);
         text.push(b':');
-        put(&mut text, &BTreeMap::from([("format", "pt")]));
+        let own = (FORMAT_KEY, "pt");
+        let all: BTreeMap<&str, &str> = metadata.iter().map(|(key, text)| (&**key, &**text)).chain([own]).collect();
+        put(&mut text, &all);
         HeaderText { text, before: 0, position: 0 }
+    }
+
+    /// Bytes that `metadata` takes, at most.
+    pub(crate) fn len_of_metadata(metadata: &Metadata) -> u64 {
+        let mut text = Vec::new();
+        put(&mut text, metadata);
+        text.len() as u64
     }
 
     /// Adds a tensor of `len` bytes behind the others.
@@ -120,7 +129,7 @@ mod tests {
 
     /// All of a header's JSON.
     fn text_of(tensors: &[(&str, Dtype, &[u64])]) -> Vec<u8> {
-        let mut header = HeaderText::new();
+        let mut header = HeaderText::new(&BTreeMap::new());
         let mut all = Vec::new();
         let mut take = |text: &[u8]| {
             all.extend_from_slice(text);

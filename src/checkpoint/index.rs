@@ -2,17 +2,20 @@
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::io;
+use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::TensorInfo;
-use crate::error::{Error, IoContext, Result};
-use crate::store::Location;
+use super::{TensorInfo, first_bytes};
+use crate::error::{Error, IoContext, Result, TooLong};
+use crate::store::{Location, Reader};
 
-/// The largest index that is read: a thousand times a common one.
-const MAX_INDEX_LEN: u64 = 200_000_000;
+/// The largest index of a source that is read: a thousand times a common one.
+pub(crate) const MAX_INDEX_LEN: u64 = 256 << 20;
+
+/// Bytes that are read at once.
+const BUFFER: usize = 1 << 16;
 
 /// An index as it stands in the file; other keys are ignored.
 #[derive(Deserialize)]
@@ -41,24 +44,37 @@ struct Metadata {
 }
 
 impl Index {
-    /// Reads the index that lies there; its file names are plain names without a folder.
-    pub fn read(location: &Location) -> Result<Index> {
+    /// Reads the index that lies there, of no more than `most` bytes; its files are in its folder or below it.
+    ///
+    /// It is parsed as it is read: its text is never in memory.
+    pub fn read(location: &Location, most: u64) -> Result<Index> {
         let path = location.path();
-        let len = location.stat().at(path, "read it")?.len;
-        if len > MAX_INDEX_LEN {
-            return Err(Error::malformed(path, format!("{len} bytes are too many for an index of tensors")));
+        let file = location.open().at(path, "open it")?;
+        let len = file.identity().at(path, "look at it")?.len;
+        if len > most {
+            return Err(io::Error::from(TooLong { len, most })).at(path, "read it");
         }
-        Self::parse(&location.read().at(path, "read it")?, path)
+        Self::parse(Reader::new(&*file).take(most), path)
     }
 
-    /// As [`Index::read`], from memory; `path` is for errors.
-    pub fn parse(text: &[u8], path: &Path) -> Result<Index> {
-        let index: Index = serde_json::from_slice(text)
-            .map_err(|error| Error::malformed(path, format!("not an index of tensors: {error}")))?;
-        for (tensor, file) in &index.weight_map {
-            if file.contains(['/', '\\', '\0']) || matches!(file.as_str(), "" | "." | "..") {
-                let why = format!("tensor {tensor:?} is said to be in {file:?}: expected the name of a file beside it");
-                return Err(Error::malformed(path, why));
+    /// As [`Index::read`], from anywhere; `path` is for errors.
+    pub fn parse(text: impl Read, path: &Path) -> Result<Index> {
+        let mut text = BufReader::with_capacity(BUFFER, text);
+        first_bytes::check_json(text.fill_buf().at(path, "read it")?, path)?;
+        let mut index: Index = serde_json::from_reader(text).map_err(|error| match error.is_io() {
+            true => Error::Io { path: path.to_owned(), action: "read it", source: error.into() },
+            false => Error::malformed(path, format!("not an index of tensors: {error}")),
+        })?;
+        for (tensor, file) in &mut index.weight_map {
+            match inside(file) {
+                Some(name) if name == *file => {}
+                Some(name) => *file = name,
+                None => {
+                    let why = format!(
+                        "tensor {tensor:?} is said to be in {file:?}: expected the name of a file in this folder or below it"
+                    );
+                    return Err(Error::malformed(path, why));
+                }
             }
         }
         Ok(index)
@@ -85,38 +101,50 @@ impl Index {
         self.weight_map.get(tensor).map(String::as_str)
     }
 
-    /// Checks the index against the files' headers: each tensor is where the index says, and nowhere else.
-    pub fn check<'a>(&self, path: &Path, files: impl Iterator<Item = (&'a str, &'a [TensorInfo])>) -> Result<()> {
+    /// Checks the index against the files' headers: each tensor that it lists is where it says. Returns how many tensors of
+    /// the files it doesn't list, and the first of them; clients load these too.
+    ///
+    /// # Errors
+    /// When a tensor isn't where it should be.
+    pub fn check<'a>(
+        &'a self,
+        path: &Path,
+        files: impl Iterator<Item = (&'a str, &'a [TensorInfo])>,
+    ) -> Result<Option<(usize, &'a str)>> {
         let mut found = HashSet::with_capacity(self.weight_map.len());
+        let mut unlisted = None;
+        let mut elsewhere = None;
         for (file, tensors) in files {
             for TensorInfo { name, .. } in tensors {
-                let why = match self.weight_map.get(&**name) {
-                    Some(expected) if expected == file => {
-                        found.insert(&**name);
-                        continue;
-                    }
-                    Some(expected) => format!("tensor {name:?} is said to be in {expected:?}, but {file:?} has it"),
-                    None => format!("tensor {name:?} of {file:?} isn't listed"),
-                };
-                return Err(Error::malformed(path, format!("{why}; download the index again")));
+                match self.weight_map.get(&**name) {
+                    Some(expected) if expected == file => drop(found.insert(&**name)),
+                    Some(expected) => elsewhere = elsewhere.or(Some((name, expected, file))),
+                    None => unlisted = Some(unlisted.map_or((1, &**name), |(count, first)| (count + 1, first))),
+                }
             }
         }
-        match self.weight_map.iter().find(|(tensor, _)| !found.contains(tensor.as_str())) {
-            Some((tensor, file)) => {
-                let why = format!("tensor {tensor:?} is said to be in {file:?}, which doesn't have it");
-                Err(Error::malformed(path, format!("{why}; download the file again")))
+        let Some((tensor, file)) = self.weight_map.iter().find(|(tensor, _)| !found.contains(tensor.as_str())) else {
+            return Ok(unlisted);
+        };
+        let why = match elsewhere.filter(|(name, ..)| !found.contains(&***name)) {
+            Some((name, expected, file)) => {
+                format!("tensor {name:?} is said to be in {expected:?}, but {file:?} has it; download the index again")
             }
-            None => Ok(()),
-        }
+            None => {
+                format!("tensor {tensor:?} is said to be in {file:?}, which doesn't have it; download the file again")
+            }
+        };
+        Err(Error::malformed(path, why))
     }
 }
 
-/// The name of output file `i` (from 0) of `count`, as the ecosystem has it.
-pub(crate) fn shard_name(i: usize, count: usize) -> String {
-    match count {
-        1 => "model.safetensors".to_owned(),
-        _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
+/// A path below a folder, without `.` and empty parts; none if it leads out of it.
+pub(crate) fn inside(name: &str) -> Option<String> {
+    if name.starts_with('/') || name.contains(['\\', '\0']) {
+        return None;
     }
+    let parts: Vec<&str> = name.split('/').filter(|part| !matches!(*part, "" | ".")).collect();
+    (!parts.is_empty() && !parts.contains(&"..")).then(|| parts.join("/"))
 }
 
 /// Writes an index of tensors, in the order of their names, and their files, with the sum of the tensors' bytes; as transformers
@@ -132,4 +160,20 @@ pub(crate) fn write_index<'a>(
     let index = OutputIndex { metadata: Metadata { total_size }, weight_map: WeightMap(Cell::new(Some(weight_map))) };
     serde_json::to_writer_pretty(&mut writer, &index)?;
     writer.write_all(b"\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_of_an_index_stay_in_its_folder() {
+        for (name, expected) in [("a", "a"), ("./a", "a"), ("sub/a", "sub/a"), ("./sub//./a", "sub/a"), ("..a", "..a")]
+        {
+            assert_eq!(inside(name).as_deref(), Some(expected), "{name}");
+        }
+        for name in ["", ".", "./", "..", "../a", "sub/../../a", "sub/..", "/a", "a\\b", "a\0"] {
+            assert_eq!(inside(name), None, "{name:?}");
+        }
+    }
 }

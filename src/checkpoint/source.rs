@@ -1,19 +1,24 @@
-//! Opening a checkpoint: which files it has, and all their headers. No weight is read.
+//! Opening a checkpoint: which files it has, and all their headers. No weight is read, but those that stand in it twice.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::path::Path;
-use std::thread;
+use std::sync::Arc;
 
-use super::index::Index;
-use super::side_files::{self, SideFile};
-use super::{CONFIG_NAME, Config, Header, INDEX_NAME, MANIFEST_NAME, TensorInfo};
+use super::header::{FORMAT_KEY, Metadata};
+use super::side_files::SideFile;
+use super::weight_files::{self, Naming, SAFETENSORS, some};
+use super::wrappers::{self, Wrapper};
+use super::{CONFIG_NAME, Config, Header, TensorInfo, folder, place};
 use crate::dtype::FloatDtype;
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, IoContext, Result, Warning};
 use crate::store::{Identity, Kind, Listing, Location, ReadAt, Reader, Sha256Hash, Stat};
 
-/// Headers that are read at the same time.
-const OPEN_AT_ONCE: usize = 8;
+/// The most bytes of headers' `__metadata__` that are kept: each output file has them all.
+const MAX_METADATA_LEN: usize = 1 << 20;
+
+/// Keys of `__metadata__` that are hashes of the file's own bytes.
+const OF_THE_BYTES: [&str; 3] = ["modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash"];
 
 /// A checkpoint whose headers are read and checked.
 #[derive(Debug)]
@@ -24,14 +29,33 @@ pub struct Source {
     pub files: Vec<SourceFile>,
     /// config.json, if the source is a folder or has one beside it.
     pub config: Option<Config>,
-    /// What else is in the folder; none if the source is one file.
+    /// What else is in the folder and copied; none if the source is one file.
     pub side_files: Vec<SideFile>,
+    /// What is in the folder and isn't copied.
+    pub(crate) left_out: Vec<LeftOut>,
+    /// What `__metadata__` of the headers says, but for the framework.
+    pub(crate) metadata: Arc<Metadata>,
+    /// What should be known before using what is made of it.
+    pub(crate) notes: Vec<Warning>,
+    /// What tensors' names have of a wrapper that the model was saved in.
+    pub(crate) wrapper: Wrapper,
+}
+
+/// A file of the source that isn't copied, or a tensor of one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LeftOut {
+    /// The file's path below the source; a folder's ends in a slash.
+    pub name: String,
+    /// The tensor, if it is about one.
+    pub tensor: Option<String>,
+    /// Why.
+    pub why: String,
 }
 
 /// A safetensors file.
 #[derive(Clone, Debug)]
 pub struct SourceFile {
-    /// Its name, without the folder.
+    /// Its path below the source, with forward slashes.
     pub name: String,
     /// Where it is.
     pub location: Location,
@@ -39,11 +63,19 @@ pub struct SourceFile {
     pub identity: Identity,
     /// SHA-256 of its header, length field included.
     pub header_sha256: Sha256Hash,
+    /// Its header's `__metadata__`.
+    pub metadata: BTreeMap<String, String>,
     /// Its tensors, in the order of their bytes.
     pub tensors: Vec<TensorInfo>,
 }
 
 impl Source {
+    /// Files of weights without anything beside them.
+    pub fn of_files(location: Location, files: Vec<SourceFile>, config: Option<Config>) -> Source {
+        let (side_files, left_out, metadata, notes, wrapper) = Default::default();
+        Source { location, files, config, side_files, left_out, metadata, notes, wrapper }
+    }
+
     /// The dtype that quantized weights are decoded to where they don't say: the model's, or bf16, as transformers does.
     pub fn model_dtype(&self) -> FloatDtype {
         self.config.as_ref().and_then(Config::dtype).unwrap_or(FloatDtype::Bfloat16)
@@ -54,7 +86,28 @@ impl Source {
     /// # Errors
     /// When it isn't there, isn't a checkpoint, or is damaged as far as headers tell.
     pub fn open(place: impl Into<Location>) -> Result<Source> {
-        let place = place.into();
+        Source::open_with(place, false)
+    }
+
+    /// As [`Source::open`]; with `follow_links` links beside the weights may lead anywhere, to folders too.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn open_with(place: impl Into<Location>, follow_links: bool) -> Result<Source> {
+        let mut source = Source::open_unchecked(&place.into(), follow_links)?;
+        source.check_is_a_model()?;
+        Ok(source)
+    }
+
+    /// Opens a checkpoint to look at it, whatever its tensors are: [`Source::check_is_a_model`] is the caller's.
+    ///
+    /// # Errors
+    /// As [`Source::open`]'s otherwise.
+    pub(crate) fn open_any(place: &Location) -> Result<Source> {
+        Source::open_unchecked(place, false)
+    }
+
+    fn open_unchecked(place: &Location, follow_links: bool) -> Result<Source> {
         let path = place.path();
         let kind = match place.stat() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -62,8 +115,12 @@ impl Source {
             }
             other => other.at(path, "open it")?.kind,
         };
-        let source = if kind == Kind::Folder { open_folder(&place)? } else { open_file(&place, kind)? };
-        source.check_names_differ()?;
+        let mut source = match kind {
+            Kind::Folder => folder::open(place, follow_links)?,
+            kind => open_file(place, kind)?,
+        };
+        source.read_names();
+        source.read_metadata();
         Ok(source)
     }
 
@@ -82,6 +139,11 @@ impl Source {
         self.files.iter().enumerate().flat_map(|(i, file)| file.tensors.iter().map(move |tensor| (i, tensor)))
     }
 
+    /// How the files of what is made of it are called.
+    pub(crate) fn naming(&self) -> &'static Naming {
+        Naming::of(self.config.as_ref())
+    }
+
     /// # Errors
     /// When two tensors have one name.
     pub fn check_names_differ(&self) -> Result<()> {
@@ -95,78 +157,105 @@ impl Source {
         }
         Ok(())
     }
-}
 
-fn open_folder(folder: &Location) -> Result<Source> {
-    let config_path = folder.join(CONFIG_NAME);
-    let has_config = is_there(&config_path)?;
-    if !has_config && !is_there(&folder.join(MANIFEST_NAME))? {
-        let why = "it has no config.json; give the .safetensors file itself to convert weights without a model";
-        return Err(Error::NotACheckpoint { path: folder.path().to_owned(), why: why.to_owned() });
+    fn names(&self) -> impl Iterator<Item = &str> + Clone {
+        self.files.iter().flat_map(|file| file.tensors.iter().map(|tensor| &*tensor.name))
     }
-    let config = match has_config {
-        true => {
-            check_is_inside(folder, &config_path)?;
-            Some(Config::read(&config_path)?)
+
+    /// # Errors
+    /// When its tensors are what a trainer holds of a model, not the model.
+    pub(crate) fn check_is_a_model(&mut self) -> Result<()> {
+        let error = |why: String| Err(Error::NotACheckpoint { path: self.location.path().to_owned(), why });
+        if let Some(name) = wrappers::unmerged(self.names()) {
+            return error(format!(
+                "it was saved with an adapter that isn't merged (tensor {name:?}): merge the adapter first (PEFT's \
+                 merge_and_unload), save the model with save_pretrained, and convert that"
+            ));
         }
-        false => None, // what was made of one file without it
-    };
-    let index_path = folder.join(INDEX_NAME);
-    let files = if is_there(&index_path)? {
-        check_is_inside(folder, &index_path)?;
-        let index = Index::read(&index_path)?;
-        let missing = |name: &str| format!("names {name:?}, which isn't beside it: download that file too");
-        let names: Vec<String> = index.files().into_iter().map(str::to_owned).collect();
-        for name in &names {
-            if !is_there(&folder.join(name))? {
-                return Err(Error::malformed(index_path.path(), missing(name)));
+        let all = self.tensors().count();
+        // The shape of what is on other ranks; other tensors without elements keep theirs.
+        let empty: Vec<&str> =
+            self.tensors().filter(|(_, info)| info.shape[..] == [0]).map(|(_, info)| &*info.name).collect();
+        if all > 0 && 2 * empty.len() > all {
+            return error(format!(
+                "{} of its {all} tensors have no elements, such as {:?}: a save of DeepSpeed ZeRO-3 without its parameters; put \
+                 them together first (`zero_to_fp32.py`, or stage3_gather_16bit_weights_on_model_save), then convert the result",
+                empty.len(),
+                empty[0],
+            ));
+        }
+        if let Some(first) = empty.first() {
+            let note =
+                format!("{} of its tensors have no elements, such as {first:?}: copied as they are", empty.len());
+            self.notes.push(note.into());
+        }
+        Ok(())
+    }
+
+    /// Finds what a wrapper left in names.
+    pub(crate) fn read_names(&mut self) {
+        self.wrapper = Wrapper::of(self.names());
+        if let Some(found) = self.wrapper.found(self.names()) {
+            let note = format!(
+                "tensors' names have {found:?} of a wrapper that the model was saved in: it is taken out of them"
+            );
+            self.notes.push(note.into());
+        }
+    }
+
+    /// Puts together what the headers say beside their tensors.
+    fn read_metadata(&mut self) {
+        let mut dropped: BTreeSet<&str> = BTreeSet::new();
+        let mut metadata = Metadata::new();
+        for (key, text) in self.files.iter().flat_map(|file| &file.metadata).filter(|(key, _)| *key != FORMAT_KEY) {
+            let differs = metadata.get(key).is_some_and(|other| other != text);
+            if differs || OF_THE_BYTES.contains(&key.as_str()) {
+                dropped.insert(key);
+            } else {
+                metadata.insert(key.clone(), text.clone());
             }
         }
-        let files = open_all(folder, &names)?;
-        index.check(index_path.path(), files.iter().map(|file| (file.name.as_str(), file.tensors.as_slice())))?;
-        files
-    } else {
-        open_all(folder, &files_without_index(folder)?)?
-    };
-    let side_files = side_files::find(folder)?;
-    side_files.iter().try_for_each(|file| check_is_inside(folder, &file.location))?;
-    Ok(Source { location: folder.clone(), files, config, side_files })
+        metadata.retain(|key, _| !dropped.contains(key.as_str()));
+        if metadata.iter().map(|(key, text)| key.len() + text.len()).sum::<usize>() > MAX_METADATA_LEN {
+            self.notes.push(
+                format!("its headers' __metadata__ has more than {MAX_METADATA_LEN} bytes: it isn't kept").into(),
+            );
+            metadata.clear();
+        }
+        if !dropped.is_empty() {
+            let named = some(&dropped.into_iter().collect::<Vec<_>>());
+            let why = "a hash of the old bytes, or not the same in all files";
+            self.notes.push(format!("not kept of its headers' __metadata__: {named} ({why})").into());
+        }
+        self.metadata = Arc::new(metadata);
+    }
 }
 
-fn is_there(place: &Location) -> Result<bool> {
-    place.exists().at(place.path(), "look at it")
-}
-
-fn open_file(place: &Location, kind: Kind) -> Result<Source> {
-    let path = place.path();
+fn open_file(file: &Location, kind: Kind) -> Result<Source> {
+    let path = file.path();
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    if kind != Kind::File || !name.ends_with(".safetensors") {
-        let why = "expected a folder, or a file whose name ends in .safetensors".to_owned();
+    if kind != Kind::File {
+        let why = "it is a pipe, a device or a socket; expected a folder, or a file whose name ends in .safetensors"
+            .to_owned();
         return Err(Error::NotACheckpoint { path: path.to_owned(), why });
     }
-    let config_path = place.with_file_name(CONFIG_NAME);
-    let has_config = config_path.is_file().at(config_path.path(), "look at it")?;
-    let config = if has_config { Some(Config::read(&config_path)?) } else { None };
-    let file = SourceFile::open(name.to_owned(), place.clone())?;
-    Ok(Source { location: place.clone(), files: vec![file], config, side_files: Vec::new() })
-}
-
-/// Opens files by name, several at once: on a network disk it is waiting that takes the time.
-fn open_all(folder: &Location, names: &[String]) -> Result<Vec<SourceFile>> {
-    let each = names.len().div_ceil(OPEN_AT_ONCE).max(1);
-    thread::scope(|scope| {
-        let open = |names: &[String]| names.iter().map(|name| open_inside(folder, name)).collect::<Result<Vec<_>>>();
-        let threads: Vec<_> = names.chunks(each).map(|names| scope.spawn(move || open(names))).collect();
-        let parts = threads.into_iter().map(|thread| thread.join().unwrap_or(Err(Error::Stopped)));
-        parts.collect::<Result<Vec<_>>>().map(|parts| parts.into_iter().flatten().collect())
-    })
-}
-
-/// Opens a file of the folder; a link must lead to where this checkpoint's files are.
-fn open_inside(folder: &Location, name: &str) -> Result<SourceFile> {
-    let location = folder.join(name);
-    check_is_inside(folder, &location)?;
-    SourceFile::open(name.to_owned(), location)
+    if !name.ends_with(SAFETENSORS) {
+        return Err(place::of_file(file)?.error(file));
+    }
+    let config_path = file.with_file_name(CONFIG_NAME);
+    let config = match config_path.kind().at(config_path.path(), "look at it")? {
+        Some(Kind::File) => Some(Config::read(&config_path)?),
+        _ => None,
+    };
+    let opened = SourceFile::open(name.to_owned(), file.clone())?;
+    let mut source = Source::of_files(file.clone(), vec![opened], config);
+    let shard = weight_files::Shard::of(name).filter(|shard| shard.count.is_some_and(|count| count > 1));
+    if let Some(count) = shard.and_then(|shard| shard.count) {
+        source
+            .notes
+            .push(format!("{name} is one of {count} shards by its name: the others' tensors aren't converted").into());
+    }
+    Ok(source)
 }
 
 impl SourceFile {
@@ -179,8 +268,8 @@ impl SourceFile {
         let file = location.open().at(path, "open it")?;
         let identity = file.identity().at(path, "look at it")?;
         let header = Header::read(&mut Reader::new(&*file), identity.len, path)?;
-        let Header { sha256: header_sha256, tensors, .. } = header;
-        Ok(SourceFile { name, location, identity, header_sha256, tensors })
+        let Header { sha256: header_sha256, metadata, tensors, .. } = header;
+        Ok(SourceFile { name, location, identity, header_sha256, metadata, tensors })
     }
 
     /// Opens the file anew, for its weights.
@@ -199,70 +288,5 @@ impl SourceFile {
             _ => "it was written to since its header was read".to_owned(),
         };
         Err(Error::SourceChanged { path: path.to_owned(), why })
-    }
-}
-
-/// A file must be a regular one; a link may lead elsewhere in the folder, or, in the hub's cache, from
-/// `snapshots/REVISION` to `blobs`.
-fn check_is_inside(folder: &Location, file: &Location) -> Result<()> {
-    let path = file.path();
-    let target = file.resolve().at(path, "open it")?;
-    let root = folder.resolve().at(folder.path(), "open it")?;
-    // Opening a pipe or a device could wait for ever.
-    if !file.is_file().at(path, "look at it")? {
-        return Err(Error::malformed(path, "not a regular file"));
-    }
-    let cache = root.parent().filter(|parent| parent.ends_with("snapshots")).and_then(Path::parent);
-    if target.starts_with(&root) || cache.is_some_and(|cache| target.starts_with(cache.join("blobs"))) {
-        return Ok(());
-    }
-    let why = format!("a link out of the checkpoint's folder, to {}; put the file itself here", target.display());
-    Err(Error::malformed(path, why))
-}
-
-/// The files that make up a checkpoint without an index: `model.safetensors`, or shards, or what there is.
-fn files_without_index(folder: &Location) -> Result<Vec<String>> {
-    let is_weights = |name: &String| name.ends_with(".safetensors") && !name.starts_with('.');
-    let entries = folder.list().at(folder.path(), "list it")?.into_iter();
-    let names = entries.filter_map(|entry| entry.name.into_string().ok());
-    let mut names: Vec<String> = names.filter(is_weights).collect();
-    names.sort();
-    if names.iter().any(|name| name == "model.safetensors") {
-        return Ok(vec!["model.safetensors".to_owned()]);
-    }
-    let of_model = |name: &String| name.starts_with("model");
-    // Mistral's own layout of the same weights, and LoRA's, lie beside a model's files at times.
-    let other = |name: &String| name.starts_with("consolidated") || name.starts_with("adapter");
-    if names.iter().any(of_model) {
-        names.retain(of_model);
-    } else {
-        names.retain(|name| !other(name));
-    }
-    if names.is_empty() {
-        let why = "it has no .safetensors file; convert .bin or .pt weights to safetensors first (transformers' \
-                   save_pretrained does)";
-        return Err(Error::NotACheckpoint { path: folder.path().to_owned(), why: why.to_owned() });
-    }
-    check_all_shards(folder.path(), &names)?;
-    Ok(names)
-}
-
-/// `model-00002-of-00003.safetensors` says how many there are.
-fn check_all_shards(folder: &Path, names: &[String]) -> Result<()> {
-    let expected = names.iter().find_map(|name| {
-        let stem = name.strip_suffix(".safetensors")?;
-        let (_, count) = stem.rsplit_once("-of-")?;
-        count.parse::<usize>().ok()
-    });
-    match expected {
-        Some(expected) if expected != names.len() => {
-            let why = format!(
-                "its shards' names say {expected} files, and {} are there (no {INDEX_NAME} tells more); download the \
-                 others",
-                names.len()
-            );
-            Err(Error::NotACheckpoint { path: folder.to_owned(), why })
-        }
-        _ => Ok(()),
     }
 }

@@ -103,6 +103,10 @@ pub struct Arguments {
     #[arg(long)]
     restart: bool,
 
+    /// Copy what links beside the weights lead to, wherever that is
+    #[arg(long)]
+    follow_links: bool,
+
     /// Write a timeline of what each thread does to FILE, for ui.perfetto.dev
     #[arg(long, value_name = "FILE", conflicts_with = "dry_run")]
     trace: Option<PathBuf>,
@@ -217,6 +221,7 @@ impl Arguments {
             hash_source: self.hash_source,
             force: self.force,
             restart: self.restart,
+            follow_links: self.follow_links,
             trace: None,
         }
     }
@@ -253,7 +258,7 @@ fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
     }
     if !arguments.quiet {
         for warning in &conversion.plan.warnings {
-            tell(format_args!("warning: {}", hints::warning(warning)));
+            tell(format_args!("warning: {}", hints::shown_warning(warning)));
         }
     }
     match if arguments.force { Ok(None) } else { conversion.finished(&arguments.destination) } {

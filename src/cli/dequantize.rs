@@ -14,7 +14,7 @@ use super::progress::{Reporter, Style};
 use super::streams::tell;
 use super::trace::Tracing;
 use super::words::{Limit, count};
-use super::{hints, interrupt};
+use super::{hints, interrupt, left_out};
 
 /// Decode a quantized checkpoint to bf16.
 ///
@@ -52,6 +52,10 @@ pub struct Arguments {
     #[arg(long)]
     restart: bool,
 
+    /// Copy what links beside the weights lead to, wherever that is
+    #[arg(long)]
+    follow_links: bool,
+
     /// Write a timeline of what each thread does to FILE, for ui.perfetto.dev
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -78,6 +82,7 @@ fn dequantize(arguments: &Arguments) -> Result<Outcome, Error> {
         threads: arguments.threads.map_or(default.threads, NonZeroUsize::get),
         force: arguments.force,
         restart: arguments.restart,
+        follow_links: arguments.follow_links,
         ..default
     };
     let mut decoding = plan_dequantize(&arguments.source, arguments.max_shard_size.0, options)?;
@@ -88,27 +93,39 @@ fn dequantize(arguments: &Arguments) -> Result<Outcome, Error> {
         tell(format_args!("memory: at most {}", Limit(decoding.budget.memory)));
     }
     if !arguments.quiet {
-        decoding.plan.warnings.iter().for_each(|warning| tell(format_args!("warning: {}", hints::warning(warning))));
+        decoding
+            .plan
+            .warnings
+            .iter()
+            .for_each(|warning| tell(format_args!("warning: {}", hints::shown_warning(warning))));
     }
     let reporter = Reporter::new(style, &decoding.plan);
     let files = decoding.execute_until(interrupt::flag(), &arguments.destination, &reporter)?;
     reporter.finish();
     let (destination, tensors) = (arguments.destination.display().to_string(), &decoding.plan.tensors);
+    let left_out = decoding.left_out();
     let decoded = tensors.iter().filter(|tensor| tensor.is_decoded()).count();
     let (written, seconds) = (files.iter().map(|file| file.size).sum::<u64>(), start.elapsed().as_secs_f64());
     let output = match (arguments.json, arguments.quiet) {
         (true, _) => format!(
             "{}\n",
-            json!({"destination": destination, "files": files, "bytes_written": written, "seconds": seconds})
+            json!({
+                "destination": destination,
+                "files": files,
+                "left_out": left_out,
+                "bytes_written": written,
+                "seconds": seconds,
+            })
         ),
         (false, true) => String::new(),
         (false, false) => format!(
-            "{destination}: {} decoded from {}, {} copied; {} in {}, {seconds:.2} s, hashes included\n",
+            "{destination}: {} decoded from {}, {} copied; {} in {}, {seconds:.2} s, hashes included\n{}",
             count(decoded, "tensor"),
             decoding.converted_by().map_or_else(|| decoding.formats().join(", "), super::summary::format_name),
             tensors.len() - decoded,
             Bytes(written),
             count(files.len() + 1, "file"),
+            left_out::lines(&left_out, usize::MAX).iter().map(|line| format!("{line}\n")).collect::<String>(),
         ),
     };
     Ok(Outcome { output, error: None, code: 0 })

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::output::{Audience, Outcome, error_json};
 use super::summary::format_name;
 use super::words::count;
-use super::{device, hints};
+use super::{device, escape, hints, left_out};
 
 /// The plan, and the obstacle to it if there is one.
 pub fn report(conversion: &Conversion, destination: &Path, audience: Audience) -> Outcome {
@@ -26,7 +26,7 @@ pub fn report(conversion: &Conversion, destination: &Path, audience: Audience) -
 }
 
 fn text(conversion: &Conversion, destination: &Path, free: Option<u64>) -> String {
-    let mut text = decisions(conversion.decisions());
+    let mut text = decisions(conversion.decisions()) + &files(conversion);
     for line in totals(conversion, destination, free) {
         text += &line;
         text.push('\n');
@@ -48,10 +48,23 @@ fn decisions(plan: &Plan) -> String {
         let _ = writeln!(
             text,
             "{decision:decision_width$}  {:name_width$}  {dtype:4} {shape:shape_width$}  {}{decoded}",
-            tensor.name, tensor.reason
+            escape::line(&tensor.name),
+            escape::line(&tensor.reason)
         );
     }
     text + "\n"
+}
+
+/// A line for every file beside the weights, and for what is left out.
+fn files(conversion: &Conversion) -> String {
+    let mut text = String::new();
+    for (name, len) in conversion.copied_files() {
+        let _ = writeln!(text, "copied: {} ({})", escape::line(name), Bytes(len));
+    }
+    for line in left_out::lines(&conversion.left_out(), usize::MAX) {
+        let _ = writeln!(text, "{line}");
+    }
+    if text.is_empty() { text } else { text + "\n" }
 }
 
 /// Sizes, disk space and memory of the whole conversion.
@@ -71,7 +84,7 @@ fn totals(conversion: &Conversion, destination: &Path, free: Option<u64>) -> Vec
             .relaid_from()
             .map(|_| "experts are rewritten in the other layout; nothing is quantized again".to_owned()),
     );
-    lines.extend(plan.warnings.iter().map(|warning| format!("warning: {}", hints::warning(warning))));
+    lines.extend(plan.warnings.iter().map(|warning| format!("warning: {}", hints::shown_warning(warning))));
     let decoded = decisions.tensors.iter().filter(|tensor| tensor.is_decoded()).count();
     if decoded > 0 {
         lines.push(format!("{} quantized in the source, decoded while reading", count(decoded, "tensor")));
@@ -139,6 +152,8 @@ fn json(conversion: &Conversion, destination: &Path, free: Option<u64>, obstacle
         "bits_per_quantized_weight": decisions.bits_per_quantized_weight(),
         "bits_per_weight": decisions.bits_per_weight(),
         "files": files,
+        "side_files": conversion.copied_files().map(|(name, size)| json!({"name": name, "size": size})).collect::<Vec<_>>(),
+        "left_out": conversion.left_out(),
         "warnings": plan.warnings.iter().map(hints::warning).collect::<Vec<_>>(),
         "obstacle": obstacle.map(|error| error_json(error)["error"].clone()),
         "tensors": decisions.tensors.iter().map(tensor).collect::<Vec<_>>(),

@@ -2,6 +2,7 @@
 
 use prequant::{Error, Hint, Setting, Warning};
 
+use super::escape;
 use super::words::Limit;
 
 /// An error, and what to do about it.
@@ -17,6 +18,20 @@ pub fn error(error: &Error) -> String {
         other => other.to_string(),
     };
     with_hints(message, &error.hints())
+}
+
+/// An error as a terminal may show it. A pattern is the user's own, and the regex library points into it on several lines.
+pub fn shown_error(failure: &Error) -> String {
+    let message = error(failure);
+    match failure {
+        Error::Pattern { .. } => escape::lines(&message).into_owned(),
+        _ => escape::line(&message).into_owned(),
+    }
+}
+
+/// A warning as a terminal may show it.
+pub fn shown_warning(given: &Warning) -> String {
+    escape::line(&warning(given)).into_owned()
 }
 
 /// A warning, and what to do about it.
@@ -59,6 +74,7 @@ fn advice(hint: Hint) -> String {
         Hint::ReplaceOther => {
             "keep it (`prequant verify --against` compares it with what this version makes), or use --force to replace it"
         }
+        Hint::FollowLinks => "use --follow-links to copy what such links lead to",
         Hint::Resume => "run the same command again to resume",
         Hint::Restart => "use --restart to discard what an earlier run left",
         Hint::Verify => "use `prequant verify` to find all that is wrong with it",

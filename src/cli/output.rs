@@ -7,7 +7,7 @@ use std::{io, thread};
 use prequant::{Error, ErrorKind};
 use serde_json::{Value, json};
 
-use super::{hints, interrupt, streams};
+use super::{escape, hints, interrupt, streams};
 
 /// The exit code for arguments that the command doesn't take.
 const WRONG_USAGE: u8 = 2;
@@ -43,14 +43,16 @@ pub fn finish(result: Result<Outcome, Error>, json: bool) -> ExitCode {
         let output = if json { format!("{}\n", error_json(&error)) } else { String::new() };
         Outcome { output, error: Some(error), code: 0 }
     });
-    close(outcome.output, outcome.error.as_ref(), outcome.code)
+    // JSON spells out itself what a terminal would obey where it must, and is exact.
+    let output = if json { outcome.output } else { escape::lines(&outcome.output).into_owned() };
+    close(output, outcome.error.as_ref(), outcome.code)
 }
 
 /// Ends the process for an error that the command's own thread doesn't tell of.
 pub fn end(error: &Error, json: bool) -> ! {
     let code = code_of(error);
     let output = if json { format!("{}\n", error_json(error)) } else { String::new() };
-    let message = format!("error: {}", hints::error(error));
+    let message = format!("error: {}", hints::shown_error(error));
     // On a thread of their own: a pipe that nobody reads would keep the process.
     let words = thread::Builder::new().spawn(move || {
         if streams::begin_answer() {
@@ -106,7 +108,7 @@ fn close(answer: String, error: Option<&Error>, code: u8) -> ExitCode {
         return unwritten(&error);
     }
     if let Some(error) = error {
-        streams::tell(format_args!("error: {}", hints::error(error)));
+        streams::tell(format_args!("error: {}", hints::shown_error(error)));
     }
     ExitCode::from(code)
 }

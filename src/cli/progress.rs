@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 use prequant::{Bytes, Plan, Progress};
 
+use super::escape;
 use super::streams::tell;
 use super::words::count;
 
@@ -57,6 +58,7 @@ impl Reporter {
 
     /// A line above the bar.
     fn say(&self, line: &str) {
+        let line = &*escape::line(line);
         match self.style {
             Style::Silent => {}
             Style::Bar if !self.bar.is_finished() => self.bar.println(line),
@@ -106,8 +108,9 @@ impl Progress for Reporter {
             Style::Silent => {}
             Style::Bar => {
                 // Shown ten times a second at most, so not worth a copy of the name each time.
-                if self.bar.message() != tensor {
-                    self.bar.set_message(tensor.to_owned());
+                let tensor = escape::line(tensor);
+                if self.bar.message() != *tensor {
+                    self.bar.set_message(tensor.into_owned());
                 }
                 self.bar.inc(bytes);
             }
@@ -121,6 +124,7 @@ impl Progress for Reporter {
                     let percent = 100 * lines.done / self.total.max(1);
                     let left = seconds * (self.total - lines.done) as f64 / lines.done.max(1) as f64;
                     let rate = Bytes((lines.done as f64 / seconds) as u64);
+                    let tensor = escape::line(tensor);
                     tell(format_args!("{percent} % ({done} of {total}), {rate}/s, {left:.0} s left, {tensor}"));
                 }
             }

@@ -5,13 +5,15 @@ use std::fmt::Display;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::escape;
+
 /// Whether the command's answer was begun; there is one only.
 static ANSWERED: AtomicBool = AtomicBool::new(false);
 
 /// Prints a line for people on standard error. If it can't be written it is lost: no work ends for want of a reader.
 pub fn tell(line: impl Display) {
     let line = format!("{line}\n"); // in one piece, whoever else writes
-    let _ = io::stderr().write_all(line.as_bytes());
+    let _ = io::stderr().write_all(escape::lines(&line).as_bytes());
 }
 
 /// Whether the caller is the one who answers: true once. All others leave standard output alone.

@@ -7,9 +7,12 @@ use std::time::Duration;
 use prequant::{Bytes, Conversion, GroupSize, Layout, ManifestHead, Recipe, Statistics, Weights};
 use serde_json::{Value, json};
 
-use super::hints;
 use super::output::{Audience, Outcome};
 use super::words::{count, rate};
+use super::{hints, left_out};
+
+/// Lines about what was left out that are printed.
+const LEFT_OUT_SHOWN: usize = 20;
 
 /// A conversion that has come to its end.
 pub struct Done<'a> {
@@ -73,7 +76,8 @@ impl Done<'_> {
                 rate(read, elapsed.as_secs_f64())
             ),
         ];
-        lines.join("\n") + "\n"
+        let left_out = left_out::lines(&manifest.left_out, LEFT_OUT_SHOWN);
+        [&lines[..], &left_out].concat().join("\n") + "\n"
     }
 
     fn json(&self, elapsed: Duration) -> Value {
@@ -86,6 +90,7 @@ impl Done<'_> {
             "recipe": manifest.recipe,
             "files": manifest.files,
             "summary": manifest.summary,
+            "left_out": manifest.left_out,
             "warnings": conversion.plan.warnings.iter().map(hints::warning).collect::<Vec<_>>(),
             "bytes_read": read,
             "bytes_written": self.written(),

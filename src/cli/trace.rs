@@ -26,7 +26,7 @@ impl Tracing {
 impl Drop for Tracing {
     fn drop(&mut self) {
         if let Some(Err(error)) = self.0.as_ref().map(|trace| trace.check()) {
-            let error = hints::error(&error);
+            let error = hints::shown_error(&error);
             streams::tell(format_args!("warning: {error}; the trace ends there, the output is unaffected"));
         }
     }

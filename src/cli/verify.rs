@@ -14,7 +14,7 @@ use super::output::{self, Outcome};
 use super::streams::tell;
 use super::trace::Tracing;
 use super::words::{count, rate};
-use super::{device, interrupt};
+use super::{device, escape, interrupt, left_out};
 
 /// Verify a converted checkpoint.
 ///
@@ -42,6 +42,10 @@ pub struct Arguments {
     #[arg(long, value_name = "DEVICE", default_value_t = DeviceChoice::Auto, requires = "against",
         help = format!("Device to quantize on with --against: {}", DeviceChoice::choices()))]
     device: DeviceChoice,
+
+    /// With --against, take what links beside SRC's weights lead to, wherever that is
+    #[arg(long, requires = "against")]
+    follow_links: bool,
 
     /// Write a timeline of what each thread does with --against to FILE, for ui.perfetto.dev
     #[arg(long, value_name = "FILE", requires = "against")]
@@ -91,8 +95,13 @@ fn check(arguments: &Arguments) -> Result<Report, Error> {
     let report = match &arguments.against {
         Some(source) => {
             let tracing = Tracing::start(arguments.trace.as_deref(), &[source, &arguments.folder])?;
-            let convert =
-                Options { threads, device: arguments.device.clone().into(), trace: tracing.trace(), ..convert };
+            let convert = Options {
+                threads,
+                device: arguments.device.clone().into(),
+                follow_links: arguments.follow_links,
+                trace: tracing.trace(),
+                ..convert
+            };
             verify_against(&arguments.folder, source, convert, options)
         }
         None => verify(&arguments.folder, options),
@@ -117,7 +126,7 @@ fn text(arguments: &Arguments, report: &Report, seconds: f64) -> String {
     let mut lines: Vec<String> = Vec::new();
     for difference in report.differences.iter().take(SHOWN) {
         let tensor = difference.tensor.as_ref().map(|tensor| format!("tensor \"{tensor}\": ")).unwrap_or_default();
-        lines.push(format!("{}: {tensor}{}", difference.file, difference.what));
+        lines.push(escape::line(&format!("{}: {tensor}{}", difference.file, difference.what)).into_owned());
     }
     let differences = report.differences.len();
     if differences > SHOWN {
@@ -127,6 +136,7 @@ fn text(arguments: &Arguments, report: &Report, seconds: f64) -> String {
         let this = env!("CARGO_PKG_VERSION");
         format!("written by {version}: compared tensor by tensor with what this version ({this}) makes of the source")
     }));
+    lines.extend(left_out::lines(&report.left_out, SHOWN));
     let folder = arguments.folder.display();
     let bytes = match (&arguments.against, arguments.quick) {
         (_, true) => "sizes and headers".to_owned(),

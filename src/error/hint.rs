@@ -41,6 +41,8 @@ pub enum Hint {
     Replace,
     /// The same, of what another version wrote; or keep it, and verify it against its source.
     ReplaceOther,
+    /// Copy what links beside the weights lead to, wherever that is: [`Options::follow_links`](crate::Options::follow_links).
+    FollowLinks,
     /// Run again to resume with what is finished.
     Resume,
     /// Discard what an unfinished run left: [`Options::restart`](crate::Options::restart).

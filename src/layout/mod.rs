@@ -4,6 +4,7 @@ pub(crate) mod bitsandbytes;
 pub(crate) mod compressed_tensors;
 mod encode;
 pub(crate) mod gpt_oss;
+pub(crate) mod leftover;
 pub(crate) mod modelopt;
 mod output;
 mod reader;

@@ -3,6 +3,8 @@
 use std::borrow::Cow;
 use std::path::PathBuf;
 
+use serde_json::{Map, Value};
+
 use crate::checkpoint::{CONFIG_NAME, Config, Source, SourceFile, TensorInfo};
 use crate::dtype::Dtype;
 use crate::layout::{bitsandbytes, compressed_tensors, gpt_oss, modelopt};
@@ -88,17 +90,31 @@ pub(crate) fn of(source: &Source) -> Option<(PathBuf, SourceQuantization)> {
     config.or_else(|| source.files.iter().find_map(in_file))
 }
 
-fn in_config(config: &Config) -> Option<SourceQuantization> {
-    let found = ["quantization_config", "compression_config"].into_iter().find_map(|key| {
-        let value = config.values().get(key)?;
-        let method = value.get("quant_method").and_then(|method| method.as_str()).unwrap_or("an unnamed method");
-        value.is_object().then(|| SourceQuantization::new(method, format!("its \"{key}\" says so")))
-    });
-    found.or_else(|| {
-        let value = config.values().get("text_config")?.get("quantization_config")?;
-        let method = value.get("quant_method").and_then(|method| method.as_str()).unwrap_or("an unnamed method");
-        value.is_object().then(|| SourceQuantization::new(method, "its \"text_config\" says so".to_owned()))
-    })
+/// Where config.json says how weights are quantized, as paths of keys: at the top, or in the config of a model nested in it.
+pub(crate) fn places_in_config(config: &Config) -> Vec<Vec<&str>> {
+    const KEYS: [&str; 2] = ["quantization_config", "compression_config"];
+    let has = |values: &Map<String, Value>, key: &str| values.get(key).is_some_and(Value::is_object);
+    let at_the_top = KEYS.into_iter().filter(|key| has(config.values(), key)).map(|key| vec![key]);
+    let nested = config.values().iter().filter_map(|(name, values)| Some((name.as_str(), values.as_object()?)));
+    let nested = nested.filter(|(name, _)| !KEYS.contains(name));
+    let nested = nested
+        .flat_map(|(name, values)| KEYS.into_iter().filter(|key| has(values, key)).map(move |key| vec![name, key]));
+    at_the_top.chain(nested).collect()
+}
+
+/// What config.json says of how weights are quantized, and where, as a path of keys.
+pub(crate) fn quantization_config(config: &Config) -> Option<(Vec<&str>, &Value)> {
+    let place = places_in_config(config).into_iter().next()?;
+    let (first, rest) = place.split_first()?;
+    let value = rest.iter().try_fold(config.values().get(*first)?, |value, key| value.get(key))?;
+    Some((place, value))
+}
+
+/// The method that config.json names, and where it names it.
+pub(crate) fn in_config(config: &Config) -> Option<SourceQuantization> {
+    let (place, value) = quantization_config(config)?;
+    let method = value.get("quant_method").and_then(Value::as_str).unwrap_or("an unnamed method");
+    Some(SourceQuantization::new(method, format!("its \"{}\" says so", place.join("\".\""))))
 }
 
 /// The method that a tensor gives away, and how.

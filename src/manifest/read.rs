@@ -10,7 +10,9 @@ use serde::Deserialize;
 use serde::de::{self, DeserializeOwned, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 
-use super::{FileRecord, Manifest, ManifestHead, NotHeld, SCHEMA_VERSION, SourceRecord, Summary, Tool, v1};
+use super::{
+    FileRecord, LeftOutRecord, Manifest, ManifestHead, NotHeld, SCHEMA_VERSION, SourceRecord, Summary, Tool, v1,
+};
 use crate::error::{Error, IoContext, Result};
 use crate::recipe::ExpertLayout;
 use crate::store::{HashingReader, Location, ReadAt, Reader, Sha256Hash};
@@ -170,6 +172,7 @@ struct Found {
     source: Option<SourceRecord>,
     relaid_from: Option<Option<ExpertLayout>>,
     summary: Option<Summary>,
+    left_out: Option<Vec<LeftOutRecord>>,
     files: Option<Vec<FileRecord>>,
     tensors: Option<()>,
 }
@@ -190,6 +193,7 @@ impl Found {
             source: needed(self.source, "source")?,
             relaid_from: self.relaid_from.flatten(),
             summary: needed(self.summary, "summary")?,
+            left_out: self.left_out.unwrap_or_default(),
             files: needed(self.files, "files")?,
             tensors: NotHeld,
         })
@@ -230,6 +234,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for Parts<'_, T> {
                 "source" => found.source.replace(map.next_value()?).is_none(),
                 "relaid_from" => found.relaid_from.replace(map.next_value()?).is_none(),
                 "summary" => found.summary.replace(map.next_value()?).is_none(),
+                "left_out" => found.left_out.replace(map.next_value()?).is_none(),
                 "files" => found.files.replace(map.next_value()?).is_none(),
                 "tensors" => found.tensors.replace(map.next_value_seed(Records { each, position })?).is_none(),
                 _ => map.next_value::<IgnoredAny>().map(|_| true)?,

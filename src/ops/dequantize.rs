@@ -8,13 +8,15 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use crate::backend::Cpu;
-use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, SUMS_NAME, Source};
+use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, SUMS_NAME, Source, WEIGHTS_KEY};
 use crate::converted::Converted;
 use crate::error::{Error, Result, Warning};
 use crate::layout::bitsandbytes::EXPERTS_KEY;
-use crate::manifest::{FileRecord, Manifest};
+use crate::layout::{leftover, recognize};
+use crate::manifest::{FileRecord, LeftOutRecord, Manifest};
 use crate::ops::job::write::{Job, write_sums};
 use crate::ops::options::Options;
+use crate::ops::records;
 use crate::ops::relayout;
 use crate::pipeline::{Budget, Progress};
 use crate::plan::{Plan, source_quantization, split};
@@ -22,8 +24,8 @@ use crate::read::Input;
 use crate::recipe::Recipe;
 use crate::store::Location;
 
-/// What config.json says because of the quantized weights.
-const CONFIG_KEYS: [&str; 3] = ["quantization_config", "compression_config", EXPERTS_KEY];
+/// What config.json says because of the weights as they were stored, besides how they were quantized.
+const CONFIG_KEYS: [&str; 2] = [EXPERTS_KEY, WEIGHTS_KEY];
 
 /// The decoding of a quantized checkpoint, planned to the last byte and not begun.
 #[derive(Debug)]
@@ -45,8 +47,11 @@ pub struct Dequantization {
 /// # Errors
 /// When nothing in it is quantized, or not in a way that decodes; or it isn't what its manifest says.
 pub fn plan(converted: impl Into<Location>, max_shard_size: u64, mut options: Options) -> Result<Dequantization> {
-    let source = Source::open(converted)?;
+    let mut source = Source::open_with(converted, options.follow_links)?;
     let manifest = relayout::manifest_of(&source.location)?;
+    if manifest.is_none() {
+        leftover::take_out(&mut source)?;
+    }
     let (inputs, warnings, recipe) = match &manifest {
         Some(manifest) => {
             let (inputs, left_apart) = inputs(&source, manifest)?;
@@ -61,7 +66,12 @@ pub fn plan(converted: impl Into<Location>, max_shard_size: u64, mut options: Op
             (inputs, warnings, Recipe::default())
         }
     };
-    let config = source.config.as_ref().map(|config| config.without(&CONFIG_KEYS)).transpose();
+    let config = source.config.as_ref().map(|config| {
+        let mut gone = recognize::places_in_config(config);
+        gone.extend(CONFIG_KEYS.map(|key| vec![key]));
+        config.edited(&[], &gone.iter().map(Vec::as_slice).collect::<Vec<_>>())
+    });
+    let config = config.transpose();
     let config =
         config.map_err(|error| Error::malformed(source.location.join(CONFIG_NAME).path(), error.to_string()))?;
     let recipe = Recipe { max_shard_size, ..recipe };
@@ -74,6 +84,14 @@ pub fn plan(converted: impl Into<Location>, max_shard_size: u64, mut options: Op
 }
 
 impl Dequantization {
+    /// What of the source won't be in the checkpoint, but for its manifest and checksums.
+    pub fn left_out(&self) -> Vec<LeftOutRecord> {
+        let written = self.plan.files.iter().map(|file| file.name.as_str());
+        let mut left_out = records::left_out(&self.source, written);
+        left_out.retain(|left| ![MANIFEST_NAME, SUMS_NAME].contains(&left.name.as_str()));
+        left_out
+    }
+
     /// The recipe by which the source was converted, if prequant converted it.
     pub fn converted_by(&self) -> Option<&Recipe> {
         self.manifest.as_ref().map(|manifest| &manifest.recipe)

@@ -2,6 +2,7 @@
 
 pub(crate) mod dequantize;
 mod global_scales;
+mod hub_count;
 pub(crate) mod inspect;
 pub(crate) mod job;
 mod model_card;

@@ -7,6 +7,9 @@ use crate::plan::Plan;
 /// The file's name.
 pub(crate) const NAME: &str = "README.md";
 
+/// The longest card that something is added to.
+pub(crate) const MAX_LEN: u64 = 8 << 20;
+
 /// What is written after the source's own text where experts are 4-bit.
 const EXPERTS: &str = r#"
 ## Loading the 4-bit experts
@@ -42,7 +45,7 @@ pub(crate) fn changed(source: &Source, plan: &Plan, is_decoded: bool) -> Result<
         return Ok(None);
     }
     let own = source.side_files.iter().find(|file| file.name == NAME);
-    let own = own.map(|file| file.location.read().at(file.location.path(), "read it")).transpose()?;
+    let own = own.map(|file| file.location.read(MAX_LEN).at(file.location.path(), "read it")).transpose()?;
     Ok(match (adds, own) {
         (true, Some(own)) => Some([&own, EXPERTS.as_bytes()].concat()),
         (true, None) => Some(EXPERTS.trim_start().as_bytes().to_vec()),

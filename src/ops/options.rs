@@ -25,6 +25,9 @@ pub struct Options {
     pub force: bool,
     /// Whether to discard what an earlier, unfinished run left there.
     pub restart: bool,
+    /// Whether links beside the weights may lead anywhere: what they lead to is copied, folders too. Otherwise a link out of the
+    /// source's folder is an error, unless it leads to where the weights are or into the hub's cache.
+    pub follow_links: bool,
     /// Where to record what each thread does, if anywhere. Failing to is no error of the run: [`Trace::check`] tells of it.
     pub trace: Option<Arc<Trace>>,
 }
@@ -41,6 +44,7 @@ impl Default for Options {
             hash_source: false,
             force: false,
             restart: false,
+            follow_links: false,
             trace: None,
         }
     }

@@ -6,8 +6,8 @@ use std::sync::atomic::AtomicBool;
 use crate::backend::{ChosenDevice, Opening, Work};
 use crate::checkpoint::{MANIFEST_NAME, STAGING_NAME, SUMS_NAME, Source, Staging, free_space};
 use crate::error::{Error, IoContext, Result};
-use crate::layout::recognize;
-use crate::manifest::{FileRecord, Manifest, ManifestHead, NotHeld, SourceRecord};
+use crate::layout::{leftover, recognize};
+use crate::manifest::{FileRecord, LeftOutRecord, Manifest, ManifestHead, NotHeld, SourceRecord};
 use crate::ops::job::finished::{Comparison, Finished};
 use crate::ops::job::staged::write;
 use crate::ops::job::write::{Job, is_there, write_sums};
@@ -57,7 +57,8 @@ pub fn plan(source: impl Into<Location>, recipe: Recipe, mut options: Options) -
         let (weights, threads) = (source_len / 2, options.threads);
         Work { source_len, weights, codec: &codec, columns: LIKELY_COLUMNS, threads }.too_little()
     });
-    let source = Source::open(source)?;
+    let mut source = Source::open_with(source, options.follow_links)?;
+    leftover::take_out(&mut source)?;
     let manifest = match recognize::of(&source) {
         Some(_) => relayout::manifest_of(&source.location)?,
         None => None,
@@ -106,6 +107,18 @@ impl Conversion {
     /// How many files of weights the source has, and how many others.
     pub fn source_files(&self) -> (usize, usize) {
         (self.source.files.len(), self.source.side_files.len())
+    }
+
+    /// What lies beside the source's weights and is copied: paths below the source, and sizes.
+    pub fn copied_files(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.source.side_files.iter().map(|file| (file.name.as_str(), file.len))
+    }
+
+    /// What of the source won't be in the checkpoint: files, and tensors of files.
+    pub fn left_out(&self) -> Vec<LeftOutRecord> {
+        let Conversion { source, plan, .. } = self;
+        let made = plan.side_files.iter().map(|(name, _)| name.as_str()).chain(self.job().index_name());
+        records::left_out(source, plan.files.iter().map(|file| file.name.as_str()).chain(made))
     }
 
     /// Bytes of the source's tensors as they are stored.
@@ -244,7 +257,8 @@ impl Conversion {
             return records::manifest(&self.source, &self.plan, record, files, outcome);
         };
         let manifest = records::manifest(&relayout.origin, &relayout.plan, record, files, outcome);
-        Manifest { relaid_from: Some(relayout.from), ..manifest }
+        let left_out = relayout.manifest.left_out.clone();
+        Manifest { relaid_from: Some(relayout.from), left_out, ..manifest }
     }
 }
 

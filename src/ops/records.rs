@@ -1,10 +1,12 @@
 //! What a manifest tells of a conversion: its source, its tensors, and all of them together.
 
+use std::collections::HashSet;
+
 use serde::{Serialize, Serializer};
 
-use crate::checkpoint::{Config, Source};
+use crate::checkpoint::{Config, LeftOut, Source};
 use crate::manifest::{
-    DecisionRecord, FileRecord, Manifest, OutputRecord, SCHEMA_VERSION, SourceFileRecord, SourceRecord,
+    DecisionRecord, FileRecord, LeftOutRecord, Manifest, OutputRecord, SCHEMA_VERSION, SourceFileRecord, SourceRecord,
     SourceTensorRecord, Summary, TensorRecord, Tool,
 };
 use crate::pipeline::{Outcome, TensorOutcome};
@@ -93,9 +95,23 @@ pub(crate) fn manifest<'a>(
             bits_per_weight: plan.bits_per_weight(),
             statistics: total.clone(),
         },
+        left_out: left_out(source, files.iter().map(|file| file.name.as_str())),
         files,
         tensors: Records { source, plan, outcomes: tensors },
     }
+}
+
+/// What of a source isn't in a checkpoint of these files.
+pub(crate) fn left_out<'a>(source: &Source, files: impl Iterator<Item = &'a str>) -> Vec<LeftOutRecord> {
+    let files: HashSet<&str> = files.collect();
+    // What is written anew under the same name isn't left out.
+    let is_out = |left: &&LeftOut| left.tensor.is_some() || !files.contains(left.name.as_str());
+    let record = |LeftOut { name, tensor, why }: &LeftOut| LeftOutRecord {
+        name: name.clone(),
+        tensor: tensor.clone(),
+        why: why.clone(),
+    };
+    source.left_out.iter().filter(is_out).map(record).collect()
 }
 
 fn tensor_record(source: &Source, tensor: &PlannedTensor, file: &str, outcome: &TensorOutcome) -> TensorRecord {

@@ -22,7 +22,7 @@ use crate::plan::{Decision, Outputs, PlacedOutput, Plan, PlannedFile, PlannedOut
 use crate::read::{Read, Span};
 use crate::recipe::{ExpertLayout, Recipe, RecipeOptions};
 use crate::shape::Shapes;
-use crate::store::{Identity, Location, Sha256Hash};
+use crate::store::{Identity, Location, Sha256Hash, is_no_file};
 
 /// A converted checkpoint and what it becomes.
 #[derive(Debug)]
@@ -45,8 +45,13 @@ pub(crate) struct Relayout {
 /// When its manifest can't be read, or is of a newer version.
 pub(crate) fn recipe_of(place: impl Into<Location>) -> Result<Option<Recipe>> {
     let place = place.into();
-    // A config that can't be read is an error of opening the source.
-    let config = Config::read(&place.join(CONFIG_NAME)).ok();
+    let config = match Config::read(&place.join(CONFIG_NAME)) {
+        Ok(config) => Some(config),
+        // That it isn't there, or isn't a config, is an error of opening the source.
+        Err(Error::Malformed { .. }) => None,
+        Err(Error::Io { ref source, .. }) if is_no_file(source) => None,
+        Err(error) => return Err(error),
+    };
     if config.is_none_or(|config| !config.values().contains_key("quantization_config")) {
         return Ok(None);
     }
@@ -152,7 +157,8 @@ fn origin(converted: &Source, manifest: &Manifest) -> Result<Source> {
     for file in &manifest.source.files {
         let (name, location, header_sha256) = (file.name.clone(), location.clone(), file.header_sha256);
         let identity = Identity { len: file.size, version: String::new(), sha256: file.sha256 };
-        files.push(SourceFile { name, location, identity, header_sha256, tensors: Vec::new() });
+        let (metadata, tensors) = Default::default();
+        files.push(SourceFile { name, location, identity, header_sha256, metadata, tensors });
     }
     let (mut total, mut shapes) = (0u64, Shapes::default());
     for tensor in manifest.tensors.iter().flat_map(|record| &record.sources) {
@@ -181,8 +187,10 @@ fn origin(converted: &Source, manifest: &Manifest) -> Result<Source> {
             }
         }
     }
-    let origin = Source { location, files, config: converted.config.clone(), side_files: Vec::new() };
+    let mut origin = Source::of_files(location, files, converted.config.clone());
     origin.check_names_differ()?;
+    origin.read_names();
+    origin.metadata = converted.metadata.clone(); // as it was kept when that was made
     Ok(origin)
 }
 

@@ -277,7 +277,7 @@ mod tests {
 
     /// The events of a file as it is now: `ph` is the phase, X for a span and M for a name.
     fn events(location: &Location, phase: &str) -> Vec<Value> {
-        let mut trace: Value = serde_json::from_slice(&location.read().unwrap()).unwrap();
+        let mut trace: Value = serde_json::from_slice(&location.read(u64::MAX).unwrap()).unwrap();
         let Value::Array(events) = trace["traceEvents"].take() else { panic!("{trace}") };
         events.into_iter().filter(|event| event["ph"] == phase).collect()
     }

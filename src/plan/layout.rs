@@ -2,10 +2,11 @@
 
 use std::cmp::Reverse;
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::PlannedTensor;
 use super::outputs::PlacedOutput;
-use crate::checkpoint::{HeaderText, MAX_HEADER_LEN, shard_name};
+use crate::checkpoint::{HeaderText, MAX_HEADER_LEN, Metadata, Source};
 use crate::error::Result;
 
 /// A file to be written.
@@ -19,6 +20,8 @@ pub struct PlannedFile {
     pub(crate) header_len: u64,
     /// Its size in bytes.
     pub len: u64,
+    /// What its header says beside its tensors.
+    pub(crate) metadata: Arc<Metadata>,
 }
 
 /// An output of a tensor of a file, by their numbers.
@@ -74,15 +77,19 @@ impl Part {
 
 /// Divides tensors among files, in their order, and gives every output its offset.
 ///
-/// A file is closed before the tensor that would take it past `max_shard_size`, or its header past what a header may have.
-pub(crate) fn lay_out(tensors: &mut [PlannedTensor], max_shard_size: u64) -> Vec<PlannedFile> {
-    let ranges = shard_ranges(tensors, max_shard_size, MAX_HEADER_LEN);
+/// A file is closed before the tensor that would take it past `max_shard_size`, or its header past what a header may have. Files
+/// are called as those of `source` are, and have what its headers say beside their tensors.
+pub(crate) fn lay_out(tensors: &mut [PlannedTensor], max_shard_size: u64, source: &Source) -> Vec<PlannedFile> {
+    let metadata = &source.metadata;
+    let of_metadata = HeaderText::len_of_metadata(metadata);
+    let ranges = shard_ranges(tensors, max_shard_size, MAX_HEADER_LEN.saturating_sub(of_metadata));
     let count = ranges.len();
     let files = ranges.into_iter().enumerate();
     files
         .map(|(i, range)| {
-            let (header_len, len) = place(&mut tensors[range.clone()]);
-            PlannedFile { name: shard_name(i, count), tensors: range, header_len, len }
+            let (header_len, len) = place(&mut tensors[range.clone()], metadata);
+            let (name, metadata) = (source.naming().file(i, count), metadata.clone());
+            PlannedFile { name, tensors: range, header_len, len, metadata }
         })
         .collect()
 }
@@ -110,10 +117,10 @@ fn shard_ranges(tensors: &[PlannedTensor], max_shard_size: u64, max_header_len: 
 }
 
 /// Sets the offsets of one file's outputs; returns the length of its header and its size.
-fn place(tensors: &mut [PlannedTensor]) -> (u64, u64) {
+fn place(tensors: &mut [PlannedTensor], metadata: &Metadata) -> (u64, u64) {
     let parts = Part::in_order(tensors);
     let mut header_len = HeaderText::LENGTH_FIELD;
-    let counted = write_entries(tensors, &parts, &mut |text| {
+    let counted = write_entries(tensors, &parts, metadata, &mut |text| {
         header_len += text.len() as u64;
         Ok(())
     });
@@ -140,13 +147,18 @@ impl PlannedFile {
         take: &mut dyn FnMut(&[u8]) -> Result<()>,
     ) -> Result<()> {
         take(&(self.header_len - HeaderText::LENGTH_FIELD).to_le_bytes())?;
-        write_entries(tensors, parts, take)
+        write_entries(tensors, parts, &self.metadata, take)
     }
 }
 
 /// The header's JSON, piece by piece.
-fn write_entries(tensors: &[PlannedTensor], parts: &[Part], take: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
-    let mut text = HeaderText::new();
+fn write_entries(
+    tensors: &[PlannedTensor],
+    parts: &[Part],
+    metadata: &Metadata,
+    take: &mut dyn FnMut(&[u8]) -> Result<()>,
+) -> Result<()> {
+    let mut text = HeaderText::new(metadata);
     let mut name = String::new();
     for part in parts {
         let output = part.of(tensors);
@@ -194,7 +206,7 @@ mod tests {
             let ranges = shard_ranges(&tensors, u64::MAX, most);
             assert!(ranges.len() > 2 && ranges.iter().map(Range::len).sum::<usize>() == tensors.len());
             for (i, range) in ranges.iter().enumerate() {
-                let (header_len, _) = place(&mut tensors[range.clone()]);
+                let (header_len, _) = place(&mut tensors[range.clone()], &Metadata::new());
                 let len = header_len - HeaderText::LENGTH_FIELD;
                 assert!(len <= most && (i + 1 == ranges.len() || len > most / 2), "{len} bytes of {most}");
             }
@@ -205,7 +217,9 @@ mod tests {
     #[test]
     fn a_header_is_as_long_as_was_planned() {
         let mut tensors = tensors(100);
-        for file in lay_out(&mut tensors, 20_000) {
+        let mut source = Source::of_files("source".into(), Vec::new(), None);
+        source.metadata = Arc::new([("größe\n".to_owned(), "1".repeat(1000))].into());
+        for file in lay_out(&mut tensors, 20_000, &source) {
             let tensors = &tensors[file.tensors.clone()];
             let parts = Part::all(tensors);
             let mut header = Vec::new();

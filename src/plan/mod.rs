@@ -25,13 +25,14 @@ pub(crate) use layout::Part;
 pub use layout::PlannedFile;
 pub(crate) use outputs::{Outputs, PlacedOutput, PlannedOutput};
 
-use crate::checkpoint::{CONFIG_NAME, Source};
+use crate::checkpoint::{CONFIG_NAME, Config, Source, WEIGHTS_KEY};
 use crate::dtype::Dtype;
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Hint, Result, Warning};
 use crate::format::Layout;
 use crate::layout::OutputKind;
 use crate::layout::bitsandbytes::{EXPERTS_GUARD, EXPERTS_KEY};
+use crate::layout::recognize;
 use crate::manifest::Carried;
 use crate::models::families::families;
 use crate::models::{Role, Rules, Verdict};
@@ -189,7 +190,7 @@ impl Plan {
         }
         names::check_are_free(source, &tensors)?;
         names::check_differ(source, &tensors, Some(Hint::Exclude))?;
-        let files = layout::lay_out(&mut tensors, recipe.max_shard_size);
+        let files = layout::lay_out(&mut tensors, recipe.max_shard_size, source);
         let scale_sets = if codec.has_tensor_scale() { scale_sets::scale_sets(&tensors) } else { Vec::new() };
         let side_files = codec.side_file(&kept_modules).into_iter().collect();
         Ok(Plan { recipe, tensors, files, scale_sets, config, side_files, warnings })
@@ -207,10 +208,11 @@ impl Plan {
             let verdict = Verdict { role: Role::Unknown, quantize: false, linear: false, reason: reason.into() };
             PlannedTensor::new((input, verdict, Decision::Keep), &mut alike)
         };
-        let mut tensors: Vec<PlannedTensor> = inputs.into_iter().map(keep).collect();
+        let mut tensors: Vec<PlannedTensor> = unwrapped(source, inputs).into_iter().map(keep).collect();
         names::check_differ(source, &tensors, None)?;
-        let files = layout::lay_out(&mut tensors, recipe.max_shard_size);
-        let (scale_sets, side_files, warnings) = Default::default();
+        let files = layout::lay_out(&mut tensors, recipe.max_shard_size, source);
+        let (scale_sets, side_files) = Default::default();
+        let warnings = source.notes.clone();
         Ok(Plan { recipe, tensors, files, scale_sets, config, side_files, warnings })
     }
 
@@ -268,7 +270,7 @@ fn decide(
     let mut selection = Selection::new(recipe, rules.clone())?;
     let mut decided = Vec::new();
     let (inputs, warnings) = input::inputs(source, recipe.dequantize_source || !codec.is_blocks())?;
-    for input in inputs {
+    for input in unwrapped(source, inputs) {
         let mut verdict = selection.decide(&input.name, &input.shape);
         if !codec.is_blocks() {
             groups::check(source, model_types, &input, &codec, &mut verdict)?;
@@ -300,6 +302,16 @@ fn decide(
         Some(_) => split::split_experts(source, model_types, decided)?,
     };
     Ok((decided, warnings))
+}
+
+/// The tensors under their model's own names.
+fn unwrapped(source: &Source, mut inputs: Vec<Input>) -> Vec<Input> {
+    for input in &mut inputs {
+        if let Cow::Owned(name) = source.wrapper.unwrap(&input.name) {
+            input.name = name.into();
+        }
+    }
+    inputs
 }
 
 fn bits_per_element<'a>(tensors: impl Iterator<Item = &'a PlannedTensor>) -> f64 {
@@ -337,8 +349,10 @@ fn quantized_config(
     if has_4_bit_experts(recipe, tensors) {
         entries.push((EXPERTS_KEY, Value::from(EXPERTS_GUARD)));
     }
+    let mut gone = recognize::places_in_config(config);
+    gone.push(vec![WEIGHTS_KEY]);
     config
-        .with(&entries)
+        .edited(&entries, &gone.iter().map(Vec::as_slice).collect::<Vec<_>>())
         .map(Some)
         .map_err(|error| Error::malformed(source.location.join(CONFIG_NAME).path(), error.to_string()))
 }
@@ -356,10 +370,17 @@ fn warnings(
     tensors: &[PlannedTensor],
     linear: &[bool],
 ) -> Vec<Warning> {
-    let mut warnings: Vec<Warning> = Vec::new();
+    let mut warnings: Vec<Warning> = source.notes.clone();
     let quantized = || tensors.iter().zip(linear).filter(|(tensor, _)| tensor.decision != Decision::Keep);
     if source.config.is_none() {
         warnings.push("no config.json beside the weights: rules go by names alone, and clients need one".into());
+    } else if let Some(class) = source.config.as_ref().and_then(Config::class_name) {
+        let message =
+            format!("a diffusers model ({class}): no model of diffusers was compared, rules go by names and shapes");
+        warnings.push(Warning { message, hint: Some(Hint::ListTensors) });
+        if !recipe.codec().is_blocks() {
+            warnings.push("diffusers isn't known to load this layout: nf4 and fp4 it loads".into());
+        }
     } else if !rules.is_compared() {
         let message = "this architecture wasn't compared with transformers' own".to_owned();
         warnings.push(Warning { message, hint: Some(Hint::ListTensors) });

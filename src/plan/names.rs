@@ -112,7 +112,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::checkpoint::{SourceFile, TensorInfo};
+    use crate::checkpoint::{Metadata, SourceFile, TensorInfo};
     use crate::dtype::Dtype;
     use crate::models::Role;
     use crate::plan::{Outputs, PlannedOutput};
@@ -129,9 +129,15 @@ mod tests {
         let input = || Input::as_stored(&info, Span { file: 0, tensor: 0, offset: 8, len: 4 });
         let name = "model.safetensors".to_owned();
         let header_sha256 = Sha256Hash([0; 32]);
-        let file =
-            SourceFile { name, location: location.clone(), identity, header_sha256, tensors: vec![info.clone()] };
-        let source = Source { location, files: vec![file], config: None, side_files: Vec::new() };
+        let file = SourceFile {
+            name,
+            location: location.clone(),
+            identity,
+            header_sha256,
+            metadata: Metadata::new(),
+            tensors: vec![info.clone()],
+        };
+        let source = Source::of_files(location, vec![file], None);
         let error = Plan::decoded(&source, Recipe::default(), vec![input(), input()], None).unwrap_err();
         assert!(error.to_string().contains("two tensors would be written as \"a\""), "{error}");
         assert_eq!(error.hints(), []);

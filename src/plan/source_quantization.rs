@@ -89,7 +89,7 @@ fn decodes(source: &Source) -> Result<bool> {
 
 /// compressed-tensors' transforms, whose inverse would have to be multiplied to what decodes.
 fn check_is_not_rotated(source: &Source) -> Result<()> {
-    let config = source.config.as_ref().and_then(|config| config.values().get("quantization_config"));
+    let config = source.config.as_ref().and_then(recognize::quantization_config).map(|(_, config)| config);
     let groups = config.and_then(|config| config.get("transform_config")?.get("config_groups")?.as_object());
     match groups.is_some_and(|groups| !groups.is_empty()) {
         true => {

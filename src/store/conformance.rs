@@ -43,7 +43,7 @@ fn what_is_written_anywhere_in_a_file_is_read_back() {
         assert_eq!(opened.read_at(&mut part, 1 << 40).unwrap(), 0);
         let past_the_end = read_exact_at(&*opened, &mut part, 2501).unwrap_err();
         assert_eq!(past_the_end.kind(), io::ErrorKind::UnexpectedEof);
-        assert_eq!(file.read().unwrap(), content);
+        assert_eq!(file.read(5000).unwrap(), content);
     }
 }
 
@@ -53,7 +53,7 @@ fn a_file_that_is_created_anew_has_nothing_of_the_old_one() {
         let file = place.join("file");
         write_all_at(&*file.create(3).unwrap(), b"old", 0).unwrap();
         file.create(2).unwrap();
-        assert_eq!(file.read().unwrap(), [0, 0], "{place}");
+        assert_eq!(file.read(5000).unwrap(), [0, 0], "{place}");
     }
 }
 
@@ -109,10 +109,10 @@ fn what_is_not_there_or_not_a_file_is_told_by_the_kind_of_error() {
         assert!(kinds.iter().all(Option::is_some) && !nothing.exists().unwrap());
         let below_a_file = place.join("folder/file/below");
         for place in [&nothing, &below_a_file] {
-            assert_eq!((place.kind().unwrap(), place.read_if_there().unwrap()), (None, None), "{place}");
+            assert_eq!((place.kind().unwrap(), place.read_if_there(9).unwrap()), (None, None), "{place}");
         }
-        assert_eq!(place.join("folder").read_if_there().unwrap(), None);
-        assert_eq!(place.join("folder/file").read_if_there().unwrap(), Some(vec![0]));
+        assert_eq!(place.join("folder").read_if_there(9).unwrap(), None);
+        assert_eq!(place.join("folder/file").read_if_there(9).unwrap(), Some(vec![0]));
         let folder = place.join("folder").open().err().map(|error| error.kind());
         assert_eq!(folder, Some(io::ErrorKind::IsADirectory), "{place}");
         let file = place.join("folder/file").list().err().map(|error| error.kind());
@@ -153,5 +153,5 @@ fn what_a_store_cannot_tell_is_an_error_and_not_taken_for_nothing() {
     }
     unread.create(1).unwrap();
     read.arm(1);
-    assert!(unread.read_if_there().is_err() && unread.read_if_there().unwrap().is_some());
+    assert!(unread.read_if_there(9).is_err() && unread.read_if_there(9).unwrap().is_some());
 }

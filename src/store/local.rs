@@ -2,10 +2,11 @@
 
 use std::fs::{self, File, Metadata};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::{Identity, Kind, Listing, ReadAt, Stat, Store, WriteAt};
+use crate::error::NotAFile;
 
 /// Files and folders of the file system.
 #[derive(Clone, Copy, Debug, Default)]
@@ -13,11 +14,13 @@ pub struct LocalStore;
 
 impl Store for LocalStore {
     fn open(&self, path: &Path) -> io::Result<Box<dyn ReadAt>> {
-        let file = File::open(path)?;
-        match file.metadata()?.is_dir() {
-            true => Err(io::ErrorKind::IsADirectory.into()),
-            false => Ok(Box::new(LocalFile(file))),
-        }
+        // Looked at before, since opening a device can set it going, and once more when it is open: by then it may be
+        // another. Without waiting, since a pipe would until somebody writes to it.
+        check_is_file(&path.metadata()?)?;
+        let no_wait = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+        let file = File::options().read(true).custom_flags(no_wait).open(path)?;
+        check_is_file(&file.metadata()?)?;
+        Ok(Box::new(LocalFile(file)))
     }
 
     fn create(&self, path: &Path, len: u64) -> io::Result<Box<dyn WriteAt>> {
@@ -37,7 +40,8 @@ impl Store for LocalStore {
             let is_link = entry.file_type()?.is_symlink();
             let stat = match entry.path().metadata() {
                 Ok(metadata) => stat_of(&metadata),
-                Err(_) => Stat { kind: Kind::Other, len: 0 },
+                Err(error) if is_link && leads_nowhere(&error) => Stat { kind: Kind::BrokenLink, len: 0 },
+                Err(error) => return Err(io::Error::new(error.kind(), format!("{:?}: {error}", entry.file_name()))),
             };
             Ok(Listing { name: entry.file_name(), stat, is_link })
         };
@@ -51,6 +55,22 @@ impl Store for LocalStore {
     fn local<'p>(&self, path: &'p Path) -> Option<&'p Path> {
         Some(path)
     }
+}
+
+/// # Errors
+/// When it is anything but a file of bytes: reading it might never end.
+fn check_is_file(metadata: &Metadata) -> io::Result<()> {
+    match stat_of(metadata).kind {
+        Kind::File => Ok(()),
+        Kind::Folder => Err(io::ErrorKind::IsADirectory.into()),
+        Kind::Other | Kind::BrokenLink => Err(NotAFile.into()),
+    }
+}
+
+/// Whether that is why a link can't be followed: what it names isn't there, or it leads to itself.
+fn leads_nowhere(error: &io::Error) -> bool {
+    let is_loop = error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error());
+    is_loop || matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
 fn stat_of(metadata: &Metadata) -> Stat {

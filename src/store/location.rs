@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{Kind, Listing, LocalStore, ReadAt, Reader, Stat, Store, WriteAt};
+use crate::error::TooLong;
 
 /// A file or a folder in some store, there or not.
 #[derive(Clone)]
@@ -55,13 +56,23 @@ impl Location {
         self.store.create(&self.path, len)
     }
 
-    /// The whole file.
-    pub fn read(&self) -> io::Result<Vec<u8>> {
+    /// The whole file, if it has no more than `most` bytes.
+    ///
+    /// # Errors
+    /// When it has more, by what the store says or as it turns out.
+    pub fn read(&self, most: u64) -> io::Result<Vec<u8>> {
         let file = self.open()?;
+        let len = file.identity()?.len;
+        if len > most {
+            return Err(TooLong { len, most }.into());
+        }
         let mut bytes = Vec::new();
-        bytes.try_reserve_exact(usize::try_from(file.identity()?.len).unwrap_or(usize::MAX))?;
-        Reader::new(&*file).read_to_end(&mut bytes)?;
-        Ok(bytes)
+        bytes.try_reserve_exact(usize::try_from(len).unwrap_or(usize::MAX))?;
+        Reader::new(&*file).take(most.saturating_add(1)).read_to_end(&mut bytes)?;
+        match bytes.len() as u64 {
+            len if len > most => Err(TooLong { len, most }.into()),
+            _ => Ok(bytes),
+        }
     }
 
     /// What is there, links followed.
@@ -105,12 +116,12 @@ impl Location {
         self.kind().map(|kind| kind == Some(Kind::Folder))
     }
 
-    /// The whole file, if one is there.
+    /// The whole file, if one is there, and it has no more than `most` bytes.
     ///
     /// # Errors
     /// When one is, and can't be read.
-    pub fn read_if_there(&self) -> io::Result<Option<Vec<u8>>> {
-        match self.read() {
+    pub fn read_if_there(&self, most: u64) -> io::Result<Option<Vec<u8>>> {
+        match self.read(most) {
             Ok(bytes) => Ok(Some(bytes)),
             Err(error) if is_no_file(&error) => Ok(None),
             Err(error) => Err(error),

@@ -28,7 +28,7 @@ pub use memory::MemoryStore;
 
 /// A place that holds files by path. Its calls block; they may come from any thread.
 pub trait Store: Debug + Send + Sync {
-    /// Opens a file for reading; a folder can't be.
+    /// Opens a file for reading. A folder can't be, nor anything else that isn't a file of a known length.
     fn open(&self, path: &Path) -> io::Result<Box<dyn ReadAt>>;
 
     /// Creates a file of `len` bytes, and the folders above it. What was there before is overwritten.
@@ -117,8 +117,10 @@ pub enum Kind {
     File,
     /// What can be listed.
     Folder,
-    /// A pipe, a device, a link that leads nowhere.
+    /// A pipe, a device, a socket.
     Other,
+    /// A link that leads nowhere; in listings only.
+    BrokenLink,
 }
 
 /// One thing in a folder.

@@ -126,7 +126,8 @@ fn json_names_the_kind_of_every_failure() {
     let double = serialize(&[Tensor::random("model.layers.0.mlp.up_proj.weight", Dtype::F64, &[8, 8])]);
     assert_eq!(kind_with("model.safetensors", &double), "unsupported_dtype");
     assert_eq!(kind_with("model.safetensors", b"not a file of tensors"), "malformed");
-    assert_eq!(kind_with("config.json", br#"{"quantization_config": {}}"#), "already_quantized");
+    let gptq = serialize(&[Tensor::random("model.layers.0.mlp.up_proj.qweight", Dtype::I32, &[8, 8])]);
+    assert_eq!(kind_with("model.safetensors", &gptq), "already_quantized");
     let nowhere = Folder::llama();
     assert_eq!(kind_of(nowhere.convert_from(&nowhere.beside("nowhere"), &["--json"])), "source_missing");
     assert_eq!(kind_of(Folder::new("llama").convert(&["--json"])), "not_a_checkpoint");

@@ -108,7 +108,7 @@ fn a_linked_folder_beside_the_weights_is_not_copied() {
 fn side_files_that_cannot_be_copied_are_named_before_anything_is_written() {
     let dangling = Folder::llama();
     symlink("nowhere", dangling.source().join("tokenizer.json")).unwrap();
-    refused(&dangling, 4, &[], &["tokenizer.json"]);
+    refused(&dangling, 3, &[], &["tokenizer.json", "a link that leads nowhere"]);
 
     let latin = Folder::llama();
     fs::write(latin.source().join(std::ffi::OsStr::from_bytes(b"caf\xe9.txt")), "x").unwrap();
@@ -146,8 +146,7 @@ fn an_index_that_is_no_index_is_refused() {
         (r#"{"weight_map": []}"#, "not an index"),
         (r#"{"weight_map": {"a": 1}}"#, "not an index"),
         (r#"{"weight_map": {"a": ""}}"#, "expected the name of a file"),
-        (r#"{"weight_map": {"a": "sub/model.safetensors"}}"#, "expected the name of a file"),
-        (r#"{"weight_map": {"a": "config.json"}}"#, "config.json"),
+        (r#"{"weight_map": {"a": "../model.safetensors"}}"#, "expected the name of a file"),
     ] {
         let folder = Folder::llama();
         folder.write("model.safetensors.index.json", content);

@@ -118,6 +118,22 @@ proptest! {
     }
 
     #[test]
+    fn the_same_pieces_for_two_streams(before in 0..130usize, lens in prop::collection::vec(0..400usize, 0..12)) {
+        let all = bytes(130 + 12 * 400);
+        for pairing in Pairing::available() {
+            let [mut a, mut b] = [after(&all[..before]), Sha256Stream::new()];
+            let mut end = before;
+            for len in &lens {
+                let piece = &all[end..][..*len];
+                pairing.update(&mut a, piece, &mut b, piece);
+                end += len;
+            }
+            let hashes = [expected(&all[..end]), expected(&all[before..end])];
+            prop_assert_eq!([a, b].map(Sha256Stream::finish), hashes, "{:?}", pairing);
+        }
+    }
+
+    #[test]
     fn any_pieces_of_one_stream(pieces in prop::collection::vec(0..300usize, 0..20)) {
         let all = bytes(6000);
         let (mut stream, mut end) = (Sha256Stream::new(), 0);

@@ -39,18 +39,20 @@ type Record = BTreeMap<String, String>;
 /// Manifest keys that tell of the program and its options rather than of the output.
 const OF_THE_PROGRAM: [&str; 3] = ["recipe", "schema_version", "tool"];
 
-/// Keys of `--dry-run --json` that tell of the machine, of the options, or of sizes with headers in them.
-const OF_THE_MACHINE: [&str; 11] = [
+/// Keys of `--dry-run --json` that tell of the machine, of the options, of sizes with headers in them, or what the manifest has.
+const OF_THE_MACHINE: [&str; 13] = [
     "destination",
     "device",
     "device_reason",
     "disk_free",
     "disk_needed",
     "files",
+    "left_out",
     "output_bytes",
     "peak_device_memory",
     "peak_memory",
     "recipe",
+    "side_files",
     "threads",
 ];
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::checkpoint::{CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, Source, SourceFile};
+use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, Source, SourceFile};
 use crate::error::{Error, IoContext, Result};
 use crate::manifest::{FileRecord, ManifestHead, SourceRecord};
 use crate::ops::job::side_files;
@@ -105,8 +105,9 @@ impl Comparison<'_> {
         let config = plan.config.as_ref().map(|text| (CONFIG_NAME.to_owned(), Sha256Hash::of(text.as_bytes())));
         let beside = side_files::hashes(source, plan)?;
         let now: BTreeMap<String, Sha256Hash> = beside.into_iter().chain(config).collect();
-        let is_beside =
-            |file: &&FileRecord| file.name != INDEX_NAME && !plan.files.iter().any(|planned| planned.name == file.name);
+        let is_beside = |file: &&FileRecord| {
+            file.name != source.naming().index && !plan.files.iter().any(|planned| planned.name == file.name)
+        };
         let then: BTreeMap<&str, Sha256Hash> =
             manifest.files.iter().filter(is_beside).map(|file| (file.name.as_str(), file.sha256)).collect();
         for (name, hash) in &now {

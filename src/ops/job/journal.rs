@@ -132,7 +132,8 @@ fn recipe_difference(then: &Recipe, now: &Recipe) -> Option<String> {
 
 /// Notes down the hash of a file of the source; if an earlier run had noted another one, the source has changed.
 pub(crate) fn check_source_hash(staging: &Staging, file: &SourceFile, sha256: Sha256Hash) -> Result<()> {
-    let name = format!("{}.source-sha256", file.name);
+    // Files of the source may lie in folders of it; notes don't.
+    let name = format!("{}.source-sha256", file.name.replace('%', "%25").replace('/', "%2F"));
     match staging.sealed(&name)? {
         Some(noted) if noted != sha256.0 => {
             let why = format!("its content isn't what it was when the conversion began (SHA-256 {sha256} now)");

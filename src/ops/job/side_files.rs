@@ -65,6 +65,10 @@ fn copy_file(side: &SideFile, to: Location, buffer: &mut [u8]) -> Result<Sha256H
         to.write_at(&buffer[..piece], done)?;
         done += piece as u64;
     }
+    if from.read(&mut buffer[..1]).at(path, "read it")? > 0 {
+        let why = format!("it has more than the {len} bytes that it had");
+        return Err(Error::SourceChanged { path: path.to_owned(), why });
+    }
     to.sync()?;
     Ok(from.finish().1)
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use crate::backend::Backend;
 use crate::checkpoint::{
-    CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, STAGING_NAME, SUMS_NAME, Source, Staging, free_space, write_index,
+    CONFIG_NAME, MANIFEST_NAME, STAGING_NAME, SUMS_NAME, Source, Staging, free_space, needs_an_index, write_index,
 };
 use crate::error::{Error, Hint, IoContext, Result};
 use crate::manifest::{FileRecord, Manifest, ManifestHead, sha256_sums};
@@ -50,6 +50,12 @@ impl Job<'_> {
         self.plan.output_len() + side_files + manifest
     }
 
+    /// The name of the index, if one is written: of several files of weights, or of one beside others that aren't the model's
+    /// own. Without an index vLLM and others load all that are there.
+    pub(crate) fn index_name(&self) -> Option<&'static str> {
+        (self.plan.files.len() > 1 || needs_an_index(&self.source.side_files)).then_some(self.source.naming().index)
+    }
+
     /// Whether it can be written to `destination`: that is a place for it, and there is room.
     pub(crate) fn check_destination(&self, destination: &Location) -> Result<()> {
         self.check_place(destination)?;
@@ -77,7 +83,7 @@ impl Job<'_> {
     /// The files that it will write, as far as they are loaded with weights.
     fn names(&self) -> BTreeSet<String> {
         let weights = self.plan.files.iter().map(|file| file.name.clone());
-        let index = (self.plan.files.len() > 1).then(|| INDEX_NAME.to_owned());
+        let index = self.index_name().map(str::to_owned);
         let config = self.plan.config.as_ref().map(|_| CONFIG_NAME.to_owned());
         let others = self.source.side_files.iter().map(|file| file.name.clone());
         weights.chain(index).chain(config).chain(others).collect()
@@ -156,8 +162,8 @@ impl Job<'_> {
         if let Some(config) = &plan.config {
             files.push(write(staging, CONFIG_NAME, |file| file.write_all(config.as_bytes()))?);
         }
-        if plan.files.len() > 1 {
-            files.push(write(staging, INDEX_NAME, |file| self.write_index(file))?);
+        if let Some(name) = self.index_name() {
+            files.push(write(staging, name, |file| self.write_index(file))?);
         }
         files.sort_by(|a, b| a.name.cmp(&b.name));
         Ok((files, outcome))
@@ -173,7 +179,7 @@ impl Job<'_> {
         staging.make_folders()?;
         let weights = plan.files.iter().map(|file| file.name.as_str());
         let names = weights.chain(source.side_files.iter().map(|file| file.name.as_str()));
-        let others = [model_card::NAME, CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, SUMS_NAME];
+        let others = [model_card::NAME, CONFIG_NAME, source.naming().index, MANIFEST_NAME, SUMS_NAME];
         staging.check_names(names.chain(others))?;
         match resumed {
             true => resume::sealed_files(staging, source, plan, context),

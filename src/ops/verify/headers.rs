@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::checkpoint::{CONFIG_NAME, Config, INDEX_NAME, SourceFile, TensorInfo, read_entries};
+use crate::checkpoint::{CONFIG_NAME, Config, DIFFUSERS, INDEX_NAME, SourceFile, TensorInfo, read_entries};
 use crate::converted;
 use crate::dtype::{self, FloatDtype, elements};
 use crate::error::{Error, IoContext, Result};
@@ -204,9 +204,11 @@ fn is_made_of(fused: &[u64], shapes: &[&[u64]]) -> bool {
 /// The index must have every tensor in its file.
 pub(super) fn check_index(checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
     let records = &checkpoint.records;
-    if !checkpoint.manifest.files.iter().any(|file| file.name == INDEX_NAME) {
+    let is_diffusers = records.files().any(|file| file.starts_with(DIFFUSERS.stem));
+    let index_name = if is_diffusers { DIFFUSERS.index } else { INDEX_NAME };
+    if !checkpoint.manifest.files.iter().any(|file| file.name == index_name) {
         if records.files().count() > 1 {
-            report.differ(INDEX_NAME, None, "is not in the manifest, though there are several files of weights");
+            report.differ(index_name, None, "is not in the manifest, though there are several files of weights");
         }
         return Ok(());
     }
@@ -214,12 +216,12 @@ pub(super) fn check_index(checkpoint: &Checkpoint, report: &mut Report) -> Resul
     // Entries that the manifest doesn't have so: there are none unless something is wrong.
     let mut others: BTreeMap<String, String> = BTreeMap::new();
     let read =
-        read_entries(&checkpoint.folder.join(INDEX_NAME), &mut |name, file| match records.tensors.place(name, file) {
+        read_entries(&checkpoint.folder.join(index_name), &mut |name, file| match records.tensors.place(name, file) {
             Some(place) => found[place] = true,
             None => drop(others.insert(name.to_owned(), file.to_owned())),
         });
     if if_sound(read)?.is_none() {
-        report.differ(INDEX_NAME, None, "it is missing, or not an index of tensors");
+        report.differ(index_name, None, "it is missing, or not an index of tensors");
         return Ok(());
     }
     if others.is_empty() && found.iter().all(|found| *found) {
@@ -229,12 +231,12 @@ pub(super) fn check_index(checkpoint: &Checkpoint, report: &mut Report) -> Resul
         for OutputRecord { name, file, .. } in &record.outputs {
             if records.tensors.place(name, file).is_some_and(|place| !found[place]) {
                 let found = others.remove(name).unwrap_or("no file".to_owned());
-                report.differ(INDEX_NAME, Some(name), format!("is said to be in {found}, expected {file}"));
+                report.differ(index_name, Some(name), format!("is said to be in {found}, expected {file}"));
             }
         }
     })?;
     for name in others.keys() {
-        report.differ(INDEX_NAME, Some(name), "is not in the manifest");
+        report.differ(index_name, Some(name), "is not in the manifest");
     }
     Ok(())
 }

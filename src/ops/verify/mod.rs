@@ -18,14 +18,14 @@ use serde::Serialize;
 
 pub use reconvert::against;
 
-use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, STAGING_NAME};
+use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, MAX_JSON_LEN, STAGING_NAME};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, IoContext, Result};
-use crate::manifest::ManifestHead;
+use crate::manifest::{LeftOutRecord, ManifestHead};
 use crate::ops::quantize::Conversion;
 use crate::ops::verify::kept_modules::KeptModules;
 use crate::ops::verify::records::Records;
-use crate::store::{Location, Sha256Hash, is_no_file};
+use crate::store::{Location, Sha256Hash, hash_range, is_no_file};
 
 /// How to verify.
 #[derive(Clone, Copy)]
@@ -77,6 +77,9 @@ pub struct Report {
     /// were compared, wherever they are.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub written_by: Option<String>,
+    /// What of the source was left out when it was converted, by the manifest.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<LeftOutRecord>,
     /// Everything that is not as it should be, by file; empty if all is well.
     pub differences: Vec<Difference>,
 }
@@ -101,12 +104,19 @@ impl Checkpoint {
     /// The content of a small file, if it is there.
     fn read(&self, name: &str) -> Result<Option<Vec<u8>>> {
         let location = self.folder.join(name);
-        location.read_if_there().at(location.path(), "read it")
+        location.read_if_there(MAX_JSON_LEN).at(location.path(), "read it")
     }
 
-    /// The SHA-256 of a small file, if it is there.
+    /// The SHA-256 of a file, if it is there.
     fn hash_of(&self, name: &str) -> Result<Option<Sha256Hash>> {
-        Ok(self.read(name)?.map(|content| Sha256Hash::of(&content)))
+        let location = self.folder.join(name);
+        let path = location.path();
+        let file = match location.open() {
+            Err(error) if is_no_file(&error) => return Ok(None),
+            opened => opened.at(path, "open it")?,
+        };
+        let len = file.identity().at(path, "look at it")?.len;
+        hash_range(&*file, 0, len, &mut vec![0; 1 << 16], || true).at(path, "read it")
     }
 }
 
@@ -117,6 +127,7 @@ impl Checkpoint {
 pub fn verify(folder: impl Into<Location>, options: Options<'_>) -> Result<Report> {
     let mut report = Report::default();
     let Some(checkpoint) = open(&folder.into(), &mut report)? else { return Ok(report) };
+    report.left_out.clone_from(&checkpoint.manifest.left_out);
     files::check_sums(&checkpoint, &mut report)?;
     files::check_names(&checkpoint, &mut report)?;
     let kept = check_config(&checkpoint, &mut report)?;

@@ -92,8 +92,13 @@ fn plan(lens: &[Vec<u64>]) -> Plan {
         }
     });
     let mut tensors: Vec<PlannedTensor> = tensors.collect();
-    let mut file =
-        PlannedFile { name: "model.safetensors".to_owned(), tensors: 0..tensors.len(), header_len: 0, len: 0 };
+    let mut file = PlannedFile {
+        name: "model.safetensors".to_owned(),
+        tensors: 0..tensors.len(),
+        header_len: 0,
+        len: 0,
+        metadata: Arc::default(),
+    };
     // What the header says depends on the order of the outputs, not on where the first one is.
     let mut place_from = |start: u64, tensors: &mut [PlannedTensor]| {
         file.len = start;

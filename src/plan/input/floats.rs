@@ -5,6 +5,7 @@ use serde_json::Value;
 use crate::checkpoint::{QUANT_CONFIG_NAME, Source, TensorInfo};
 use crate::dtype::{self, Dtype, FloatDtype};
 use crate::format::{Coding, ElementCode, Highest, ScaleCode};
+use crate::layout::recognize;
 use crate::read::{Decode, Input, MAX_EXPERTS, Read, Span};
 
 /// The fewest columns that share a scale: with fewer, scales would take more room than what they scale.
@@ -32,7 +33,7 @@ enum Library {
 impl Rules {
     /// Of an opened source.
     pub(super) fn of(source: &Source) -> Rules {
-        let config = source.config.as_ref().and_then(|config| config.values().get("quantization_config"));
+        let config = source.config.as_ref().and_then(recognize::quantization_config).map(|(_, config)| config);
         let block = config.and_then(|config| config.get("weight_block_size")?.as_array());
         let block = match block.map(|block| block.iter().filter_map(Value::as_u64).collect::<Vec<_>>()).as_deref() {
             Some(&[rows, columns]) if rows > 0 && columns > 0 => [rows, columns],
@@ -41,7 +42,7 @@ impl Rules {
         // Older versions of ModelOpt say it in a file of their own only.
         let is_modelopt = match config {
             Some(config) => config.get("quant_method").and_then(Value::as_str) == Some("modelopt"),
-            None => source.location.join(QUANT_CONFIG_NAME).is_file().unwrap_or(false),
+            None => source.left_out.iter().any(|left| left.name == QUANT_CONFIG_NAME),
         };
         let library = if is_modelopt { Library::Modelopt } else { Library::CompressedTensors };
         Rules { model: source.model_dtype(), block, library }
