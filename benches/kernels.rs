@@ -173,7 +173,7 @@ fn decode_rows(kernel: Kernel, coding: Coding, dtype: FloatDtype, codes: &[u8], 
     for (row, into) in into.chunks_exact_mut(columns * dtype.size()).enumerate() {
         let codes = &codes[row * coding.code_byte(columns)..][..coding.code_byte(columns)];
         let scales = &scales[row * scales_of_row..][..scales_of_row];
-        kernel.decode(Row { coding, dtype, first: 0, codes, scales, zero_points: &[], into });
+        kernel.decode(Row { coding, dtype, first: 0, codes, scales, zero_points: &[], order: None, into });
     }
 }
 

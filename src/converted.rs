@@ -8,6 +8,7 @@ use crate::checkpoint::{MANIFEST_NAME, Source, TensorInfo};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Hint, Result};
 use crate::format::Codec;
+use crate::layout::bitsandbytes::MAX_QUANT_STATE;
 use crate::layout::{OutputKind, OutputTensor, Stored, StoredFormat, StoredWeight};
 use crate::manifest::{DecisionRecord, Manifest, OutputRecord, TensorRecord};
 use crate::read::{Decode, Input, MAX_EXPERTS, Nested, Read, SmallTensors, Span, Tensors};
@@ -71,6 +72,16 @@ impl<'a> Converted<'a> {
         let malformed = |why: String| malformed(source, format!("weight {name:?}: {why}"));
         let Converted { codec, tensors, small, .. } = self;
         Weight { name, codec, parts: codec.tensors(), tensors, small, malformed: &malformed }.decoded(model)
+    }
+
+    /// The content of a quant_state.
+    ///
+    /// # Errors
+    /// When there is none of this name, it is longer than any, or the system refuses to read.
+    pub(crate) fn quant_state(&mut self, name: &str) -> Result<Vec<u8>> {
+        let (span, info) = self.tensor(name)?;
+        few(span, info, MAX_QUANT_STATE).map_err(|why| self.malformed(why))?;
+        self.small.read(span)
     }
 
     fn malformed(&self, why: String) -> Error {
@@ -146,9 +157,10 @@ impl<'a> Weight<'_, 'a> {
             columns: stored.columns,
             row_len: codec.packed_row(stored.columns),
             group_rows: 1,
-            codes: span(OutputKind::Packed)?,
-            scales: span(if codec.is_blocks() { OutputKind::Absmax } else { OutputKind::Scale })?,
-            zero_points: codec.has_zero_points().then(|| span(OutputKind::ZeroPoint)).transpose()?,
+            codes: Read::Bytes(span(OutputKind::Packed)?),
+            scales: Read::Bytes(span(if codec.is_blocks() { OutputKind::Absmax } else { OutputKind::Scale })?),
+            zero_points: codec.has_zero_points().then(|| span(OutputKind::ZeroPoint).map(Read::Bytes)).transpose()?,
+            order: None,
             nested,
         });
         read.map_err(|why| (self.malformed)(format!("a shape of {:?}, and {why}", stored.shape)))

@@ -248,6 +248,16 @@ pub enum Error {
         /// The system's error.
         source: io::Error,
     },
+    /// The system gives no memory, whatever the limit that was set.
+    #[error(
+        "out of memory: the system gives no {len} bytes for {purpose}; allow the process more, or set a smaller memory limit"
+    )]
+    OutOfMemory {
+        /// What it was wanted for.
+        purpose: &'static str,
+        /// Bytes.
+        len: u64,
+    },
     /// A defect of prequant: what can't be.
     #[error("{what}: this is a defect of prequant; please report it with the command that was run")]
     Internal {
@@ -292,6 +302,7 @@ impl Error {
             Error::Io { .. } => ErrorKind::Io,
             Error::JobChanged { .. } => ErrorKind::JobChanged,
             Error::Threads { .. } => ErrorKind::Io,
+            Error::OutOfMemory { .. } => ErrorKind::OutOfMemory,
             Error::Internal { .. } => ErrorKind::Internal,
             Error::Interrupted => ErrorKind::Interrupted,
             Error::Stopped => ErrorKind::Stopped,
@@ -324,6 +335,7 @@ impl Error {
             | Error::NoSpace { .. }
             | Error::Io { .. }
             | Error::Threads { .. }
+            | Error::OutOfMemory { .. }
             | Error::Internal { .. }
             | Error::Interrupted
             | Error::Stopped => Vec::new(),
@@ -390,6 +402,8 @@ pub enum ErrorKind {
     Io,
     /// See [`Error::JobChanged`].
     JobChanged,
+    /// See [`Error::OutOfMemory`].
+    OutOfMemory,
     /// See [`Error::Internal`].
     Internal,
     /// See [`Error::Interrupted`].
@@ -424,6 +438,7 @@ impl ErrorKind {
             ErrorKind::SourceChanged => "source_changed",
             ErrorKind::Io => "io",
             ErrorKind::JobChanged => "job_changed",
+            ErrorKind::OutOfMemory => "out_of_memory",
             ErrorKind::Internal => "internal",
             ErrorKind::Interrupted => "interrupted",
             ErrorKind::Stopped => "stopped",
@@ -477,6 +492,12 @@ fn hint(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "; make room and run the same command again",
         io::ErrorKind::PermissionDenied => "; check who owns it",
+        io::ErrorKind::FileTooLarge => {
+            "; allow larger files (ulimit -f), or choose smaller output files or another file system"
+        }
+        _ if error.raw_os_error() == Some(rustix::io::Errno::MFILE.raw_os_error()) => {
+            "; allow the process more open files (ulimit -n) and run the same command again"
+        }
         _ => "",
     }
 }

@@ -35,7 +35,7 @@ pub mod kernel {
         }
     }
     pub mod decode {
-        pub use crate::kernel::decode::{Row, restore_absmax};
+        pub use crate::kernel::decode::{Order, Row, restore_absmax};
     }
     pub mod group {
         pub use crate::kernel::group::{Groups, tensor_scale};

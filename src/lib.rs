@@ -80,7 +80,7 @@ pub use ops::inspect::{Contents, Stored, StoredWeight, inspect};
 pub use ops::job::finished::Finished;
 pub use ops::options::Options;
 pub use ops::quantize::Conversion;
-pub use ops::verify::{Difference, Options as VerifyOptions, Report};
+pub use ops::verify::{Difference, DifferenceClass, Options as VerifyOptions, Report};
 pub use pipeline::{Budget, Progress, Trace};
 pub use plan::{Decision, Plan, PlannedFile, PlannedTensor};
 pub use recipe::{ExpertLayout, NonFinitePolicy, Recipe, RecipeOptions, Weights};

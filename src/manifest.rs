@@ -155,9 +155,12 @@ pub struct TensorRecord {
     pub decision: DecisionRecord,
     /// Why.
     pub reason: String,
+    /// How exactly, if the source has it in 4 bits and its codes were carried over.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub carried: Option<Carried>,
     /// What was written for it.
     pub outputs: Vec<OutputRecord>,
-    /// What quantizing it cost; absent if it was kept, or rewritten in another layout.
+    /// What quantizing it cost; absent if it was kept or carried over, or rewritten in another layout.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub statistics: Option<Statistics>,
 }
@@ -185,6 +188,16 @@ pub enum DecisionRecord {
     Quantize,
 }
 
+/// How exactly a weight is what the source's codes stand for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Carried {
+    /// To the last bit.
+    Lossless,
+    /// Its codes are the same, and some of its scales were rounded.
+    ScalesRounded,
+}
+
 /// A tensor of the converted checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct OutputRecord {
@@ -198,6 +211,15 @@ pub struct OutputRecord {
     pub shape: Vec<u64>,
     /// SHA-256 of its bytes.
     pub sha256: Sha256Hash,
+}
+
+impl TensorRecord {
+    /// Whether it was quantized and has no element other than zero.
+    pub fn is_all_zeros(&self) -> bool {
+        self.statistics
+            .as_ref()
+            .is_some_and(|statistics| statistics.blocks > 0 && statistics.zero_blocks == statistics.blocks)
+    }
 }
 
 impl<Tensors> Manifest<Tensors> {

@@ -149,6 +149,59 @@ def test_half_of_the_experts_parameters_missing(editable: Callable[..., Path]) -
     fails(folder, f"{LAYER}.down_proj", "nothing is there")
 
 
+@pytest.mark.parametrize("flags", [KEEP, FUSE, DOUBLE])
+def test_all_experts_of_a_layer_missing(editable: Callable[..., Path], flags: tuple[str, ...]) -> None:
+    """transformers would fill the layer's experts with random numbers, and only print so."""
+    folder = editable("qwen3_moe", *flags)
+    rewrite(folder, lambda tensors: remove(tensors, LAYER))
+    fails(folder, "nothing is there", f"{LAYER}.")
+
+
+@pytest.mark.parametrize("flags", [KEEP, FUSE])
+def test_all_experts_missing(editable: Callable[..., Path], flags: tuple[str, ...]) -> None:
+    folder = editable("qwen3_moe", *flags)
+    rewrite(folder, lambda tensors: [remove(tensors, f"model.layers.{i}.mlp.experts") for i in range(2)])
+    fails(folder, "nothing is there", ".mlp.experts.")
+
+
+def test_all_of_a_linear_missing(editable: Callable[..., Path]) -> None:
+    folder = editable("qwen3_moe", *KEEP)
+    rewrite(folder, lambda tensors: remove(tensors, LINEAR))
+    fails(folder, "nothing is there", LINEAR)
+
+
+def test_a_dense_model_without_one_of_its_linears(editable: Callable[..., Path]) -> None:
+    folder = editable("qwen3_moe", "--exclude", "experts")
+    rewrite(folder, lambda tensors: remove(tensors, LINEAR))
+    fails(folder, "nothing is there", LINEAR)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"quant_type": "fp4"}, ("quant_type is 'fp4'", "nf4")),
+        ({"dtype": "float64"}, ("dtype is 'float64'",)),
+        ({"dtype": 16}, ("dtype is 16",)),
+    ],
+)
+def test_a_quant_state_that_contradicts_itself(editable: Callable[..., Path], change: dict, words: tuple[str, ...]) -> None:
+    folder = editable("qwen3_moe", *KEEP)
+    rewrite(folder, lambda tensors: edit_state(tensors, LINEAR, **change))
+    fails(folder, LINEAR, *words)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "word"),
+    [("bnb_4bit_quant_type", "fp4", "bnb_4bit_quant_type"), ("bnb_4bit_use_double_quant", True, "bnb_4bit_use_double_quant")],
+)
+def test_quant_states_that_contradict_the_config(
+    editable: Callable[..., Path], key: str, value: object, word: str
+) -> None:
+    folder = editable("qwen3_moe", *KEEP)
+    edit_config(folder, lambda config: config["quantization_config"].__setitem__(key, value))
+    fails(folder, word)
+
+
 def test_an_expert_with_another_block_size(editable: Callable[..., Path]) -> None:
     folder = editable("qwen3_moe", *KEEP)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,4 +91,32 @@ def test_loading_verifies_if_asked(editable: Callable[..., Path], monkeypatch: p
     with pytest.raises(PrequantError, match="SHA-256"):
         AutoModelForCausalLM.from_pretrained(folder)
     monkeypatch.setenv("PREQUANT_VERIFY", "0")
+    AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_config.json", "modeling_x.py"])
+def test_loading_takes_nothing_that_wasnt_verified(
+    editable: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """transformers prefers one file to shards, and takes an adapter because it is there."""
+    folder = editable("qwen3_moe")
+    assert not (folder / name).exists()
+    monkeypatch.setenv("PREQUANT_VERIFY", "1")
+    AutoModelForCausalLM.from_pretrained(folder)
+    (folder / name).write_bytes(next(folder.glob("*.safetensors")).read_bytes() if name.endswith(".safetensors") else b"{}")
+    with pytest.raises(PrequantError, match=re.escape(name)):
+        prequant_loader.verify(folder)
+    if name != "adapter_config.json":  # which transformers reads before anything else
+        with pytest.raises(PrequantError, match=re.escape(name)):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_what_no_client_loads_may_be_edited(editable: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = editable("qwen3_moe")
+    (folder / "README.md").write_text("more")
+    (folder / ".git").mkdir()
+    assert [difference.file for difference in prequant_loader.verify(folder).edited] == [".git/", "README.md"]
+    with pytest.raises(PrequantError, match=r"\.git: "):
+        prequant_loader.verify(folder, strict=True)
+    monkeypatch.setenv("PREQUANT_VERIFY", "1")
     AutoModelForCausalLM.from_pretrained(folder)

@@ -87,6 +87,12 @@ impl Config {
         self.values.get(WEIGHTS_KEY)?.as_str()
     }
 
+    /// The classes that the checkpoint was saved from, as it names them.
+    pub fn architectures(&self) -> Vec<&str> {
+        let names = self.values.get("architectures").and_then(Value::as_array);
+        names.into_iter().flatten().filter_map(Value::as_str).collect()
+    }
+
     /// The dtype of the model's weights, `dtype` or `torch_dtype`, if it is one of those that are quantized.
     pub fn dtype(&self) -> Option<FloatDtype> {
         let of = |values: &Map<String, Value>| {

@@ -4,6 +4,8 @@
 //! file that a client may pick up must not pass for a remark. `python/src/prequant_loader/file_class.py` is the same table;
 //! `tests/data/file_classes.json` is tried on both.
 
+use super::staging::{DONE_NAME, STAGING_NAME};
+
 /// Whether clients load a file, or could take it for one that they should.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FileClass {
@@ -14,8 +16,9 @@ pub(crate) enum FileClass {
     ForPeople,
 }
 
-/// Folders of git, the hub and editors, wherever they are: nothing in them belongs to a checkpoint.
-const FOLDERS: &[&str] = &[".git", ".github", ".cache", ".huggingface", ".ipynb_checkpoints", ".idea", ".vscode"];
+/// Folders of git, the hub, editors and unfinished conversions, wherever they are: nothing in them belongs to a checkpoint.
+const FOLDERS: &[&str] =
+    &[STAGING_NAME, DONE_NAME, ".git", ".github", ".cache", ".huggingface", ".ipynb_checkpoints", ".idea", ".vscode"];
 
 /// Files that git, the hub or a desktop leaves beside those of a checkpoint.
 const LEFT_BEHIND: &[&str] = &[

@@ -8,9 +8,10 @@ use super::header::{FORMAT_KEY, LENGTH_FIELD, METADATA_KEY, Metadata};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 
-/// The first tensor of a file that is written starts at a multiple of this, and so do those that follow, but for those at the file's
-/// end: a multiple of every dtype's size.
-pub(crate) const ALIGNMENT: u64 = 8;
+/// The first tensor of a file that is written starts at a multiple of this, and all that follow, but for those at the file's end: a
+/// multiple of every dtype's size, for readers that map the file, and a block of SHA-256, so that a file and its tensors have the
+/// same blocks.
+pub(crate) const ALIGNMENT: u64 = 64;
 
 /// Bytes that are handed on at once, about.
 const PIECE: usize = 1 << 15;
@@ -37,7 +38,7 @@ impl HeaderText {
     pub(crate) const LENGTH_FIELD: u64 = LENGTH_FIELD;
 
     /// More bytes of JSON than a header without entries has.
-    pub(crate) const LEAST: u64 = 64;
+    pub(crate) const LEAST: u64 = 128;
 
     /// Of no entries yet; beside them stands `metadata`, and that the tensors' layout is PyTorch's.
     pub(crate) fn new(metadata: &Metadata) -> HeaderText {

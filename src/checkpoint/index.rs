@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use super::{TensorInfo, first_bytes};
 use crate::error::{Error, IoContext, Result, TooLong};
-use crate::store::{Location, Reader};
+use crate::store::{HashingWriter, Location, Reader, Sha256Hash};
 
 /// The largest index of a source that is read: a thousand times a common one.
 pub(crate) const MAX_INDEX_LEN: u64 = 256 << 20;
@@ -162,6 +162,40 @@ pub(crate) fn write_index<'a>(
     writer.write_all(b"\n")
 }
 
+/// The text that [`write_index`] writes, of which the hash alone is of interest, entry by entry.
+pub(crate) struct IndexHasher {
+    hasher: HashingWriter<io::Sink>,
+    any: bool,
+}
+
+impl IndexHasher {
+    /// Of tensors with so many bytes together.
+    pub(crate) fn new(total_size: u64) -> IndexHasher {
+        let mut index = IndexHasher { hasher: HashingWriter::new(io::sink()), any: false };
+        index.add(&format!("{{\n  \"metadata\": {{\n    \"total_size\": {total_size}\n  }},\n  \"weight_map\": {{"));
+        index
+    }
+
+    /// The next tensor and its file.
+    pub(crate) fn entry(&mut self, tensor: &str, file: &str) {
+        let [tensor, file] = [tensor, file].map(|name| serde_json::Value::from(name).to_string());
+        let comma = if std::mem::replace(&mut self.any, true) { "," } else { "" };
+        self.add(&format!("{comma}\n    {tensor}: {file}"));
+    }
+
+    /// The hash of the whole.
+    pub(crate) fn finish(mut self) -> Sha256Hash {
+        let end = if self.any { "\n  }\n}\n" } else { "}\n}\n" };
+        self.add(end);
+        self.hasher.finish().1
+    }
+
+    fn add(&mut self, text: &str) {
+        // A sink takes all.
+        let _ = io::Write::write_all(&mut self.hasher, text.as_bytes());
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -174,6 +208,17 @@ mod tests {
         }
         for name in ["", ".", "./", "..", "../a", "sub/../../a", "sub/..", "/a", "a\\b", "a\0"] {
             assert_eq!(inside(name), None, "{name:?}");
+        }
+    }
+
+    #[test]
+    fn the_hash_is_that_of_what_is_written() {
+        for names in [&[][..], &["a"], &["a", "b\"\n", "\u{e9}"]] {
+            let mut written = Vec::new();
+            write_index(names.iter().map(|name| ((*name).to_owned(), "x.safetensors")), 12, &mut written).unwrap();
+            let mut hasher = IndexHasher::new(12);
+            names.iter().for_each(|name| hasher.entry(name, "x.safetensors"));
+            assert_eq!(hasher.finish(), Sha256Hash::of(&written), "{names:?}");
         }
     }
 }

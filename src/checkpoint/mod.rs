@@ -19,6 +19,7 @@ mod place;
 mod side_files;
 mod source;
 mod staging;
+mod unchanged;
 mod weight_files;
 mod wrappers;
 
@@ -29,7 +30,7 @@ pub use header::Header;
 pub(crate) use header::{MAX_HEADER_LEN, Metadata, TensorInfo, sort_canonically};
 pub(crate) use header_text::{ALIGNMENT, HeaderText};
 pub use index::Index;
-pub(crate) use index::write_index;
+pub(crate) use index::{IndexHasher, write_index};
 pub(crate) use index_entries::read_entries;
 pub(crate) use output::OutputFile;
 pub(crate) use place::Place;

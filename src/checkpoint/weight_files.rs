@@ -178,6 +178,9 @@ fn is_number(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
+/// Files by their number, which only one should have.
+type Numbered<'a> = BTreeMap<u64, Vec<&'a String>>;
+
 /// Without an index and a single file of the usual name: what the names say.
 fn by_names(folder: &Path, present: &BTreeSet<String>, stem: &str) -> Result<WeightFiles> {
     // Mistral's own layout of the same weights, and adapters, lie beside a model's files at times.
@@ -186,7 +189,7 @@ fn by_names(folder: &Path, present: &BTreeSet<String>, stem: &str) -> Result<Wei
         present.iter().filter(|name| name.ends_with(SAFETENSORS) && !name.starts_with('.')).collect();
     let own: Vec<&String> = all.iter().copied().filter(|name| !is_other(name)).collect();
     let own = if own.is_empty() { all } else { own };
-    let mut sets: BTreeMap<(String, Option<u64>), BTreeMap<u64, Vec<&String>>> = BTreeMap::new();
+    let mut sets: BTreeMap<(String, Option<u64>), Numbered<'_>> = BTreeMap::new();
     for name in &own {
         if let Some(Shard { stem, number, count }) = Shard::of(name) {
             sets.entry((stem, count)).or_default().entry(number).or_default().push(name);

@@ -276,5 +276,8 @@ fn convert(arguments: &Arguments) -> Result<Outcome, Error> {
     let manifest = conversion.execute_until(interrupt::flag(), &arguments.destination, &reporter)?;
     reporter.finish();
     let done = summary::Done { conversion: &conversion, destination: &arguments.destination, manifest: &manifest };
+    if !arguments.quiet {
+        done.warnings().iter().for_each(|warning| tell(format_args!("warning: {warning}")));
+    }
     Ok(done.report(start.elapsed(), arguments.audience()))
 }

@@ -19,7 +19,7 @@ use super::{hints, interrupt, left_out};
 /// Decode a quantized checkpoint to bf16.
 ///
 /// SRC is a checkpoint converted by prequant, in any format, or one that another program quantized: FP8, or 4 bits by
-/// compressed-tensors, ModelOpt, gpt-oss or DeepSeek-V4. DST becomes an unquantized checkpoint: every weight has the
+/// compressed-tensors, ModelOpt, gpt-oss, DeepSeek-V4, GPTQ or AWQ. DST becomes an unquantized checkpoint: every weight has the
 /// value its 4-bit code stands for, in the dtype that the format's own library decodes to (bf16 if the source was bf16).
 /// What prequant converted is checked against its manifest as it is read.
 #[derive(Args)]

@@ -42,7 +42,7 @@ fn decisions(plan: &Plan) -> String {
     let decision_width = plan.recipe.format().name.len().max("keep".len());
     let shape_width = width(|tensor| format!("{:?}", tensor.shape).len());
     for tensor in &plan.tensors {
-        let decision = if tensor.quantized_from().is_some() { plan.recipe.format().name } else { "keep" };
+        let decision = if tensor.is_quantized() { plan.recipe.format().name } else { "keep" };
         let (shape, dtype) = (format!("{:?}", tensor.shape), tensor.dtype.to_string());
         let decoded = if tensor.is_decoded() { " (decoded)" } else { "" };
         let _ = writeln!(
@@ -84,7 +84,10 @@ fn totals(conversion: &Conversion, destination: &Path, free: Option<u64>) -> Vec
             .relaid_from()
             .map(|_| "experts are rewritten in the other layout; nothing is quantized again".to_owned()),
     );
-    lines.extend(plan.warnings.iter().map(|warning| format!("warning: {}", hints::shown_warning(warning))));
+    lines.extend(warnings(conversion).iter().map(|warning| format!("warning: {warning}")));
+    lines.extend(decisions.in_doubt().iter().map(|(pattern, tensors, bytes)| {
+        format!("in doubt: {} of {}, which --include '{pattern}' quantizes", count(*tensors, "tensor"), Bytes(*bytes))
+    }));
     let decoded = decisions.tensors.iter().filter(|tensor| tensor.is_decoded()).count();
     if decoded > 0 {
         lines.push(format!("{} quantized in the source, decoded while reading", count(decoded, "tensor")));
@@ -117,6 +120,12 @@ fn totals(conversion: &Conversion, destination: &Path, free: Option<u64>) -> Vec
     lines
 }
 
+/// Those before a conversion, and the one at its end.
+fn warnings(conversion: &Conversion) -> Vec<String> {
+    let last = conversion.decisions().left_in_16_bits();
+    conversion.plan.warnings.iter().chain(&last).map(hints::warning).collect()
+}
+
 fn json(conversion: &Conversion, destination: &Path, free: Option<u64>, obstacle: Option<&Error>) -> Value {
     let (plan, decisions) = (&conversion.plan, conversion.decisions());
     let tensor = |tensor: &PlannedTensor| {
@@ -125,11 +134,16 @@ fn json(conversion: &Conversion, destination: &Path, free: Option<u64>, obstacle
             "dtype": tensor.dtype,
             "shape": &*tensor.shape,
             "role": tensor.role,
-            "decision": if tensor.quantized_from().is_some() { "quantize" } else { "keep" },
+            "decision": if tensor.is_quantized() { "quantize" } else { "keep" },
             "reason": tensor.reason,
             "output_bytes": tensor.output_len(),
         })
     };
+    let in_doubt: Vec<Value> = decisions
+        .in_doubt()
+        .iter()
+        .map(|(pattern, tensors, bytes)| json!({"include": pattern, "tensors": tensors, "bytes": bytes}))
+        .collect();
     let files: Vec<Value> = plan
         .files
         .iter()
@@ -154,7 +168,8 @@ fn json(conversion: &Conversion, destination: &Path, free: Option<u64>, obstacle
         "files": files,
         "side_files": conversion.copied_files().map(|(name, size)| json!({"name": name, "size": size})).collect::<Vec<_>>(),
         "left_out": conversion.left_out(),
-        "warnings": plan.warnings.iter().map(hints::warning).collect::<Vec<_>>(),
+        "warnings": warnings(conversion),
+        "in_doubt": in_doubt,
         "obstacle": obstacle.map(|error| error_json(error)["error"].clone()),
         "tensors": decisions.tensors.iter().map(tensor).collect::<Vec<_>>(),
     })

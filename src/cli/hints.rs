@@ -54,11 +54,13 @@ fn advice(hint: Hint) -> String {
     let advice = match hint {
         Hint::Exclude => "use --exclude to leave the tensor unquantized",
         Hint::Include => "use --include to choose tensors",
+        Hint::IncludeDoubtful => "if they are Linears' after all, use --include; --dry-run lists the patterns",
         Hint::KeepExperts => "use --experts keep to leave experts unfused",
         Hint::SplitExperts => "use --experts keep to rewrite them as one tensor per expert",
         Hint::FuseExperts => "use --experts fuse to rewrite them as one tensor per projection",
         Hint::KeepNonFinite => "use --nonfinite keep to quantize it as bitsandbytes does",
         Hint::DequantizeSource => "use --dequantize-source to decode it while reading",
+        Hint::RewriteScales => "use `prequant convert` with --format nvfp4 to copy its codes and rewrite its scales",
         Hint::GroupSize(size) => return format!("use --group-size {size}"),
         Hint::LargerBlocks => {
             "raise it, or use a larger --block-size: double quantization holds one f32 for every block of a tensor"

@@ -13,7 +13,7 @@ use super::{escape, hints, interrupt, streams};
 const WRONG_USAGE: u8 = 2;
 
 /// The exit code for an I/O or device failure.
-const IO_FAILURE: u8 = 4;
+pub const IO_FAILURE: u8 = 4;
 
 /// How long the answer of a process that is being ended may take.
 const LAST_WORDS: Duration = Duration::from_millis(100);
@@ -85,7 +85,7 @@ pub fn usage(message: &clap::Error, json: bool) -> ExitCode {
     let text = message.to_string();
     let answer = match (json, is_error) {
         (false, _) => String::new(),
-        (true, true) => format!("{}\n", failure_json("usage", text.trim_end().trim_start_matches("error: "), code)),
+        (true, true) => failure_line("usage", text.trim_end().trim_start_matches("error: "), code),
         (true, false) => format!("{}\n", json!({"message": text})),
     };
     match written {
@@ -148,6 +148,7 @@ fn exit_code(kind: ErrorKind) -> u8 {
         | ErrorKind::Io
         | ErrorKind::NoDevice
         | ErrorKind::Device
+        | ErrorKind::OutOfMemory
         | ErrorKind::Internal
         | ErrorKind::Interrupted
         | ErrorKind::Stopped => IO_FAILURE,
@@ -157,6 +158,11 @@ fn exit_code(kind: ErrorKind) -> u8 {
 /// An error as machines read it.
 pub fn error_json(error: &Error) -> Value {
     failure_json(error.kind().name(), &hints::error(error), code_of(error))
+}
+
+/// A failure as a line of JSON.
+pub fn failure_line(kind: &str, message: &str, code: u8) -> String {
+    format!("{}\n", failure_json(kind, message, code))
 }
 
 fn failure_json(kind: &str, message: &str, code: u8) -> Value {

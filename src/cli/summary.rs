@@ -48,12 +48,14 @@ impl Done<'_> {
     }
 
     fn text(&self, elapsed: Duration) -> String {
-        let Done { conversion, destination, manifest } = self;
+        let Done { conversion, destination, manifest, .. } = self;
         let summary = &manifest.summary;
         let read = conversion.plan.source_len();
+        let carried = conversion.decisions().tensors.iter().filter(|tensor| tensor.is_carried()).count();
+        let carried = if carried == 0 { String::new() } else { format!(" ({carried} carried over from the source)") };
         let lines = [
             format!(
-                "{}: {} in {}, {} kept; {} in {}",
+                "{}: {} in {}{carried}, {} kept; {} in {}",
                 destination.display(),
                 count(summary.quantized_tensors, "tensor"),
                 format_name(&manifest.recipe),
@@ -79,7 +81,7 @@ impl Done<'_> {
     }
 
     fn json(&self, elapsed: Duration) -> Value {
-        let Done { conversion, destination, manifest } = self;
+        let Done { conversion, destination, manifest, .. } = self;
         let (read, seconds) = (conversion.plan.source_len(), elapsed.as_secs_f64());
         json!({
             "destination": destination.display().to_string(),
@@ -89,12 +91,29 @@ impl Done<'_> {
             "files": manifest.files,
             "summary": manifest.summary,
             "left_out": manifest.left_out,
-            "warnings": conversion.plan.warnings.iter().map(hints::warning).collect::<Vec<_>>(),
+            "warnings": conversion.plan.warnings.iter().map(hints::warning).chain(self.warnings()).collect::<Vec<_>>(),
             "bytes_read": read,
             "bytes_written": self.written(),
             "seconds": seconds,
             "bytes_per_second": if seconds > 0.0 { read as f64 / seconds } else { 0.0 },
         })
+    }
+
+    /// What is known at the end only, or is worth reading last: matrices without a number in them, and how much isn't quantized.
+    pub fn warnings(&self) -> Vec<String> {
+        // Read again only where some block is: what was just written is in the cache.
+        let suspicious = self.manifest.summary.statistics.zero_blocks > 0;
+        let location = self.destination.join("prequant.json");
+        let zeros = suspicious.then(|| ManifestHead::matrices_of_zeros(&location.as_path().into()).ok()).flatten();
+        let zeros = zeros.and_then(|(count, first)| Some((count, first?))).map(|(count, first)| {
+            let what = match count {
+                1 => format!("{:?} is all zeros", first.name),
+                many => format!("{many} matrices are all zeros, {:?} in {:?} first", first.name, first.file),
+            };
+            format!("{what}: an interrupted download leaves such; compare the source's checksums with the hub's")
+        });
+        let share = self.conversion.decisions().left_in_16_bits().as_ref().map(hints::warning);
+        zeros.into_iter().chain(share).collect()
     }
 
     /// Bytes of all files but the manifest and SHA256SUMS.

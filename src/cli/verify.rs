@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use prequant::{Bytes, DeviceChoice, Error, Options, Report, VerifyOptions, verify, verify_against};
+use prequant::{Bytes, DeviceChoice, DifferenceClass, Error, Options, Report, VerifyOptions, verify, verify_against};
 use serde_json::json;
 
 use super::output::{self, Outcome};
@@ -18,8 +18,9 @@ use super::{device, escape, interrupt, left_out};
 
 /// Verify a converted checkpoint.
 ///
-/// Checks the size and SHA-256 of every file, that no weights are missing and none are extra, every tensor's header entry and
-/// SHA-256, and config.json. With --against SRC it converts SRC again without writing, and compares every byte: proof that
+/// Checks the size and SHA-256 of every file, that none is there that the checkpoint didn't have and clients could load, every
+/// tensor's header entry and SHA-256, the index, config.json, and that manifest and SHA256SUMS agree. What differs in a file that
+/// no client loads, such as README.md, is printed and no error, unless --strict is given. With --against SRC it converts SRC again without writing, and compares every byte: proof that
 /// the checkpoint was made from that source with the recorded options.
 #[derive(Args)]
 pub struct Arguments {
@@ -34,6 +35,10 @@ pub struct Arguments {
     /// Check sizes and headers only
     #[arg(long)]
     quick: bool,
+
+    /// Exit with 1 for files too that no client loads, such as an edited README.md
+    #[arg(long)]
+    strict: bool,
 
     /// Number of threads [default: all cores]
     #[arg(long, value_name = "N")]
@@ -68,11 +73,11 @@ pub fn run(arguments: &Arguments) -> ExitCode {
     let start = Instant::now();
     let result = check(arguments).map(|report| {
         let output = match (arguments.json, arguments.quiet && report.differences.is_empty()) {
-            (true, _) => format!("{}\n", json(&report)),
+            (true, _) => format!("{}\n", json(&report, arguments.strict)),
             (false, true) => String::new(),
             (false, false) => text(arguments, &report, start.elapsed().as_secs_f64()),
         };
-        Outcome { output, error: None, code: u8::from(!report.differences.is_empty()) }
+        Outcome { output, error: None, code: u8::from(!report.is_ok(arguments.strict)) }
     });
     output::finish(result, arguments.json)
 }
@@ -126,7 +131,8 @@ fn text(arguments: &Arguments, report: &Report, seconds: f64) -> String {
     let mut lines: Vec<String> = Vec::new();
     for difference in report.differences.iter().take(SHOWN) {
         let tensor = difference.tensor.as_ref().map(|tensor| format!("tensor \"{tensor}\": ")).unwrap_or_default();
-        lines.push(escape::line(&format!("{}: {tensor}{}", difference.file, difference.what)).into_owned());
+        let edited = if difference.class == DifferenceClass::Edited { " (edited: no client loads it)" } else { "" };
+        lines.push(escape::line(&format!("{}: {tensor}{}{edited}", difference.file, difference.what)).into_owned());
     }
     let differences = report.differences.len();
     if differences > SHOWN {
@@ -143,20 +149,24 @@ fn text(arguments: &Arguments, report: &Report, seconds: f64) -> String {
         (Some(_), _) => format!("{} compared with the source", Bytes(report.bytes)),
         (None, _) => format!("{} verified", Bytes(report.bytes)),
     };
-    lines.push(match differences {
-        0 => format!(
-            "{folder}: OK: {}, {}, {bytes} in {seconds:.2} s{}",
+    let edited = match report.count(DifferenceClass::Edited) {
+        0 => String::new(),
+        edited => format!("; {} in files that no client loads", count(edited, "difference")),
+    };
+    lines.push(match report.is_ok(arguments.strict) {
+        true => format!(
+            "{folder}: OK: {}, {}, {bytes} in {seconds:.2} s{}{edited}",
             count(report.files, "file"),
             count(report.tensors, "tensor"),
             rate(report.bytes, seconds)
         ),
-        _ => format!("{folder}: {}", count(differences, "difference")),
+        false => format!("{folder}: {}", count(differences, "difference")),
     });
     lines.join("\n") + "\n"
 }
 
-fn json(report: &Report) -> serde_json::Value {
+fn json(report: &Report, strict: bool) -> serde_json::Value {
     let mut value = json!(report);
-    value["ok"] = report.differences.is_empty().into();
+    value["ok"] = report.is_ok(strict).into();
     value
 }

@@ -9,6 +9,8 @@ pub enum Hint {
     Exclude,
     /// Choose tensors, by a pattern of the recipe's `include`.
     Include,
+    /// Quantize what was kept in doubt too, by a pattern of the recipe's `include`: [`Plan::in_doubt`](crate::Plan::in_doubt) has them.
+    IncludeDoubtful,
     /// Leave experts as they are in the source: [`ExpertLayout::Keep`](crate::ExpertLayout::Keep).
     KeepExperts,
     /// Rewrite fused experts as one tensor per expert: [`ExpertLayout::Keep`](crate::ExpertLayout::Keep) too.
@@ -19,6 +21,8 @@ pub enum Hint {
     KeepNonFinite,
     /// Decode the source's 4-bit experts: the recipe's `dequantize_source`.
     DequantizeSource,
+    /// Convert the source to NVFP4: codes are copied and global scales rewritten.
+    RewriteScales,
     /// Use this group size.
     GroupSize(u64),
     /// Use a larger block size: double quantization holds one f32 for every block of a tensor.

@@ -17,3 +17,14 @@ pub(crate) const fn e4m3_value(byte: u8) -> f32 {
 pub(crate) fn power_of_two(byte: u8) -> f32 {
     if byte == 0 { f32::from_bits(1 << 22) } else { f32::from_bits(u32::from(byte) << 23) }
 }
+
+/// The E4M3 float nearest to `x`, which is from 0 to 448; ties to even.
+#[inline(always)]
+pub(crate) fn e4m3(x: f32) -> u8 {
+    if x < 1.0 / 64.0 {
+        return (x * 512.0).round_ties_even() as u8; // subnormal; 8 is the least normal number
+    }
+    let bits = x.to_bits();
+    let rounded = bits + 0x7_ffff + (bits >> 20 & 1);
+    ((rounded >> 20) - (120 << 3)) as u8
+}

@@ -9,7 +9,7 @@ pub(crate) mod block;
 pub(crate) mod decode;
 mod element;
 mod figures;
-mod float8;
+pub(crate) mod float8;
 pub(crate) mod group;
 mod lanes;
 mod rates;

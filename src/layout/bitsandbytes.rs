@@ -67,6 +67,7 @@ pub(crate) fn read(codec: &Codec, weight: &mut dyn StoredWeight) -> Result<Store
     let state = state.map_err(|error| weight.malformed(format!("its quant_state: {error}")))?;
     let dtype = FloatDtype::from_torch_name(&state.dtype);
     let dtype = dtype.ok_or_else(|| weight.malformed(format!("its quant_state: unknown dtype {:?}", state.dtype)))?;
+    let difference = state.differences(codec, dtype).into_iter().next();
     let shape = state.shape;
     let Some(columns @ 1..) = dtype::elements(&shape) else {
         return Err(weight.malformed(format!("its quant_state: a shape of {shape:?}")));
@@ -75,6 +76,9 @@ pub(crate) fn read(codec: &Codec, weight: &mut dyn StoredWeight) -> Result<Store
         (true, None) => return Err(weight.malformed("its quant_state has no nested_offset".to_owned())),
         (is_nested, offset) => offset.filter(|_| is_nested).map(|offset| offset as f32),
     };
+    if let Some(what) = difference {
+        return Err(weight.malformed(format!("its quant_state {what}")));
+    }
     // Blocks run through the whole weight.
     let (rows, coding) = (1, codec.coding(columns, None));
     Ok(Stored { shape, dtype, coding, rows, columns, nested_offset, transposed: false })

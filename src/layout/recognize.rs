@@ -45,6 +45,11 @@ pub(crate) fn parts_of(name: &str) -> Option<(&str, &'static str)> {
             "_scale and _shape (INT4, I32), _scale F8_E4M3 for each 16 columns and _global_scale (NVFP4, U8), or _scale U8 for \
              each 32 columns (MXFP4, U8) of compressed-tensors",
         ),
+        (
+            ".qweight",
+            ".qzeros I32 [groups, rows / 8] and .scales [groups, rows] of codes of 4 bits I32 [columns / 8, rows] (GPTQ) or [columns, \
+             rows / 8] (AWQ, gemm)",
+        ),
         (gpt_oss::BLOCKS, "_scales U8 [experts, rows, groups] of blocks U8 [experts, rows, groups, 16]"),
         (modelopt::TENSOR_SCALE, "U8 codes and a _scale F8_E4M3 for each 16 columns (ModelOpt's NVFP4)"),
     ];

@@ -11,7 +11,8 @@ use serde::de::{self, DeserializeOwned, DeserializeSeed, Deserializer, IgnoredAn
 use serde_json::Value;
 
 use super::{
-    FileRecord, LeftOutRecord, Manifest, ManifestHead, NotHeld, SCHEMA_VERSION, SourceRecord, Summary, Tool, v1,
+    FileRecord, LeftOutRecord, Manifest, ManifestHead, NotHeld, SCHEMA_VERSION, SourceRecord, SourceTensorRecord,
+    Summary, TensorRecord, Tool, v1,
 };
 use crate::error::{Error, IoContext, Result};
 use crate::recipe::ExpertLayout;
@@ -52,6 +53,21 @@ impl ManifestHead {
     /// The same.
     pub fn read_head(location: &Location) -> Result<ManifestHead> {
         Ok(read_records::<IgnoredAny>(location, &mut |_, _| ())?.0)
+    }
+
+    /// Of the manifest that lies there, how many quantized tensors have no element other than zero, and what the first is made of.
+    ///
+    /// # Errors
+    /// As [`Manifest::read`].
+    pub fn matrices_of_zeros(location: &Location) -> Result<(u64, Option<SourceTensorRecord>)> {
+        let (mut count, mut first) = (0, None);
+        read_records::<TensorRecord>(location, &mut |record, _| {
+            if record.is_all_zeros() {
+                count += 1;
+                first = first.take().or_else(|| record.sources.into_iter().next());
+            }
+        })?;
+        Ok((count, first))
     }
 }
 
@@ -128,8 +144,8 @@ fn parse<'de, S: DeserializeSeed<'de>>(
     seed: S,
 ) -> io::Result<Result<(S::Value, Sha256Hash), String>> {
     position.set(0);
-    let mut reader = BufReader::with_capacity(BUFFER, HashingReader::new(input));
-    let mut deserializer = serde_json::Deserializer::from_reader(Counted { reader: &mut reader, position });
+    let mut reader = Counted::new(HashingReader::new(input), position);
+    let mut deserializer = serde_json::Deserializer::from_reader(&mut reader);
     let value = seed.deserialize(&mut deserializer).and_then(|value| deserializer.end().map(|()| value));
     drop(deserializer);
     match value {
@@ -137,22 +153,39 @@ fn parse<'de, S: DeserializeSeed<'de>>(
         Err(error) => Ok(Err(not_a_manifest(error))),
         Ok(value) => {
             io::copy(&mut reader, &mut io::sink())?;
-            Ok(Ok((value, reader.get_ref().finish().1)))
+            Ok(Ok((value, reader.reader.finish().1)))
         }
     }
 }
 
-/// Tells how many bytes were read.
+/// Tells how many bytes were taken of what it reads ahead. The parser takes them one by one.
 struct Counted<'a, R> {
     reader: R,
+    /// What was read ahead, from `taken` to `filled`.
+    ahead: Box<[u8]>,
+    taken: usize,
+    filled: usize,
     position: &'a Cell<u64>,
 }
 
+impl<'a, R> Counted<'a, R> {
+    fn new(reader: R, position: &'a Cell<u64>) -> Counted<'a, R> {
+        Counted { reader, ahead: vec![0; BUFFER].into(), taken: 0, filled: 0, position }
+    }
+}
+
 impl<R: Read> Read for Counted<'_, R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.reader.read(buffer)?;
-        self.position.set(self.position.get() + read as u64);
-        Ok(read)
+    #[inline]
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if self.taken == self.filled {
+            self.filled = self.reader.read(&mut self.ahead)?;
+            self.taken = 0;
+        }
+        let len = into.len().min(self.filled - self.taken);
+        into[..len].copy_from_slice(&self.ahead[self.taken..self.taken + len]);
+        self.taken += len;
+        self.position.set(self.position.get() + len as u64);
+        Ok(len)
     }
 }
 

@@ -1,16 +1,23 @@
 //! What is known of model architectures: names, shapes and dtypes, never formats or files.
 //!
-//! Most tensors are told by name and shape ([`roles`], [`rules`]). What a family does otherwise is one row of
-//! [`families`]: its experts' names on the hub, renames, exceptions, merged Linears, tied heads. Tables that
+//! Where transformers has the model's type, [`facts`] says what each tensor is. The others are told by name and shape
+//! ([`roles`], [`rules`]). What a family does otherwise is one row of [`families`]: its experts' names on the hub, renames, exceptions, merged Linears, tied heads. Tables that
 //! `scripts/make` takes from transformers and vLLM are in `data/`, and `tests/` compares every row with them.
 
+mod caution;
+mod evidence;
 pub(crate) mod experts;
+pub(crate) mod facts;
 pub(crate) mod families;
 pub(crate) mod family;
+pub(crate) mod kept_for_training;
+mod known;
 pub(crate) mod merged_linears;
 pub(crate) mod names;
 pub(crate) mod roles;
 pub(crate) mod rules;
+pub(crate) mod towers;
+mod words;
 
 #[cfg(test)]
 mod tests;

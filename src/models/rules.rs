@@ -1,4 +1,4 @@
-//! Keep or quantize: what a tensor is by its name, its shape and the checkpoint's `model_type`s, and why.
+//! Keep or quantize: what a tensor is by the facts of the checkpoint's `model_type`s, or by its name and shape, and why.
 //!
 //! The decisions equal those of transformers' `load_in_4bit`, which makes a 4-bit module of every exact `nn.Linear` but
 //! the output embedding, tied ones and those a model class keeps in f32. On top of it, 3-D expert tensors are
@@ -7,9 +7,13 @@
 
 use std::borrow::Cow;
 
+use crate::checkpoint::Source;
+use crate::models::caution::{self, Doubt};
+use crate::models::evidence::Evidence;
 use crate::models::experts::Hub;
-use crate::models::families::{FAMILIES, compared, families};
-use crate::models::family::Family;
+use crate::models::facts::Facts;
+use crate::models::families::FAMILIES;
+use crate::models::known::{Known, known};
 use crate::models::names::match_end;
 use crate::models::roles::{ModuleName, Role, is_fused_projection};
 
@@ -23,46 +27,66 @@ pub(crate) struct Verdict {
     /// Whether the model makes, or may make, an `nn.Linear` (or `Conv1D`) of the tensor's module: if the tensor is
     /// kept, the module belongs in `llm_int8_skip_modules`.
     pub linear: bool,
+    /// Whether the recipe asks for it by name, whatever else speaks against it.
+    pub included: bool,
+    /// Whether it is kept for want of certainty: a Linear that was taken for something else could be included.
+    pub in_doubt: bool,
     /// A short sentence for people.
     pub reason: Cow<'static, str>,
 }
 
 impl Verdict {
     fn keep(role: Role, linear: bool, reason: &'static str) -> Verdict {
-        Verdict { role, quantize: false, linear, reason: Cow::Borrowed(reason) }
+        Verdict { role, quantize: false, linear, included: false, in_doubt: false, reason: Cow::Borrowed(reason) }
     }
 
     fn quantize(role: Role, linear: bool, reason: &'static str) -> Verdict {
-        Verdict { role, quantize: true, linear, reason: Cow::Borrowed(reason) }
+        Verdict { role, quantize: true, linear, included: false, in_doubt: false, reason: Cow::Borrowed(reason) }
+    }
+
+    /// Kept, although nothing is certain.
+    fn doubt(Doubt { role, reason }: Doubt) -> Verdict {
+        Verdict { role, quantize: false, linear: true, included: false, in_doubt: true, reason }
     }
 }
 
 /// The rules for one checkpoint.
-#[derive(Clone, Debug)]
-pub(crate) struct Rules {
-    families: Vec<&'static Family>,
-    /// The family of the outermost `model_type`: the only one whose renames hold for whole names.
-    outermost: Option<&'static Family>,
+#[derive(Debug)]
+pub(crate) struct Rules<'s> {
     has_model_type: bool,
-    compared: bool,
+    /// What transformers says of the outermost `model_type`, if it has it.
+    facts: Option<Facts>,
+    evidence: Evidence<'s>,
 }
 
-impl Rules {
+impl<'s> Rules<'s> {
     /// Rules for config.json's `model_type` and those of the configs nested in it, outermost first; empty when there
     /// is no config.
-    pub(crate) fn new(model_types: &[&str]) -> Rules {
-        let outermost = model_types.first();
-        Rules {
-            families: families(model_types).collect(),
-            outermost: outermost.and_then(|first| families(&[first]).next()),
-            has_model_type: outermost.is_some(),
-            compared: outermost.is_some_and(|first| compared().any(|name| name == *first)),
-        }
+    pub(crate) fn new(model_types: &[&str]) -> Rules<'static> {
+        let (has_model_type, facts) = (!model_types.is_empty(), Facts::new(model_types));
+        Rules { has_model_type, facts, evidence: Evidence::default() }
+    }
+
+    /// The same, for a checkpoint that was saved from the first of these classes.
+    pub(crate) fn of_classes(self, architectures: &[&str]) -> Rules<'s> {
+        Rules { facts: self.facts.map(|facts| facts.of_classes(architectures)), ..self }
+    }
+
+    /// The same, with what config.json's numbers and the shapes of the other tensors tell.
+    pub(crate) fn of(source: &'s Source) -> Rules<'s> {
+        let Some(config) = &source.config else { return Rules { evidence: Evidence::of(source), ..Rules::new(&[]) } };
+        let rules = Rules::new(&config.model_types()).of_classes(&config.architectures());
+        Rules { evidence: Evidence::of(source), ..rules }
     }
 
     /// Whether the architecture was compared, tensor by tensor, with what transformers makes of it.
     pub(crate) fn is_compared(&self) -> bool {
-        self.compared
+        self.facts.as_ref().is_some_and(Facts::of_outermost)
+    }
+
+    /// How many experts a layer has, by every config that says so.
+    pub(crate) fn expert_counts(&self) -> Vec<u64> {
+        self.evidence.experts()
     }
 
     /// Decides about the tensor called `name`, with the shape that the source's header gives.
@@ -70,29 +94,46 @@ impl Rules {
         if shape.contains(&0) {
             return Verdict::keep(Role::Unknown, false, "has no elements: nothing to quantize");
         }
+        if let Some(known) = self.facts.as_ref().and_then(|facts| known(facts, name, shape)) {
+            let Known { role, quantize, linear, reason } = known;
+            return Verdict { role, quantize, linear, included: false, in_doubt: false, reason: Cow::Borrowed(reason) };
+        }
         match name.strip_suffix(".weight") {
-            Some(module) => self.weight(module, shape.len()),
+            Some(module) => self.weight(module, shape),
             None => bare_tensor(name, shape.len()),
         }
     }
 
     /// The names of the modules that the tensor belongs to, as the loaded model calls them: the spelling that
-    /// `llm_int8_skip_modules` needs. More than one if the tensor is cut when loaded, or if classes nest it differently.
+    /// `llm_int8_skip_modules` needs. More than one if the tensor is cut when loaded, or if classes nest it differently; the class
+    /// that config.json names comes first.
     pub(crate) fn module_names(&self, tensor: &str) -> Vec<String> {
-        let module = tensor.strip_suffix(".weight").unwrap_or(tensor);
-        self.outermost.map_or_else(|| vec![module.to_owned()], |family| family.renames.modules(module))
-    }
-
-    /// Entries of `llm_int8_skip_modules` for Linears that may have no tensor on disk, as their weight is another's
-    /// (a tied head). An entry that matches no module does no harm.
-    pub(crate) fn off_disk_modules(&self) -> Vec<&'static str> {
-        match self.outermost {
-            Some(family) if !family.off_disk.is_empty() => family.off_disk.to_vec(),
-            _ => ["lm_head"].into_iter().chain(self.families.iter().flat_map(|row| row.off_disk).copied()).collect(),
+        let known = self.facts.as_ref().map(|facts| facts.modules(tensor)).unwrap_or_default();
+        match known.is_empty() {
+            true => vec![tensor.strip_suffix(".weight").unwrap_or(tensor).to_owned()],
+            false => known,
         }
     }
 
-    fn weight(&self, module: &str, rank: usize) -> Verdict {
+    /// Linears that have no tensor on disk, as their weight is another's (a tied head): names of modules, or regular
+    /// expressions where there is one in every layer.
+    pub(crate) fn off_disk_modules(&self) -> Vec<String> {
+        let spelled = |module: &&str| match module.contains('*') {
+            true => regex::escape(module).replace("\\*", "\\d+"),
+            false => (*module).to_owned(),
+        };
+        match &self.facts {
+            Some(facts) if facts.of_outermost() => facts.off_disk().iter().map(spelled).collect(),
+            _ => vec!["lm_head".to_owned()],
+        }
+    }
+
+    /// Heads that classes of the same type have, under their modules' names, whether or not this checkpoint has them.
+    pub(crate) fn heads(&self) -> Vec<String> {
+        self.facts.as_ref().map(Facts::heads).unwrap_or_default()
+    }
+
+    fn weight(&self, module: &str, shape: &[u64]) -> Verdict {
         let name = ModuleName::new(module);
         if name.owner.is_empty() {
             return Verdict::keep(Role::Unknown, false, "no module name to go by: kept in its dtype");
@@ -100,10 +141,10 @@ impl Rules {
         if name.is_norm() {
             return Verdict::keep(Role::Norm, false, "norm: kept in its dtype");
         }
-        match rank {
-            0 | 1 => Verdict::keep(Role::OneDimensional, false, "has one dimension: kept in its dtype"),
-            2 => self.exception(module).unwrap_or_else(|| self.matrix(&name)),
-            3 if name.has("experts") || is_stacked(module) => fused_experts(),
+        match shape[..] {
+            [] | [_] => Verdict::keep(Role::OneDimensional, false, "has one dimension: kept in its dtype"),
+            [rows, columns] => self.matrix(module, [rows, columns]),
+            [_, _, _] if name.has("experts") || is_stacked(module) => fused_experts(),
             _ if name.is_patch_embedding() => {
                 // Some releases of transformers flatten this convolution into a Linear when they load it.
                 Verdict::keep(Role::PatchEmbedding, true, "patch embedding: kept in its dtype")
@@ -112,20 +153,9 @@ impl Rules {
         }
     }
 
-    /// What the families say against the names.
-    fn exception(&self, module: &str) -> Option<Verdict> {
-        let dotted = format!(".{module}.");
-        let exception = self.families.iter().flat_map(|row| row.exceptions).find(|row| dotted.contains(row.part))?;
-        Some(Verdict {
-            role: exception.role,
-            quantize: !exception.keep,
-            linear: exception.linear,
-            reason: Cow::Borrowed(exception.reason),
-        })
-    }
-
-    /// A 2-D `weight`, by the names of its module and the modules around it.
-    fn matrix(&self, name: &ModuleName) -> Verdict {
+    /// A 2-D `weight`, by the names of its module and the modules around it, and by what the checkpoint tells.
+    fn matrix(&self, module: &str, shape: [u64; 2]) -> Verdict {
+        let name = &ModuleName::new(module);
         if name.is_shared_expert_gate() {
             return Verdict::keep(
                 Role::SharedExpertGate,
@@ -143,12 +173,19 @@ impl Rules {
             return Verdict::keep(Role::OutputHead, true, "output head: kept in its dtype");
         }
         if name.is_embedding() {
-            return Verdict::keep(Role::Embedding, !self.compared, "embedding: kept in its dtype");
+            return Verdict::keep(Role::Embedding, !self.is_compared(), "embedding: kept in its dtype");
         }
         if name.is_convolution() {
-            return Verdict::keep(Role::Convolution, !self.compared, "named like a convolution: kept in its dtype");
+            return Verdict::keep(
+                Role::Convolution,
+                !self.is_compared(),
+                "named like a convolution: kept in its dtype",
+            );
         }
-        self.linear(name)
+        match caution::doubt(module, shape, &self.evidence) {
+            Some(doubt) => Verdict::doubt(doubt),
+            None => self.linear(name),
+        }
     }
 
     fn linear(&self, name: &ModuleName) -> Verdict {
@@ -172,7 +209,7 @@ impl Rules {
             let reason = "2-D weight of a Linear in the multi-token prediction layer, which transformers doesn't load";
             return Verdict::quantize(Role::Linear, true, reason);
         }
-        let reason = match self.compared {
+        let reason = match self.is_compared() {
             true => "2-D weight of a Linear",
             false => "2-D weight named like a Linear's; this architecture hasn't been compared with transformers",
         };
@@ -275,10 +312,10 @@ mod tests {
     fn skip_entries_are_spelled_as_modules_for_checkpoints_with_older_names() {
         let llava = Rules::new(&["llava", "llama", "clip_vision_model"]);
         let tensor = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight";
-        assert_eq!(llava.module_names(tensor), ["model.vision_tower.encoder.layers.0.mlp.fc1"]);
+        assert_eq!(llava.module_names(tensor)[0], "model.vision_tower.encoder.layers.0.mlp.fc1");
         assert_eq!(llava.module_names("language_model.lm_head.weight"), ["lm_head"]);
         assert_eq!(llava.module_names("model.language_model.norm.weight"), ["model.language_model.norm"]);
-        let qwen = Rules::new(&["qwen3_5_moe", "qwen3_5_moe_text"]);
+        let qwen = Rules::new(&["qwen3_5_moe", "qwen3_5_moe_text"]).of_classes(&["Qwen3_5MoeForConditionalGeneration"]);
         let gate = "model.language_model.layers.0.mlp.shared_expert_gate";
         assert_eq!(qwen.module_names(&format!("{gate}.weight")), [gate, "model.layers.0.mlp.shared_expert_gate"]);
     }

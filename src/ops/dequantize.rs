@@ -10,12 +10,13 @@ use std::sync::atomic::AtomicBool;
 use crate::backend::Cpu;
 use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, SUMS_NAME, Source, WEIGHTS_KEY};
 use crate::converted::Converted;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Warning};
 use crate::layout::bitsandbytes::EXPERTS_KEY;
 use crate::layout::{leftover, recognize};
 use crate::manifest::{FileRecord, LeftOutRecord, Manifest};
 use crate::ops::job::write::{Job, write_sums};
 use crate::ops::options::Options;
+use crate::ops::recorded_source;
 use crate::ops::records;
 use crate::ops::relayout;
 use crate::pipeline::{Budget, Progress};
@@ -52,9 +53,23 @@ pub fn plan(converted: impl Into<Location>, max_shard_size: u64, mut options: Op
     if manifest.is_none() {
         leftover::take_out(&mut source)?;
     }
-    let ((inputs, left_apart), recipe) = match &manifest {
-        Some(manifest) => (inputs(&source, manifest)?, manifest.recipe.clone()),
-        None => ((other_inputs(&source)?, false), Recipe::default()),
+    let (inputs, warnings, recipe) = match &manifest {
+        Some(manifest) => {
+            let (inputs, left_apart) = inputs(&source, manifest)?;
+            let warning = || {
+                "experts that the source had fused, with rows and columns exchanged, stay one by one: its model takes them only \
+                 fused"
+            };
+            (inputs, left_apart.then(|| warning().into()).into_iter().collect(), manifest.recipe.clone())
+        }
+        None => {
+            let (inputs, warnings) = other_inputs(&source)?;
+            (inputs, warnings, Recipe::default())
+        }
+    };
+    let edited = match &manifest {
+        Some(manifest) => recorded_source::check(&source, manifest)?,
+        None => Vec::new(),
     };
     let config = source.config.as_ref().map(|config| {
         let mut gone = recognize::places_in_config(config);
@@ -66,13 +81,8 @@ pub fn plan(converted: impl Into<Location>, max_shard_size: u64, mut options: Op
         config.map_err(|error| Error::malformed(source.location.join(CONFIG_NAME).path(), error.to_string()))?;
     let recipe = Recipe { max_shard_size, ..recipe };
     let mut plan = Plan::decoded(&source, recipe, inputs, config)?;
-    if left_apart {
-        plan.warnings.push(
-            "experts that the source had fused, with rows and columns exchanged, stay one by one: its model takes them only \
-             fused"
-                .into(),
-        );
-    }
+    plan.warnings.extend(warnings);
+    plan.warnings.extend(edited);
     options.hash_source = manifest.is_some(); // what is read must be what its manifest says
     let limits = options.limits(&source, manifest.as_ref().map_or(0, Manifest::held_len));
     let budget = Budget::new(&plan, limits, &Cpu::detect())?;
@@ -148,7 +158,7 @@ impl Dequantization {
 }
 
 /// Every tensor of what another program quantized, decoded.
-fn other_inputs(source: &Source) -> Result<Vec<Input>> {
+fn other_inputs(source: &Source) -> Result<(Vec<Input>, Vec<Warning>)> {
     source_quantization::check_decodes(source)?;
     let inputs = source_quantization::decoded(source)?;
     inputs.ok_or_else(|| {

@@ -8,7 +8,7 @@ use crate::converted::{self, FoundWeight};
 use crate::error::{Error, Result, Warning};
 use crate::layout::{leftover, recognize};
 use crate::manifest::{LeftOutRecord, Manifest};
-use crate::ops::{hub_count, records, relayout};
+use crate::ops::{global_scales, hub_count, records, relayout};
 use crate::plan::{Plan, source_quantization};
 use crate::recipe::Recipe;
 use crate::store::Location;
@@ -91,10 +91,11 @@ pub fn inspect(path: impl AsRef<Path>) -> Result<Contents> {
         (Some(_), None) => Ok(source.notes.clone()),
         (None, None) => warnings(&source),
     };
-    let (warnings, obstacle) = match planned {
+    let (mut warnings, obstacle) = match planned {
         Ok(warnings) => (warnings, None),
         Err(error) => (source.notes.clone(), Some(error)),
     };
+    warnings.extend(global_scales::warning(&source)?);
     let method = method(&source, manifest.as_ref());
     Ok(Contents {
         path,

@@ -12,6 +12,7 @@ use crate::ops::job::finished::{Comparison, Finished};
 use crate::ops::job::staged::write;
 use crate::ops::job::write::{Job, is_there, write_sums};
 use crate::ops::options::Options;
+use crate::ops::recorded_source;
 use crate::ops::records;
 use crate::ops::records::Records;
 use crate::ops::relayout;
@@ -69,7 +70,8 @@ pub fn plan(source: impl Into<Location>, recipe: Recipe, mut options: Options) -
             (Plan::new(&source, recipe)?, None)
         }
         Some(manifest) => {
-            let (plan, relayout) = Relayout::new(&source, manifest, recipe)?;
+            let (mut plan, relayout) = Relayout::new(&source, manifest, recipe)?;
+            plan.warnings.extend(recorded_source::check(&source, &relayout.manifest)?);
             options.hash_source = true; // what is read must be what its manifest says
             (plan, Some(relayout))
         }
@@ -142,6 +144,11 @@ impl Conversion {
     /// Whether the conversion can be written to `destination`: it is a place for it, and there is room.
     pub fn check_destination(&self, destination: impl AsRef<Path>) -> Result<()> {
         self.job().check_destination(&destination.as_ref().into())
+    }
+
+    /// The name of the index, if one is written.
+    pub(crate) fn index_name(&self) -> Option<&'static str> {
+        self.job().index_name()
     }
 
     fn job(&self) -> Job<'_> {

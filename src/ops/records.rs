@@ -10,7 +10,7 @@ use crate::manifest::{
     SourceTensorRecord, Summary, TensorRecord, Tool,
 };
 use crate::pipeline::{Outcome, TensorOutcome};
-use crate::plan::{Plan, PlannedTensor};
+use crate::plan::{Decision, Plan, PlannedTensor};
 
 /// The source of a plan, unless its files are hashed.
 pub(crate) fn source(source: &Source, plan: &Plan) -> SourceRecord {
@@ -23,7 +23,9 @@ pub(crate) fn source(source: &Source, plan: &Plan) -> SourceRecord {
     });
     SourceRecord {
         model_type: config.and_then(|config| config.model_types().first().map(|&name| name.to_owned())),
-        config_sha256: config.filter(|_| plan.tensors.iter().any(PlannedTensor::is_decoded)).map(Config::sha256),
+        config_sha256: config
+            .filter(|_| plan.tensors.iter().any(|tensor| tensor.is_decoded() || tensor.is_carried()))
+            .map(Config::sha256),
         files: files.collect(),
     }
 }
@@ -73,7 +75,7 @@ pub(crate) fn manifest<'a>(
         file.sha256 = Some(*sha256);
     }
     let elements = |quantized: bool| {
-        let chosen = plan.tensors.iter().filter(move |tensor| tensor.quantized_from().is_some() == quantized);
+        let chosen = plan.tensors.iter().filter(move |tensor| tensor.is_quantized() == quantized);
         chosen.fold((0, 0), |(tensors, elements), tensor| (tensors + 1, elements + tensor.elements()))
     };
     let ((quantized_tensors, quantized_elements), (kept_tensors, kept_elements)) = (elements(true), elements(false));
@@ -117,8 +119,9 @@ fn tensor_record(source: &Source, tensor: &PlannedTensor, file: &str, outcome: &
     TensorRecord {
         sources: source_tensors(source, tensor),
         role: tensor.role,
-        decision: if tensor.quantized_from().is_some() { DecisionRecord::Quantize } else { DecisionRecord::Keep },
+        decision: if tensor.is_quantized() { DecisionRecord::Quantize } else { DecisionRecord::Keep },
         reason: tensor.reason.clone().into_owned(),
+        carried: if let Decision::Carry(carried) = tensor.decision { Some(carried) } else { None },
         outputs: outputs
             .map(|((output, name), sha256)| OutputRecord {
                 name,

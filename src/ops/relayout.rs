@@ -6,7 +6,7 @@
 //! says where in the converted files the codes and absmax of each run are.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, Source, SourceFile, TensorInfo, sort_canonically};
@@ -15,6 +15,7 @@ use crate::dtype::FloatDtype;
 use crate::dtype::{self, byte_len};
 use crate::error::{Error, Hint, IoContext, Result};
 use crate::format::{BlockSize, Scales};
+use crate::layout::bitsandbytes::ParsedQuantState;
 use crate::layout::{OutputKind, QuantState, quant_state_bytes};
 use crate::manifest::{DecisionRecord, Manifest, TensorRecord};
 use crate::pipeline::{Outcome, TensorOutcome};
@@ -79,7 +80,9 @@ impl Relayout {
         let origin = origin(converted, &manifest)?;
         let old = Plan::new(&origin, manifest.recipe.clone())?;
         check_manifest(path, &old, &manifest)?;
-        let converted = Converted::new(converted, &manifest)?;
+        let source = converted;
+        let mut converted = Converted::new(source, &manifest)?;
+        check_quant_states(source, &mut converted, &manifest, &old)?;
         let plan = Plan::new(&origin, recipe)?;
         let old_names: HashMap<&str, &PlannedTensor> = old.tensors.iter().map(|t| (&*t.name, t)).collect();
         let (records, is_old) =
@@ -229,6 +232,52 @@ fn check_manifest(path: &Path, plan: &Plan, manifest: &Manifest) -> Result<()> {
         manifest.tool.version,
     );
     Err(Error::Relayout { path: path.to_owned(), why, hint: None })
+}
+
+/// Whether the quant_states that are there are the manifest's and the plan's: some are copied, and clients decode by them.
+fn check_quant_states(source: &Source, converted: &mut Converted<'_>, manifest: &Manifest, plan: &Plan) -> Result<()> {
+    let codec = plan.recipe.codec();
+    let suffix = codec.suffix(OutputKind::QuantState).unwrap_or_default();
+    let outputs = manifest.tensors.iter().flat_map(|record| &record.outputs);
+    let hashes: HashMap<&str, Sha256Hash> = outputs.map(|output| (output.name.as_str(), output.sha256)).collect();
+    for tensor in &plan.tensors {
+        let Decision::Quantize(dtype) = tensor.decision else { continue };
+        let name = format!("{}{suffix}", tensor.name);
+        let json = converted.quant_state(&name)?;
+        let sha256 = Sha256Hash::of(&json);
+        let what = match ParsedQuantState::parse(&json) {
+            _ if hashes.get(name.as_str()) != Some(&sha256) => {
+                Some(format!("its SHA-256 is {sha256}, which isn't {MANIFEST_NAME}'s"))
+            }
+            Err(error) => Some(error.to_string()),
+            Ok(state) if state.shape[..] != tensor.shape[..] => {
+                Some(format!("it says that the shape is {:?}, expected {:?}", state.shape, tensor.shape))
+            }
+            Ok(state) => state.differences(&codec, dtype).into_iter().next().map(|what| format!("it {what}")),
+        };
+        if let Some(what) = what {
+            let file = &source.files[converted.tensor(&name)?.0.file];
+            let why = format!("tensor {name:?}: {what}; download the file again, or convert the source again");
+            return Err(Error::Malformed { path: file.location.path().to_owned(), why, hint: Some(Hint::Verify) });
+        }
+    }
+    Ok(())
+}
+
+/// The names of the tensors of `plan`, which is of `source`, that are the very same where experts are laid out as `from`: relayout
+/// leaves them alone. None if the plan has that layout itself.
+///
+/// # Errors
+/// Those of planning.
+pub(crate) fn same_in<'a>(source: &Source, plan: &'a Plan, from: ExpertLayout) -> Result<Option<HashSet<&'a str>>> {
+    let own = RecipeOptions::from(plan.recipe.clone());
+    if own.experts == Some(from) {
+        return Ok(None);
+    }
+    let old = Plan::new(source, RecipeOptions { experts: Some(from), ..own }.build()?)?;
+    let old: HashMap<&str, &PlannedTensor> = old.tensors.iter().map(|tensor| (&*tensor.name, tensor)).collect();
+    let is_old = |tensor: &&PlannedTensor| old.get(&*tensor.name).is_some_and(|old| is_same(old, tensor));
+    Ok(Some(plan.tensors.iter().filter(is_old).map(|tensor| &*tensor.name).collect()))
 }
 
 fn is_same(old: &PlannedTensor, new: &PlannedTensor) -> bool {
@@ -383,6 +432,7 @@ fn copy(tensor: &PlannedTensor, output: PlacedOutput<'_>, read: Read) -> Planned
         role: tensor.role,
         decision: Decision::Keep,
         reason: tensor.reason.clone(),
+        in_doubt: tensor.in_doubt,
         outputs,
     }
 }

@@ -11,6 +11,7 @@ mod disk;
 mod frontier;
 mod lane_pool;
 mod nonfinite;
+mod open_files;
 mod output_files;
 mod read_ahead;
 mod results;
@@ -37,7 +38,9 @@ use crate::error::{Error, Result};
 use crate::plan::{Plan, PlannedFile};
 use crate::stats::{AbsmaxAccumulator, Statistics, StatsAccumulator};
 use crate::store::{ReadAt, Sha256Hash, memory_size};
+use budget::lane_size;
 use lane_pool::LanePool;
+use open_files::OpenFiles;
 use scheduler::{Scheduler, StopOnPanic};
 use stream::FileStream;
 use worker::Worker;
@@ -187,34 +190,60 @@ pub(crate) fn run(
     sealed: Vec<Option<FileOutcome>>,
     context: ExecutionContext<'_>,
 ) -> Result<Outcome> {
+    run_in(memory_size(), source, plan, outputs, sealed, context)
+}
+
+/// The same on a machine with so many bytes of memory, if that is known.
+fn run_in(
+    memory: Option<u64>,
+    source: &Source,
+    plan: &Plan,
+    outputs: &dyn Outputs,
+    sealed: Vec<Option<FileOutcome>>,
+    mut context: ExecutionContext<'_>,
+) -> Result<Outcome> {
+    let open_files = OpenFiles::new(context.budget.threads, context.budget.files);
+    (context.budget.threads, context.budget.files) = (open_files.threads, open_files.in_progress);
     let streams = plan.files.iter().map(|_| Mutex::default()).collect();
     let lanes = context.budget.lanes.map(|budget| LanePool::new(context.device, budget));
     let held = AtomicUsize::new(0);
     let touched = plan.source_len().saturating_add(plan.output_len());
-    let crowds_memory = memory_size().is_some_and(|memory| touched > memory / 2);
+    let crowds_memory = memory.is_some_and(|memory| touched > memory / 2);
     let execution = Execution { source, plan, outputs, context, lanes, streams, held: &held, crowds_memory };
-    let scheduler = Scheduler::new(plan, source.files.len(), sealed, context);
+    let scheduler = Scheduler::new(plan, source.files.len(), sealed, open_files.outputs, context);
     thread::scope(|scope| {
         let _guard = StopOnPanic(&scheduler);
         let serve_disk = || execution.serve_disk(&scheduler, &ThreadTrace::new(context.trace, "disk", source, plan));
-        let work = || {
-            let trace = ThreadTrace::new(context.trace, "worker", source, plan);
-            Worker::new(&execution, &scheduler, &trace).work();
+        let work = |is_first: bool| {
+            // Where memory is short, fewer threads do; the first one must.
+            match execution.check_memory() {
+                Err(error) if is_first => scheduler.fail(0, error),
+                Err(_) => {}
+                Ok(()) => {
+                    let trace = ThreadTrace::new(context.trace, "worker", source, plan);
+                    Worker::new(&execution, &scheduler, &trace).work();
+                }
+            }
         };
         let disk = thread::Builder::new().spawn_scoped(scope, serve_disk).map(drop);
         // Where the system allows fewer threads, fewer do.
         let mut workers = 0..context.budget.threads;
-        let first = workers.next().map_or(Ok(()), |_| thread::Builder::new().spawn_scoped(scope, work).map(drop));
+        let first =
+            workers.next().map_or(Ok(()), |_| thread::Builder::new().spawn_scoped(scope, move || work(true)).map(drop));
         if let Err(source) = disk.and(first) {
             return scheduler.fail(0, Error::Threads { source });
         }
         for _ in workers {
-            if thread::Builder::new().spawn_scoped(scope, work).is_err() {
+            if thread::Builder::new().spawn_scoped(scope, move || work(false)).is_err() {
                 return;
             }
         }
         // Without it the threads wait for the disk themselves.
-        let _ = thread::Builder::new().spawn_scoped(scope, || read_ahead::run(&execution, &scheduler));
+        let read_ahead = || {
+            let trace = ThreadTrace::new(context.trace, "reader", source, plan);
+            read_ahead::run(&execution, &scheduler, &trace);
+        };
+        let _ = thread::Builder::new().spawn_scoped(scope, read_ahead);
     });
     scheduler.into_outcome()
 }
@@ -237,8 +266,26 @@ impl<'a> Execution<'a> {
         }
     }
 
+    /// Whether the system gives the memory that a thread's buffers take. They are then made zeroed, for which there is no call that
+    /// may fail.
+    fn check_memory(&self) -> Result<()> {
+        let size = lane_size(self.plan, self.context.budget.chunk_elements);
+        let len = self.context.device.cpu().lane_len(&size);
+        let mut probe = Vec::<u8>::new();
+        let reserved = usize::try_from(len).is_ok_and(|len| probe.try_reserve_exact(len).is_ok());
+        // Or the compiler would see that nothing is done with it, and leave it out.
+        std::hint::black_box(&mut probe);
+        match reserved {
+            true => Ok(()),
+            false => Err(Error::OutOfMemory { purpose: "a thread's buffers", len }),
+        }
+    }
+
     /// Lets go of a file that is finished.
     fn close(&self, file: usize) {
         *self.streams[file].lock().unwrap_or_else(PoisonError::into_inner) = Slot::Closed;
     }
 }
+
+#[cfg(test)]
+mod tests;

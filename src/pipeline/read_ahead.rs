@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::Execution;
 use super::scheduler::{Scheduler, StopOnPanic};
 use super::source_files::OpenFile;
+use super::trace::{self, Subject, ThreadTrace};
 use crate::read::{Read, Span};
 
 /// Bytes of the source that are read ahead, of all files in progress together.
@@ -23,9 +24,9 @@ const BEHIND: u64 = 64 << 20;
 const INTERVALS: [Duration; 2] = [Duration::from_millis(2), Duration::from_millis(20)];
 
 /// Reads ahead of what is handed out, and lets go of what was read from the disk, if there is much of it.
-pub(super) fn run<'a>(execution: &Execution<'a>, scheduler: &Scheduler<'a>) {
+pub(super) fn run<'a>(execution: &Execution<'a>, scheduler: &Scheduler<'a>, trace: &ThreadTrace<'a>) {
     let _guard = StopOnPanic(scheduler);
-    let mut ahead = ReadAhead { execution, scheduler, files: HashMap::new() };
+    let mut ahead = ReadAhead { execution, scheduler, trace, files: HashMap::new() };
     let mut interval = INTERVALS[0];
     while let Some(files) = scheduler.soon(interval) {
         let share = AHEAD / files.len().max(1) as u64;
@@ -38,6 +39,7 @@ pub(super) fn run<'a>(execution: &Execution<'a>, scheduler: &Scheduler<'a>) {
 struct ReadAhead<'j, 'a> {
     execution: &'j Execution<'a>,
     scheduler: &'j Scheduler<'a>,
+    trace: &'j ThreadTrace<'a>,
     /// Output files in progress.
     files: HashMap<usize, Place<'j, 'a>>,
 }
@@ -81,7 +83,7 @@ impl ReadAhead<'_, '_> {
                 place.pieces = pieces(&plan.tensors[place.tensor].read);
                 continue;
             };
-            any_read |= place.ask(span);
+            any_read |= place.ask(span, self.trace);
         }
         if self.execution.crowds_memory {
             place.let_go(tensor, BEHIND);
@@ -110,7 +112,7 @@ impl<'j, 'a> Place<'j, 'a> {
 
     /// Asks the disk for bytes that aren't in memory; tells whether there are any. Whoever reads them later says what is wrong,
     /// if anything is.
-    fn ask(&mut self, span: Span) -> bool {
+    fn ask(&mut self, span: Span, trace: &ThreadTrace<'_>) -> bool {
         match self.asked.back_mut() {
             Some((last, len)) if *last == self.tensor => *len += span.len,
             _ => self.asked.push_back((self.tensor, span.len)),
@@ -119,7 +121,9 @@ impl<'j, 'a> Place<'j, 'a> {
         let Ok(file) = self.source.get(span.file) else { return false };
         let is_cached = file.is_cached(span.offset) && file.is_cached(span.offset + span.len.saturating_sub(1));
         if !is_cached {
+            let begin = trace.begin();
             file.will_read(span.offset, span.len);
+            trace.end(begin, trace::Span::Fetch, Subject::Tensor(self.tensor), span.len);
             self.read.push_back((self.tensor, span));
         }
         !is_cached

@@ -74,6 +74,8 @@ pub(crate) struct Scheduler<'a> {
     set_of: Vec<Option<usize>>,
     context: ExecutionContext<'a>,
     source_files: usize,
+    /// Output files that may be begun and not sealed.
+    most_begun: usize,
     /// Of each output file, the first byte that isn't written and hashed.
     reached: Vec<AtomicU64>,
     state: Mutex<State>,
@@ -91,6 +93,8 @@ pub(crate) struct Scheduler<'a> {
 struct State {
     /// The first file of which no task was handed out.
     next_file: usize,
+    /// Files that are begun and not sealed.
+    begun: usize,
     /// Files in progress of which there is more to hand out.
     active: Vec<usize>,
     next_source_hash: usize,
@@ -127,6 +131,7 @@ impl<'a> Scheduler<'a> {
         plan: &'a Plan,
         source_files: usize,
         sealed: Vec<Option<FileOutcome>>,
+        most_begun: usize,
         context: ExecutionContext<'a>,
     ) -> Scheduler<'a> {
         let file_of =
@@ -157,6 +162,7 @@ impl<'a> Scheduler<'a> {
             set_of,
             context,
             source_files,
+            most_begun,
             reached: plan.files.iter().map(|_| AtomicU64::new(0)).collect(),
             state: Mutex::new(state),
             changed: Condvar::new(),
@@ -260,6 +266,11 @@ impl<'a> Scheduler<'a> {
         let tensors = self.plan.files[file].tensors.clone();
         state.tensors[tensors].iter_mut().zip(outcome.tensors).for_each(|(place, tensor)| *place = tensor);
         state.files_left -= 1;
+        if std::mem::take(&mut state.files[file].is_begun) {
+            state.begun -= 1;
+            // There is room for another.
+            self.tell();
+        }
         self.check_finished(&mut state);
     }
 

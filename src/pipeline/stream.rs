@@ -12,7 +12,7 @@ use super::Output;
 use super::frontier::{FileHashes, Frontier, Piece, SMALL, Watcher};
 use super::trace::Span;
 use crate::error::Result;
-use crate::kernel::sha256::Sha256Stream;
+use crate::kernel::sha256::{FREE, Sha256Stream, second_stream_cost};
 use crate::plan::{Part, Plan, PlannedFile, PlannedTensor};
 use crate::store::Sha256Hash;
 
@@ -24,6 +24,8 @@ pub(crate) struct FileStream<'a> {
     /// The outputs of the file's tensors, in the order of their bytes.
     parts: Arc<[Part]>,
     memory: StreamMemory<'a>,
+    /// Whether the thread at the frontier is faster where others hash tensors for it.
+    hashes_apart: bool,
     /// Held by the thread that writes ahead of the frontier: two writers of a file are as fast as any number.
     early_writer: Mutex<()>,
     state: Mutex<State<'a>>,
@@ -82,7 +84,8 @@ impl<'a> FileStream<'a> {
         let frontier = Some(Box::new(Frontier::new(tensors, parts.clone(), memory.buffer)));
         let state = Mutex::new(State { reached: planned.header_len, frontier, ..State::default() });
         let early_writer = Mutex::new(());
-        FileStream { planned, tensors, output, parts, memory, early_writer, state }
+        let hashes_apart = second_stream_cost() >= FREE;
+        FileStream { planned, tensors, output, parts, memory, hashes_apart, early_writer, state }
     }
 
     /// The file.
@@ -151,7 +154,8 @@ impl<'a> FileStream<'a> {
         // The thread at the frontier is behind: this one does for it what it can.
         let helps = offset > state.reached + window / 4 && state.frontier.is_none() && bytes.len() >= SMALL;
         drop(state);
-        let sha256 = (helps && self.is_whole(offset, bytes.len())).then(|| hash(bytes, watcher));
+        let hashes = helps && self.hashes_apart && self.is_whole(offset, bytes.len());
+        let sha256 = hashes.then(|| hash(bytes, watcher));
         let is_written = match self.early_writer.try_lock() {
             Ok(_writer) if helps => self.write_early(bytes, offset, watcher).map(|()| true)?,
             _ => false,

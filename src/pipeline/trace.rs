@@ -109,6 +109,8 @@ fn resolved(path: &Path) -> PathBuf {
 pub(crate) enum Span {
     /// Gets bytes of the source.
     Read,
+    /// Has the disk bring bytes of the source into memory, ahead of who gets them.
+    Fetch,
     /// Quantizes, or decodes, and gathers statistics.
     Quantize,
     /// Puts bytes into an output file.
@@ -125,6 +127,7 @@ impl Span {
     fn name(self) -> &'static str {
         match self {
             Span::Read => "read",
+            Span::Fetch => "fetch",
             Span::Quantize => "quantize",
             Span::Write => "write",
             Span::Hash => "hash",
@@ -234,7 +237,11 @@ impl Recorder<'_> {
             Subject::Tensor(tensor) => {
                 if let Some(planned) = self.plan.tensors.get(tensor) {
                     event.text("tensor", &planned.name);
-                    let source = self.source.files.get(planned.read.first_file()).filter(|_| span == Span::Read);
+                    let source = self
+                        .source
+                        .files
+                        .get(planned.read.first_file())
+                        .filter(|_| matches!(span, Span::Read | Span::Fetch));
                     event.name("source", source.map(|file| file.location.path()));
                 }
                 let file = self.plan.files.partition_point(|file| file.tensors.end <= tensor);

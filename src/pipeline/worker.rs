@@ -108,10 +108,19 @@ impl<'j, 'a> Worker<'j, 'a> {
                 let done = self.quantize(&Piece { index, tensor, dtype, first, place: 0..len, tensor_scale })?;
                 self.quantize_absmax(tensor, len, done)?
             }
-            Decision::Keep => {
+            Decision::Keep | Decision::Carry(_) => {
                 let bytes = self.lane.source(len);
                 self.source.read(index, offset, bytes)?;
-                self.output.put(bytes, tensor.outputs.get(0).offset + offset)?;
+                // What is read are the outputs' bytes, one output after the other.
+                let (mut begin, end) = (0, offset + len as u64);
+                for output in tensor.outputs.iter() {
+                    let (from, to) = (begin.max(offset), (begin + output.len).min(end));
+                    if from < to || output.len == 0 {
+                        let here = &bytes[(from - offset) as usize..(to - offset) as usize];
+                        self.output.put(here, output.offset + (from - begin))?;
+                    }
+                    begin += output.len;
+                }
                 Done::Written
             }
         };

@@ -8,7 +8,6 @@ use crate::recipe::Recipe;
 
 /// Decides tensor by tensor: `exclude` before `include` before `only_experts` before the rules.
 pub(crate) struct Selection {
-    rules: Rules,
     only_experts: bool,
     include: Vec<Pattern>,
     exclude: Vec<Pattern>,
@@ -27,12 +26,11 @@ struct Pattern {
 impl Selection {
     /// # Errors
     /// When a pattern is no regular expression.
-    pub(crate) fn new(recipe: &Recipe, rules: Rules) -> Result<Selection> {
+    pub(crate) fn new(recipe: &Recipe) -> Result<Selection> {
         let compile = |setting, texts: &[String]| -> Result<Vec<Pattern>> {
             texts.iter().map(|text| Pattern::new(setting, text)).collect()
         };
         Ok(Selection {
-            rules,
             only_experts: recipe.only_experts,
             include: compile(Setting::Include, &recipe.include)?,
             exclude: compile(Setting::Exclude, &recipe.exclude)?,
@@ -40,16 +38,19 @@ impl Selection {
     }
 
     /// The verdict on one tensor.
-    pub(crate) fn decide(&mut self, name: &str, shape: &[u64]) -> Verdict {
-        let mut verdict = self.rules.classify(name, shape);
+    pub(crate) fn decide(&mut self, rules: &Rules<'_>, name: &str, shape: &[u64]) -> Verdict {
+        let mut verdict = rules.classify(name, shape);
         let matrix = matches!(shape.len(), 2 | 3) && !shape.contains(&0);
         let excluded = first_match(&mut self.exclude, name, true);
         let included = first_match(&mut self.include, name, matrix);
         if let Some(pattern) = excluded {
-            (verdict.quantize, verdict.reason) = (false, format!("matches exclude pattern '{pattern}'").into());
+            (verdict.quantize, verdict.in_doubt) = (false, false);
+            verdict.reason = format!("matches exclude pattern '{pattern}'").into();
         } else if let Some(pattern) = included {
+            verdict.included = matrix;
             if matrix && !verdict.quantize {
-                (verdict.quantize, verdict.reason) = (true, format!("matches include pattern '{pattern}'").into());
+                (verdict.quantize, verdict.in_doubt) = (true, false);
+                verdict.reason = format!("matches include pattern '{pattern}'").into();
             }
         } else if self.only_experts && verdict.quantize && !verdict.role.is_expert() {
             (verdict.quantize, verdict.reason) = (false, "only experts are quantized".into());
@@ -106,7 +107,7 @@ mod tests {
     fn selection(include: &[&str], exclude: &[&str], only_experts: bool) -> Selection {
         let own = |patterns: &[&str]| patterns.iter().map(|&text| text.to_owned()).collect();
         let recipe = Recipe { include: own(include), exclude: own(exclude), only_experts, ..Recipe::default() };
-        Selection::new(&recipe, Rules::new(&["qwen3_moe"])).unwrap()
+        Selection::new(&recipe).unwrap()
     }
 
     const HEAD: (&str, &[u64]) = ("lm_head.weight", &[320, 64]);
@@ -115,7 +116,9 @@ mod tests {
     const NORM: (&str, &[u64]) = ("model.norm.weight", &[64]);
 
     fn quantized(mut selection: Selection) -> Vec<bool> {
-        [HEAD, QUERY, EXPERT, NORM].map(|(name, shape)| selection.decide(name, shape).quantize).to_vec()
+        [HEAD, QUERY, EXPERT, NORM]
+            .map(|(name, shape)| selection.decide(&Rules::new(&["qwen3_moe"]), name, shape).quantize)
+            .to_vec()
     }
 
     #[test]
@@ -130,18 +133,18 @@ mod tests {
     #[test]
     fn reasons_name_the_pattern() {
         let mut selection = selection(&["lm_head"], &["experts"], false);
-        assert_eq!(selection.decide(HEAD.0, HEAD.1).reason, "matches include pattern 'lm_head'");
-        assert_eq!(selection.decide(EXPERT.0, EXPERT.1).reason, "matches exclude pattern 'experts'");
+        assert_eq!(selection.decide(&Rules::new(&[]), HEAD.0, HEAD.1).reason, "matches include pattern 'lm_head'");
+        assert_eq!(selection.decide(&Rules::new(&[]), EXPERT.0, EXPERT.1).reason, "matches exclude pattern 'experts'");
     }
 
     #[test]
     fn patterns_that_do_nothing_are_errors() {
         for (include, exclude) in [(&["nothing"][..], &[][..]), (&[], &["nothing"]), (&["norm"], &[])] {
             let mut selection = selection(include, exclude, false);
-            selection.decide(NORM.0, NORM.1);
+            selection.decide(&Rules::new(&[]), NORM.0, NORM.1);
             assert!(matches!(selection.check_patterns(), Err(Error::Pattern { .. })));
         }
         let recipe = Recipe { include: vec!["(".to_owned()], ..Recipe::default() };
-        assert!(matches!(Selection::new(&recipe, Rules::new(&[])), Err(Error::Pattern { .. })));
+        assert!(matches!(Selection::new(&recipe), Err(Error::Pattern { .. })));
     }
 }

@@ -138,6 +138,7 @@ impl Group<'_> {
             role: Role::FusedExperts,
             decision: first.decision,
             reason: "3-D weight of all experts in the layer".into(),
+            in_doubt: false,
             outputs: Outputs::default(),
         })
     }

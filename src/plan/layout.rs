@@ -193,7 +193,14 @@ mod tests {
                 (format!("layers.{i}.\"größe\"\n.weight"), if is_matrix { vec![64, 64] } else { vec![3 * i] });
             let bytes: Arc<[u8]> = vec![0; 2 * shape.iter().product::<u64>() as usize].into();
             let input = Input::decoded(name, shape, FloatDtype::Bfloat16, Read::Literal(bytes));
-            let verdict = Verdict { role: Role::Linear, quantize: true, linear: true, reason: "".into() };
+            let verdict = Verdict {
+                role: Role::Linear,
+                quantize: true,
+                linear: true,
+                included: false,
+                in_doubt: false,
+                reason: "".into(),
+            };
             PlannedTensor::new((input, verdict, decision), &mut alike)
         };
         (0..count).map(tensor).collect()

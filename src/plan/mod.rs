@@ -2,19 +2,25 @@
 //!
 //! Once a [`Plan`] stands, every output byte has its file and offset; executing it decides nothing any more.
 
+mod carry;
+mod clients;
 mod decide;
 mod fuse;
+mod gaps;
 mod groups;
 mod input;
 pub(crate) mod kept_modules;
 mod layout;
 mod names;
 mod outputs;
+mod rescale;
 mod scale_sets;
 pub(crate) mod source_quantization;
 pub(crate) mod split;
+mod warnings;
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -23,7 +29,7 @@ pub(crate) use layout::Part;
 pub use layout::PlannedFile;
 pub(crate) use outputs::{Outputs, PlacedOutput, PlannedOutput};
 
-use crate::checkpoint::{CONFIG_NAME, Config, Source, WEIGHTS_KEY};
+use crate::checkpoint::{CONFIG_NAME, Source, WEIGHTS_KEY};
 use crate::dtype::Dtype;
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Hint, Result, Warning};
@@ -31,6 +37,7 @@ use crate::format::Layout;
 use crate::layout::OutputKind;
 use crate::layout::bitsandbytes::{EXPERTS_GUARD, EXPERTS_KEY};
 use crate::layout::recognize;
+use crate::manifest::Carried;
 use crate::models::families::families;
 use crate::models::{Role, Rules, Verdict};
 use crate::read::Input;
@@ -78,6 +85,8 @@ pub struct PlannedTensor {
     pub decision: Decision,
     /// Why; a short sentence for people.
     pub reason: Cow<'static, str>,
+    /// Whether it is kept because nothing says for certain what it is: a pattern of the recipe's `include` takes it.
+    pub in_doubt: bool,
     /// What is written for it.
     pub(crate) outputs: Outputs,
 }
@@ -89,14 +98,16 @@ pub enum Decision {
     Keep,
     /// Quantized, from this dtype.
     Quantize(FloatDtype),
+    /// The source's codes, copied so exactly.
+    Carry(Carried),
 }
 
 impl PlannedTensor {
     fn new((input, verdict, decision): Decided, alike: &mut Alike<'_>) -> PlannedTensor {
         let Input { name, dtype, shape, read } = input;
-        let Verdict { role, reason, .. } = verdict;
-        let mut tensor =
-            PlannedTensor { name, dtype, shape, read, role, decision, reason, outputs: Outputs::default() };
+        let Verdict { role, reason, in_doubt, .. } = verdict;
+        let outputs = Outputs::default();
+        let mut tensor = PlannedTensor { name, dtype, shape, read, role, decision, reason, in_doubt, outputs };
         tensor.outputs = alike.outputs(&tensor);
         tensor
     }
@@ -125,8 +136,18 @@ impl PlannedTensor {
     pub fn quantized_from(&self) -> Option<FloatDtype> {
         match self.decision {
             Decision::Quantize(dtype) => Some(dtype),
-            Decision::Keep => None,
+            Decision::Keep | Decision::Carry(_) => None,
         }
+    }
+
+    /// Whether it is in the recipe's format in the output: quantized, or carried over.
+    pub fn is_quantized(&self) -> bool {
+        self.decision != Decision::Keep
+    }
+
+    /// Whether its codes are the source's.
+    pub fn is_carried(&self) -> bool {
+        matches!(self.decision, Decision::Carry(_))
     }
 
     /// The output of this kind.
@@ -155,19 +176,22 @@ impl Plan {
         recipe.dequantize_source = recipe.dequantize_source && source_quantization::has_four_bits(source);
         let codec = recipe.codec();
         let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
-        let rules = Rules::new(&model_types);
-        let decided = decide(source, &recipe, &model_types, &rules)?;
+        let rules = Rules::of(source);
+        let (decided, of_source) = decide(source, &recipe, &model_types, &rules)?;
         let linear: Vec<bool> = decided.iter().map(|(_, verdict, _)| verdict.linear).collect();
         let mut alike = Alike::new(&codec);
         let mut tensors: Vec<PlannedTensor> =
             decided.into_iter().map(|decided| PlannedTensor::new(decided, &mut alike)).collect();
         check_anything_quantized(source, &tensors, &recipe)?;
+        let of_carried = carry::carry_over(source, &mut tensors, &codec)?;
+        let weights = kept_modules::weights(&tensors, &linear);
         let kept_modules = match codec.layout() {
-            None => kept_modules::bitsandbytes::list(&rules, &tensors, &linear)?,
-            Some(layout) => kept_modules::compressed_tensors::list(&rules, &tensors, &linear, layout),
+            None => kept_modules::bitsandbytes::list(&rules, &weights)?,
+            Some(layout) => kept_modules::compressed_tensors::list(&rules, &weights, layout),
         };
         let config = quantized_config(source, &recipe, &tensors, &kept_modules)?;
-        let warnings = warnings(source, &recipe, &rules, &tensors, &linear);
+        let mut warnings = warnings::of(source, &recipe, &rules, &tensors, &linear);
+        warnings.extend(of_source.into_iter().chain(of_carried));
         if recipe.fuses_experts() {
             tensors = fuse::fuse(source, &model_types, tensors, &mut alike)?;
         }
@@ -188,7 +212,14 @@ impl Plan {
         let mut alike = Alike::new(&codec);
         let keep = |input: Input| {
             let reason = if input.read.is_decoded() { "decoded" } else { "copied" };
-            let verdict = Verdict { role: Role::Unknown, quantize: false, linear: false, reason: reason.into() };
+            let verdict = Verdict {
+                role: Role::Unknown,
+                quantize: false,
+                linear: false,
+                included: false,
+                in_doubt: false,
+                reason: reason.into(),
+            };
             PlannedTensor::new((input, verdict, Decision::Keep), &mut alike)
         };
         let mut tensors: Vec<PlannedTensor> = unwrapped(source, inputs).into_iter().map(keep).collect();
@@ -221,6 +252,22 @@ impl Plan {
         has_4_bit_experts(&self.recipe, &self.tensors)
     }
 
+    /// That more than a tenth of the source's bytes stays unquantized, if it does, and the largest tensor of it.
+    pub fn left_in_16_bits(&self) -> Option<Warning> {
+        warnings::left_in_16_bits(&self.tensors)
+    }
+
+    /// What is kept in doubt: patterns that match the names of such tensors and of none that is decided otherwise but by a number
+    /// in it, each with how many tensors and how many bytes of the source it takes.
+    pub fn in_doubt(&self) -> Vec<(String, usize, u64)> {
+        let mut patterns: BTreeMap<String, (usize, u64)> = BTreeMap::new();
+        for tensor in self.tensors.iter().filter(|tensor| tensor.in_doubt) {
+            let (tensors, bytes) = patterns.entry(pattern_of(&tensor.name)).or_default();
+            (*tensors, *bytes) = (*tensors + 1, *bytes + tensor.source_len());
+        }
+        patterns.into_iter().map(|(pattern, (tensors, bytes))| (pattern, tensors, bytes)).collect()
+    }
+
     /// The tensors to be quantized.
     pub fn quantized(&self) -> impl Iterator<Item = &PlannedTensor> {
         self.tensors.iter().filter(|tensor| tensor.decision != Decision::Keep)
@@ -237,23 +284,33 @@ impl Plan {
     }
 }
 
-/// Decides for each tensor, with fused experts taken apart where the format wants it.
-fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules) -> Result<Vec<Decided>> {
+/// Decides for each tensor, with fused experts taken apart where the format wants it; also what to know of how the source decodes.
+fn decide(
+    source: &Source,
+    recipe: &Recipe,
+    model_types: &[&str],
+    rules: &Rules<'_>,
+) -> Result<(Vec<Decided>, Vec<Warning>)> {
     let codec = recipe.codec();
     if codec.layout() == Some(Layout::GptOss) && !families(model_types).any(|family| family.gpt_oss_layout) {
         let (path, why) =
             (source.location.path().to_owned(), "the gpt-oss layout is for gpt_oss models only".to_owned());
         return Err(Error::NothingToQuantize { path, why, hint: Some(Hint::CompressedTensorsLayout) });
     }
-    let mut selection = Selection::new(recipe, rules.clone())?;
+    let mut selection = Selection::new(recipe)?;
     let mut decided = Vec::new();
-    for input in unwrapped(source, input::inputs(source, recipe.dequantize_source)?) {
-        let mut verdict = selection.decide(&input.name, &input.shape);
+    let (inputs, warnings) = input::inputs(source, recipe.dequantize_source || !codec.is_blocks())?;
+    for input in unwrapped(source, inputs) {
+        let mut verdict = selection.decide(rules, &input.name, &input.shape);
+        clients::keep(&codec, model_types, rules, &input.name, &mut verdict);
         if !codec.is_blocks() {
             groups::check(source, model_types, &input, &codec, &mut verdict)?;
         }
         let decision = match (verdict.quantize, FloatDtype::of(input.dtype)) {
             (false, _) => Decision::Keep,
+            (true, Some(_)) if !recipe.dequantize_source && carry::has_four_bits(&input.read) => {
+                Decision::Carry(Carried::Lossless)
+            }
             (true, Some(dtype)) => Decision::Quantize(dtype),
             (true, None) => {
                 let path = source.files[input.read.first_file()].location.path().to_owned();
@@ -263,18 +320,20 @@ fn decide(source: &Source, recipe: &Recipe, model_types: &[&str], rules: &Rules)
         decided.push((input, verdict, decision));
     }
     selection.check_patterns()?;
-    match codec.layout() {
-        None => Ok(decided),
+    clients::keep_odd_rows(&codec, &mut decided);
+    let decided = match codec.layout() {
+        None => decided,
         Some(Layout::GptOss) => {
             let transposed = decided.into_iter().map(|(input, verdict, decision)| match decision {
                 // What products sum over in rows, of which MXFP4's groups are.
-                Decision::Quantize(_) => (input.transposed(), verdict, decision),
+                Decision::Quantize(_) | Decision::Carry(_) => (input.transposed(), verdict, decision),
                 Decision::Keep => (input, verdict, decision),
             });
-            Ok(transposed.collect())
+            transposed.collect()
         }
-        Some(_) => split::split_experts(source, model_types, decided),
-    }
+        Some(_) => split::split_experts(source, model_types, decided)?,
+    };
+    Ok((decided, warnings))
 }
 
 /// The tensors under their model's own names.
@@ -285,6 +344,13 @@ fn unwrapped(source: &Source, mut inputs: Vec<Input>) -> Vec<Input> {
         }
     }
     inputs
+}
+
+/// A regular expression for a name and those that differ from it in numbers only.
+fn pattern_of(name: &str) -> String {
+    let is_number = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    let parts = name.split('.').map(|part| if is_number(part) { r"\d+".to_owned() } else { regex::escape(part) });
+    format!("^{}$", parts.collect::<Vec<_>>().join(r"\."))
 }
 
 fn bits_per_element<'a>(tensors: impl Iterator<Item = &'a PlannedTensor>) -> f64 {
@@ -334,52 +400,4 @@ fn quantized_config(
 fn has_4_bit_experts(recipe: &Recipe, tensors: &[PlannedTensor]) -> bool {
     let is_quantized = |tensor: &PlannedTensor| tensor.role.is_expert() && tensor.decision != Decision::Keep;
     recipe.codec().is_blocks() && tensors.iter().any(is_quantized)
-}
-
-fn warnings(
-    source: &Source,
-    recipe: &Recipe,
-    rules: &Rules,
-    tensors: &[PlannedTensor],
-    linear: &[bool],
-) -> Vec<Warning> {
-    let mut warnings: Vec<Warning> = source.notes.clone();
-    let quantized = || tensors.iter().zip(linear).filter(|(tensor, _)| tensor.decision != Decision::Keep);
-    if source.config.is_none() {
-        warnings.push("no config.json beside the weights: rules go by names alone, and clients need one".into());
-    } else if let Some(class) = source.config.as_ref().and_then(Config::class_name) {
-        let message =
-            format!("a diffusers model ({class}): no model of diffusers was compared, rules go by names and shapes");
-        warnings.push(Warning { message, hint: Some(Hint::ListTensors) });
-        if !recipe.codec().is_blocks() {
-            warnings.push("diffusers isn't known to load this layout: nf4 and fp4 it loads".into());
-        }
-    } else if !rules.is_compared() {
-        let message = "this architecture wasn't compared with transformers' own".to_owned();
-        warnings.push(Warning { message, hint: Some(Hint::ListTensors) });
-    }
-    if let Some((tensor, _)) = quantized().find(|(tensor, linear)| !**linear && !tensor.role.is_expert()) {
-        let message = "matches an include pattern, but isn't a Linear's: plain transformers won't load it";
-        warnings.push(format!("{:?} {message}", tensor.name).into());
-    }
-    if has_4_bit_experts(recipe, tensors) {
-        warnings.push(
-            "experts are 4-bit: transformers 5 can't load them without prequant's loader; config.json's \
-             experts_implementation has it stop rather than fill them with random numbers"
-                .into(),
-        );
-        if recipe.codec().double_quant() && recipe.fuses_experts() {
-            warnings.push(
-                "double quantization over fused experts is less exact than expert by expert: all of a layer's experts \
-                 share one mean of absmax, and groups of 256 blocks straddle them; the manifest's statistics tell how much"
-                    .into(),
-            );
-        }
-    }
-    let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
-    warnings.extend(scale_sets::warnings(recipe, &model_types, tensors));
-    if tensors.iter().any(|tensor| tensor.dtype == Dtype::F64) {
-        warnings.push("it has F64 tensors, which are copied unchanged".into());
-    }
-    warnings
 }

@@ -161,6 +161,7 @@ mod tests {
             role: Role::Unknown,
             decision: Decision::Keep,
             reason: "".into(),
+            in_doubt: false,
             outputs: Outputs::new(suffixes.iter().map(output).collect()),
         }
     }

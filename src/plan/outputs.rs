@@ -114,6 +114,10 @@ impl<'c> Alike<'c> {
         let alike = self.known.entry(key).or_insert_with(|| match tensor.decision {
             Decision::Keep => [kept(tensor)].into(),
             Decision::Quantize(dtype) => quantized(tensor, dtype, codec),
+            Decision::Carry(_) => match FloatDtype::of(tensor.dtype) {
+                Some(dtype) => quantized(tensor, dtype, codec),
+                None => unreachable!("what decodes is a float"),
+            },
         });
         Outputs::new(alike.clone())
     }

@@ -6,15 +6,15 @@ use crate::error::{Hint, Warning};
 use crate::format::{Codec, Sharing};
 use crate::models::families::families;
 use crate::models::{Role, merged_linears};
-use crate::plan::{Decision, PlannedTensor};
+use crate::plan::{Decision, PlannedTensor, clients};
 use crate::recipe::Recipe;
 
 /// Linears that are merged: what their modules' names begin with, and their last names.
-type Merged<'a> = (&'a str, &'static [&'static str]);
+pub(super) type Merged<'a> = (&'a str, &'static [&'static str]);
 
-/// What a weight is merged with.
-fn merged(tensor: &PlannedTensor) -> Option<Merged<'_>> {
-    let module = tensor.name.strip_suffix(".weight")?;
+/// What the weight of this name is merged with.
+pub(super) fn merged(weight: &str) -> Option<Merged<'_>> {
+    let module = weight.strip_suffix(".weight")?;
     let (parent, last) = module.rsplit_once('.').unwrap_or(("", module));
     merged_linears::set_of(last).map(|names| (parent, names))
 }
@@ -22,11 +22,19 @@ fn merged(tensor: &PlannedTensor) -> Option<Merged<'_>> {
 /// The quantized tensors by what shares a global scale, in the order of each set's first: of an expert or a dense MLP, gate and
 /// up; of attention, query, key and value; all others alone.
 pub(crate) fn scale_sets(tensors: &[PlannedTensor]) -> Vec<Vec<usize>> {
+    let mut sets = sets(tensors);
+    // Carried weights have theirs, and are in sets of their own.
+    sets.retain(|set| set.iter().all(|&i| !tensors[i].is_carried()));
+    sets
+}
+
+/// The same, of those that are carried over too.
+pub(crate) fn sets(tensors: &[PlannedTensor]) -> Vec<Vec<usize>> {
     let mut sets: Vec<Vec<usize>> = Vec::new();
     let mut places: HashMap<Merged, usize> = HashMap::new();
     for (i, tensor) in tensors.iter().enumerate().filter(|(_, tensor)| tensor.decision != Decision::Keep) {
         let next = sets.len();
-        let set = merged(tensor).map_or(next, |with| *places.entry(with).or_insert(next));
+        let set = merged(&tensor.name).map_or(next, |with| *places.entry(with).or_insert(next));
         match sets.get_mut(set) {
             Some(set) => set.push(i),
             None => sets.push(vec![i]),
@@ -49,6 +57,8 @@ pub(crate) fn warnings(recipe: &Recipe, model_types: &[&str], tensors: &[Planned
         let message = "vLLM (0.33) can't load one tensor per expert of a gpt_oss model".to_owned();
         warnings.push(Warning { message, hint: Some(Hint::GptOssLayout) });
     }
+    warnings.extend(clients::odd_rows_warning(&codec, tensors));
+    warnings.extend(clients::tensor_parallel_warning(&codec, tensors));
     if tensors.iter().any(|tensor| quantized(tensor) && tensor.role == Role::OutputHead) {
         warnings.push("an output head is quantized, which vLLM can't load in this layout".into());
     }
@@ -63,11 +73,11 @@ fn mixed(tensors: &[PlannedTensor]) -> Option<&PlannedTensor> {
     let mut found: HashMap<Merged, (bool, Option<&PlannedTensor>)> = HashMap::new();
     for tensor in tensors.iter().filter(|tensor| matches!(tensor.role, Role::Linear | Role::ExpertLinear)) {
         let experts = tensor.name.find(".experts.").map(|at| (&tensor.name[..at], ALL_EXPERTS));
-        let Some(merged) = experts.or_else(|| merged(tensor)) else { continue };
+        let Some(merged) = experts.or_else(|| merged(&tensor.name)) else { continue };
         let (any_quantized, kept) = found.entry(merged).or_default();
         match tensor.decision {
             Decision::Keep => *kept = kept.or(Some(tensor)),
-            Decision::Quantize(_) => *any_quantized = true,
+            Decision::Quantize(_) | Decision::Carry(_) => *any_quantized = true,
         }
     }
     let kept = found.into_values().filter_map(|(any_quantized, kept)| kept.filter(|_| any_quantized));

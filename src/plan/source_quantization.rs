@@ -2,7 +2,7 @@
 
 use super::input::{self, Coded};
 use crate::checkpoint::{CONFIG_NAME, Source, TensorInfo};
-use crate::error::{Error, Hint, Result, Setting};
+use crate::error::{Error, Hint, Result, Setting, Warning};
 use crate::layout::SourceQuantization;
 use crate::layout::recognize;
 use crate::read::Input;
@@ -20,7 +20,8 @@ pub(crate) fn check(source: &Source, recipe: &Recipe) -> Result<()> {
         };
     };
     let hint = match decodes(source)? {
-        true if recipe.dequantize_source || !has_four_bits(source) => return Ok(()),
+        // Formats of groups may hold the source's codes as they are; the plan finds out.
+        true if recipe.dequantize_source || !recipe.codec().is_blocks() || !has_four_bits(source) => return Ok(()),
         true => Some(Hint::DequantizeSource),
         false => None,
     };
@@ -38,13 +39,13 @@ pub(crate) fn check_decodes(source: &Source) -> Result<()> {
     }
 }
 
-/// The tensors of a source that no manifest is of, decoded; none if none is coded.
+/// The tensors of a source that no manifest is of, decoded, and what to know of them; none if none is coded.
 ///
 /// # Errors
 /// When what a coded tensor decodes by is missing, or doesn't fit.
-pub(crate) fn decoded(source: &Source) -> Result<Option<Vec<Input>>> {
-    let inputs = input::inputs(source, true)?;
-    Ok(inputs.iter().any(|input| input.read.is_decoded()).then_some(inputs))
+pub(crate) fn decoded(source: &Source) -> Result<Option<(Vec<Input>, Vec<Warning>)>> {
+    let (inputs, warnings) = input::inputs(source, true)?;
+    Ok(inputs.iter().any(|input| input.read.is_decoded()).then_some((inputs, warnings)))
 }
 
 /// The formats that weights are coded in, each once, by name.

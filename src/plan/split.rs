@@ -85,7 +85,9 @@ fn of_one(verdict: &Verdict, decision: Decision) -> Verdict {
     let role = if verdict.role == Role::FusedExperts { Role::ExpertLinear } else { verdict.role };
     let reason = match decision {
         Decision::Keep => verdict.reason.clone(),
-        Decision::Quantize(_) => "one expert's matrix, split from the layer's fused experts".into(),
+        Decision::Quantize(_) | Decision::Carry(_) => {
+            "one expert's matrix, split from the layer's fused experts".into()
+        }
     };
     Verdict { role, reason, ..verdict.clone() }
 }

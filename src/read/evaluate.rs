@@ -1,7 +1,8 @@
 //! Filling a buffer with a range of what an expression gives.
 
-use super::decode::Codes;
-use super::{Columns, Read, Rows, Span};
+use super::decode::{Codes, Decoding};
+use super::words::{Nibbles, Words};
+use super::{Columns, Decode, Read, Rows, Span};
 use crate::error::Result;
 use crate::kernel::Kernel;
 
@@ -16,6 +17,7 @@ pub(crate) type Fetch<'f> = dyn FnMut(Span, &mut [u8]) -> Result<()> + 'f;
 /// It holds a tile of [`TILE`] bytes for each transpose within another, and codes and scales of at most the run that is
 /// asked for.
 pub(crate) struct Evaluator {
+    kernel: Kernel,
     tiles: Vec<Vec<u8>>,
     codes: Codes,
 }
@@ -23,7 +25,7 @@ pub(crate) struct Evaluator {
 impl Evaluator {
     /// Decodes with this kernel.
     pub(crate) fn new(kernel: Kernel) -> Evaluator {
-        Evaluator { tiles: Vec::new(), codes: Codes::new(kernel) }
+        Evaluator { kernel, tiles: Vec::new(), codes: Codes::default() }
     }
 
     /// Fills `into` with what `read` gives from byte `offset` on.
@@ -39,7 +41,14 @@ impl Evaluator {
         }
         match read {
             Read::Bytes(span) => fetch(span.part(offset, into.len() as u64), into),
-            Read::Decode(decode) => self.codes.read(decode, offset, into, fetch),
+            Read::Decode(decode) => self.decode(decode, offset, into, fetch),
+            Read::Mapped(mapped) => {
+                self.read(&mapped.of, offset, into, fetch)?;
+                into.iter_mut().for_each(|byte| *byte = mapped.table[usize::from(*byte)]);
+                Ok(())
+            }
+            Read::Words(words) => self.words(words, offset, into, fetch),
+            Read::Nibbles(nibbles) => self.nibbles(nibbles, offset, into, fetch),
             Read::Rows(rows) => self.rows(rows, offset, into, fetch),
             Read::Columns(columns) => match columns.size {
                 1 => self.columns::<1>(columns, offset, into, fetch),
@@ -54,6 +63,53 @@ impl Evaluator {
                 Ok(())
             }
         }
+    }
+
+    /// What codes stand for; they may be expressions of their own.
+    fn decode(&mut self, matrix: &Decode, offset: u64, into: &mut [u8], fetch: &mut Fetch<'_>) -> Result<()> {
+        let mut codes = std::mem::take(&mut self.codes);
+        let of = Decoding { matrix, kernel: self.kernel };
+        let read = codes.read(of, offset, into, &mut |read, at, bytes| self.read(read, at, bytes, fetch));
+        self.codes = codes;
+        read
+    }
+
+    /// Whole words, of which the first and the last may be wanted in part.
+    fn words(&mut self, words: &Words, offset: u64, into: &mut [u8], fetch: &mut Fetch<'_>) -> Result<()> {
+        let (skipped, end) = ((offset % 4) as usize, offset + into.len() as u64);
+        let mut whole = self.tiles.pop().unwrap_or_default();
+        whole.resize((end.next_multiple_of(4) - (offset - skipped as u64)) as usize, 0);
+        self.read(&words.of, offset - skipped as u64, &mut whole, fetch)?;
+        words.change.apply(&mut whole);
+        into.copy_from_slice(&whole[skipped..][..into.len()]);
+        self.tiles.push(whole);
+        Ok(())
+    }
+
+    /// As many stored rows at once as a tile holds.
+    fn nibbles(&mut self, nibbles: &Nibbles, offset: u64, into: &mut [u8], fetch: &mut Fetch<'_>) -> Result<()> {
+        let (row_len, stored_row) = (nibbles.row_len(), nibbles.columns * 4);
+        let end = offset + into.len() as u64;
+        let at_once = (TILE as u64 / stored_row).max(1);
+        let mut tile = self.tiles.pop().unwrap_or_default();
+        let mut row = offset / row_len;
+        while row * row_len < end {
+            // Rows that stand in the same stored ones.
+            let stored = row / 8..((row / 8 + at_once) * 8).min((end - 1) / row_len + 1).div_ceil(8);
+            tile.resize(((stored.end - stored.start) * stored_row) as usize, 0);
+            self.read(&nibbles.of, stored.start * stored_row, &mut tile, fetch)?;
+            for (words, first) in tile.chunks_exact(stored_row as usize).zip((stored.start * 8..).step_by(8)) {
+                for row in first.max(row)..(first + 8).min((end - 1) / row_len + 1) {
+                    let (begin, from) = (row * row_len, (row * row_len).max(offset));
+                    let to = (begin + row_len).min(end);
+                    let into = &mut into[(from - offset) as usize..(to - offset) as usize];
+                    nibbles.row(words, (row - first) as usize, (from - begin) as usize, into);
+                }
+            }
+            row = stored.end * 8;
+        }
+        self.tiles.push(tile);
+        Ok(())
     }
 
     fn concat(&mut self, parts: &[Read], mut offset: u64, mut into: &mut [u8], fetch: &mut Fetch<'_>) -> Result<()> {

@@ -10,14 +10,17 @@ mod small;
 mod tensors;
 #[cfg(test)]
 mod tests;
+mod words;
 
 use std::sync::Arc;
 
 pub(crate) use decode::{Decode, Nested};
-pub(crate) use evaluate::{Evaluator, Fetch};
+pub(crate) use evaluate::Evaluator;
 pub(crate) use input::{Input, MAX_EXPERTS};
 pub(crate) use small::SmallTensors;
 pub(crate) use tensors::Tensors;
+pub(crate) use words::Change;
+use words::{Mapped, Nibbles, Words};
 
 /// Consecutive bytes of a source tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +53,12 @@ pub enum Read {
     Bytes(Span),
     /// What codes and scales decode to.
     Decode(Box<Decode>),
+    /// Bytes, each in place of another.
+    Mapped(Mapped),
+    /// Words of eight codes, each changed in the same way.
+    Words(Words),
+    /// Codes that words hold of eight rows, in words that hold those of eight columns.
+    Nibbles(Nibbles),
     /// Runs of equal length at equal distances: rows of a matrix, or any one part.
     Rows(Rows),
     /// Columns of a matrix, each as a row; all of them are its transpose.
@@ -109,6 +118,9 @@ impl Read {
         match self {
             Read::Bytes(span) => span.len,
             Read::Decode(decode) => decode.len(),
+            Read::Mapped(mapped) => mapped.of.len(),
+            Read::Words(words) => words.of.len(),
+            Read::Nibbles(nibbles) => nibbles.rows * nibbles.row_len(),
             Read::Rows(rows) => rows.len * rows.count,
             Read::Columns(columns) => columns.column_len() * columns.count,
             Read::Concat(parts) => parts.iter().map(Read::len).sum(),
@@ -138,6 +150,7 @@ impl Read {
         assert!((first + step * (count - 1) + 1) * len <= self.len(), "more rows than there are");
         match self {
             Read::Columns(columns) if columns.column_len() == len => columns.choose(first, step, count),
+            Read::Decode(matrix) if matrix.has_rows(len) => Read::Decode(Box::new(matrix.rows(first, step, count))),
             of => Read::Rows(Rows { of: Box::new(of.clone()), first: first * len, len, step: step * len, count }),
         }
     }
@@ -179,7 +192,7 @@ impl Read {
                     false => self.run(start, len),
                 }
             }
-            Read::Rows(_) => self.run(start, len),
+            Read::Rows(_) | Read::Mapped(_) | Read::Words(_) | Read::Nibbles(_) => self.run(start, len),
         }
     }
 
@@ -201,6 +214,9 @@ impl Read {
         match self {
             Read::Bytes(span) => Box::new(std::iter::once(*span)),
             Read::Decode(decode) => Box::new(decode.spans()),
+            Read::Mapped(mapped) => mapped.of.spans(),
+            Read::Words(words) => words.of.spans(),
+            Read::Nibbles(nibbles) => nibbles.of.spans(),
             Read::Rows(rows) => rows.of.spans(),
             Read::Columns(columns) => columns.of.spans(),
             Read::Concat(parts) => Box::new(parts.iter().flat_map(Read::spans)),
@@ -218,6 +234,9 @@ impl Read {
         match self {
             Read::Bytes(_) | Read::Literal(_) => false,
             Read::Decode(_) => true,
+            Read::Mapped(mapped) => mapped.of.is_decoded(),
+            Read::Words(words) => words.of.is_decoded(),
+            Read::Nibbles(nibbles) => nibbles.of.is_decoded(),
             Read::Rows(rows) => rows.of.is_decoded(),
             Read::Columns(columns) => columns.of.is_decoded(),
             Read::Concat(parts) => parts.iter().any(Read::is_decoded),

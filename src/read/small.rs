@@ -22,13 +22,21 @@ impl<'a> SmallTensors<'a> {
     /// # Errors
     /// When the system refuses to open or read the file.
     pub(crate) fn read(&mut self, span: Span) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; span.len as usize];
+        self.fill(span, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Fills `into` with all bytes of a span.
+    ///
+    /// # Errors
+    /// The same.
+    pub(crate) fn fill(&mut self, span: Span, into: &mut [u8]) -> Result<()> {
         let source = &self.source.files[span.file];
         let file = match &mut self.files[span.file] {
             Some(file) => file,
             none => none.insert(source.reopen()?),
         };
-        let mut bytes = vec![0; span.len as usize];
-        read_exact_at(&**file, &mut bytes, span.offset).at(source.location.path(), "read it")?;
-        Ok(bytes)
+        read_exact_at(&**file, into, span.offset).at(source.location.path(), "read it")
     }
 }

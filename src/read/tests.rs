@@ -6,7 +6,7 @@ use super::*;
 use crate::dtype::FloatDtype;
 use crate::format::{CodecOptions, Coding, ElementCode, Highest, NESTED_BLOCK_SIZE, NF4, NVFP4, ScaleCode};
 use crate::kernel::Kernel;
-use crate::kernel::decode::{Row, restore_absmax};
+use crate::kernel::decode::{Order, Row, restore_absmax};
 
 /// A source in which no two bytes near each other are alike.
 fn source_bytes(span: Span) -> Vec<u8> {
@@ -43,6 +43,9 @@ enum Words {
     Rows(Box<Words>, [u64; 4]),
     Transposed(Box<Words>, [u64; 2]),
     Slice(Box<Words>, [u64; 2]),
+    /// Whole words of what there is, changed; codes of eight rows dealt out by row.
+    Changed(Box<Words>, bool),
+    Nibbles(Box<Words>, u64),
     Concat(Vec<Words>),
 }
 
@@ -50,7 +53,7 @@ fn words() -> impl Strategy<Value = Words> {
     let leaf = prop_oneof![
         (0u64..1000, 1u64..200).prop_map(|(offset, len)| Words::Bytes(offset, len)),
         prop::collection::vec(any::<u8>(), 1..40).prop_map(Words::Literal),
-        (0u8..7, 1u64..12, 1u64..5, any::<bool>(), 0u64..1000)
+        (0u8..8, 1u64..12, 1u64..5, any::<bool>(), 0u64..1000)
             .prop_map(|(kind, rows, columns, f32, at)| Words::Decode { kind, rows, columns, f32, at }),
     ];
     // Small: a byte from within choices of choices may take all that they choose from.
@@ -59,8 +62,10 @@ fn words() -> impl Strategy<Value = Words> {
         prop_oneof![
             (of.clone(), any::<[u64; 4]>()).prop_map(|(of, numbers)| Words::Rows(of, numbers)),
             (of.clone(), any::<[u64; 2]>()).prop_map(|(of, numbers)| Words::Transposed(of, numbers)),
-            (of, any::<[u64; 2]>()).prop_map(|(of, numbers)| Words::Slice(of, numbers)),
+            (of.clone(), any::<[u64; 2]>()).prop_map(|(of, numbers)| Words::Slice(of, numbers)),
             prop::collection::vec(inner, 1..4).prop_map(Words::Concat),
+            (of.clone(), any::<bool>()).prop_map(|(of, awq)| Words::Changed(of, awq)),
+            (of, any::<u64>()).prop_map(|(of, rows)| Words::Nibbles(of, rows)),
         ]
     });
     let long = (0u8..2, 10u64..40, any::<bool>());
@@ -85,11 +90,13 @@ fn build(words: &Words) -> (Read, Vec<u8>) {
         Words::Literal(bytes) => (Read::Literal(bytes.clone().into()), bytes.clone()),
         Words::Decode { kind, rows, columns, f32, at } => {
             let decode = coded(*kind, *rows, *columns, *f32, *at);
-            (Read::decode(decode).unwrap(), decoded(&decode))
+            let expected = decoded(&decode);
+            (Read::decode(decode).unwrap(), expected)
         }
         Words::LongDecode { kind, columns, f32 } => {
             let decode = coded(*kind, 139, *columns, *f32, 0);
-            (Read::decode(decode).unwrap(), decoded(&decode))
+            let expected = decoded(&decode);
+            (Read::decode(decode).unwrap(), expected)
         }
         Words::Rows(of, [len, first, step, count]) => {
             let (read, all) = build(of);
@@ -117,11 +124,49 @@ fn build(words: &Words) -> (Read, Vec<u8>) {
             let (number, len) = (number % parts, all.len() as u64 / parts);
             (read.slice(number, parts), all[(number * len) as usize..][..len as usize].to_vec())
         }
+        Words::Changed(of, awq) => {
+            let (read, all) = whole_words(of);
+            let word = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().unwrap());
+            let changed = all.chunks(4).map(word).map(|word| match awq {
+                true => {
+                    [0, 4, 1, 5, 2, 6, 3, 7].iter().rev().fold(0, |all, nibble| all << 4 | word >> (4 * nibble) & 15)
+                }
+                false => word.wrapping_add(0x1111_1111),
+            });
+            let change = if *awq { Change::FromAwq } else { Change::AddOnes };
+            (read.words(change), changed.flat_map(u32::to_le_bytes).collect())
+        }
+        Words::Nibbles(of, rows) => {
+            let (read, all) = whole_words(of);
+            let rows = 8 * divisor((all.len() / 4) as u64, *rows);
+            let columns = all.len() * 2 / rows as usize;
+            let code = |row: usize, column: usize| match column < columns {
+                true => all[(row / 8 * columns + column) * 4 + row % 8 / 2] >> (row % 2 * 4) & 15,
+                false => 0,
+            };
+            let bytes = columns.div_ceil(8) * 4;
+            let given = (0..rows as usize).flat_map(|row| (0..bytes).map(move |byte| (row, byte * 2)));
+            let given = given.map(|(row, column)| code(row, column) | code(row, column + 1) << 4).collect();
+            (read.nibbles_by_row(rows, columns as u64), given)
+        }
         Words::Concat(parts) => {
             let (parts, all): (Vec<Read>, Vec<Vec<u8>>) = parts.iter().map(build).unzip();
             (Read::concat(parts), all.concat())
         }
     }
+}
+
+/// As many whole words as an expression gives, four bytes more where it has none.
+fn whole_words(words: &Words) -> (Read, Vec<u8>) {
+    let (read, mut all) = build(words);
+    let len = all.len() / 4 * 4;
+    if len == 0 {
+        let bytes = [1, 2, 0xf4, 8];
+        let read = Read::concat([read, Read::Literal(bytes.into())]);
+        return (read.rows(4, 0, 1, 1), [&all[..], &bytes].concat()[..4].to_vec());
+    }
+    all.truncate(len);
+    (read.rows(len as u64, 0, 1, 1), all)
 }
 
 /// A matrix of each coding, of whole groups or not where the coding allows it.
@@ -133,8 +178,8 @@ fn coded(kind: u8, rows: u64, columns: u64, f32: bool, at: u64) -> Decode {
             let elements = rows * columns * 7 + 3;
             (NF4.codec(CodecOptions::default()).coding(elements, None), 1, elements, elements.div_ceil(2))
         }
-        2 | 3 => (
-            Coding::new(ElementCode::Int { zero_point: kind == 3 }, ScaleCode::SourceFloat, 32),
+        2 | 3 | 7 => (
+            Coding::new(ElementCode::Int { zero_point: kind != 2 }, ScaleCode::SourceFloat, 32),
             rows,
             columns * 32,
             columns * 16,
@@ -143,7 +188,7 @@ fn coded(kind: u8, rows: u64, columns: u64, f32: bool, at: u64) -> Decode {
         5 => (Coding::new(ElementCode::E2m1, ScaleCode::E8m0(Highest::Finite), 32), rows, columns * 32, columns * 16),
         _ => (Coding::new(ElementCode::E4m3, scale, 16), rows, columns * 13 + 1, columns * 13 + 1),
     };
-    let (nested, has_points, group_rows) = (kind == 1, kind == 3, if kind == 6 { 3 } else { 1 });
+    let (nested, has_points, group_rows) = (kind == 1, matches!(kind, 3 | 7), if kind == 6 { 3 } else { 1 });
     let per_row = columns.div_ceil(coding.group as u64);
     let scale_len = if nested { 1 } else { coding.scale_size(dtype) as u64 };
     let span = |tensor: usize, len: u64| Span { file: 0, tensor, offset: at + 100_000 * tensor as u64, len };
@@ -154,25 +199,42 @@ fn coded(kind: u8, rows: u64, columns: u64, f32: bool, at: u64) -> Decode {
         columns,
         row_len,
         group_rows,
-        codes: span(0, rows * row_len),
-        scales: span(1, rows.div_ceil(group_rows) * per_row * scale_len),
-        zero_points: has_points.then(|| span(2, rows.div_ceil(8) * per_row * 4)),
+        codes: Read::Bytes(span(0, rows * row_len)),
+        scales: Read::Bytes(span(1, rows.div_ceil(group_rows) * per_row * scale_len)),
+        zero_points: has_points.then(|| Read::Bytes(span(2, rows.div_ceil(8) * per_row * 4))),
+        order: (kind == 7).then(|| Read::Literal(order(columns, per_row).flat_map(u32::to_le_bytes).collect())),
         nested: nested
             .then(|| Nested { absmax: span(3, (rows * per_row).div_ceil(NESTED_BLOCK_SIZE as u64) * 4), offset: 0.25 }),
     }
 }
 
+/// The group of each column, of which none stand together.
+fn order(columns: u64, groups: u64) -> impl Iterator<Item = u32> {
+    (0..columns).map(move |column| (column * 7 % groups) as u32)
+}
+
+/// What stands in the source, or is said in the expression.
+fn plain(read: &Read) -> Vec<u8> {
+    match read {
+        Read::Bytes(span) => source_bytes(*span),
+        Read::Literal(bytes) => bytes.to_vec(),
+        other => panic!("{other:?}"),
+    }
+}
+
 /// All that a matrix decodes to, row by row.
 fn decoded(matrix: &Decode) -> Vec<u8> {
-    let Decode { coding, dtype, rows, columns, row_len, group_rows, .. } = *matrix;
+    let &Decode { coding, dtype, rows, columns, row_len, group_rows, .. } = matrix;
     let per_row = columns.div_ceil(coding.group as u64) as usize;
-    let (codes, mut scales) = (source_bytes(matrix.codes), source_bytes(matrix.scales));
+    let (codes, mut scales) = (plain(&matrix.codes), plain(&matrix.scales));
     if let Some(Nested { absmax, offset }) = matrix.nested {
         let mut restored = vec![0; scales.len() * 4];
         restore_absmax(&scales, &source_bytes(absmax), offset, 0, &mut restored);
         scales = restored;
     }
-    let packed = matrix.zero_points.map(source_bytes);
+    let packed = matrix.zero_points.as_ref().map(plain);
+    let of_columns: Vec<u32> = order(columns, per_row as u64).collect();
+    let order = matrix.order.as_ref().map(|_| Order { groups: per_row, of_columns: &of_columns });
     let row_of = |row: u64| {
         let points = packed.as_ref().map(|packed| {
             let word = |group: usize| (row as usize / 8 * per_row + group) * 4;
@@ -183,7 +245,7 @@ fn decoded(matrix: &Decode) -> Vec<u8> {
         let scales = &scales[(row / group_rows) as usize * per_row * coding.scale_size(dtype)..];
         let codes = &codes[(row * row_len) as usize..];
         let zero_points = points.as_deref().unwrap_or_default();
-        Kernel::SCALAR.decode(Row { coding, dtype, first: 0, codes, scales, zero_points, into: &mut into });
+        Kernel::SCALAR.decode(Row { coding, dtype, first: 0, codes, scales, zero_points, order, into: &mut into });
         into
     };
     (0..rows).flat_map(row_of).collect()
@@ -262,15 +324,23 @@ fn matrices_larger_than_a_tile_are_transposed_in_pieces() {
 
 #[test]
 fn lengths_that_do_not_fit_each_other_are_named() {
-    let longer = |span: Span| Span { len: span.len + 1, ..span };
+    let longer = |read: &Read| match read {
+        Read::Bytes(span) => Read::Bytes(Span { len: span.len + 1, ..*span }),
+        other => panic!("{other:?}"),
+    };
     let matrix = coded(1, 2, 2, false, 0);
-    let nested = matrix.nested.map(|nested| Nested { absmax: longer(nested.absmax), ..nested });
+    let nested = matrix.nested.map(|nested| {
+        let absmax = Span { len: nested.absmax.len + 1, ..nested.absmax };
+        Nested { absmax, ..nested }
+    });
     let points = coded(3, 2, 2, false, 0);
+    let order = Some(Read::Literal([0; 4].into()));
     for (decode, what) in [
-        (Decode { codes: longer(matrix.codes), ..matrix }, "codes have"),
-        (Decode { scales: longer(matrix.scales), ..matrix }, "its scales have"),
-        (Decode { nested, ..matrix }, "nested scales have"),
-        (Decode { zero_points: points.zero_points.map(longer), ..points }, "zero points have"),
+        (Decode { codes: longer(&matrix.codes), ..matrix.clone() }, "codes have"),
+        (Decode { scales: longer(&matrix.scales), ..matrix.clone() }, "its scales have"),
+        (Decode { nested, ..matrix.clone() }, "nested scales have"),
+        (Decode { zero_points: points.zero_points.as_ref().map(longer), ..points.clone() }, "zero points have"),
+        (Decode { order, ..points }, "groups of columns have 4 bytes, expected 256"),
         (Decode { rows: u64::MAX, ..matrix }, "past all bounds"),
     ] {
         let error = Read::decode(decode).unwrap_err();

@@ -259,7 +259,8 @@ impl StatsAccumulator {
             blocks: self.blocks,
             zero_blocks: self.zero_blocks,
             nonfinite_blocks: self.nonfinite_blocks,
-            absmax: Range { min: self.absmax_min, mean: self.mean_absmax(), max: self.absmax_max },
+            // Of no block, all are 0.
+            absmax: Range { min: self.absmax_min.min(self.absmax_max), mean: self.mean_absmax(), max: self.absmax_max },
             relative_squared_error: error,
             snr_db: (error > 0.0).then(|| -10.0 * libm::log10(error)),
             max_absolute_error: self.worst,

@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{Kind, Listing, LocalStore, ReadAt, Reader, Stat, Store, WriteAt};
+use super::{HashingReader, Kind, Listing, LocalStore, ReadAt, Reader, Sha256Hash, Stat, Store, WriteAt};
 use crate::error::TooLong;
 
 /// A file or a folder in some store, there or not.
@@ -73,6 +73,14 @@ impl Location {
             len if len > most => Err(TooLong { len, most }.into()),
             _ => Ok(bytes),
         }
+    }
+
+    /// The SHA-256 of the whole file, which is read piece by piece.
+    pub fn sha256(&self) -> io::Result<Sha256Hash> {
+        let file = self.open()?;
+        let mut reader = HashingReader::new(Reader::new(&*file));
+        io::copy(&mut reader, &mut io::sink())?;
+        Ok(reader.finish().1)
     }
 
     /// What is there, links followed.

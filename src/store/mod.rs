@@ -6,6 +6,7 @@ mod hash;
 mod local;
 mod location;
 mod memory;
+mod open_files;
 
 #[cfg(test)]
 mod conformance;
@@ -25,6 +26,7 @@ pub(crate) use local::memory_size;
 pub use location::Location;
 pub(crate) use location::is_no_file;
 pub use memory::MemoryStore;
+pub(crate) use open_files::descriptors_left;
 
 /// A place that holds files by path. Its calls block; they may come from any thread.
 pub trait Store: Debug + Send + Sync {
@@ -59,7 +61,7 @@ pub trait ReadAt: Send + Sync {
     /// What the file is known by now.
     fn identity(&self) -> io::Result<Identity>;
 
-    /// Says that `len` bytes from `offset` on will be read soon. A hint: nothing depends on it.
+    /// Says that `len` bytes from `offset` on will be read soon. A hint: nothing depends on it. It may take as long as reading them.
     fn will_read(&self, offset: u64, len: u64) {
         let _ = (offset, len);
     }

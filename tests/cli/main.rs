@@ -6,6 +6,7 @@ mod support;
 mod command;
 mod destinations;
 mod errors;
+mod limits;
 mod odd_files;
 mod streams;
 mod trace;

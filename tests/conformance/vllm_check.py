@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dimensions import dimension
+
 ROOT = Path(__file__).resolve().parents[2]
 VLLM = json.loads((ROOT / "src" / "models" / "data" / "vllm.json").read_text())
 COMPRESSED = ("nvfp4", "mxfp4", "int4", "int4-asym")  # in the order in which vLLM asks
@@ -467,13 +469,13 @@ def check_module(checkpoint: Checkpoint, module: str) -> None:
     for name in sorted(found.keys() - expected.keys() - {"bias"}):
         checkpoint.problems.append(f"{module}.{name} is nothing that vLLM has a place for")
     rows, columns = sizes(checkpoint, module)
-    words = {"R": rows, "C": columns, "G": checkpoint.group or columns or 1, "ceil": math.ceil}
+    words = {"R": rows, "C": columns, "G": checkpoint.group or columns or 1}
     if columns % words["G"]:
         checkpoint.problems.append(f"{module}: {columns} columns aren't whole groups of {words['G']}")
     for name in expected.keys() & found.keys():
         dtype = expected[name]["dtype"] or checkpoint.format["linear"][name]["dtype"]
         dtype = checkpoint.dtype if dtype == "source" else dtype
-        shape = [eval(size, {"__builtins__": {}}, words) for size in expected[name]["shape"]]
+        shape = [dimension(size, words) for size in expected[name]["shape"]]
         # A scalar may have a dimension or none.
         shapes = ([], [1]) if shape == [1] else (shape,)
         if found[name].dtype != dtype or found[name].shape not in shapes:
@@ -504,7 +506,7 @@ def check_gpt_oss(checkpoint: Checkpoint) -> None:
                 continue
             rows, columns = (2 * inner, hidden) if last.startswith("gate_up") else (hidden, inner)
             words = {"E": experts, "R": rows, "C": columns}
-            shape = [eval(size, {"__builtins__": {}}, words) for size in fact["shape"]]
+            shape = [dimension(size, words) for size in fact["shape"]]
             # The loader views what comes after rows as one dimension.
             viewed = tensor.shape[:2] + ([math.prod(tensor.shape[2:])] if len(tensor.shape) > 2 else [])
             if viewed != shape or tensor.dtype != (fact["dtype"] or checkpoint.dtype):

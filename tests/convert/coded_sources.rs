@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::support::{Folder, LINEAR, Run, Tensor, read_tensors, serialize};
 
 /// Bytes without a pattern, the same each time.
-fn noise(name: &str, len: usize) -> Vec<u8> {
+pub fn noise(name: &str, len: usize) -> Vec<u8> {
     Tensor::random(name, Dtype::F32, &[len]).data.chunks(4).map(|bytes| bytes[1] ^ bytes[2]).collect()
 }
 
@@ -31,10 +31,10 @@ fn bf16_tensor(name: &str, shape: &[usize], value: impl Fn(usize, usize) -> f32)
 }
 
 /// A weight as stored, and as it decodes.
-type Coded = (Vec<Tensor>, Tensor);
+pub type Coded = (Vec<Tensor>, Tensor);
 
 /// compressed-tensors' INT4, with zero points or without; `shape_dtype` is that of its shape.
-fn int4(name: &str, rows: usize, columns: usize, group: usize, asym: bool, shape_dtype: Dtype) -> Coded {
+pub fn int4(name: &str, rows: usize, columns: usize, group: usize, asym: bool, shape_dtype: Dtype) -> Coded {
     let (words, groups) = (columns.div_ceil(8), columns / group);
     let codes = noise(name, rows * words * 4);
     let (scale_bytes, scale) = scales(&format!("{name} scales"), rows * groups);
@@ -78,7 +78,7 @@ fn deepseek_fp4(module: &str, rows: usize, columns: usize) -> Coded {
 }
 
 /// Two folders: the checkpoint as it is stored, and in bf16.
-fn folders(model_type: &str, quantization: Value, weights: Vec<Coded>) -> (Folder, Folder) {
+pub fn folders(model_type: &str, quantization: Value, weights: Vec<Coded>) -> (Folder, Folder) {
     let (coded, plain) = (Folder::new(model_type), Folder::new(model_type));
     let mut config = json!({"model_type": model_type, "dtype": "bfloat16"});
     plain.write("config.json", config.to_string());
@@ -95,12 +95,12 @@ fn folders(model_type: &str, quantization: Value, weights: Vec<Coded>) -> (Folde
     (coded, plain)
 }
 
-fn command(arguments: &[&std::ffi::OsStr]) -> Run {
+pub fn command(arguments: &[&std::ffi::OsStr]) -> Run {
     Run::of(std::process::Command::new(env!("CARGO_BIN_EXE_prequant")).args(arguments))
 }
 
 /// What both convert to is the same, and each output verifies against its source.
-fn convert_alike(coded: &Folder, plain: &Folder, flags: &[&str]) {
+pub fn convert_alike(coded: &Folder, plain: &Folder, flags: &[&str]) {
     for format in [
         &["--format", "nf4"][..],
         &["--format", "int4", "--group-size", "64"],
@@ -121,7 +121,7 @@ fn convert_alike(coded: &Folder, plain: &Folder, flags: &[&str]) {
 }
 
 /// `prequant dequantize` gives the plain checkpoint's tensors, and its config.json.
-fn dequantizes(coded: &Folder, plain: &Folder, words: &str) {
+pub fn dequantizes(coded: &Folder, plain: &Folder, words: &str) {
     let decoded = coded.beside("decoded");
     let run = command(&["dequantize".as_ref(), coded.source().as_ref(), decoded.as_ref()]).ok();
     assert!(run.stdout.contains(words), "{}", run.stdout);

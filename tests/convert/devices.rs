@@ -193,7 +193,9 @@ fn convert(source: &Path, to: &Path, recipe: &Recipe, device: Arc<dyn Backend>) 
 
 /// Every way to quantize.
 fn recipes() -> Vec<Recipe> {
-    let of = |format| RecipeOptions { format: Some(format), ..RecipeOptions::default() };
+    // Rows that kernels of servers don't take, too.
+    let include = Some(vec!["mlp".to_owned()]);
+    let of = |format| RecipeOptions { format: Some(format), include: include.clone(), ..RecipeOptions::default() };
     let all = [
         of(&NF4),
         RecipeOptions { double_quant: Some(true), ..of(&NF4) },

@@ -146,7 +146,9 @@ fn weights_that_are_put_together_share_a_global_scale() {
     folder.write_shards(&shards);
     let mut all = Vec::new();
     for flags in [&[][..], &["--threads", "1"], &["--threads", "5", "--memory", "24MiB"]] {
-        folder.convert(&[&["--format", "nvfp4", "--max-shard-size", "700kB", "--force"], flags].concat()).ok();
+        // Queries have so few rows that no server's kernel takes them.
+        let recipe = ["--format", "nvfp4", "--max-shard-size", "700kB", "--include", "_proj", "--force"];
+        folder.convert(&[&recipe, flags].concat()).ok();
         all.push(contents(&folder.destination()));
     }
     assert!(all.iter().all(|files| *files == all[0]), "the same files, manifest included");

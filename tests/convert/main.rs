@@ -4,6 +4,9 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod carried;
+mod caution;
+mod clients;
 mod coded_sources;
 mod cold;
 mod conversion;
@@ -12,10 +15,17 @@ mod devices;
 mod files;
 mod group_configs;
 mod groups;
+mod integer_sources;
+mod modules;
+mod mutations;
 #[cfg(feature = "test-format")]
 mod mxint4;
+mod recorded;
 mod relayout;
 mod sources;
 mod split;
+#[cfg(target_os = "linux")]
+mod threads;
 mod unreadable;
 mod verify;
+mod warnings;

@@ -137,7 +137,7 @@ fn fp8_experts_are_fused_as_what_they_decode_to() {
 /// Scales may lie in another shard, have other dtypes and blocks, and static scales of inputs beside them.
 #[test]
 fn fp8_scales_are_found_wherever_they_are() {
-    let [codes, scale, decoded] = fp8(LINEAR, 96, 128, [32, 64]);
+    let [codes, scale, decoded] = fp8(LINEAR, 128, 128, [32, 64]);
     let input_scale = Tensor::random("model.layers.0.self_attn.o_proj.activation_scale", Dtype::F32, &[1]);
     let (coded, plain) = (Folder::new("llama"), Folder::new("llama"));
     coded.write("config.json", config(Some(fp8_config([32, 64])), "llama"));

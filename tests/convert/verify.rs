@@ -210,7 +210,12 @@ fn a_manifest_that_lies_is_found_out() {
         run.fails(3, &["prequant.json", "schema version 3", "or a newer one"]);
     }
     differs(&lie("up_proj.weight.quant_map", "up_proj.weight.quant_mop"), &["--quick"], &["quant_mop", "missing"]);
-    let renamed = lie("\"relative_squared_error\": 0.0", "\"relative_squared_error\": 0.1");
+    differs(
+        &lie("\"relative_squared_error\": 0.0", "\"relative_squared_error\": 0.1"),
+        &[],
+        &["prequant.json: ", "relative_squared_error"],
+    );
+    let renamed = lie("\"reason\": \"", "\"reason\": \"so ");
     run("verify", &renamed, &[]).ok();
     let source = renamed.source();
     differs(&renamed, &["--against", source.to_str().unwrap()], &["its record isn't what converting the source gives"]);

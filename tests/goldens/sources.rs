@@ -1,5 +1,5 @@
-//! What quantized sources decode to, against the libraries that stored them: `scripts/make source-goldens`, `compressed-sources`
-//! and `modelopt-sources` had these decode whole checkpoints.
+//! What quantized sources decode to, against the libraries that stored them: `scripts/make source-goldens`, `compressed-sources`,
+//! `modelopt-sources` and `gptq-sources` had these decode whole checkpoints.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -84,6 +84,12 @@ fn compressed_tensors_checkpoints_decode_as_it_decompresses_them() {
 fn modelopt_checkpoints_decode_as_it_dequantizes_them() {
     let checked: Vec<usize> = checkpoints("modelopt-sources").iter().map(|path| check(path)).collect();
     assert_eq!(checked, [2, 2, 2, 3, 3, 3]);
+}
+
+#[test]
+fn gptq_and_awq_checkpoints_decode_as_gptqmodel_dequantizes_them() {
+    let checked: Vec<usize> = checkpoints("gptq-sources").iter().map(|path| check(path)).collect();
+    assert_eq!(checked, [3; 10]);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::path::Path;
 use half::{bf16, f16};
 use prequant::internal::format::{Codebook, Coding, ElementCode, FP4, Highest, NF4, ScaleCode};
 use prequant::internal::kernel::Kernel;
-use prequant::internal::kernel::decode::{Row, restore_absmax};
+use prequant::internal::kernel::decode::{Order, Row, restore_absmax};
 use prequant::{FloatDtype, FormatSpec};
 use proptest::prelude::*;
 use safetensors::{Dtype, SafeTensors};
@@ -93,6 +93,7 @@ impl Stored<'_> {
                 codes: &codes[coding.code_byte(first)..=coding.code_byte(last)],
                 scales: &scales[groups.start * size..groups.end * size],
                 zero_points: if zero_points.is_empty() { &[] } else { &zero_points[groups] },
+                order: None,
                 into: &mut into,
             });
         }
@@ -339,6 +340,45 @@ proptest! {
         let (a, b) = (ends.0.index(columns + 1), ends.1.index(columns + 1));
         let (first, end) = (a.min(b), a.max(b));
         prop_assert_eq!(row.decode(first, end - first), &whole[first * dtype.size()..end * dtype.size()]);
+    }
+}
+
+/// Each column of a row whose groups stand in no order, alone in its group.
+#[test]
+fn columns_in_any_order_of_groups_decode_by_the_scale_of_theirs() {
+    const GROUPS: usize = 3;
+    let mut random = Random(11);
+    let mut bytes = |length: usize| (0..length).map(|_| (random.bits() >> 24) as u8).collect::<Vec<u8>>();
+    let (codes, points) = (bytes(50), bytes(GROUPS).iter().map(|byte| byte >> 4).collect::<Vec<u8>>());
+    let of_columns: Vec<u32> = bytes(99).iter().map(|byte| u32::from(*byte) % GROUPS as u32).collect();
+    for dtype in weights::DTYPES {
+        let scales = weights::encode(dtype, &[0.5, -3.0, 0.001]);
+        let size = dtype.size();
+        for (first, length) in [(0, 99), (1, 98), (7, 20), (98, 1), (4, 0)] {
+            let alone = (first..first + length).flat_map(|column| {
+                let group = of_columns[column] as usize;
+                let (scales, zero_points) = (&scales[group * size..][..size], &points[group..=group]);
+                let coding = Coding { group: 99, ..codings::INT4_ASYM };
+                Stored { coding, dtype, codes: &codes, scales, zero_points }.decode(column, 1)
+            });
+            let expected: Vec<u8> = alone.collect();
+            for kernel in Kernel::available() {
+                let mut into = vec![0xa5; length * size];
+                let order = Some(Order { groups: GROUPS, of_columns: &of_columns[first..] });
+                let (coding, codes) = (codings::INT4_ASYM, &codes[first / 2..]);
+                kernel.decode(Row {
+                    coding,
+                    dtype,
+                    first,
+                    codes,
+                    scales: &scales,
+                    zero_points: &points,
+                    order,
+                    into: &mut into,
+                });
+                assert!(into == expected, "{} {dtype:?}: {length} columns from {first} on", kernel.name());
+            }
+        }
     }
 }
 

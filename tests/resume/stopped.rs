@@ -402,6 +402,45 @@ fn a_source_that_is_written_to_between_plan_and_reading_is_an_error() {
     only_staging(&folder.destination());
 }
 
+/// Does something once the first file is finished, while others are being made.
+struct AtFirstSeal<'a>(AtomicBool, &'a (dyn Fn() + Sync));
+
+impl Progress for AtFirstSeal<'_> {
+    fn found(&self, _: usize, _: usize) {}
+    fn resumed(&self, _: usize, _: u64) {}
+    fn advanced(&self, _: &str, _: u64) {}
+    fn kept(&self, _: usize) {}
+    fn sealed(&self, _: &str, _: u64) {
+        if !self.0.swap(true, Ordering::Relaxed) {
+            self.1();
+        }
+    }
+}
+
+/// A trainer saves its next checkpoint into the same files: same sizes, same headers.
+#[test]
+fn a_source_that_is_written_to_while_it_is_converted_is_an_error_and_nothing_is_published() {
+    let names = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json"];
+    for (name, hash_source) in names.into_iter().flat_map(|name| [(name, false), (name, true)]) {
+        let folder = checkpoint();
+        let options = Options { threads: 1, hash_source, ..Options::default() };
+        let conversion = plan(folder.source(), recipe(false), options).unwrap();
+        let path = folder.source().join(name);
+        let save = || {
+            let mut content = fs::read(&path).unwrap();
+            let middle = content.len() - 2;
+            content[middle] ^= 1;
+            fs::write(&path, content).unwrap();
+            let later = std::time::SystemTime::now() + Duration::from_secs(2);
+            File::options().write(true).open(&path).unwrap().set_modified(later).unwrap();
+        };
+        let error = conversion.execute(folder.destination(), &AtFirstSeal(AtomicBool::new(false), &save)).unwrap_err();
+        assert!(matches!(error, Error::SourceChanged { .. }), "{name}: {error}");
+        assert!(error.to_string().contains(&format!("source/{name}: changed while it was read")), "{error}");
+        only_staging(&folder.destination());
+    }
+}
+
 #[test]
 fn a_source_that_vanishes_or_shrinks_between_plan_and_reading_is_an_error() {
     for vanishes in [true, false] {

@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use safetensors::SafeTensors;
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::{Dtype, TensorInfo, TensorView};
 use tempfile::TempDir;
 
 pub mod codings;
+pub mod decisions;
 pub mod groups;
 pub mod recompute;
 pub mod weights;
@@ -197,12 +198,14 @@ pub fn read_tensors(folder: &Path) -> BTreeMap<String, (String, Stored)> {
 }
 
 /// Checks that a file of weights has its tensors one after the other, each where a reader that maps the file can take its
-/// elements as they are, and that the safetensors library would write the same names, dtypes, shapes and bytes.
+/// elements as they are, at a multiple of 64 bytes but for those at the file's end, and that the safetensors library would write the same names, dtypes, shapes and bytes.
 pub fn assert_well_formed(file: &[u8]) {
     let (header_len, header) = SafeTensors::read_metadata(file).unwrap();
     let mut tensors: Vec<_> = header.tensors().into_iter().collect();
     tensors.sort_by_key(|(_, info)| info.data_offsets);
-    assert_eq!(header_len % 8, 0);
+    assert_eq!((8 + header_len) % 64, 0);
+    let is_whole = |info: &TensorInfo| (info.data_offsets.1 - info.data_offsets.0).is_multiple_of(64);
+    assert!(tensors.is_sorted_by_key(|(_, info)| !is_whole(info)), "{tensors:?}");
     for (name, info) in &tensors {
         let size = (info.dtype.bitsize() / 8).clamp(1, 8);
         assert_eq!(info.data_offsets.0 % size, 0, "{name}: {info:?}");

@@ -6,11 +6,21 @@
 
 from __future__ import annotations
 
+from .differences import Difference
 from .errors import PrequantError
 from .quantizer import PrequantQuantizer, install
-from .verify import Verified, verify
+from .verify import Verified, differences, verify
 
-__all__ = ["PrequantError", "PrequantQuantizer", "Verified", "fix_peft", "install", "verify"]
+__all__ = [
+    "Difference",
+    "PrequantError",
+    "PrequantQuantizer",
+    "Verified",
+    "differences",
+    "fix_peft",
+    "install",
+    "verify",
+]
 __version__ = "0.1.0"
 
 

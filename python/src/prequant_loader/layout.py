@@ -26,6 +26,9 @@ STATISTICS = ("absmax", "quant_map", *(f"{QUANT_STATE}{name}" for name in FORMAT
 FLOATS = ("F32", "F16", "BF16")
 """What scales may be in: bitsandbytes writes F32."""
 
+DTYPES = ("bfloat16", "float16", "float32")
+"""What weights are decoded to, by torch's names."""
+
 EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 MAX_HEADER = 100_000_000
 """The most bytes of a header that safetensors allows."""
@@ -164,6 +167,12 @@ def _quantized(codes: StoredTensor, parts: dict[str, StoredTensor]) -> Quantized
     if len(states) != 1:
         raise _missing(codes, f"{QUANT_STATE}nf4", f"{len(states)} quant_states beside it")
     state = _quant_state(parts[states[0]])
+    quant_type = states[0].removeprefix(QUANT_STATE)
+    if state.get("quant_type", quant_type) != quant_type:
+        found = f"its quant_type is {state['quant_type']!r}"
+        raise _broken(parts[states[0]], found, f"{quant_type!r}, as its name says")
+    if not isinstance(state.get("dtype", "float32"), str) or state.get("dtype", "float32") not in DTYPES:
+        raise _broken(parts[states[0]], f"its dtype is {state['dtype']!r}", " or ".join(DTYPES))
     shape, block_size = tuple(state["shape"]), state["blocksize"]
     blocks = -(-math.prod(shape) // block_size)
     nested = "nested_blocksize" in state
@@ -185,7 +194,7 @@ def _quantized(codes: StoredTensor, parts: dict[str, StoredTensor]) -> Quantized
         raise _broken(parts[part], "it is there", f"none: the quant_state of {codes.name!r} isn't double-quantized")
     return QuantizedTensor(
         codes=codes,
-        quant_type=states[0].removeprefix(QUANT_STATE),
+        quant_type=quant_type,
         block_size=block_size,
         shape=shape,
         nested_block_size=state.get("nested_blocksize"),

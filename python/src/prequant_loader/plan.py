@@ -97,8 +97,28 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, conversions: Seque
             _check_linear(model, target, members)
         else:
             plan.parameters[target] = _expert_parameter(target, parameters[target], members, converters)
-    _check_complete(model, plan, set(plain.values()))
+    _check_complete(checkpoint, model, parameters, plan, groups.keys() | set(plain.values()))
     return plan
+
+
+def check_config(checkpoint: Checkpoint, config: Any) -> None:
+    """config.json's quantization_config, as transformers has it, says what every quant_state says.
+
+    Raises:
+        PrequantError: one says otherwise.
+    """
+    quant_type = getattr(config, "bnb_4bit_quant_type", None)
+    is_double = getattr(config, "bnb_4bit_use_double_quant", None)
+    for tensor in checkpoint.quantized.values():
+        if quant_type is not None and tensor.quant_type != quant_type:
+            found, expected = f"it is {tensor.quant_type}", f"{quant_type}, as config.json's bnb_4bit_quant_type says"
+            raise _misfit(tensor, found, expected, CONVERT_AGAIN)
+        # save_pretrained writes experts that were put together with their scales as they are in the model: restored to f32.
+        is_restored = is_double and len(tensor.shape) == 3
+        if is_double is not None and not is_restored and (tensor.nested_block_size is not None) != is_double:
+            found = f"its scales are {'not ' if is_double else ''}quantized"
+            expected = f"what config.json says: bnb_4bit_use_double_quant is {is_double}"
+            raise _misfit(tensor, found, expected, CONVERT_AGAIN)
 
 
 def _expert_parameter(
@@ -275,15 +295,35 @@ def _check_whole(made: ExpertParameter) -> None:
         raise _misfit(first, found, f"{list(made.shape)}, that of the model's {made.name!r}")
 
 
-def _check_complete(model: PreTrainedModel, plan: Plan, others: set[str]) -> None:
-    """Modules with 4-bit experts get all their 3-D parameters from the checkpoint."""
-    for made in plan.parameters.values():
-        module, _, _ = made.name.rpartition(".")
-        for leaf, parameter in model.get_submodule(module).named_parameters(recurse=False):
-            name = f"{module}.{leaf}"
-            if parameter.dim() == 3 and name not in plan.parameters and name not in others:
-                folder = made.first.codes.path.parent
-                raise PrequantError(folder, "", f"nothing is there for {name!r}", "all of the experts", CONVERT_AGAIN)
+def _check_complete(
+    checkpoint: Checkpoint, model: PreTrainedModel, parameters: dict[str, torch.Tensor], plan: Plan, filled: set[str]
+) -> None:
+    """Every parameter that is 4-bit in this model gets its codes: transformers would fill it with random numbers.
+
+    That is each weight of a Linear4bit, and each 3-D parameter of experts: of a module that has others in 4 bits, of a layer
+    beside one that has, or by its name.
+    """
+    modules = {name.rpartition(".")[0] for name in plan.parameters}
+    alike = {_in_any_layer(name) for name in plan.parameters}
+    ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or []
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for name, parameter in parameters.items():
+        module, _, leaf = name.rpartition(".")
+        is_expert = parameter.dim() == 3 and (module in modules or re.search(r"(^|\.)experts(\.|$)", module))
+        if name in filled or not (_is_linear_4bit(model, name) or is_expert or _in_any_layer(name) in alike):
+            continue
+        if name in tied or any(re.search(pattern, name) for pattern in ignored):
+            continue
+        there = next(iter([*checkpoint.quantized.values()]), None)
+        plain = next(iter(checkpoint.plain.values()), None)
+        path = there.codes.path if there else plain.path if plain else Path()
+        expected = "all of the experts" if is_expert else "its codes and statistics"
+        raise PrequantError(path.parent, "", f"nothing is there for {name!r}", expected, CONVERT_AGAIN)
+
+
+def _in_any_layer(name: str) -> str:
+    """A parameter's name without its layer's number."""
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def _is_linear_4bit(model: PreTrainedModel, target: str) -> bool:

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bitsandbytes.nn.modules import Linear4bit
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from .compat import GUARD, accept_guard, is_reversible
 from .conversion import LoadExperts, with_twins
-from .layout import Checkpoint, read_checkpoint
+from .errors import PrequantError
+from .layout import CONVERT_AGAIN, Checkpoint, read_checkpoint
 from .parametrization import parametrize_4bit
-from .plan import Plan, make_plan
+from .plan import Plan, check_config, make_plan
 from .verify import verify_if_asked
 
 KEY = "bitsandbytes_4bit"
@@ -40,8 +42,9 @@ class PrequantQuantizer(Bnb4BitHfQuantizer):
         """Reads the checkpoint's headers, then makes the model ready for its tensors."""
         files = [str(file) for file in kwargs.get("checkpoint_files") or []]
         if self.pre_quantized and files:
-            verify_if_asked(Path(files[0]).parent)
+            verify_if_asked(Path(files[0]).parent, files)
             self._loading = _Loading(read_checkpoint(files), model)
+            check_config(self._loading.checkpoint, self.quantization_config)
         return super().preprocess_model(model, *args, **kwargs)
 
     def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
@@ -74,6 +77,7 @@ class PrequantQuantizer(Bnb4BitHfQuantizer):
         if self._loading is None:
             return model
         plan, self._loading = self._loading.plan, None
+        _check_filled(model, plan)
         embeddings: Any = model.get_input_embeddings()
         for name, made in plan.parameters.items():
             module, _, leaf = name.rpartition(".")
@@ -83,6 +87,16 @@ class PrequantQuantizer(Bnb4BitHfQuantizer):
             model.config.experts_implementation = GUARD  # for what save_pretrained writes
         _keep_reversible(model)
         return model
+
+
+def _check_filled(model: PreTrainedModel, plan: Plan) -> None:
+    """No parameter was left with numbers that aren't the checkpoint's, whatever transformers made of its names."""
+    linears = (name for name, module in model.named_modules() if isinstance(module, Linear4bit))
+    unfilled = [name for name in linears if getattr(model.get_submodule(name).weight, "quant_state", None) is None]
+    unfilled += [name for name in plan.parameters if name not in plan.loaded]
+    if unfilled:
+        found = f"nothing was loaded for {unfilled[0]!r}"
+        raise PrequantError(model.name_or_path or type(model).__name__, "", found, "4-bit codes", CONVERT_AGAIN)
 
 
 def _keep_reversible(model: Any) -> None:

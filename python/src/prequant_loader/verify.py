@@ -1,23 +1,21 @@
-"""Verifies a folder against its manifest: every file that it names, by size and SHA-256."""
+"""Verifies a folder against its manifest, as `prequant verify` does: all that clients load must be as it was written.
+
+Files are read piece by piece. The manifest is held in memory as Python has it, about four times its size.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .differences import DOWNLOAD_AGAIN, Difference, Differences
 from .errors import PrequantError
+from .manifest import MANIFEST
 
-MANIFEST = "prequant.json"
 VARIABLE = "PREQUANT_VERIFY"
 """Set to 1, every load of a folder with a manifest verifies it first."""
-
-SCHEMA_VERSIONS = (1, 2)
-"""What is read of a manifest is the same in both."""
-DOWNLOAD_AGAIN = "download or convert it again"
 
 
 @dataclass(frozen=True)
@@ -27,64 +25,49 @@ class Verified:
     files: int
     size: int
     """Bytes of all files together."""
+    edited: tuple[Difference, ...] = ()
+    """What differs in files that no client loads, such as README.md."""
 
 
-def verify(folder: Path | str) -> Verified:
-    """Compares every file of a checkpoint with the manifest that prequant wrote beside it.
+def verify(folder: Path | str, *, strict: bool = False) -> Verified:
+    """Compares a checkpoint with the manifest that prequant wrote beside it: every file and tensor, and nothing else.
 
     Args:
         folder: what `prequant convert` wrote.
+        strict: whether files that no client loads, such as README.md, must be unchanged too.
 
     Raises:
-        PrequantError: there is no manifest, or the first file that isn't there, or has another size or hash.
+        PrequantError: there is no manifest, or the first difference, damage before edits.
     """
     folder = Path(folder)
-    records = _records(folder)
-    for name, (size, _) in records.items():
-        _check_size(folder / name, size)
-    with ThreadPoolExecutor() as pool:
-        digests = pool.map(lambda name: _sha256(folder / name), records)
-        for (name, (_, expected)), digest in zip(records.items(), digests, strict=True):
-            if digest != expected:
-                found = f"its SHA-256 is {digest}"
-                raise PrequantError(folder / name, "", found, f"{expected}, as {MANIFEST} says", DOWNLOAD_AGAIN)
-    return Verified(len(records), sum(size for size, _ in records.values()))
+    found = Differences(folder).find()
+    damage = [difference for difference in found.all if strict or difference.is_damage]
+    if damage:
+        first, more = damage[0], f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
+        raise PrequantError(folder / first.file, first.tensor, f"{first.what}{more}", "what was written", DOWNLOAD_AGAIN)
+    return Verified(found.files, found.size, tuple(found.all))
 
 
-def verify_if_asked(folder: Path) -> None:
-    """Verifies a folder if the environment variable PREQUANT_VERIFY is 1 and there is a manifest."""
-    if os.environ.get(VARIABLE) == "1" and (folder / MANIFEST).is_file():
-        verify(folder)
+def differences(folder: Path | str) -> list[Difference]:
+    """Everything in which a checkpoint differs from its manifest, damage first.
+
+    Raises:
+        PrequantError: there is no manifest.
+    """
+    return Differences(Path(folder)).find().all
 
 
-def _records(folder: Path) -> dict[str, tuple[int, str]]:
-    """Size and SHA-256 of every file, by name."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise PrequantError(path, "", "it does not exist", "the manifest that prequant writes", DOWNLOAD_AGAIN)
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["schema_version"]
-        records = {file["name"]: (int(file["size"]), str(file["sha256"])) for file in manifest["files"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise PrequantError(path, "", f"it can't be read ({error})", "a manifest", DOWNLOAD_AGAIN) from None
-    if version not in SCHEMA_VERSIONS:
-        expected = " or ".join(map(str, SCHEMA_VERSIONS))
-        raise PrequantError(path, "", f"its schema_version is {version}", expected, "update prequant-loader")
-    for name in records:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise PrequantError(path, "", f"it names {name!r}", "files of its own folder", DOWNLOAD_AGAIN)
-    return records
+def verify_if_asked(folder: Path, files: Iterable[str] = ()) -> None:
+    """Verifies a folder if the environment variable PREQUANT_VERIFY is 1 and there is a manifest.
 
-
-def _check_size(path: Path, size: int) -> None:
-    if not path.is_file():
-        raise PrequantError(path, "", "it does not exist", f"{size} bytes, as {MANIFEST} says", DOWNLOAD_AGAIN)
-    found = path.stat().st_size
-    if found != size:
-        raise PrequantError(path, "", f"it has {found} bytes", f"{size}, as {MANIFEST} says", DOWNLOAD_AGAIN)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    Args:
+        folder: the checkpoint.
+        files: what is about to be loaded: nothing but what the manifest lists.
+    """
+    if os.environ.get(VARIABLE) != "1" or not (folder / MANIFEST).is_file():
+        return
+    verify(folder)
+    listed = Differences(folder).names()
+    for file in map(Path, files):
+        if file.parent != folder or file.name not in listed:
+            raise PrequantError(file, "", "it is about to be loaded", f"a file that {MANIFEST} lists", DOWNLOAD_AGAIN)

@@ -1,4 +1,10 @@
 //! The CUDA driver's objects as Rust values, freed when dropped. All unsafe calls into the driver are here.
+//!
+//! What the SAFETY comments rest on:
+//! - Every handle comes from the driver, belongs to the `Context` beside it, and is destroyed once, on drop. The `Arc` keeps the context
+//!   until all that was made in it is gone.
+//! - Work that reads or writes buffers is started by [`Stream::run`] alone, which borrows them and returns, or unwinds, only when
+//!   no work is under way.
 
 use std::ffi::{CStr, CString, c_void};
 use std::ops::Range;
@@ -141,11 +147,11 @@ pub(crate) struct Module {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Function(sys::CUfunction);
 
-// SAFETY: handles of the driver, which is free-threaded.
+// SAFETY: a handle of the driver, whose functions may be called from any thread.
 unsafe impl Send for Module {}
-// SAFETY: as above.
+// SAFETY: as above; nothing changes a module once it is loaded.
 unsafe impl Sync for Module {}
-// SAFETY: as above.
+// SAFETY: a handle that is only ever passed to the driver, from any thread.
 unsafe impl Send for Function {}
 // SAFETY: as above.
 unsafe impl Sync for Function {}
@@ -198,7 +204,7 @@ impl DeviceBuffer {
     /// A buffer that holds `words`.
     pub(crate) fn with_words(context: &Arc<Context>, words: &[u32]) -> Result<DeviceBuffer, Fault> {
         let buffer = DeviceBuffer::new(context, size_of_val(words))?;
-        // SAFETY: the buffer is that long; the copy is over when the call returns.
+        // SAFETY: the buffer was made with the words' length, so the copy ends in it; it is over when the call returns.
         unsafe { result::memcpy_htod_sync(buffer.address, words) }.in_call("cuMemcpyHtoD")?;
         Ok(buffer)
     }
@@ -231,7 +237,7 @@ pub(crate) struct PinnedBuffer {
     len: usize,
 }
 
-// SAFETY: plain memory, owned.
+// SAFETY: plain memory that nothing else points to; the driver frees it from any thread.
 unsafe impl Send for PinnedBuffer {}
 
 impl PinnedBuffer {
@@ -245,7 +251,7 @@ impl PinnedBuffer {
             let name = "CUDA_ERROR_OUT_OF_MEMORY".to_owned();
             return Err(Fault { call: "cuMemHostAlloc", code: 2, name, text: "it gave no address".to_owned() });
         };
-        // SAFETY: `len` bytes from `start` on are ours.
+        // SAFETY: the driver gave `len` bytes from `start` on, to us alone.
         unsafe { start.write_bytes(0, len) };
         Ok(PinnedBuffer { context: context.clone(), start, len })
     }
@@ -317,7 +323,7 @@ pub(crate) struct Stream {
     done: sys::CUevent,
 }
 
-// SAFETY: handles of the driver, which is free-threaded.
+// SAFETY: handles of the driver, whose functions may be called from any thread.
 unsafe impl Send for Stream {}
 
 impl Stream {
@@ -341,8 +347,11 @@ impl Stream {
     /// waits for the end.
     ///
     /// # Safety
-    /// The arguments must be what the kernels take, and all they read or write must lie in buffers that live and that
-    /// nothing else uses meanwhile.
+    /// The functions' modules must be loaded in this context, and the arguments be what the kernels take. All that the kernels read or
+    /// write must lie in buffers that live and that nothing else uses meanwhile.
+    ///
+    /// # Panics
+    /// Before anything is started, where a copy would pass a buffer's end, or a buffer is of another context.
     pub(crate) unsafe fn run(
         &self,
         source: Upload<'_>,
@@ -353,35 +362,45 @@ impl Stream {
         let fits = source.bytes.len() <= source.to.len().saturating_sub(source.at)
             && results.pieces.iter().all(|piece| piece.end <= room);
         assert!(fits, "copies past a buffer's end");
+        let is_here = |buffer: &DeviceBuffer| Arc::ptr_eq(&buffer.context, &self.context);
+        assert!(is_here(source.to) && is_here(results.from), "buffers of another GPU");
         self.context.make_current()?;
-        // SAFETY: all copies are within their buffers, which are borrowed until the work is waited for; the launches are
-        // the caller's promise.
+        // Whatever is started uses the buffers until it ends: they are waited for even if a call of the driver's panics.
+        let under_way = UnderWay(self);
+        // SAFETY: all copies are within their buffers, as checked, which are borrowed until the work is waited for; the launches
+        // are the caller's promise.
         let started = unsafe { self.start(&source, launches, results) };
         let started = started.map_err(|fault| self.context.first(fault));
-        // Whatever has been started uses the buffers until it ends.
-        // SAFETY: the stream lives.
-        let ended = unsafe { self.wait() };
+        let ended = under_way.wait();
         started.and(ended)
     }
 
+    /// Queues copies and kernels; returns without waiting for them, and with an error once one can't be queued.
+    ///
+    /// # Safety
+    /// As [`Stream::run`]; the copies must be within their buffers, which must not be touched until the stream is waited for.
     unsafe fn start(&self, source: &Upload<'_>, launches: &[Launch<'_>], results: Download<'_>) -> Result<(), Fault> {
         if !source.bytes.is_empty() {
             let to = source.to.address + source.at as u64;
-            // SAFETY: promised by the callers.
+            // SAFETY: the callers' promise: `bytes` fit into the buffer from `at` on, and both are left alone.
             unsafe { result::memcpy_htod_async(to, source.bytes, self.stream) }.in_call("cuMemcpyHtoDAsync")?;
         }
         for launch in launches {
-            // SAFETY: promised by the callers.
+            // SAFETY: the callers' promise.
             unsafe { self.launch(launch)? };
         }
         for piece in results.pieces.into_iter().filter(|piece| !piece.is_empty()) {
             let (from, to) = (results.from.address + piece.start as u64, &mut results.bytes[piece]);
-            // SAFETY: promised by the callers.
+            // SAFETY: the callers' promise: the piece lies in both buffers, and both are left alone.
             unsafe { result::memcpy_dtoh_async(to, from, self.stream) }.in_call("cuMemcpyDtoHAsync")?;
         }
         Ok(())
     }
 
+    /// Queues a kernel.
+    ///
+    /// # Safety
+    /// As [`Stream::run`].
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Fault> {
         let mut values = launch.arguments.to_vec();
         let pointer = |value: &mut Argument| match value {
@@ -391,14 +410,16 @@ impl Stream {
         };
         let mut pointers: Vec<*mut c_void> = values.iter_mut().map(pointer).collect();
         let (grid, threads) = ((launch.grid, 1, 1), (launch.threads, 1, 1));
-        // SAFETY: promised by the callers; the driver copies the arguments before it returns.
+        // SAFETY: the function and its arguments are the callers' promise. Each pointer is to the value inside an element of `values`,
+        // which lives longer than the call, and the driver copies what they point to before it returns.
         let launched =
             unsafe { result::launch_kernel(launch.function.0, grid, threads, 0, self.stream, &mut pointers) };
         launched.in_call("cuLaunchKernel")
     }
 
-    unsafe fn wait(&self) -> Result<(), Fault> {
-        // SAFETY: event and stream live as long as `self`.
+    /// Waits for all that was started.
+    fn wait(&self) -> Result<(), Fault> {
+        // SAFETY: event and stream live as long as `self`, and are of this context, which the thread works with.
         let waited = unsafe {
             let recorded = result::event::record(self.done, self.stream).in_call("cuEventRecord");
             recorded.and_then(|()| result::event::synchronize(self.done).in_call("cuEventSynchronize"))
@@ -410,6 +431,25 @@ impl Stream {
             let _ = unsafe { result::stream::synchronize(self.stream) };
             fault
         })
+    }
+}
+
+/// Work that was started and not waited for.
+struct UnderWay<'s>(&'s Stream);
+
+impl UnderWay<'_> {
+    fn wait(self) -> Result<(), Fault> {
+        let ended = self.0.wait();
+        // Where waiting itself panics, it is tried again.
+        std::mem::forget(self);
+        ended
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        // SAFETY: the stream lives as long as the borrow of it.
+        let _ = unsafe { result::stream::synchronize(self.0.stream) };
     }
 }
 

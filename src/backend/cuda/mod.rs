@@ -141,6 +141,11 @@ impl Backend for Cuda {
 
     fn open_lane(&self, device: usize, size: &LaneSize) -> Result<Box<dyn Lane>, super::Fault> {
         let gpu = &self.gpus[device];
+        if u32::try_from(size.source).is_err() {
+            let why =
+                format!("its kernels count with 32 bits, and rows of {} bytes are too long for them", size.source);
+            return Err(super::Fault { device: gpu.to_string(), why: why.into(), is_out_of_memory: false });
+        }
         let slot = Slot::new(gpu, size.into()).map_err(|fault| gpu.fault(fault))?;
         Ok(Box::new(slot))
     }

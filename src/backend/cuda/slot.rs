@@ -97,6 +97,7 @@ impl Slot {
         let (results, figures) = (self.device_results.address(), self.device_figures.address());
         let figure = |i: usize| figures + (i * len.groups * size_of::<f32>()) as u64;
         let absmax = results + len.scales_at() as u64;
+        self.check_figures(3 * len.groups);
         let quantize = Launch {
             function: self.gpu.quantize_function(kernel, run.dtype),
             grid: thread_blocks(len.groups),
@@ -113,8 +114,9 @@ impl Slot {
                 Argument::Address(figure(2)),
             ],
         };
-        // SAFETY: these are the parameters in kernels.cu. The kernel reads `elements` elements of the source and the
-        // table; it writes codes and absmax, as `Results` has them, and three figures per block.
+        // SAFETY: these are the parameters in kernels.cu. The kernel reads `elements` elements of the source, which `run` uploads or
+        // finds there, and the table; it writes codes and absmax, as `Results` has them, whose room `Stream::run` checks, and three
+        // figures per block, whose room is checked above.
         unsafe { self.quantize_and_sum(run, quantize, [absmax, figure(0), figure(1), figure(2)])? };
         let (packed, scales, zero_points, errors) = parts(self.results.bytes(), len);
         debug_assert!(zero_points.is_empty());
@@ -130,6 +132,7 @@ impl Slot {
         let (len, coding) = (Results::new(run), run.coding());
         let (results, figures) = (self.device_results.address(), self.device_figures.address());
         let figure = |i: usize| figures + (i * len.groups * size_of::<f32>()) as u64;
+        self.check_figures(4 * len.groups);
         let gpu = self.gpu.clone();
         let quantize = Launch {
             function: gpu.groups()?.function(kernel, run.dtype),
@@ -146,8 +149,9 @@ impl Slot {
                 Argument::Address(figures),
             ],
         };
-        // SAFETY: these are the parameters in groups.cu. The kernel reads `groups` groups of the source; it writes codes,
-        // scales and zero points, as `Results` has them, and four figures per group.
+        // SAFETY: these are the parameters in groups.cu. The kernel reads `groups` groups of the source, which `run` uploads or finds
+        // there; it writes codes, scales and zero points, as `Results` has them, whose room `Stream::run` checks, and four figures per
+        // group, whose room is checked above.
         unsafe { self.quantize_and_sum(run, quantize, [0, 1, 2, 3].map(figure))? };
         let (packed, scales, zero_points, errors) = parts(self.results.bytes(), len);
         let absmax = &mut self.scale_values[..len.groups];
@@ -155,6 +159,12 @@ impl Slot {
         let is_finite = !errors.zeros.contains(&NAN_SEEN);
         let figures = Figures::Sums { absmax, errors };
         Ok(is_finite.then_some(Encoded { packed, scales, zero_points, figures }))
+    }
+
+    /// # Panics
+    /// Where so many figures are more than there is room for: the run is longer than the lane was made for.
+    fn check_figures(&self, figures: usize) {
+        assert!(figures * size_of::<f32>() <= self.device_figures.len(), "more blocks or groups than the lane is for");
     }
 
     /// Has a run quantized, and its figures, at these addresses, summed.
@@ -200,7 +210,8 @@ impl Slot {
         let at = missing.start;
         let upload = Upload { bytes: &self.source.bytes()[missing], to: &mut self.device_source, at };
         let download = Download { from: &self.device_results, bytes: self.results.bytes(), pieces };
-        // SAFETY: the caller's promise.
+        // SAFETY: the launches are the caller's promise. The buffers are this slot's, which is borrowed; the modules are the GPU's, which
+        // the slot holds.
         unsafe { self.stream.run(upload, launches, download)? };
         if !is_there {
             let follows = self.uploaded.end == place.start;

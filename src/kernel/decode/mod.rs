@@ -21,6 +21,7 @@ mod e2m1;
 mod e4m3;
 mod int;
 mod nibbles;
+mod ordered;
 mod round;
 mod scale;
 
@@ -51,8 +52,19 @@ pub struct Row<'a> {
     pub scales: &'a [u8],
     /// Zero points, likewise; empty where there are none.
     pub zero_points: &'a [u8],
+    /// Where columns of one group don't stand together, which group each is in. Scales and zero points are then all of the row's.
+    pub order: Option<Order<'a>>,
     /// Out: elements of `dtype`, little-endian.
     pub into: &'a mut [u8],
+}
+
+/// The groups of a row's columns in any order.
+#[derive(Clone, Copy)]
+pub struct Order<'a> {
+    /// Groups of the row.
+    pub groups: usize,
+    /// The group of each column, from `first` on.
+    pub of_columns: &'a [u32],
 }
 
 impl Row<'_> {
@@ -62,7 +74,14 @@ impl Row<'_> {
         assert!(group > 0, "group: not empty");
         assert_eq!(self.into.len(), elements * dtype.size(), "into: not whole elements");
         let Some(last) = (first + elements).checked_sub(1).filter(|_| elements > 0) else { return };
-        let groups = last / group - first / group + 1;
+        let groups = match self.order {
+            None => last / group - first / group + 1,
+            Some(Order { groups, of_columns }) => {
+                assert!(matches!(coding.element, ElementCode::Int { .. }), "order: of integers only");
+                assert!(of_columns.len() >= elements, "order: length");
+                groups
+            }
+        };
         assert!(self.codes.len() > coding.code_byte(last) - coding.code_byte(first), "codes: length");
         assert!(self.scales.len() >= groups * coding.scale_size(dtype), "scales: length");
         assert!(self.zero_points.is_empty() || self.zero_points.len() >= groups, "zero_points: length");
@@ -97,10 +116,14 @@ fn decode_by<L: LookUp>(row: Row<'_>) {
 /// [`decode_by`] for elements of `SIZE` bytes, which `round` makes.
 #[inline(always)]
 fn to_elements<L: LookUp, const SIZE: usize>(row: Row<'_>, round: impl Fn(f32) -> [u8; SIZE]) {
-    let Row { coding, first, codes, scales, zero_points, .. } = row;
+    let Row { coding, first, codes, scales, zero_points, order, .. } = row;
     let (into, _) = row.into.as_chunks_mut();
     let run = Run { first, group: coding.group, codes, into };
     let scales = Scales { coding, dtype: row.dtype, bytes: scales };
+    if let Some(order) = order {
+        let values = |i| int::values(scales.of(i), zero_points.get(i).copied());
+        return ordered::decode(run, order, values, round);
+    }
     match coding.element {
         ElementCode::Codebook(codebook) => {
             let values = codebook::values(codebook);

@@ -9,7 +9,7 @@ use super::Groups;
 use crate::dtype::FloatDtype;
 use crate::format::{Coding, ElementCode, ScaleCode, TensorScale};
 use crate::kernel::block::scalar::{LANES, Lanes, decode};
-use crate::kernel::float8::{e4m3_value, power_of_two};
+use crate::kernel::float8::{e4m3, e4m3_value, power_of_two};
 use crate::kernel::{BlockErrors, NonFinite};
 
 /// E2M1's largest value.
@@ -230,15 +230,4 @@ fn e2m1(x: f32) -> (u8, f32) {
     let higher = [magnitude >= 3.5, magnitude > 5.0];
     let code = above.into_iter().chain(higher).filter(|&is_above| is_above).count();
     if x < 0.0 { (code as u8 | 8, -VALUES[code]) } else { (code as u8, VALUES[code]) }
-}
-
-/// The E4M3 float nearest to `x`, which is from 0 to 448; ties to even.
-#[inline(always)]
-fn e4m3(x: f32) -> u8 {
-    if x < 1.0 / 64.0 {
-        return (x * 512.0).round_ties_even() as u8; // subnormal; 8 is the least normal number
-    }
-    let bits = x.to_bits();
-    let rounded = bits + 0x7_ffff + (bits >> 20 & 1);
-    ((rounded >> 20) - (120 << 3)) as u8
 }

@@ -7,7 +7,13 @@
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
 use sha2::block_api::compress256;
+
+/// Bytes that are hashed to see how long it takes: some 20 microseconds' worth.
+const MEASURED: usize = 32 << 10;
 
 /// Bytes that are compressed at a time.
 const BLOCK: usize = 64;
@@ -141,6 +147,30 @@ impl Pairing {
             }
         }
     }
+}
+
+/// Where [`second_stream_cost`] is less than this, nothing is gained by hashing a file and its tensors apart from each other.
+pub(crate) const FREE: f64 = 0.1;
+
+/// How much longer two streams take for the same bytes than one, on this machine: 0 if they take no longer, 1 if it is twice as long.
+/// Measured once.
+pub(crate) fn second_stream_cost() -> f64 {
+    static COST: OnceLock<f64> = OnceLock::new();
+    *COST.get_or_init(|| {
+        let bytes = vec![0; MEASURED];
+        let [mut a, mut b] = [Sha256Stream::new(), Sha256Stream::new()];
+        // The least of a few: whatever else goes on only adds to it.
+        let (mut alone, mut both) = (Duration::MAX, Duration::MAX);
+        for _ in 0..5 {
+            let begin = Instant::now();
+            a.update(&bytes);
+            alone = alone.min(begin.elapsed());
+            let begin = Instant::now();
+            update_pair(&mut a, &mut b, &bytes);
+            both = both.min(begin.elapsed());
+        }
+        (both.as_secs_f64() / alone.as_secs_f64().max(f64::MIN_POSITIVE) - 1.0).clamp(0.0, 1.0)
+    })
 }
 
 /// Has two streams take the same bytes, as a file and a tensor in it do. Fastest where both have taken as many bytes, but for

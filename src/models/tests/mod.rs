@@ -1,5 +1,6 @@
 //! Every row against what transformers and vLLM do, by the tables in `../data`.
 
-mod architectures;
+mod caution;
 mod experts;
+mod facts;
 mod vllm;

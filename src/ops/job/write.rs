@@ -15,6 +15,7 @@ use crate::ops::job::staged::{Staged, write};
 use crate::ops::job::{replace, resume, side_files};
 use crate::ops::model_card;
 use crate::ops::options::Options;
+use crate::ops::recorded_source;
 use crate::pipeline;
 use crate::pipeline::{Budget, ExecutionContext, FileOutcome, Outcome, Progress};
 use crate::plan::{Plan, PlannedTensor};
@@ -143,6 +144,7 @@ impl Job<'_> {
     /// Weights, side files, config.json and index, in the staging folder.
     fn write_files(&self, staging: &Staging, context: ExecutionContext<'_>) -> Result<(Vec<FileRecord>, Outcome)> {
         let (source, plan) = (self.source, self.plan);
+        let marks = source.marks()?;
         let sealed = self.take_up(staging, context)?;
         self.check_space(staging.destination(), &sealed)?;
         let (side_files, outcome) = threads::beside(
@@ -150,10 +152,11 @@ impl Job<'_> {
             || pipeline::run(source, plan, &Staged { staging }, sealed, context),
         );
         let outcome = outcome?;
-        if let Some(manifest) = self.manifest {
-            check_source(source, manifest, &outcome)?;
-        }
         let mut files = side_files?;
+        source.check_unchanged(&marks)?;
+        if let Some(manifest) = self.manifest {
+            recorded_source::check_read(source, manifest, &outcome, &files)?;
+        }
         files.extend(plan.files.iter().zip(&outcome.files).map(|(file, sha256)| FileRecord {
             name: file.name.clone(),
             size: file.len,
@@ -163,7 +166,7 @@ impl Job<'_> {
             files.push(write(staging, CONFIG_NAME, |file| file.write_all(config.as_bytes()))?);
         }
         if let Some(name) = self.index_name() {
-            files.push(write(staging, name, |file| self.write_index(file))?);
+            files.push(write(staging, name, |file| write_index_of(plan, file))?);
         }
         files.sort_by(|a, b| a.name.cmp(&b.name));
         Ok((files, outcome))
@@ -186,25 +189,12 @@ impl Job<'_> {
             false => Ok(vec![None; plan.files.len()]),
         }
     }
-
-    fn write_index(&self, file: &mut dyn io::Write) -> io::Result<()> {
-        let total_size = self.plan.tensors.iter().map(PlannedTensor::output_len).sum();
-        write_index(self.plan.names_in_order(), total_size, file)
-    }
 }
 
-/// Checks what was read of a converted checkpoint against its manifest.
-fn check_source(converted: &Source, manifest: &Manifest, outcome: &Outcome) -> Result<()> {
-    for (file, sha256) in converted.files.iter().zip(outcome.source_files.iter().flatten()) {
-        if !manifest.files.iter().any(|record| record.name == file.name && record.sha256 == *sha256) {
-            let why = format!(
-                "its SHA-256 is {sha256}, which isn't {MANIFEST_NAME}'s; download it again, or convert the source again"
-            );
-            let path = file.location.path().to_owned();
-            return Err(Error::Malformed { path, why, hint: Some(Hint::Restart) });
-        }
-    }
-    Ok(())
+/// The index of a plan's tensors.
+pub(crate) fn write_index_of(plan: &Plan, file: &mut dyn io::Write) -> io::Result<()> {
+    let total_size = plan.tensors.iter().map(PlannedTensor::output_len).sum();
+    write_index(plan.names_in_order(), total_size, file)
 }
 
 /// Whether anything is there.

@@ -1,22 +1,22 @@
 //! A checkpoint that another version wrote, compared with what this one makes of its source: tensor by tensor, wherever in
 //! its files they are. What may differ between versions, docs/manifest.md says: the order of tensors, and words.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::Value;
 
-use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, Source, SourceFile, TensorInfo};
+use crate::checkpoint::{CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, Source, SourceFile, TensorInfo};
 use crate::error::{IoContext, Result};
 use crate::layout::modelopt::PRODUCER;
 use crate::manifest::{Manifest, OutputRecord, TensorRecord};
 use crate::ops::model_card;
 use crate::ops::quantize::Conversion;
 use crate::ops::records::Records;
-use crate::ops::verify::conversion::{execute, hash_side_files};
-use crate::ops::verify::{Checkpoint, Options, Report};
+use crate::ops::verify::conversion::execute;
+use crate::ops::verify::{Checkpoint, Options, Report, fresh};
 use crate::pipeline::{FileOutcome, Output, Outputs};
 use crate::plan::{Plan, PlannedFile};
 use crate::store::{Identity, Location, ReadAt, Sha256Hash, read_exact_at};
@@ -39,19 +39,21 @@ pub(crate) fn compare(
         report.differ(file, Some(name), "its bytes aren't what converting the source gives");
     }
     compare_config(conversion, checkpoint, report)?;
-    for (name, sha256) in hash_side_files(conversion)? {
-        if checkpoint.hash_of(&name)? != Some(sha256) {
-            report.differ(&name, None, "isn't the source's");
-        }
-    }
-    if let Some(card) = model_card::changed(&conversion.source, &conversion.plan, false)? {
-        let found = checkpoint.read(model_card::NAME)?.unwrap_or_default();
-        if found != card && !model_card::says_the_same(&found, &card) {
-            report.differ(model_card::NAME, None, "isn't what converting the source gives");
-        }
-    }
+    compare_files(conversion, checkpoint, report)?;
     let outcome = conversion.relaid(outcome);
     compare_records(&conversion.manifest(Vec::new(), &outcome), checkpoint, &differing, report)
+}
+
+/// What lies beside the weights must be the same: the model card by what it says, other files byte by byte.
+fn compare_files(conversion: &Conversion, checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
+    let card = model_card::changed(&conversion.source, &conversion.plan, false)?;
+    let found = checkpoint.read(model_card::NAME)?.unwrap_or_default();
+    let card = card.filter(|card| model_card::says_the_same(&found, card)).map(|_| model_card::NAME);
+    // By their content, elsewhere.
+    let made = conversion.plan.side_files.iter().map(|(name, _)| name.as_str());
+    let weights = checkpoint.records.files();
+    let elsewhere: HashSet<&str> = made.chain(card).chain(weights).chain([CONFIG_NAME, INDEX_NAME]).collect();
+    fresh::compare_files(conversion, &fresh::other_files(conversion)?, checkpoint, &elsewhere, report)
 }
 
 /// What clients load by must be the same; of `config.json`'s other keys, all that converting the source gives.

@@ -6,11 +6,11 @@ use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, IoContext, Result};
+use crate::ops::kept_modules::KeptModules;
 use crate::ops::verify::hashing::hash_all;
 use crate::ops::verify::headers::CheckedFile;
 use crate::ops::verify::jobs::{Contents, Job, Opened};
-use crate::ops::verify::kept_modules::KeptModules;
-use crate::ops::verify::{Checkpoint, Options, Report, files, headers};
+use crate::ops::verify::{Checkpoint, Options, Report, files};
 
 /// What a checkpoint's files are checked against, from any thread.
 struct Expected<'a> {
@@ -43,8 +43,7 @@ pub(super) fn check(
         hash_all(&mut jobs, &contents, options)?;
     }
     *report = std::mem::take(&mut *contents.report());
-    headers::check_index(checkpoint, report)?;
-    checkpoint.records.check_is_unchanged()
+    Ok(())
 }
 
 impl Expected<'_> {

@@ -1,12 +1,13 @@
 //! What verifying against a source converts: into whatever compares it, and nothing is written.
 
 use crate::error::{Error, IoContext, Result};
+use crate::manifest::FileRecord;
 use crate::ops::model_card;
 use crate::ops::quantize::Conversion;
 use crate::ops::verify::Options;
 use crate::pipeline;
 use crate::pipeline::{ExecutionContext, Outputs, Progress};
-use crate::store::{Sha256Hash, hash_range};
+use crate::store::hash_range;
 
 /// Converts into `outputs`.
 pub(crate) fn execute(
@@ -26,8 +27,8 @@ pub(crate) fn execute(
     pipeline::run(&conversion.source, &conversion.plan, outputs, sealed, context)
 }
 
-/// The hashes of what lies beside the source's weights and is copied as it is: all but the model card, if that changes.
-pub(crate) fn hash_side_files(conversion: &Conversion) -> Result<Vec<(String, Sha256Hash)>> {
+/// The records of what lies beside the source's weights and is copied as it is: all but the model card, if that changes.
+pub(crate) fn side_file_records(conversion: &Conversion) -> Result<Vec<FileRecord>> {
     let mut buffer = vec![0; 1 << 16];
     let card = model_card::changed(&conversion.source, &conversion.plan, false)?;
     let sides = conversion.source.side_files.iter().filter(|side| card.is_none() || side.name != model_card::NAME);
@@ -36,7 +37,7 @@ pub(crate) fn hash_side_files(conversion: &Conversion) -> Result<Vec<(String, Sh
             let path = side.location.path();
             let file = side.location.open().at(path, "open it")?;
             let hash = hash_range(&*file, 0, side.len, &mut buffer, || true).at(path, "read it")?;
-            Ok((side.name.clone(), hash.ok_or(Error::Stopped)?))
+            Ok(FileRecord { name: side.name.clone(), size: side.len, sha256: hash.ok_or(Error::Stopped)? })
         })
         .collect()
 }

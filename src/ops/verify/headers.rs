@@ -2,17 +2,18 @@
 
 use std::collections::BTreeMap;
 
-use crate::checkpoint::{CONFIG_NAME, Config, DIFFUSERS, INDEX_NAME, SourceFile, TensorInfo, read_entries};
+use crate::checkpoint::{
+    CONFIG_NAME, Config, DIFFUSERS, INDEX_NAME, IndexHasher, SourceFile, TensorInfo, read_entries,
+};
 use crate::converted;
 use crate::dtype::{self, FloatDtype, elements};
 use crate::error::{Error, IoContext, Result};
 use crate::layout::bitsandbytes::{MAX_QUANT_STATE, ParsedQuantState, QUANT_STATE};
-use crate::layout::gpt_oss;
-use crate::manifest::{DecisionRecord, ManifestHead, OutputRecord, SourceTensorRecord, TensorRecord};
+use crate::manifest::{DecisionRecord, ManifestHead, OutputRecord, TensorRecord};
 use crate::models::Role;
 use crate::ops::verify::jobs::TensorJob;
 use crate::ops::verify::records::is_inside;
-use crate::ops::verify::{Checkpoint, Report, if_sound};
+use crate::ops::verify::{Checkpoint, Report, if_sound, summary};
 use crate::store::{ReadAt, Sha256Hash, read_exact_at};
 
 /// A file of tensors whose header was compared with the manifest.
@@ -177,16 +178,11 @@ impl Entry<'_> {
     /// Whether a weight of this shape is what the manifest's sources give.
     fn is_of_sources(&self, shape: &[u64], manifest: &ManifestHead) -> bool {
         let sources = &self.tensor.sources;
-        let is_coded =
-            |source: &&SourceTensorRecord| source.dtype == "F8_E4M3" || source.name.ends_with(gpt_oss::BLOCKS);
-        if sources.iter().any(|source| is_coded(&source)) {
-            // Two of gpt-oss's codes are a byte; scales are no part of the shape.
-            let elements = sources.iter().filter(is_coded).map(|source| {
-                let codes = if source.dtype == "F8_E4M3" { 1 } else { 2 };
-                elements(&source.shape)?.checked_mul(codes)
-            });
-            let all = elements.into_iter().try_fold(0u64, |sum, elements| sum.checked_add(elements?));
-            return all.is_some() && dtype::elements(shape) == all;
+        // Where it was coded, its shape isn't a source's.
+        let is_plain = sources.iter().all(|source| dtype::named(&source.dtype).and_then(FloatDtype::of).is_some());
+        if !is_plain {
+            let all = summary::elements_of_sources(sources);
+            return all.is_none() || elements(shape) == all;
         }
         let shapes: Vec<&[u64]> = sources.iter().map(|source| &*source.shape).collect();
         let is_fused = self.tensor.role == Role::FusedExperts && manifest.recipe.fuses_experts();
@@ -201,30 +197,39 @@ fn is_made_of(fused: &[u64], shapes: &[&[u64]]) -> bool {
     fused.len() == 3 && all.is_some() && elements(fused) == all && shapes.iter().all(side)
 }
 
-/// The index must have every tensor in its file.
-pub(super) fn check_index(checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
+/// The index must be what is written for the manifest's tensors, which have `tensors_len` bytes: every one in its file, and nothing
+/// else.
+pub(super) fn check_index(checkpoint: &Checkpoint, tensors_len: u64, report: &mut Report) -> Result<()> {
     let records = &checkpoint.records;
     let is_diffusers = records.files().any(|file| file.starts_with(DIFFUSERS.stem));
     let index_name = if is_diffusers { DIFFUSERS.index } else { INDEX_NAME };
-    if !checkpoint.manifest.files.iter().any(|file| file.name == index_name) {
+    let Some(recorded) = checkpoint.manifest.files.iter().find(|file| file.name == index_name) else {
         if records.files().count() > 1 {
             report.differ(index_name, None, "is not in the manifest, though there are several files of weights");
         }
         return Ok(());
-    }
+    };
+    let mut text = IndexHasher::new(tensors_len);
     let mut found = vec![false; records.tensors.len()];
     // Entries that the manifest doesn't have so: there are none unless something is wrong.
     let mut others: BTreeMap<String, String> = BTreeMap::new();
-    let read =
-        read_entries(&checkpoint.folder.join(index_name), &mut |name, file| match records.tensors.place(name, file) {
+    let read = read_entries(&checkpoint.folder.join(index_name), &mut |name, file| {
+        text.entry(name, file);
+        match records.tensors.place(name, file) {
             Some(place) => found[place] = true,
             None => drop(others.insert(name.to_owned(), file.to_owned())),
-        });
+        }
+    });
     if if_sound(read)?.is_none() {
         report.differ(index_name, None, "it is missing, or not an index of tensors");
         return Ok(());
     }
     if others.is_empty() && found.iter().all(|found| *found) {
+        if text.finish() != recorded.sha256 {
+            let what =
+                format!("isn't the index that prequant writes for its tensors, whose total_size is {tensors_len}");
+            report.differ(INDEX_NAME, None, what);
+        }
         return Ok(());
     }
     records.all(&mut |record| {

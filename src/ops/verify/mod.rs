@@ -4,28 +4,31 @@ mod by_tensor;
 mod contents;
 mod conversion;
 mod files;
+mod fresh;
 mod hashing;
 mod headers;
 mod jobs;
-mod kept_modules;
 mod reconvert;
 mod records;
+mod report;
+mod summary;
+mod sums;
+mod unlisted;
 
 use std::sync::atomic::AtomicBool;
 use std::thread;
 
-use serde::Serialize;
-
 pub use reconvert::against;
+pub use report::{Difference, DifferenceClass, Report};
 
 use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, MAX_JSON_LEN, STAGING_NAME};
-use crate::dtype::FloatDtype;
 use crate::error::{Error, IoContext, Result};
-use crate::manifest::{LeftOutRecord, ManifestHead};
+use crate::manifest::ManifestHead;
+use crate::ops::kept_modules::KeptModules;
 use crate::ops::quantize::Conversion;
-use crate::ops::verify::kept_modules::KeptModules;
+use crate::ops::recorded_config;
 use crate::ops::verify::records::Records;
-use crate::store::{Location, Sha256Hash, hash_range, is_no_file};
+use crate::store::{Location, Sha256Hash, is_no_file};
 
 /// How to verify.
 #[derive(Clone, Copy)]
@@ -52,45 +55,6 @@ impl Default for Options<'_> {
     }
 }
 
-/// Something that is not as it should be.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub struct Difference {
-    /// The file, below the checkpoint's folder.
-    pub file: String,
-    /// The tensor, if it is about one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub tensor: Option<String>,
-    /// What was found, and what was expected.
-    pub what: String,
-}
-
-/// What verifying found.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct Report {
-    /// Files looked at.
-    pub files: usize,
-    /// Tensors of the output looked at.
-    pub tensors: usize,
-    /// Bytes hashed.
-    pub bytes: u64,
-    /// What wrote the checkpoint, if it was compared with its source and another version had written it: then tensors
-    /// were compared, wherever they are.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub written_by: Option<String>,
-    /// What of the source was left out when it was converted, by the manifest.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub left_out: Vec<LeftOutRecord>,
-    /// Everything that is not as it should be, by file; empty if all is well.
-    pub differences: Vec<Difference>,
-}
-
-impl Report {
-    fn differ(&mut self, file: &str, tensor: Option<&str>, what: impl Into<String>) {
-        let (file, tensor) = (file.to_owned(), tensor.map(str::to_owned));
-        self.differences.push(Difference { file, tensor, what: what.into() });
-    }
-}
-
 /// A checkpoint's folder and its manifest, as it was found.
 struct Checkpoint {
     folder: Location,
@@ -107,16 +71,12 @@ impl Checkpoint {
         location.read_if_there(MAX_JSON_LEN).at(location.path(), "read it")
     }
 
-    /// The SHA-256 of a file, if it is there.
+    /// The SHA-256 of a file, if one is there.
     fn hash_of(&self, name: &str) -> Result<Option<Sha256Hash>> {
         let location = self.folder.join(name);
         let path = location.path();
-        let file = match location.open() {
-            Err(error) if is_no_file(&error) => return Ok(None),
-            opened => opened.at(path, "open it")?,
-        };
-        let len = file.identity().at(path, "look at it")?.len;
-        hash_range(&*file, 0, len, &mut vec![0; 1 << 16], || true).at(path, "read it")
+        let is_file = location.is_file().at(path, "look at it")?;
+        is_file.then(|| location.sha256().at(path, "read it")).transpose()
     }
 }
 
@@ -128,13 +88,15 @@ pub fn verify(folder: impl Into<Location>, options: Options<'_>) -> Result<Repor
     let mut report = Report::default();
     let Some(checkpoint) = open(&folder.into(), &mut report)? else { return Ok(report) };
     report.left_out.clone_from(&checkpoint.manifest.left_out);
-    files::check_sums(&checkpoint, &mut report)?;
-    files::check_names(&checkpoint, &mut report)?;
+    sums::check(&checkpoint, &mut report)?;
+    unlisted::check(&checkpoint, &mut report)?;
+    let tensors_len = summary::check(&checkpoint, &mut report)?;
     let kept = check_config(&checkpoint, &mut report)?;
     contents::check(&checkpoint, &kept, options, &mut report)?;
-    kept.report(&mut report);
-    report.differences.sort();
-    report.differences.dedup();
+    kept.difference().into_iter().for_each(|what| report.differ(CONFIG_NAME, None, what));
+    headers::check_index(&checkpoint, tensors_len, &mut report)?;
+    checkpoint.records.check_is_unchanged()?;
+    report.sort();
     Ok(report)
 }
 
@@ -166,27 +128,16 @@ fn open(folder: &Location, report: &mut Report) -> Result<Option<Checkpoint>> {
 /// config.json must tell clients what the recipe says. That it is the file that was written is checked by its hash. Returns what it
 /// lists as left unquantized.
 fn check_config(checkpoint: &Checkpoint, report: &mut Report) -> Result<KeptModules> {
-    const NAME: &str = CONFIG_NAME;
-    if !checkpoint.manifest.files.iter().any(|file| file.name == NAME) {
+    if !checkpoint.manifest.files.iter().any(|file| file.name == CONFIG_NAME) {
         return Ok(KeptModules::default());
     }
-    let Some(config) = if_sound(Config::read(&checkpoint.folder.join(NAME)))? else {
-        report.differ(NAME, None, "not a model's config");
+    let Some(config) = if_sound(Config::read(&checkpoint.folder.join(CONFIG_NAME)))? else {
+        report.differ(CONFIG_NAME, None, "not a model's config");
         return Ok(KeptModules::default());
     };
-    let Some(found) = config.values().get("quantization_config") else {
-        report.differ(NAME, None, "has no quantization_config");
-        return Ok(KeptModules::default());
-    };
-    let codec = checkpoint.manifest.recipe.codec();
-    let expected = codec.quantization_config(FloatDtype::Bfloat16, &[]);
-    for (key, expected) in expected.as_object().into_iter().flatten() {
-        let found = found.get(key).unwrap_or(&serde_json::Value::Null);
-        if !codec.other_keys().contains(&key.as_str()) && found != expected {
-            report.differ(NAME, None, format!("quantization_config's {key} is {found}, expected {expected}"));
-        }
-    }
-    Ok(KeptModules::of(&config, found, codec))
+    let (differences, kept) = recorded_config::differences(&config, &checkpoint.manifest);
+    differences.into_iter().for_each(|what| report.differ(CONFIG_NAME, None, what));
+    Ok(kept)
 }
 
 /// What was read; none if the file isn't there, or isn't what it should be. What the system refuses is an error.

@@ -15,6 +15,8 @@ use crate::store::Sha256Hash;
 pub(super) struct FileState {
     /// It was there before, and nothing of it is to be done.
     pub was_sealed: bool,
+    /// It was its turn, and it isn't sealed.
+    pub is_begun: bool,
     /// What comes next of it: a tensor, and how many of its bytes were handed out already.
     pub next: (usize, u64),
     /// Tasks of it that were handed out and aren't done.
@@ -71,16 +73,21 @@ impl Scheduler<'_> {
         }
     }
 
-    /// Begins with further files, while fewer are in progress than may be.
+    /// Begins with further files, while fewer are in progress, and wait for the disk, than may.
     pub(super) fn fill_active(&self, state: &mut State) {
         let State { active, files, .. } = state;
         active.retain(|&file| files[file].next.0 < self.plan.files[file].tensors.end);
-        while state.active.len() < self.context.budget.files && state.next_file < self.plan.files.len() {
+        while state.active.len() < self.context.budget.files
+            && state.begun < self.most_begun
+            && state.next_file < self.plan.files.len()
+        {
             let file = state.next_file;
             state.next_file += 1;
             self.skip_taken(state, file);
             if state.files[file].next.0 < self.plan.files[file].tensors.end {
                 state.active.push(file);
+                state.files[file].is_begun = true;
+                state.begun += 1;
             }
         }
     }

@@ -88,6 +88,7 @@ fn plan(lens: &[Vec<u64>]) -> Plan {
             role: Role::Unknown,
             decision: Decision::Keep,
             reason: "".into(),
+            in_doubt: false,
             outputs: Outputs::new(outputs.collect()),
         }
     });
@@ -140,8 +141,22 @@ fn pieces(plan: &Plan, step: u64) -> Vec<(u64, u64)> {
     outputs.flat_map(cut).collect()
 }
 
+/// Whether or not tensors are hashed apart from their file.
 fn check(lens: &[Vec<u64>], step: u64, window: usize, threads: usize, order: impl Fn(&mut Vec<(u64, u64)>)) {
     let plan = plan(lens);
+    for hashes_apart in [true, false] {
+        check_stream(&plan, hashes_apart, step, window, threads, &order);
+    }
+}
+
+fn check_stream(
+    plan: &Plan,
+    hashes_apart: bool,
+    step: u64,
+    window: usize,
+    threads: usize,
+    order: impl Fn(&mut Vec<(u64, u64)>),
+) {
     let planned = &plan.files[0];
     let mut content: Vec<u8> = (0..planned.len).map(|i| (i * 31 % 251) as u8).collect();
     let header = header(planned, &plan.tensors);
@@ -150,8 +165,9 @@ fn check(lens: &[Vec<u64>], step: u64, window: usize, threads: usize, order: imp
     let output = Counted { file: location.create(planned.len).unwrap(), writes: AtomicUsize::new(0) };
     let held = AtomicUsize::new(0);
     let memory = StreamMemory { window, of_all: window, held: &held, buffer: 1 << 16 };
-    let stream = FileStream::new(&plan, planned, Arc::new(output), memory);
-    let mut pieces = pieces(&plan, step);
+    let mut stream = FileStream::new(plan, planned, Arc::new(output), memory);
+    stream.hashes_apart = hashes_apart;
+    let mut pieces = pieces(plan, step);
     order(&mut pieces);
     let (next, heard, hashes) = (AtomicUsize::new(0), Heard::default(), Mutex::new(Vec::new()));
     thread::scope(|scope| {

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::collections::HashSet;
 
+use super::integers::{Integers, Packing};
 use crate::checkpoint::{Source, TensorInfo};
 use crate::converted::{FoundWeight, stored_weight};
 use crate::dtype::Dtype;
@@ -32,6 +33,8 @@ pub(crate) enum CodedKind<'a> {
     Fp8((Span, &'a TensorInfo)),
     /// DeepSeek-V4's experts: E2M1 in bytes that are called integers, with the tensor of their scales.
     Fp4InBytes((Span, &'a TensorInfo)),
+    /// GPTQ's or AWQ's.
+    Integers(Integers<'a>),
 }
 
 impl<'a> Coded<'a> {
@@ -45,6 +48,9 @@ impl<'a> Coded<'a> {
         let kind = match codes.dtype {
             Dtype::F8_E4M3 => CodedKind::Fp8(self.scale(codes, FP8_SCALES)?),
             Dtype::I8 => CodedKind::Fp4InBytes(self.scale(codes, &FP8_SCALES[..2]).filter(is_power_of_two)?),
+            Dtype::I32 if codes.name.ends_with(super::integers::CODES) => {
+                CodedKind::Integers(Integers::of(codes, &self.tensors)?)
+            }
             Dtype::U8 | Dtype::I32 => {
                 let stored = stored_weight(&self.formats, &self.tensors, file, codes)?;
                 // bitsandbytes' are read by a manifest only.
@@ -80,6 +86,7 @@ impl<'a> CodedWeight<'a> {
         let (name, beside): (&'a str, Vec<&'a TensorInfo>) = match &self.kind {
             CodedKind::Stored(weight) => (weight.name, weight.beside.clone()),
             CodedKind::Fp8((_, scale)) | CodedKind::Fp4InBytes((_, scale)) => (&self.codes.name, vec![scale]),
+            CodedKind::Integers(integers) => (integers.module, integers.beside()),
         };
         let module = name.strip_suffix(".weight").unwrap_or(name);
         let beside = beside.into_iter().map(|info| Cow::Borrowed(&*info.name));
@@ -98,6 +105,8 @@ impl<'a> CodedWeight<'a> {
             CodedKind::Stored(weight) => weight.codec.map_or("", |codec| codec.format.library_name),
             CodedKind::Fp8(_) => "FP8",
             CodedKind::Fp4InBytes(_) => "FP4 (DeepSeek-V4)",
+            CodedKind::Integers(Integers { packing: Packing::Gptq, .. }) => "GPTQ",
+            CodedKind::Integers(Integers { packing: Packing::Awq, .. }) => "AWQ",
         }
     }
 }

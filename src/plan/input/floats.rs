@@ -108,9 +108,10 @@ fn decoded(
             columns,
             row_len: element.packed_row(columns),
             group_rows,
-            codes: codes.part(which * codes_len, codes_len),
-            scales: scales.part(which * scales_len, scales_len),
+            codes: Read::Bytes(codes.part(which * codes_len, codes_len)),
+            scales: Read::Bytes(scales.part(which * scales_len, scales_len)),
             zero_points: None,
+            order: None,
             nested: None,
         })
     };

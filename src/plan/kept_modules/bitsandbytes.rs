@@ -1,105 +1,81 @@
 //! `llm_int8_skip_modules`: every Linear that stays in its dtype, as clients call it, and nothing else.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::HashSet;
 
+use super::matching::Modules;
+use super::{Weight, container};
 use crate::error::{Error, Result};
 use crate::models::{Role, Rules};
-use crate::plan::{Decision, PlannedTensor};
 
-/// The list for `tensors`; `linear` says of each whether the model makes, or may make, a Linear of it.
+/// The list for these tensors.
 ///
 /// # Errors
-/// When an entry would also match a module that is quantized.
-pub(crate) fn list(rules: &Rules, tensors: &[PlannedTensor], linear: &[bool]) -> Result<Vec<String>> {
-    let mut kept = Vec::new();
-    let mut quantized = Vec::new();
-    for (tensor, linear) in tensors.iter().zip(linear) {
-        let modules = if tensor.role == Role::ExpertLinear || *linear {
-            rules.module_names(&tensor.name)
-        } else {
-            continue;
-        };
-        if tensor.decision == Decision::Keep { &mut kept } else { &mut quantized }.extend(modules);
-    }
-    let kept = with_containers_of_experts(kept, &quantized);
-    let quantized = Modules::new(quantized);
-    if let Some((kept, quantized)) = kept.iter().find_map(|entry| Some((entry.clone(), quantized.matched_by(entry)?))) {
-        return Err(Error::AmbiguousSkipEntry { kept, quantized });
-    }
-    let mut entries = kept;
-    for module in rules.off_disk_modules() {
-        if !entries.iter().any(|entry| entry == module) && quantized.matched_by(module).is_none() {
-            entries.push(module.to_owned());
+/// When a module that is kept is called as one that is quantized.
+pub(crate) fn list(rules: &Rules, weights: &[Weight]) -> Result<Vec<String>> {
+    let quantized = weights.iter().filter(|weight| weight.quantized);
+    let quantized = Modules::new(quantized.flat_map(|weight| rules.module_names(weight.name)).collect());
+    let mut entries = Entries { quantized, seen: HashSet::new(), list: Vec::new() };
+    // vLLM has Linears for routers and for experts one by one.
+    let listed = |weight: &&Weight| weight.linear || matches!(weight.role, Role::ExpertLinear | Role::Router);
+    for weight in weights.iter().filter(|weight| !weight.quantized).filter(listed) {
+        let mut modules = rules.module_names(weight.name).into_iter();
+        // The first is what the class of config.json calls it, others what further classes do.
+        if let Some(module) = modules.next()
+            && let Err(quantized) = entries.keep(weight.role, &module)
+        {
+            return Err(Error::AmbiguousSkipEntry { kept: module, quantized });
         }
+        modules.for_each(|module| entries.keep(weight.role, &module).unwrap_or_default());
     }
-    Ok(entries)
+    // A class that makes a head of its own would make it 4-bit, with no weight to load.
+    for module in rules.off_disk_modules().iter().chain(&rules.heads()) {
+        entries.add(module);
+    }
+    Ok(entries.list)
 }
 
 /// An entry of a skip list that clients would take to mean a quantized tensor's module, and that module.
 pub(crate) fn clash(rules: &Rules, entries: &[&str], quantized: &[&str]) -> Option<(String, String)> {
     let modules = Modules::new(quantized.iter().flat_map(|tensor| rules.module_names(tensor)).collect());
-    entries.iter().find_map(|entry| Some(((*entry).to_owned(), modules.matched_by(entry)?)))
+    entries.iter().find_map(|entry| Some(((*entry).to_owned(), modules.skipped_by(entry)?.into_owned())))
 }
 
-/// One entry for all experts of a layer in place of one for each, where none of them is quantized. Each entry once.
-fn with_containers_of_experts(kept: Vec<String>, quantized: &[String]) -> Vec<String> {
-    let container = |module: &str| module.find(".experts.").map(|at| module[..at + ".experts".len()].to_owned());
-    let with_quantized: HashSet<String> = quantized.iter().filter_map(|module| container(module)).collect();
-    let mut seen = HashSet::new();
-    let entries = kept.into_iter().map(|module| match container(&module) {
-        Some(container) if !with_quantized.contains(&container) => container,
-        _ => module,
-    });
-    entries.filter(|entry| seen.insert(entry.clone())).collect()
+/// A list in the making.
+struct Entries {
+    quantized: Modules,
+    seen: HashSet<String>,
+    list: Vec<String>,
 }
 
-/// Modules' names, forwards and backwards in order: those inside an entry, and those that end like it, lie together.
-struct Modules {
-    names: BTreeSet<String>,
-    reversed: BTreeSet<String>,
-}
-
-impl Modules {
-    fn new(modules: Vec<String>) -> Modules {
-        let reversed = modules.iter().map(|module| reverse(module)).collect();
-        Modules { names: modules.into_iter().collect(), reversed }
-    }
-
-    /// A module that `entry` matches, as [`skip_entry_matches`] has it.
-    fn matched_by(&self, entry: &str) -> Option<String> {
-        let first = |set: &BTreeSet<String>, start: String| {
-            set.range(start.clone()..).next().filter(|name| name.starts_with(&start)).cloned()
-        };
-        let ends_alike = first(&self.reversed, reverse(entry)).map(|name| reverse(&name));
-        ends_alike.or_else(|| first(&self.names, format!("{entry}.")))
-    }
-}
-
-fn reverse(name: &str) -> String {
-    name.chars().rev().collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::models::names::skip_entry_matches;
-
-    #[test]
-    fn modules_are_matched_as_clients_match_them() {
-        let names = ["lm_head", "model.pre_classifier", "a.b.c", "a.b", "a.bc", "x.lm_head.y", "model.layers.11.q"];
-        let entries = ["lm_head", "classifier", "a.b", "b", "c", "a", "model.layers.1", "q", "x.lm", "y.z", "head.y"];
-        for entry in entries {
-            let expected = names.iter().any(|name| skip_entry_matches(entry, name));
-            let modules = Modules::new(names.iter().map(|&name| name.to_owned()).collect());
-            assert_eq!(modules.matched_by(entry).is_some(), expected, "{entry}");
+impl Entries {
+    /// Adds an entry for a module that is kept; for all experts of a layer, where none of them is quantized.
+    ///
+    /// # Errors
+    /// The quantized module that any entry for it would match.
+    fn keep(&mut self, role: Role, module: &str) -> std::result::Result<(), String> {
+        let experts = container(module).filter(|_| role == Role::ExpertLinear);
+        let experts = experts.filter(|experts| self.quantized.inside(experts).is_none());
+        if experts.is_some_and(|experts| self.add(experts)) {
+            return Ok(());
+        }
+        // Matches from a name's start, as a plain name does, but to its end.
+        let exactly = format!("{}$", regex::escape(module));
+        match self.add(module) || self.add(&exactly) {
+            true => Ok(()),
+            false => Err(self.quantized.skipped_by(&exactly).unwrap_or_default().into_owned()),
         }
     }
 
-    #[test]
-    fn experts_of_a_layer_are_one_entry_unless_some_are_quantized() {
-        let own = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
-        let kept = own(&["l.0.experts.0.w1", "l.0.experts.0.w2", "l.1.experts.0.w1", "lm_head"]);
-        let quantized = own(&["l.1.experts.1.w1"]);
-        assert_eq!(with_containers_of_experts(kept, &quantized), ["l.0.experts", "l.1.experts.0.w1", "lm_head"]);
+    /// Adds an entry unless it would match a module that is quantized. Whether it is in the list.
+    fn add(&mut self, entry: &str) -> bool {
+        if self.seen.contains(entry) {
+            return true;
+        }
+        let fits = self.quantized.skipped_by(entry).is_none();
+        if fits {
+            self.seen.insert(entry.to_owned());
+            self.list.push(entry.to_owned());
+        }
+        fits
     }
 }

@@ -1,93 +1,133 @@
 //! `ignore`, and its like: every Linear that stays in its dtype, in formats with groups. [`super::bitsandbytes`] is NF4's and FP4's.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
-use regex::Regex;
-
+use super::matching::Modules;
+use super::{Weight, container};
 use crate::format::Layout;
 use crate::models::{Role, Rules};
-use crate::plan::{Decision, PlannedTensor};
 
-/// The Linear modules that are kept: whole names, or a pattern for all experts of a layer if none is quantized.
-pub(crate) fn list(rules: &Rules, tensors: &[PlannedTensor], linear: &[bool], layout: Layout) -> Vec<String> {
-    let container = |module: &str| module.find(".experts.").map(|at| module[..at + ".experts".len()].to_owned());
-    let quantized = tensors.iter().filter(|tensor| tensor.decision != Decision::Keep);
-    let quantized: HashSet<String> = quantized.flat_map(|tensor| names(rules, tensor)).collect();
-    let with_quantized: HashSet<String> = quantized.iter().filter_map(|module| container(module)).collect();
-    // ModelOpt lists them too.
-    let listed = |tensor: &PlannedTensor| layout == Layout::Modelopt && tensor.role == Role::Embedding;
-    let mut seen = HashSet::new();
-    let kept = tensors.iter().zip(linear).filter(|(tensor, linear)| {
-        tensor.decision == Decision::Keep && (**linear || tensor.role.is_expert() || listed(tensor))
-    });
-    let entry = |module: String| match (container(&module), layout) {
-        (Some(container), Layout::CompressedTensors) if !with_quantized.contains(&container) => pattern(&container),
-        (Some(container), Layout::Modelopt) if !with_quantized.contains(&container) => format!("{container}*"),
-        _ => module,
+/// Lists that are longer are made shorter by patterns.
+const LONG: usize = 64;
+
+/// Modules alike that a pattern stands for, at least.
+const MANY: usize = 8;
+
+/// The Linear modules that are kept: whole names, and patterns: for all experts of a layer if none is quantized, and in a long list
+/// for whole towers and for what is kept in every layer.
+pub(crate) fn list(rules: &Rules, weights: &[Weight], layout: Layout) -> Vec<String> {
+    let quantized = weights.iter().filter(|weight| weight.quantized);
+    let quantized = Modules::new(quantized.flat_map(|weight| names(rules, weight)).collect());
+    // vLLM has plain Linears for routers and for what transformers makes of subclasses of nn.Linear.
+    let listed = |weight: &&Weight| match weight.role {
+        Role::Linear | Role::Router | Role::ExpertLinear | Role::FusedExperts => true,
+        Role::Embedding => weight.linear || layout == Layout::Modelopt, // ModelOpt lists them too.
+        _ => weight.linear,
     };
-    let entries = kept.flat_map(|(tensor, _)| names(rules, tensor)).map(entry);
-    let off_disk = rules.off_disk_modules().into_iter().map(str::to_owned).filter(|module| !quantized.contains(module));
-    let mut entries: Vec<String> = entries.chain(off_disk).filter(|entry| seen.insert(entry.clone())).collect();
+    let kept = weights.iter().filter(|weight| !weight.quantized).filter(listed);
+    let mut seen = HashSet::new();
+    let modules = kept.flat_map(|weight| names(rules, weight).into_iter().map(|module| (weight.role, module)));
+    let kept: Vec<(Role, String)> = modules.filter(|(_, module)| seen.insert(module.clone())).collect();
+    let folded = match layout {
+        Layout::CompressedTensors if kept.len() > LONG => patterns(&kept, &quantized),
+        _ => HashMap::new(),
+    };
+    let entry = |(role, module): &(Role, String)| match (folded.get(module), container(module), layout) {
+        (Some(pattern), ..) => pattern.clone(),
+        (_, Some(experts), _) if !role.is_expert() || quantized.inside(experts).is_some() => module.clone(),
+        (_, Some(experts), Layout::CompressedTensors) => format!("re:{}", inside(experts)),
+        (_, Some(experts), Layout::Modelopt) => format!("{experts}*"),
+        _ => module.clone(),
+    };
+    let off_disk = rules.off_disk_modules().into_iter().filter_map(|module| spelled(module, layout));
+    let off_disk = off_disk.filter(|entry| matched(entry, layout, &quantized).is_none());
+    let mut entries: Vec<String> = kept.iter().map(entry).chain(off_disk).collect();
+    let mut seen = HashSet::new();
+    entries.retain(|entry| seen.insert(entry.clone()));
     if layout == Layout::Modelopt {
         entries.sort();
     }
     entries
 }
 
+/// An entry for modules without a tensor, whose name may be a regular expression.
+fn spelled(module: String, layout: Layout) -> Option<String> {
+    match (module.contains('\\'), layout) {
+        (false, _) => Some(module),
+        (true, Layout::CompressedTensors) => Some(format!("re:{module}$")),
+        (true, _) => None,
+    }
+}
+
 /// A module as transformers calls it, and as the checkpoint does: vLLM maps that to its own names.
-fn names(rules: &Rules, tensor: &PlannedTensor) -> Vec<String> {
-    let mut names = rules.module_names(&tensor.name);
-    let on_disk = tensor.name.strip_suffix(".weight").unwrap_or(&tensor.name);
+fn names(rules: &Rules, weight: &Weight) -> Vec<String> {
+    let mut names = rules.module_names(weight.name);
+    let on_disk = weight.name.strip_suffix(".weight").unwrap_or(weight.name);
     if names.iter().all(|name| name != on_disk) {
         names.push(on_disk.to_owned());
     }
     names
 }
 
-/// All that is in a module, whatever comes before the layers: vLLM renames that, but not in patterns.
-fn pattern(container: &str) -> String {
-    match container.find("layers.") {
-        Some(at) if at > 0 => format!("re:.*\\.{}\\..*", container[at..].replace('.', "\\.")),
-        _ => format!("re:{}\\..*", container.replace('.', "\\.")),
+/// Patterns for the modules that many share: for a tower of which nothing is quantized, or for one name in many layers. Each is
+/// tried on all that is quantized.
+fn patterns(kept: &[(Role, String)], quantized: &Modules) -> HashMap<String, String> {
+    let mut alike: HashMap<String, Vec<&str>> = HashMap::new();
+    for (_, module) in kept {
+        let pattern = tower(module, quantized).unwrap_or_else(|| in_every_layer(module));
+        alike.entry(pattern).or_default().push(module);
     }
+    let fits = |pattern: &str| quantized.matched_by(pattern).is_none();
+    let many = alike.into_iter().filter(|(pattern, modules)| modules.len() >= MANY && fits(pattern));
+    many.flat_map(|(pattern, modules)| modules.into_iter().map(move |m| (m.to_owned(), format!("re:{pattern}"))))
+        .collect()
+}
+
+/// A pattern for all of the largest module around this one that has nothing quantized and isn't one of many.
+fn tower(module: &str, quantized: &Modules) -> Option<String> {
+    let outside_layers = module.split('.').position(is_number).unwrap_or(0).saturating_sub(1);
+    let borders = module.match_indices('.').map(|(at, _)| at).take(outside_layers);
+    let largest = borders.map(|at| &module[..at]).find(|outer| quantized.inside(outer).is_none())?;
+    Some(inside(largest))
+}
+
+/// A pattern for all that is in a module, whatever comes before the layers or the module's own name: vLLM renames that, but not in
+/// patterns.
+fn inside(outer: &str) -> String {
+    let escaped = |part: &str| part.replace('.', "\\.");
+    match (outer.find("layers."), outer.rsplit_once('.')) {
+        (Some(at), _) if at > 0 => format!(".*\\.{}\\..*", escaped(&outer[at..])),
+        (None, Some((_, own))) => format!("(.*\\.)?{}\\..*", escaped(own)),
+        _ => format!("{}\\..*", escaped(outer)),
+    }
+}
+
+/// A pattern for a module of this name in any layer.
+fn in_every_layer(module: &str) -> String {
+    let parts: Vec<&str> = module.split('.').collect();
+    let start = parts.iter().position(|part| is_number(part)).unwrap_or(0).saturating_sub(1);
+    let parts = parts[start..].iter().map(|part| if is_number(part) { "\\d+".to_owned() } else { regex::escape(part) });
+    format!("(.*\\.)?{}$", parts.collect::<Vec<_>>().join("\\."))
+}
+
+fn is_number(part: &str) -> bool {
+    part.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 /// An entry of [`list`] that clients would take to mean a quantized weight's module, and that module.
 pub(crate) fn clash(rules: &Rules, layout: Layout, entries: &[&str], quantized: &[&str]) -> Option<(String, String)> {
-    let modules: Vec<String> = quantized.iter().flat_map(|weight| rules.module_names(weight)).collect();
-    entries.iter().find_map(|entry| {
-        let pattern = match (entry.strip_prefix("re:"), layout) {
-            (Some(pattern), Layout::CompressedTensors) => format!("^(?:{pattern})"),
-            (_, Layout::Modelopt) => format!("^{}$", regex::escape(entry).replace("\\*", ".*")),
-            _ => format!("^{}$", regex::escape(entry)),
-        };
-        let pattern = Regex::new(&pattern).ok()?;
-        let module = modules.iter().find(|module| pattern.is_match(module))?;
-        Some(((*entry).to_owned(), module.clone()))
-    })
+    let modules = Modules::new(quantized.iter().flat_map(|weight| rules.module_names(weight)).collect());
+    entries.iter().find_map(|entry| Some(((*entry).to_owned(), matched(entry, layout, &modules)?)))
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn entries_are_matched_as_clients_match_them() {
-        let rules = Rules::new(&["llama"]);
-        let quantized = ["model.layers.1.mlp.experts.0.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"];
-        let found = |layout, entry: &str| clash(&rules, layout, &[entry], &quantized).is_some();
-        for (entry, compressed, modelopt, gpt_oss) in [
-            ("model.layers.1.self_attn.q_proj", true, true, true),
-            ("model.layers.1.self_attn", false, false, false),
-            ("re:model\\.layers\\.1\\.mlp\\.experts\\..*", true, false, false),
-            ("re:.*q_proj", true, false, false),
-            ("re:q_proj", false, false, false),
-            ("model.layers.1.mlp.experts*", false, true, false),
-            ("q_proj", false, false, false),
-        ] {
-            let expected = [compressed, modelopt, gpt_oss];
-            let layouts = [Layout::CompressedTensors, Layout::Modelopt, Layout::GptOss];
-            assert_eq!(layouts.map(|layout| found(layout, entry)), expected, "{entry}");
+/// A module that an entry means to the layout's clients.
+fn matched(entry: &str, layout: Layout, modules: &Modules) -> Option<String> {
+    let found = match (entry.strip_prefix("re:"), layout) {
+        (Some(pattern), Layout::CompressedTensors) => modules.matched_by(pattern),
+        (_, Layout::Modelopt) if entry.contains('*') => {
+            modules.matched_by(&format!("{}$", regex::escape(entry).replace("\\*", ".*")))
         }
-    }
+        _ => return modules.has(entry).then(|| entry.to_owned()),
+    };
+    found.map(std::borrow::Cow::into_owned)
 }

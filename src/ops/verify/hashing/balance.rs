@@ -6,6 +6,8 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
+use crate::kernel::sha256::FREE;
+
 /// What the threads have still to do, in bytes.
 pub(super) struct Work<'a> {
     /// Of the file that the tensor is in, for the file's own hash.
@@ -18,17 +20,17 @@ pub(super) struct Work<'a> {
     pub tensors: u64,
     /// Threads.
     pub threads: usize,
-}
-
-/// What a tensor of `len` bytes adds to hashing its file: a pair of streams takes 1.4 to 1.7 times as long as one.
-fn extra(len: u64) -> u64 {
-    len / 3 * 2
+    /// What a tensor's byte adds to hashing its file's; see [`second_stream_cost`](crate::kernel::sha256::second_stream_cost).
+    pub extra: f64,
 }
 
 /// Whether the thread that hashes the file hashes the next tensor too, which has `len` bytes. It does unless all would be
 /// done sooner if another thread did.
 pub(super) fn hashes_both(work: &Work<'_>, len: u64) -> bool {
-    let Work { own, others, waiting, tensors, threads } = work;
+    let Work { own, others, waiting, tensors, threads, extra } = work;
+    if *extra < FREE {
+        return true;
+    }
     // Threads by when they will have hashed their files; each then takes the largest that is waiting.
     let idle = threads.saturating_sub(1 + others.len());
     let busy = others.iter().copied().chain(std::iter::repeat_n(0, idle)).map(|load| (load, false));
@@ -46,7 +48,7 @@ pub(super) fn hashes_both(work: &Work<'_>, len: u64) -> bool {
     let evenly = sum.saturating_add(*tensors) / (*threads).max(1) as u64;
     // Left to others, it can't be done before one of them has time for it.
     let by_others = others_first.map_or(u64::MAX, |first| first.saturating_add(len));
-    this.saturating_add(extra(len)) <= longest.max(evenly).max(by_others)
+    this.saturating_add((len as f64 * extra) as u64) <= longest.max(evenly).max(by_others)
 }
 
 #[cfg(test)]
@@ -59,7 +61,7 @@ mod tests {
     fn work(files: &[u64], threads: usize) -> Work<'_> {
         let begun = threads.min(files.len());
         let (others, waiting) = (files[1..begun].to_vec(), &files[begun..]);
-        Work { own: files[0], others, waiting, tensors: files.iter().sum(), threads }
+        Work { own: files[0], others, waiting, tensors: files.iter().sum(), threads, extra: 0.67 }
     }
 
     #[test]
@@ -76,6 +78,13 @@ mod tests {
     }
 
     #[test]
+    fn a_file_alone_is_hashed_with_its_tensors_where_that_takes_no_longer() {
+        for threads in [2, 16] {
+            assert!(hashes_both(&Work { extra: 0.02, ..work(&[5000 * MB], threads) }, 3 * MB), "{threads} threads");
+        }
+    }
+
+    #[test]
     fn as_many_files_as_threads_are_one_pass_each() {
         for files in [2, 4, 16, 160] {
             assert!(hashes_both(&work(&vec![1000 * MB; files], files.min(16)), 3 * MB), "{files} files");
@@ -86,7 +95,7 @@ mod tests {
     fn a_thread_with_more_files_than_the_others_leaves_tensors_to_them() {
         // Each of 16 threads has a file, and the first that is done will have another.
         let (others, waiting) = (vec![600 * MB; 15], &[1000 * MB][..]);
-        let work = |own| Work { own, others: others.clone(), waiting, tensors: 10_500 * MB, threads: 16 };
+        let work = |own| Work { own, others: others.clone(), waiting, tensors: 10_500 * MB, threads: 16, extra: 0.67 };
         assert!(!hashes_both(&work(500 * MB), 3 * MB));
         assert!(hashes_both(&work(700 * MB), 3 * MB));
         // The last file of three, when both threads have done one.

@@ -13,7 +13,7 @@ use crate::store::{ReadAt, read_exact_at};
 pub(super) const CHUNK: u64 = 1 << 18;
 
 /// Chunks from the file's front on that are kept in memory.
-const NEAR: u64 = 16;
+pub(super) const NEAR: u64 = 16;
 
 /// Chunks behind the front that are kept for lanes, which are slower.
 const BEHIND: u64 = 8;

@@ -39,7 +39,7 @@ impl<'a> Hashing<'a> {
             self.hash_chunk(&mut pass, number * CHUNK, &chunk);
             file.file.advance(number + 1);
             file.file.give_back(chunk);
-            self.advanced();
+            self.advanced(number + 1);
         }
         if let Some(expected) = file.job.sha256 {
             self.compare(file.job, None, Sha256Hash(pass.whole.finish()), expected);
@@ -92,9 +92,10 @@ impl<'a> Hashing<'a> {
         if waiting.len() > 4 * self.threads || waiting.is_empty() && len < MEDIUM {
             return true;
         }
+        let extra = self.second_stream;
         let others = state.active.iter().filter(|other| !Arc::ptr_eq(other, file));
         let others = others.map(|other| other.file.rest()).filter(|rest| *rest > 0).collect();
         let tensors = state.active.iter().map(|file| file.rest()).chain(waiting.iter().copied()).sum();
-        hashes_both(&Work { own: file.file.rest(), others, waiting, tensors, threads: self.threads }, len)
+        hashes_both(&Work { own: file.file.rest(), others, waiting, tensors, threads: self.threads, extra }, len)
     }
 }

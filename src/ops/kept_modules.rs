@@ -5,12 +5,11 @@ use std::sync::{Mutex, PoisonError};
 
 use serde_json::Value;
 
-use crate::checkpoint::{CONFIG_NAME, Config};
+use crate::checkpoint::Config;
 use crate::format::Codec;
 use crate::layout::OutputKind;
 use crate::manifest::{DecisionRecord, TensorRecord};
 use crate::models::Rules;
-use crate::ops::verify::Report;
 use crate::plan::kept_modules::{bitsandbytes, compressed_tensors};
 
 /// Names that are compared with the list at once.
@@ -18,7 +17,7 @@ const AT_ONCE: usize = 1 << 12;
 
 /// The modules that config.json lists as left unquantized.
 #[derive(Default)]
-pub(super) struct KeptModules {
+pub(crate) struct KeptModules {
     list: Option<List>,
     /// The first entry, by its place, that a client would take to mean a quantized module, and that module.
     clash: Mutex<Option<(usize, String)>>,
@@ -26,7 +25,7 @@ pub(super) struct KeptModules {
 
 struct List {
     codec: Codec,
-    rules: Rules,
+    rules: Rules<'static>,
     entries: Vec<String>,
     /// The end of the names of tensors that hold codes.
     suffix: Cow<'static, str>,
@@ -34,38 +33,38 @@ struct List {
 
 impl KeptModules {
     /// What a config's `quantization_config` lists.
-    pub(super) fn of(config: &Config, quantization: &Value, codec: Codec) -> KeptModules {
+    pub(crate) fn of(config: &Config, quantization: &Value, codec: Codec) -> KeptModules {
         let listed = quantization.get(codec.kept_modules_key()).and_then(Value::as_array);
         let entries = listed.into_iter().flatten().filter_map(|entry| entry.as_str().map(str::to_owned)).collect();
         let suffix = codec.suffix(OutputKind::Packed).unwrap_or_default();
-        let list = List { codec, rules: Rules::new(&config.model_types()), entries, suffix };
+        let rules = Rules::new(&config.model_types()).of_classes(&config.architectures());
+        let list = List { codec, rules, entries, suffix };
         KeptModules { list: Some(list), clash: Mutex::default() }
     }
 
     /// Compares names as they come.
-    pub(super) fn quantized(&self) -> Quantized<'_> {
+    pub(crate) fn quantized(&self) -> Quantized<'_> {
         Quantized { kept: self, names: Vec::new() }
     }
 
-    /// Reports what was found.
-    pub(super) fn report(&self, report: &mut Report) {
+    /// What was found.
+    pub(crate) fn difference(&self) -> Option<String> {
         let clash = self.clash.lock().unwrap_or_else(PoisonError::into_inner);
-        if let (Some(List { codec, entries, .. }), Some((entry, module))) = (&self.list, &*clash) {
-            let (key, entry) = (codec.kept_modules_key(), &entries[*entry]);
-            report.differ(CONFIG_NAME, None, format!("{key} has {entry:?}, but {module:?} is quantized"));
-        }
+        let (List { codec, entries, .. }, (entry, module)) = (self.list.as_ref()?, clash.as_ref()?);
+        let (key, entry) = (codec.kept_modules_key(), &entries[*entry]);
+        Some(format!("{key} has {entry:?}, but {module:?} is quantized"))
     }
 }
 
 /// Names of quantized weights that aren't compared yet.
-pub(super) struct Quantized<'a> {
+pub(crate) struct Quantized<'a> {
     kept: &'a KeptModules,
     names: Vec<String>,
 }
 
 impl Quantized<'_> {
     /// Takes what a record says is quantized.
-    pub(super) fn add(&mut self, record: &TensorRecord) {
+    pub(crate) fn add(&mut self, record: &TensorRecord) {
         let Some(List { codec, suffix, entries, .. }) = &self.kept.list else { return };
         if record.decision != DecisionRecord::Quantize || entries.is_empty() {
             return;
@@ -83,7 +82,7 @@ impl Quantized<'_> {
     }
 
     /// Compares those that are left.
-    pub(super) fn check(&mut self) {
+    pub(crate) fn check(&mut self) {
         let Some(List { codec, rules, entries, .. }) = &self.kept.list else { return };
         let names = std::mem::take(&mut self.names);
         let names: Vec<&str> = names.iter().map(String::as_str).collect();

@@ -1,0 +1,218 @@
+//! Reads data/facts.txt.
+//!
+//! A line of `[modules]` is a module's content: `q_proj=L` is a module with a `weight` of that kind, `.bias_table=P` a
+//! parameter, `mlp/7` a module whose content is line 7; a digit after the kind is the number of dimensions, if it isn't 2. A
+//! line of `[names]` says which modules the tensors with other names belong to, or names tied modules. A line of `[classes]` has the model's type, the class, and the lines of its content, other names and tied
+//! modules. `*` is a number. Equal lines are there once.
+
+use std::collections::HashMap;
+use std::sync::{Arc, OnceLock};
+
+use super::Kind;
+
+/// A class's tensors.
+#[derive(Clone, Debug)]
+pub(super) struct Class {
+    pub(super) name: &'static str,
+    root: Arc<Module>,
+    /// By the tensor's module on disk.
+    other_names: HashMap<&'static str, Vec<&'static str>>,
+    off_disk: &'static str,
+}
+
+/// A module's content.
+#[derive(Debug, Default)]
+struct Module {
+    inner: HashMap<&'static str, Arc<Module>>,
+    /// Weights by their modules' names, other tensors by theirs after a dot.
+    tensors: HashMap<&'static str, Vec<(Kind, usize)>>,
+}
+
+/// The file by its lines.
+struct Table {
+    modules: Vec<&'static str>,
+    names: Vec<&'static str>,
+    classes: Vec<&'static str>,
+}
+
+fn table() -> &'static Table {
+    static TABLE: OnceLock<Table> = OnceLock::new();
+    TABLE.get_or_init(|| {
+        let (head, rest) = include_str!("../data/facts.txt").split_once("[modules]\n").unwrap_or_default();
+        debug_assert!(head.starts_with("# What transformers"));
+        let (modules, rest) = rest.split_once("[names]\n").unwrap_or_default();
+        let (names, classes) = rest.split_once("[classes]\n").unwrap_or_default();
+        let lines = |text: &'static str| text.lines().collect();
+        Table { modules: lines(modules), names: lines(names), classes: lines(classes) }
+    })
+}
+
+/// A type's classes in the file's order: those of the auto classes first.
+pub(super) fn classes(model_type: &str) -> Vec<Class> {
+    let mut read = HashMap::new();
+    let of_type = table().classes.iter().filter_map(|line| line.strip_prefix(model_type)?.strip_prefix(' '));
+    of_type.filter_map(|line| class(line, &mut read)).collect()
+}
+
+/// All types, each once.
+#[cfg(test)]
+pub(super) fn model_types() -> std::collections::BTreeSet<&'static str> {
+    table().classes.iter().filter_map(|line| line.split(' ').next()).collect()
+}
+
+fn class(line: &'static str, read: &mut HashMap<usize, Arc<Module>>) -> Option<Class> {
+    let mut fields = line.split(' ');
+    let name = fields.next()?;
+    let mut place = || fields.next()?.parse::<usize>().ok();
+    let root = module(place()?, read)?;
+    let mut names = || table().names.get(place()?).copied();
+    let pairs = |line: &'static str| line.split(' ').filter_map(|entry| entry.split_once('>'));
+    let other_names = pairs(names()?).map(|(tensor, modules)| (tensor, modules.split(',').collect())).collect();
+    Some(Class { name, root, other_names, off_disk: names()? })
+}
+
+/// The content that a line describes, read once.
+fn module(place: usize, read: &mut HashMap<usize, Arc<Module>>) -> Option<Arc<Module>> {
+    if let Some(module) = read.get(&place) {
+        return Some(module.clone());
+    }
+    let mut content = Module::default();
+    for entry in table().modules.get(place)?.split(' ').filter(|entry| !entry.is_empty()) {
+        if let Some((name, kinds)) = entry.split_once('=') {
+            content.tensors.insert(name, kinds_of(kinds));
+        } else {
+            let (name, inner) = entry.split_once('/')?;
+            content.inner.insert(name, module(inner.parse().ok()?, read)?);
+        }
+    }
+    let content = Arc::new(content);
+    read.insert(place, content.clone());
+    Some(content)
+}
+
+/// Letters, each with the number of dimensions if it isn't 2.
+fn kinds_of(letters: &str) -> Vec<(Kind, usize)> {
+    let mut kinds: Vec<(Kind, usize)> = Vec::new();
+    for letter in letters.chars() {
+        match (letter.to_digit(10), kind(letter)) {
+            (Some(rank), _) => kinds.iter_mut().next_back().into_iter().for_each(|last| last.1 = rank as usize),
+            (None, Some(kind)) => kinds.push((kind, 2)),
+            (None, None) => {}
+        }
+    }
+    kinds
+}
+
+fn kind(letter: char) -> Option<Kind> {
+    Some(match letter {
+        'L' => Kind::Linear,
+        'C' => Kind::Cut,
+        'F' => Kind::Fp32,
+        'H' => Kind::Head,
+        'N' => Kind::Labels,
+        'Z' => Kind::Last,
+        'T' => Kind::Tied,
+        'R' => Kind::InRouter,
+        'O' => Kind::Conv1d,
+        'S' => Kind::Subclass,
+        'E' => Kind::Embedding,
+        'Q' => Kind::Router,
+        'X' => Kind::Experts,
+        'V' => Kind::Convolution,
+        'P' => Kind::Parameter,
+        'U' => Kind::Buffer,
+        'B' => Kind::Bias,
+        _ => return None,
+    })
+}
+
+pub(super) fn is_number(part: &str) -> bool {
+    !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+/// A name with `*` for its numbers.
+fn pattern(name: &str) -> String {
+    let parts: Vec<&str> = name.split('.').map(|part| if is_number(part) { "*" } else { part }).collect();
+    parts.join(".")
+}
+
+/// A pattern with a name's numbers, in their order.
+fn filled(pattern: &str, name: &str) -> String {
+    let mut numbers = name.split('.').filter(|part| is_number(part));
+    let parts = pattern.split('.').map(|part| if part == "*" { numbers.next().unwrap_or(part) } else { part });
+    parts.collect::<Vec<_>>().join(".")
+}
+
+fn module_of(tensor: &str) -> &str {
+    tensor.strip_suffix(".weight").unwrap_or(tensor)
+}
+
+impl Module {
+    fn inner(&self, part: &str) -> Option<&Arc<Module>> {
+        self.inner.get(part).or_else(|| self.inner.get(if is_number(part) { "*" } else { part }))
+    }
+
+    fn tensor(&self, name: &str) -> Option<&Vec<(Kind, usize)>> {
+        self.tensors.get(name).or_else(|| self.tensors.get(if is_number(name) { "*" } else { name }))
+    }
+}
+
+impl Class {
+    /// All that is known of a tensor's name.
+    fn find(&self, tensor: &str) -> Option<&[(Kind, usize)]> {
+        let (path, own) = match tensor.strip_suffix(".weight") {
+            Some(module) => {
+                module.rsplit_once('.').map_or(("", module.to_owned()), |(path, own)| (path, own.to_owned()))
+            }
+            None => tensor.rsplit_once('.').map_or(("", format!(".{tensor}")), |(path, own)| (path, format!(".{own}"))),
+        };
+        let mut module = &self.root;
+        for part in path.split('.').filter(|part| !part.is_empty()) {
+            module = module.inner(part)?;
+        }
+        module.tensor(&own).map(Vec::as_slice)
+    }
+
+    pub(super) fn kinds(&self, tensor: &str, rank: usize) -> Vec<Kind> {
+        let found = self.find(tensor).unwrap_or_default();
+        found.iter().filter(|(_, of)| *of == rank).map(|(kind, _)| *kind).collect()
+    }
+
+    pub(super) fn modules(&self, tensor: &str) -> Vec<String> {
+        if self.find(tensor).is_none() {
+            return Vec::new();
+        }
+        let module = module_of(tensor);
+        match self.other_names.get(&*pattern(module)) {
+            Some(names) => names.iter().map(|name| filled(name, module)).collect(),
+            None => vec![module.to_owned()],
+        }
+    }
+
+    pub(super) fn off_disk(&self) -> impl Iterator<Item = &'static str> {
+        self.off_disk.split(' ').filter(|module| !module.is_empty())
+    }
+
+    pub(super) fn heads(&self) -> Vec<String> {
+        let is_head = |kinds: &[(Kind, usize)]| {
+            kinds.iter().any(|(kind, _)| matches!(kind, Kind::Head | Kind::Labels | Kind::Last))
+        };
+        let heads = self.tensors().into_iter().filter(|(name, kinds)| is_head(kinds) && !name.contains('*'));
+        heads.flat_map(|(name, _)| self.modules(&name)).collect()
+    }
+
+    /// Every tensor's name, with `*` for numbers.
+    pub(super) fn tensors(&self) -> Vec<(String, &[(Kind, usize)])> {
+        let mut all = Vec::new();
+        let mut open = vec![(String::new(), &*self.root)];
+        while let Some((prefix, module)) = open.pop() {
+            open.extend(module.inner.iter().map(|(name, inner)| (format!("{prefix}{name}."), &**inner)));
+            all.extend(module.tensors.iter().map(|(name, kinds)| {
+                let name = name.strip_prefix('.').map_or_else(|| format!("{name}.weight"), str::to_owned);
+                (format!("{prefix}{name}"), kinds.as_slice())
+            }));
+        }
+        all.sort_unstable();
+        all
+    }
+}

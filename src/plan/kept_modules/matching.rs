@@ -1,0 +1,139 @@
+//! How clients match an entry of a list with a module's name; `data/matching.json` has what they themselves say.
+
+use std::borrow::Cow;
+
+use regex::Regex;
+
+/// Names of modules, forwards and backwards in order: those that begin and those that end alike lie together.
+pub(super) struct Modules {
+    names: Vec<String>,
+    reversed: Vec<String>,
+}
+
+impl Modules {
+    pub(super) fn new(mut names: Vec<String>) -> Modules {
+        let mut reversed: Vec<String> = names.iter().map(|name| reverse(name)).collect();
+        names.sort_unstable();
+        names.dedup();
+        reversed.sort_unstable();
+        Modules { names, reversed }
+    }
+
+    /// A module that some release of transformers takes `entry` of `llm_int8_skip_modules` to mean: one that the entry, a
+    /// regular expression, matches from its start (since 5.20 up to a border of its parts), or that ends with it.
+    pub(super) fn skipped_by(&self, entry: &str) -> Option<Cow<'_, str>> {
+        let backwards = reverse(entry);
+        let place = self.reversed.partition_point(|name| *name < backwards);
+        if let Some(name) = self.reversed.get(place).filter(|name| name.starts_with(&backwards)) {
+            return Some(Cow::Owned(reverse(name)));
+        }
+        match is_plain(entry) {
+            true => begins_with(&self.names, 0, entry.as_bytes()).map(Cow::Borrowed),
+            false => self.matched_by(entry),
+        }
+    }
+
+    /// A module that a regular expression matches from its start, as in `re:` entries of compressed-tensors and vLLM.
+    pub(super) fn matched_by(&self, pattern: &str) -> Option<Cow<'_, str>> {
+        // Clients would stop at an expression that is none.
+        let regex = Regex::new(&format!("^(?:{pattern})")).ok()?;
+        self.names.iter().find(|name| regex.is_match(name)).map(|name| Cow::Borrowed(&**name))
+    }
+
+    /// Whether a module is called so.
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.names.binary_search_by(|other| (**other).cmp(name)).is_ok()
+    }
+
+    /// A module that is inside another.
+    pub(super) fn inside(&self, container: &str) -> Option<&str> {
+        let start = format!("{container}.");
+        let place = self.names.partition_point(|name| *name < start);
+        self.names.get(place).filter(|name| name.starts_with(&start)).map(String::as_str)
+    }
+}
+
+/// Whether an entry has nothing that means more in a regular expression than itself, but dots.
+fn is_plain(entry: &str) -> bool {
+    entry.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '/'))
+}
+
+/// The first of the sorted `names`, alike up to `at`, that goes on as `entry`, whose dots stand for any byte.
+fn begins_with<'n>(names: &'n [String], at: usize, entry: &[u8]) -> Option<&'n str> {
+    let Some((&byte, rest)) = entry.split_first() else { return names.first().map(String::as_str) };
+    let names = &names[names.partition_point(|name| name.len() <= at)..];
+    let of = |name: &String| name.as_bytes()[at];
+    if byte != b'.' {
+        let (from, to) = (names.partition_point(|n| of(n) < byte), names.partition_point(|n| of(n) <= byte));
+        return if from < to { begins_with(&names[from..to], at + 1, rest) } else { None };
+    }
+    let mut from = 0;
+    while from < names.len() {
+        let to = from + names[from..].partition_point(|n| of(n) <= of(&names[from]));
+        if let Some(found) = begins_with(&names[from..to], at + 1, rest) {
+            return Some(found);
+        }
+        from = to;
+    }
+    None
+}
+
+fn reverse(name: &str) -> String {
+    name.chars().rev().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[derive(Deserialize)]
+    struct Golden {
+        modules: Vec<String>,
+        /// By client, and by entry: the modules that it means.
+        clients: BTreeMap<String, BTreeMap<String, BTreeSet<String>>>,
+    }
+
+    fn golden() -> Golden {
+        serde_json::from_str(include_str!("data/matching.json")).unwrap()
+    }
+
+    #[test]
+    fn an_entry_means_what_some_release_of_transformers_takes_it_to_mean() {
+        let Golden { modules, clients } = golden();
+        let of_transformers: Vec<_> = clients.iter().filter(|(client, _)| client.starts_with("transformers")).collect();
+        assert_eq!(of_transformers.len(), 2);
+        for entry in of_transformers[0].1.keys() {
+            let theirs: BTreeSet<&String> = of_transformers.iter().flat_map(|(_, answers)| &answers[entry]).collect();
+            let is_meant = |module: &&String| Modules::new(vec![(*module).clone()]).skipped_by(entry).is_some();
+            assert_eq!(modules.iter().filter(is_meant).collect::<BTreeSet<_>>(), theirs, "{entry}");
+            let found = Modules::new(modules.clone()).skipped_by(entry).map(Cow::into_owned);
+            assert_eq!(found.is_some(), !theirs.is_empty(), "{entry}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn patterns_and_names_mean_what_compressed_tensors_takes_them_to_mean() {
+        let Golden { modules, clients } = golden();
+        let (_, answers) = clients.iter().find(|(client, _)| client.starts_with("compressed-tensors")).unwrap();
+        for (entry, theirs) in answers {
+            let is_meant = |module: &&String| {
+                let module = Modules::new(vec![(*module).clone()]);
+                entry.strip_prefix("re:").map_or(module.has(entry), |pattern| module.matched_by(pattern).is_some())
+            };
+            assert_eq!(modules.iter().filter(is_meant).cloned().collect::<BTreeSet<_>>(), *theirs, "{entry}");
+        }
+    }
+
+    #[test]
+    fn what_is_inside_a_module_is_found() {
+        let modules = Modules::new(["a.b.c", "a.bc", "ab.c"].map(str::to_owned).to_vec());
+        assert_eq!(modules.inside("a"), Some("a.b.c"));
+        assert_eq!(modules.inside("a.b"), Some("a.b.c"));
+        assert_eq!(modules.inside("a.b.c"), None);
+        assert_eq!(modules.inside("b"), None);
+    }
+}

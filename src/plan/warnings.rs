@@ -1,0 +1,119 @@
+//! What the user should know before using the output.
+
+use super::{Decision, PlannedTensor, gaps, has_4_bit_experts, scale_sets};
+use crate::checkpoint::{Config, Source};
+use crate::dtype::Dtype;
+use crate::error::{Hint, Warning};
+use crate::models::{Role, Rules};
+use crate::recipe::Recipe;
+use crate::units::Bytes;
+
+/// All warnings about a plan; `linear` says of each tensor whether the model makes, or may make, a Linear of it.
+pub(super) fn of(
+    source: &Source,
+    recipe: &Recipe,
+    rules: &Rules<'_>,
+    tensors: &[PlannedTensor],
+    linear: &[bool],
+) -> Vec<Warning> {
+    let mut warnings: Vec<Warning> = source.notes.clone();
+    let quantized = || tensors.iter().zip(linear).filter(|(tensor, _)| tensor.decision != Decision::Keep);
+    if source.config.is_none() {
+        warnings.push("no config.json beside the weights: rules go by names alone, and clients need one".into());
+    } else if let Some(class) = source.config.as_ref().and_then(Config::class_name) {
+        let message =
+            format!("a diffusers model ({class}): no model of diffusers was compared, rules go by names and shapes");
+        warnings.push(Warning { message, hint: Some(Hint::ListTensors) });
+        if !recipe.codec().is_blocks() {
+            warnings.push("diffusers isn't known to load this layout: nf4 and fp4 it loads".into());
+        }
+    } else if !rules.is_compared() {
+        let message = "this architecture wasn't compared with transformers' own".to_owned();
+        warnings.push(Warning { message, hint: Some(Hint::ListTensors) });
+    }
+    if let Some((tensor, _)) = quantized().find(|(tensor, linear)| !**linear && !tensor.role.is_expert()) {
+        let message = "matches an include pattern, but isn't a Linear's: plain transformers won't load it";
+        warnings.push(format!("{:?} {message}", tensor.name).into());
+    }
+    if has_4_bit_experts(recipe, tensors) {
+        warnings.push(
+            "experts are 4-bit: transformers 5 can't load them without prequant's loader; config.json's \
+             experts_implementation has it stop rather than fill them with random numbers"
+                .into(),
+        );
+        if recipe.codec().double_quant() && recipe.fuses_experts() {
+            warnings.push(
+                "double quantization over fused experts is less exact than expert by expert: all of a layer's experts \
+                 share one mean of absmax, and groups of 256 blocks straddle them; the manifest's statistics tell how much"
+                    .into(),
+            );
+        }
+    }
+    warnings.extend(in_doubt(tensors));
+    warnings.extend(gaps::warning(tensors.iter().map(|tensor| &*tensor.name), &rules.expert_counts()));
+    warnings.extend(tied_head(source, tensors));
+    let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
+    warnings.extend(scale_sets::warnings(recipe, &model_types, tensors));
+    if tensors.iter().any(|tensor| tensor.dtype == Dtype::F64) {
+        warnings.push("it has F64 tensors, which are copied unchanged".into());
+    }
+    warnings
+}
+
+/// How much is kept because nothing says for certain what it is.
+fn in_doubt(tensors: &[PlannedTensor]) -> Option<Warning> {
+    let kept: Vec<&PlannedTensor> = tensors.iter().filter(|tensor| tensor.in_doubt).collect();
+    let bytes = Bytes(kept.iter().map(|tensor| tensor.source_len()).sum());
+    let largest = kept.iter().max_by_key(|tensor| tensor.source_len())?;
+    let message = match &kept[..] {
+        [one] => format!("{:?} ({bytes}) is kept because it may be no Linear's ({})", one.name, one.why()),
+        all => format!(
+            "{} tensors ({bytes}) are kept because they may be no Linear's, the largest {:?} ({})",
+            all.len(),
+            largest.name,
+            largest.why()
+        ),
+    };
+    Some(Warning { message, hint: Some(Hint::IncludeDoubtful) })
+}
+
+/// A quantized head that config.json ties to the embedding: clients load the embedding in its place.
+fn tied_head(source: &Source, tensors: &[PlannedTensor]) -> Option<Warning> {
+    let config = source.config.as_ref()?;
+    let tie = "tie_word_embeddings";
+    let nested = config.values().values().filter_map(serde_json::Value::as_object);
+    let ties = std::iter::once(config.values()).chain(nested).find_map(|config| config.get(tie)?.as_bool());
+    let head = tensors.iter().find(|tensor| tensor.role == Role::OutputHead && tensor.decision != Decision::Keep)?;
+    (ties == Some(true)).then(|| {
+        let message = "is quantized, but config.json ties it to the embedding: clients use that in its place";
+        format!("{:?} {message}", head.name).into()
+    })
+}
+
+/// A share of the source's bytes above which it is worth a word that they stay in 16 bits.
+const NOTABLE: f64 = 0.1;
+
+impl PlannedTensor {
+    /// Its reason, without what follows from it.
+    fn why(&self) -> &str {
+        self.reason.trim_end_matches("kept in its dtype").trim_end_matches([' ', ':', ';', ','])
+    }
+}
+
+/// That much of the checkpoint isn't quantized, and the largest tensor of it with the reason.
+pub(super) fn left_in_16_bits(tensors: &[PlannedTensor]) -> Option<Warning> {
+    let wide = |tensor: &&PlannedTensor| {
+        tensor.decision == Decision::Keep && matches!(tensor.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32)
+    };
+    let all: u64 = tensors.iter().map(PlannedTensor::source_len).sum();
+    let kept: u64 = tensors.iter().filter(wide).map(PlannedTensor::source_len).sum();
+    let share = kept as f64 / all.max(1) as f64;
+    let largest = tensors.iter().filter(wide).max_by_key(|tensor| tensor.source_len()).filter(|_| share > NOTABLE)?;
+    let (percent, size) = ((share * 100.0).round(), Bytes(largest.source_len()));
+    let message = format!(
+        "{percent} % of the source's bytes aren't quantized; the largest is {:?} ({size}): {}",
+        largest.name,
+        largest.why()
+    );
+    Some(message.into())
+}

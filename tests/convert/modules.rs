@@ -1,0 +1,135 @@
+//! Which weights are quantized and which modules config.json lists as kept, for checkpoints whose names mislead.
+
+use std::process::Command;
+
+use safetensors::tensor::Dtype;
+
+use crate::support::{Folder, Run, Tensor, read_tensors};
+
+/// A folder with a bf16 checkpoint of these names and shapes.
+fn folder(config: &str, tensors: &[(&str, &[usize])]) -> Folder {
+    let folder = Folder::new("llama");
+    folder.write("config.json", config);
+    let tensors = tensors.iter().map(|(name, shape)| Tensor::random(name, Dtype::BF16, shape));
+    folder.write_shards(&[tensors.collect()]);
+    folder
+}
+
+/// What a conversion lists as kept, and the weights that it quantizes. `verify` takes the result.
+fn converted(folder: &Folder, flags: &[&str]) -> (Vec<String>, Vec<String>) {
+    folder.convert(flags).ok();
+    Run::of(Command::new(env!("CARGO_BIN_EXE_prequant")).arg("verify").arg(folder.destination())).ok();
+    let config = &folder.read_json("config.json")["quantization_config"];
+    let listed = ["llm_int8_skip_modules", "ignore"].iter().find_map(|key| config[*key].as_array()).unwrap();
+    let listed = listed.iter().map(|entry| entry.as_str().unwrap().to_owned()).collect();
+    let tensors = read_tensors(&folder.destination());
+    let quantized =
+        tensors.keys().filter_map(|name| [".absmax", "_packed"].iter().find_map(|end| name.strip_suffix(end)));
+    (listed, quantized.map(str::to_owned).collect())
+}
+
+#[test]
+fn no_entry_is_the_beginning_of_a_quantized_modules_name() {
+    let encoder = "model.embed_tokens_extend.audio_embed.encoder.encoders.0.feed_forward_in.gate_up_proj.weight";
+    let bias = "model.embed_tokens_extend.audio_embed.encoder.relative_attention_bias_layer.bias_values.weight";
+    let folder = folder(
+        r#"{"model_type": "phi4_multimodal", "architectures": ["Phi4MultimodalForCausalLM"]}"#,
+        &[
+            ("model.embed_tokens.weight", &[96, 64]),
+            ("model.layers.0.self_attn.o_proj.weight", &[64, 64]),
+            (encoder, &[128, 64]),
+            (bias, &[64, 64]),
+        ],
+    );
+    let (listed, quantized) = converted(&folder, &[]);
+    assert_eq!(quantized, [encoder, "model.layers.0.self_attn.o_proj.weight"]);
+    assert!(listed.iter().all(|entry| !entry.contains("embed_tokens")), "{listed:?}");
+}
+
+#[test]
+fn an_entry_that_would_mean_a_quantized_module_too_ends_with_its_own_name() {
+    // A router that isn't known to be bare, beside a first layer's dense gate: `mlp.gate` begins `mlp.gate_proj`.
+    let folder = folder(
+        r#"{"model_type": "never-heard-of"}"#,
+        &[
+            ("model.layers.0.mlp.gate.weight", &[8, 64]),
+            ("model.layers.0.mlp.gate_proj.weight", &[64, 64]),
+            ("model.layers.0.self_attn.q_proj.weight", &[64, 64]),
+        ],
+    );
+    let (listed, quantized) = converted(&folder, &[]);
+    assert!(quantized.contains(&"model.layers.0.mlp.gate_proj.weight".to_owned()), "{quantized:?}");
+    assert!(listed.contains(&r"model\.layers\.0\.mlp\.gate$".to_owned()), "{listed:?}");
+}
+
+#[test]
+fn entries_have_the_loaded_models_names() {
+    let folder = folder(
+        r#"{"model_type": "ernie4_5_vl_moe", "architectures": ["Ernie4_5_VLMoeForConditionalGeneration"],
+            "text_config": {"model_type": "ernie4_5_vl_moe_text"}}"#,
+        &[
+            ("model.vision_model.patch_embed.proj.weight", &[64, 96]),
+            ("model.vision_model.blocks.0.attn.qkv.weight", &[192, 64]),
+            ("model.layers.0.self_attn.q_proj.weight", &[64, 64]),
+        ],
+    );
+    let (listed, _) = converted(&folder, &[]);
+    assert!(listed.contains(&"model.vision_tower.patch_embed.proj".to_owned()), "{listed:?}");
+}
+
+#[test]
+fn tied_heads_are_listed_whatever_they_are_called_and_so_are_those_of_other_classes() {
+    let folder = folder(
+        r#"{"model_type": "biogpt", "architectures": ["BioGptForCausalLM"], "tie_word_embeddings": true}"#,
+        &[("biogpt.embed_tokens.weight", &[96, 64]), ("biogpt.layers.0.fc1.weight", &[128, 64])],
+    );
+    let (listed, quantized) = converted(&folder, &[]);
+    assert_eq!(quantized, ["biogpt.layers.0.fc1.weight"]);
+    for head in ["output_projection", "score", "classifier"] {
+        assert!(listed.contains(&head.to_owned()), "{head}: {listed:?}");
+    }
+}
+
+#[test]
+fn experts_that_are_modules_weights_are_experts_and_their_routers_are_listed_alone() {
+    let tensors: &[(&str, &[usize])] = &[
+        ("model.layers.0.mlp.input_linear.weight", &[4, 128, 64]),
+        ("model.layers.0.mlp.router.layer.weight", &[4, 64]),
+        ("model.layers.0.self_attention.experts.input_linear.weight", &[4, 64, 64]),
+        ("model.layers.0.self_attention.experts.router.layer.weight", &[4, 64]),
+        ("model.layers.0.self_attention.kv_proj.weight", &[128, 64]),
+    ];
+    let folder = folder(r#"{"model_type": "jetmoe", "architectures": ["JetMoeForCausalLM"]}"#, tensors);
+    let (listed, quantized) = converted(&folder, &[]);
+    let experts = [0, 2, 4].map(|i| tensors[i].0);
+    assert_eq!(quantized, experts);
+    for router in [1, 3].map(|i| tensors[i].0.strip_suffix(".weight").unwrap()) {
+        assert!(listed.contains(&router.to_owned()), "{router}: {listed:?}");
+    }
+}
+
+#[test]
+fn embeddings_of_known_types_are_kept_whatever_they_are_called() {
+    let name = "encoder.layers.0.attn.rel_pos_emb.weight";
+    let folder = folder(
+        r#"{"model_type": "granite_speech", "architectures": ["GraniteSpeechForConditionalGeneration"]}"#,
+        &[(name, &[64, 64]), ("encoder.layers.0.attn.to_q.weight", &[64, 64])],
+    );
+    let (_, quantized) = converted(&folder, &[]);
+    assert_eq!(quantized, ["encoder.layers.0.attn.to_q.weight"]);
+}
+
+#[test]
+fn a_tower_of_which_nothing_is_quantized_is_one_pattern_in_a_long_list() {
+    let layers = 0..40;
+    let tower =
+        layers.clone().flat_map(|i| ["fc1", "fc2"].map(|fc| format!("model.visual.blocks.{i}.mlp.{fc}.weight")));
+    let gates = layers.clone().map(|i| format!("model.layers.{i}.mlp.shared_expert_gate.weight"));
+    let linears = layers.map(|i| format!("model.layers.{i}.mlp.up_proj.weight"));
+    let names: Vec<String> = tower.chain(gates).chain(linears).collect();
+    let shapes: Vec<(&str, &[usize])> = names.iter().map(|name| (&**name, &[64, 64][..])).collect();
+    let folder = folder(r#"{"model_type": "never-heard-of"}"#, &shapes);
+    let (listed, quantized) = converted(&folder, &["--format", "int4", "--group-size", "32", "--exclude", "visual"]);
+    assert_eq!(quantized.len(), 40);
+    assert_eq!(listed, [r"re:(.*\.)?layers\.\d+\.mlp\.shared_expert_gate$", r"re:(.*\.)?visual\..*", "lm_head"]);
+}
