@@ -37,8 +37,16 @@ fn skipped(folder: &Folder) -> Value {
 fn options_choose_what_is_quantized_and_the_skip_list_follows() {
     let layer = "model.layers.0";
     let cases = [
-        (&[][..], vec!["mlp.experts.0.up_proj", "mlp.experts.1.up_proj", "self_attn.q_proj"], vec!["lm_head", "G", "score"]),
-        (&["--only-experts"], vec!["mlp.experts.0.up_proj", "mlp.experts.1.up_proj"], vec!["lm_head", "G", "Q", "score"]),
+        (
+            &[][..],
+            vec!["mlp.experts.0.up_proj", "mlp.experts.1.up_proj", "self_attn.q_proj"],
+            vec!["lm_head", "G", "score"],
+        ),
+        (
+            &["--only-experts"],
+            vec!["mlp.experts.0.up_proj", "mlp.experts.1.up_proj"],
+            vec!["lm_head", "G", "Q", "score"],
+        ),
         (&["--exclude", "experts"], vec!["self_attn.q_proj"], vec!["lm_head", "E", "G", "score"]),
         (
             &["--include", "lm_head", "--exclude", r"experts\.1"],
