@@ -4,6 +4,8 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::thread;
+use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::stdio::{stderr, stdout};
@@ -15,6 +17,9 @@ use super::{output, streams};
 /// Files that the process asks to have open, where it may: more than any number of threads needs.
 const OPEN_FILES: u64 = 4096;
 
+/// How long another thread may take for its answer.
+const LAST_WORDS: Duration = Duration::from_millis(100);
+
 /// Raises the limit on open files, and listens for the signals that stand for other limits.
 pub fn listen(json: bool) -> io::Result<()> {
     raise_open_files();
@@ -23,15 +28,18 @@ pub fn listen(json: bool) -> io::Result<()> {
     let answer = output::failure_line("aborted", ABORTED, output::IO_FAILURE);
     let answer = if json { answer } else { String::new() };
     let tell = move || {
+        // Nothing can be done where they can't be written.
+        let _ = rustix::io::write(stderr(), TOLD.as_bytes());
         if streams::begin_answer() {
-            // Nothing can be done where they can't be written.
             let _ = rustix::io::write(stdout(), answer.as_bytes());
-            let _ = rustix::io::write(stderr(), TOLD.as_bytes());
+        } else {
+            // Another thread is answering, perhaps from here: the process must not end before it has.
+            thread::sleep(LAST_WORDS);
         }
         low_level::exit(output::IO_FAILURE.into());
     };
     // SAFETY: what a handler may do in a thread that was stopped anywhere: it takes no lock, allocates and frees nothing. It swaps an
-    // atomic, calls write with what was made beforehand, and ends the process at once.
+    // atomic, calls write with what was made beforehand, or nanosleep, and ends the process.
     unsafe { low_level::register(SIGABRT, tell) }?;
     Ok(())
 }

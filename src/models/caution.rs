@@ -50,9 +50,10 @@ pub(super) fn doubt(module: &str, shape: [u64; 2], evidence: &Evidence<'_>) -> O
     })
 }
 
-/// Its rows are counted in config.json, or very few.
+/// Its rows are counted in config.json, or very few for a name that nobody knows.
 fn by_rows(module: &str, [rows, _]: [u64; 2], evidence: &Evidence<'_>) -> Option<Doubt> {
-    if rows < FEWEST_ROWS {
+    let named = is_named_like_a_linear(module);
+    if rows < FEWEST_ROWS && !named {
         let rows = if rows == 1 { "one row".to_owned() } else { format!("{rows} rows") };
         return Some(Doubt::new(Role::Unknown, &format!("it has {rows} only, like a gate or a score")));
     }
@@ -61,7 +62,6 @@ fn by_rows(module: &str, [rows, _]: [u64; 2], evidence: &Evidence<'_>) -> Option
         let like_a_table = !is_in_a_layer(module) && evidence.is_a_tables(rows) && !evidence.is_width(rows);
         return like_a_table.then(|| in_doubt(Role::OutputHead, "as an embedding has")).flatten();
     };
-    let named = is_named_like_a_linear(module);
     let (role, other) = match count {
         Count::Vocabulary => (Role::OutputHead, false),
         Count::Labels => (Role::OutputHead, has_twin(module, rows, evidence)),

@@ -24,7 +24,6 @@ const SUBCLASS: &str =
 const FP32: &str = "transformers keeps it in f32 (_keep_in_fp32_modules) and never makes it 4-bit";
 const LAST: &str = "the model's last parameter, which transformers doesn't make 4-bit by default";
 const TIED: &str = "tied to another module's weight: transformers doesn't make it 4-bit by default";
-const ONE_ROW: &str = "has one row: too small to be worth it, kept in its dtype";
 
 /// The decision on a tensor that the facts name; none where names and shapes decide.
 pub(super) fn known(facts: &Facts, tensor: &str, shape: &[u64]) -> Option<Known> {
@@ -50,7 +49,7 @@ fn is_linear(kind: Kind) -> bool {
 fn of_kind(kind: Kind, name: &ModuleName, shape: &[u64]) -> Option<Known> {
     let keep = |role, reason| Some(Known { role, quantize: false, linear: is_linear(kind), reason });
     match kind {
-        Kind::Linear => linear(name, shape),
+        Kind::Linear => Some(linear(name)),
         Kind::Cut => keep(Role::Linear, SPLIT),
         Kind::Fp32 => keep(Role::Linear, FP32),
         Kind::Head | Kind::Labels => keep(Role::OutputHead, "output head: kept in its dtype"),
@@ -80,7 +79,7 @@ fn of_kind(kind: Kind, name: &ModuleName, shape: &[u64]) -> Option<Known> {
 }
 
 /// An exact `nn.Linear`.
-fn linear(name: &ModuleName, shape: &[u64]) -> Option<Known> {
+fn linear(name: &ModuleName) -> Known {
     let (role, reason) = if name.is_shared_expert_gate() {
         (Role::SharedExpertGate, "shared expert gate: too small to be worth it, kept in its dtype")
     } else if name.is_router() {
@@ -89,10 +88,8 @@ fn linear(name: &ModuleName, shape: &[u64]) -> Option<Known> {
         (Role::PatchEmbedding, "patch embedding: kept in its dtype")
     } else if name.is_output_head() {
         (Role::OutputHead, "output head: kept in its dtype")
-    } else if shape[0] == 1 {
-        (Role::Linear, ONE_ROW)
     } else {
-        return Some(Known { role: Role::Linear, quantize: true, linear: true, reason: "2-D weight of a Linear" });
+        return Known { role: Role::Linear, quantize: true, linear: true, reason: "2-D weight of a Linear" };
     };
-    Some(Known { role, quantize: false, linear: true, reason })
+    Known { role, quantize: false, linear: true, reason }
 }

@@ -38,11 +38,14 @@ const WORDS: &[(&[&str], &str, Role)] = &[
             "heads",
             "logit",
             "logits",
+            "pred",
+            "qa",
             "reward",
             "rewards",
             "score",
             "scorer",
             "scores",
+            "summary",
             "unembed",
             "unembedding",
         ],
@@ -79,7 +82,7 @@ const OUTPUTS: &[&str] = &["decoder", "out", "output", "output_layer", "proj_out
 /// The first part of a module's name that says what it is, if one does: the part, what it says, the role.
 pub(super) fn objection(module: &str) -> Option<(&str, &'static str, Role)> {
     let last = module.rsplit('.').next().unwrap_or("");
-    if OUTPUTS.contains(&last) && !module.split('.').any(is_number) {
+    if module == "fc" || OUTPUTS.contains(&last) && !module.split('.').any(is_number) {
         return Some((last, "an output head", Role::OutputHead));
     }
     parts_that_count(module).find_map(|part| {

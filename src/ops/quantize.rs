@@ -146,12 +146,7 @@ impl Conversion {
         self.job().check_destination(&destination.as_ref().into())
     }
 
-    /// The name of the index, if one is written.
-    pub(crate) fn index_name(&self) -> Option<&'static str> {
-        self.job().index_name()
-    }
-
-    fn job(&self) -> Job<'_> {
+    pub(crate) fn job(&self) -> Job<'_> {
         let Conversion { source, plan, budget, device, options, relayout } = self;
         let manifest = relayout.as_ref().map(|relayout| &relayout.manifest);
         Job { source, plan, budget: *budget, device: &*device.backend, options, manifest, decodes: false }

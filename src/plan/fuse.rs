@@ -72,7 +72,8 @@ fn groups<'a>(
     for (i, tensor) in tensors.iter().enumerate() {
         let found = fusions.iter().find_map(|fusion| Some((*fusion, fusion.source_of(&tensor.name)?)));
         let Some((fusion, (prefix, which, expert))) = found else {
-            if tensor.role.is_expert() && tensor.decision != Decision::Keep {
+            let is_experts = tensor.role.is_expert() || is_of_one_expert(&tensor.name);
+            if is_experts && tensor.decision != Decision::Keep {
                 return Err(unknown(source, model_types, tensor));
             }
             continue;
@@ -84,6 +85,12 @@ fn groups<'a>(
         groups[place].members.insert((expert, which), i);
     }
     Ok(groups)
+}
+
+/// Whether a tensor is one expert's by its name, whatever else is known of it.
+fn is_of_one_expert(name: &str) -> bool {
+    let mut parts = name.split('.').skip_while(|part| *part != "experts").skip(1);
+    parts.next().is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 /// An error about an expert's tensor, with the way out.

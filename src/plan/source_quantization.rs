@@ -74,6 +74,7 @@ pub(crate) fn has_four_bits(source: &Source) -> bool {
 /// When parts of a weight are missing, or weights are stored rotated.
 fn decodes(source: &Source) -> Result<bool> {
     check_is_not_rotated(source)?;
+    check_is_in_order(source)?;
     let coded = Coded::new(source);
     let names = coded.names(source);
     for (file, info) in source.tensors() {
@@ -99,6 +100,18 @@ fn check_is_not_rotated(source: &Source) -> Result<()> {
         }
         false => Ok(()),
     }
+}
+
+/// compressed-tensors' own order of columns, of releases that wrote one: what decodes without it has other groups' scales.
+fn check_is_in_order(source: &Source) -> Result<()> {
+    let ordered = source.tensors().find(|(_, info)| info.name.ends_with(".weight_g_idx"));
+    ordered.map_or(Ok(()), |(file, info)| {
+        let why = format!(
+            "tensor {:?} gives columns another order than they are stored in (activation ordering), which isn't decoded: start              from a checkpoint that was quantized without it",
+            info.name
+        );
+        Err(Error::malformed(source.files[file].location.path(), why))
+    })
 }
 
 /// What is wrong with a tensor whose name is that of codes which decode, but whose parts aren't what they should be.

@@ -37,13 +37,21 @@ fn skipped(folder: &Folder) -> Value {
 fn options_choose_what_is_quantized_and_the_skip_list_follows() {
     let layer = "model.layers.0";
     let cases = [
-        (&[][..], vec!["mlp.experts.0.up_proj", "mlp.experts.1.up_proj", "self_attn.q_proj"], vec!["lm_head", "G"]),
-        (&["--only-experts"], vec!["mlp.experts.0.up_proj", "mlp.experts.1.up_proj"], vec!["lm_head", "G", "Q"]),
-        (&["--exclude", "experts"], vec!["self_attn.q_proj"], vec!["lm_head", "E", "G"]),
+        (
+            &[][..],
+            vec!["mlp.experts.0.up_proj", "mlp.experts.1.up_proj", "self_attn.q_proj"],
+            vec!["lm_head", "G", "score"],
+        ),
+        (
+            &["--only-experts"],
+            vec!["mlp.experts.0.up_proj", "mlp.experts.1.up_proj"],
+            vec!["lm_head", "G", "Q", "score"],
+        ),
+        (&["--exclude", "experts"], vec!["self_attn.q_proj"], vec!["lm_head", "E", "G", "score"]),
         (
             &["--include", "lm_head", "--exclude", r"experts\.1"],
             vec!["lm_head", "mlp.experts.0.up_proj", "self_attn.q_proj"],
-            vec!["E1", "G"],
+            vec!["E1", "G", "score"],
         ),
     ];
     for (flags, weights, skip) in cases {
@@ -80,7 +88,7 @@ fn config_json_keeps_its_text_and_gets_the_keys_that_loaders_read() {
     let expected = json!({
         "quant_method": "bitsandbytes", "load_in_4bit": true, "load_in_8bit": false, "bnb_4bit_quant_type": "fp4",
         "bnb_4bit_use_double_quant": true, "bnb_4bit_compute_dtype": "float16", "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": ["lm_head"],
+        "llm_int8_skip_modules": ["lm_head", "score"],
     });
     assert_eq!(value["quantization_config"], expected);
 }

@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 
 use safetensors::tensor::Dtype;
 
-use crate::support::{self, Folder, LINEAR, Tensor, contents, llama, serialize, with_header};
+use crate::support::{self, Folder, LINEAR, Tensor, contents, llama, read_tensors, serialize, with_header};
 
 /// Converting fails with these words, and no destination is left.
 #[track_caller]
@@ -325,10 +325,14 @@ fn a_checkpoint_without_anything_to_quantize_is_refused() {
     refused(&gpt2, 3, &[], &["nothing to quantize", "--include"]);
 }
 
+/// As a plain name, "model.fc" would mean both.
 #[test]
-fn a_kept_module_whose_name_ends_a_quantized_ones_is_refused() {
+fn a_kept_module_whose_name_ends_a_quantized_ones_is_listed_as_a_pattern() {
     let folder = Folder::new("some_new_model");
     let names = ["model.fc.weight", "other.model.fc.weight"];
     folder.write("model.safetensors", serialize(&names.map(|name| Tensor::random(name, Dtype::BF16, &[8, 64]))));
-    refused(&folder, 2, &["--exclude", "^model"], &["module \"model.fc\" is kept", "\"other.model.fc\"", "keep both"]);
+    folder.convert(&["--exclude", "^model"]).ok();
+    let skipped = folder.read_json("config.json")["quantization_config"]["llm_int8_skip_modules"].to_string();
+    assert!(skipped.contains(r#""model\\.fc$""#), "{skipped}");
+    assert!(read_tensors(&folder.destination()).contains_key("other.model.fc.weight.absmax"));
 }

@@ -236,6 +236,9 @@ fn what_does_not_decode_is_named_with_what_was_found() {
     let transforms = json!({"config_groups": {"R1": {"type": "hadamard"}}});
     let rotated = json!({"quant_method": "compressed-tensors", "transform_config": transforms});
     convert(&rotated, &stored).fails(3, &["config.json", "transform_config", "rotated"]);
+    // Columns in another order than they are stored in.
+    let order = Tensor::new(&format!("{LINEAR}_g_idx"), Dtype::I32, &[96], vec![0; 96 * 4]);
+    convert(&config, &[&stored[..], &[order]].concat()).fails(3, &["weight_g_idx", "order"]);
     // Eight-bit integers are no FP4.
     let integers = [
         Tensor::new(LINEAR, Dtype::I8, &[24, 96], vec![1; 24 * 96]),

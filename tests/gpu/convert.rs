@@ -90,7 +90,7 @@ fn every_group_format_gives_the_cpus_files() {
         ("nvfp4", &[], &["nvfp4_bf16", "nvfp4_f16", "nvfp4_f32"]),
         ("nvfp4", &["--layout", "modelopt"], &["nvfp4_modelopt_bf16", "nvfp4_modelopt_f16", "nvfp4_modelopt_f32"]),
     ] {
-        let flags = [&["--format", format, "--include", "lm_head"], flags].concat();
+        let flags = [&["--format", format, "--include", "lm_head|_proj"], flags].concat();
         let (to, used) = (folder.beside(&flags.concat()), folder.beside("report"));
         let settings = [("FAKE_CUDA_REPORT", used.to_str().unwrap())];
         let memory = 1 << 20;
@@ -154,7 +154,7 @@ fn tensors_that_share_a_scale_cross_the_link_once_where_a_slot_takes_them() {
     let folder = checkpoint_with_sets();
     let bytes = (130 * 512 * (4 * 2 + 4)) as u64;
     for layout in ["compressed-tensors", "modelopt"] {
-        let flags = ["--format", "nvfp4", "--layout", layout];
+        let flags = ["--format", "nvfp4", "--layout", layout, "--include", "_proj"];
         let expected = on_the_cpu(&folder, &flags);
         for (memory, is_measured_there) in [("64MiB", true), ("1MiB", false)] {
             let (to, used) = (folder.beside(&[layout, memory].concat()), folder.beside("report"));
@@ -172,7 +172,7 @@ fn tensors_that_share_a_scale_cross_the_link_once_where_a_slot_takes_them() {
 #[test]
 fn a_set_that_a_slot_ran_out_of_memory_in_is_finished_in_another() {
     let folder = checkpoint_with_sets();
-    let flags = ["--format", "nvfp4", "--max-shard-size", "80kB", "--threads", "2"];
+    let flags = ["--format", "nvfp4", "--max-shard-size", "80kB", "--threads", "2", "--include", "_proj"];
     let expected = on_the_cpu(&folder, &flags);
     for call in 1..=12 {
         let failure = format!("cuLaunchKernel:{call}:2");

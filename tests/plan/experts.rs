@@ -190,7 +190,8 @@ fn what_cant_be_fused_is_named() {
     let taken = Tensor::random(&name("down_proj"), Dtype::BF16, &[3, 8, 8]);
     refused(&[&all[..], &[taken]].concat(), &[], &[&name("down_proj")]);
     let other = Tensor::random(&name("0.w7.weight"), Dtype::BF16, &[8, 8]);
-    refused(&[&all[..], &[other]].concat(), &[], &[&name("0.w7.weight"), "qwen3_moe", "keep"]);
+    // Left in doubt, unless it is asked for.
+    refused(&[&all[..], &[other]].concat(), &["--include", "w7"], &[&name("0.w7.weight"), "qwen3_moe", "keep"]);
 
     folder.write("config.json", r#"{"model_type": "brand_new_moe"}"#);
     refused(&all, &[], &["brand_new_moe", "isn't known", "--experts keep"]);

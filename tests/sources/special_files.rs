@@ -93,7 +93,9 @@ fn verifying_never_waits_for_a_pipe_or_an_endless_file() {
             let mut arguments = vec![Path::new("verify"), &copy];
             arguments.extend(quick.then_some(Path::new("--quick")));
             let run = run(&arguments);
-            assert!(matches!(run.code, 1 | 3), "{name}: {} {}", run.code, run.stderr);
+            // No client loads the model card: that it is another is said, and no more.
+            let codes: &[i32] = if name == "README.md" { &[0] } else { &[1, 3] };
+            assert!(codes.contains(&run.code), "{name}: {} {}", run.code, run.stderr);
             assert!(name == "prequant.json" || (run.stdout + &run.stderr).contains(&name), "{name} isn't named");
         }
     }

@@ -29,6 +29,9 @@ from .manifest import (
 )
 
 INDEX = "model.safetensors.index.json"
+DIFFUSERS = "diffusion_pytorch_model"
+"""How diffusers' files of weights begin, and the index beside them."""
+
 CONFIG = "config.json"
 DOWNLOAD_AGAIN = "download or convert it again"
 CHUNK = 1 << 20
@@ -248,16 +251,18 @@ class Differences:
         """The index is what is written for the manifest's tensors: every one in its file, and nothing else."""
         recorded = {name: digest for name, _, digest in manifest.files}
         weight_map = {output["name"]: output["file"] for output, _ in manifest.outputs()}
-        if INDEX not in recorded:
+        is_diffusers = any(file.startswith(DIFFUSERS) for file in weight_map.values())
+        index_name = f"{DIFFUSERS}.safetensors.index.json" if is_diffusers else INDEX
+        if index_name not in recorded:
             if len(set(weight_map.values())) > 1:
-                self._differ(INDEX, f"is not in {MANIFEST}, though there are several files of weights")
+                self._differ(index_name, f"is not in {MANIFEST}, though there are several files of weights")
             return
         total = sum(byte_len(output["dtype"], output["shape"]) for output, _ in manifest.outputs())
         in_order = dict(sorted(weight_map.items(), key=lambda entry: entry[0].encode()))
         index = {"metadata": {"total_size": total}, "weight_map": in_order}
         text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
-        if hashlib.sha256(text.encode()).hexdigest() != recorded[INDEX]:
-            self._differ(INDEX, f"isn't the index that prequant writes for its tensors, whose total_size is {total}")
+        if hashlib.sha256(text.encode()).hexdigest() != recorded[index_name]:
+            self._differ(index_name, f"isn't the index that prequant writes for its tensors, whose total_size is {total}")
 
 
 def _name(line: str) -> str:

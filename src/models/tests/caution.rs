@@ -12,7 +12,7 @@ fn must_be_kept(kind: Kind) -> bool {
 }
 
 /// Last names of matrices that only a model's code tells from Linears: too few of hundreds to doubt all of that name.
-const ONLY_CODE_TELLS: &[&str] = &[];
+const ONLY_CODE_TELLS: &[&str] = &["query"];
 
 fn last_name(tensor: &str) -> &str {
     let module = tensor.strip_suffix(".weight").unwrap_or(tensor);

@@ -43,7 +43,7 @@ fn files(conversion: &Conversion, outcome: &Outcome) -> Result<Vec<FileRecord>> 
         size: file.len,
         sha256: *sha256,
     }));
-    if let Some(name) = conversion.index_name() {
+    if let Some(name) = conversion.job().index_name() {
         let mut hasher = HashingWriter::new(io::sink());
         write_index_of(plan, &mut hasher).at(name.as_ref(), "write it")?;
         let (size, sha256) = hasher.finish();
