@@ -6,12 +6,9 @@ use std::sync::{Arc, LazyLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use prequant::Error;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 use signal_hook::iterator::Signals;
-
-use super::output;
 
 /// How long the work may take to stop; a disk that doesn't answer must not keep the process.
 const PATIENCE: Duration = Duration::from_millis(900);
@@ -33,8 +30,8 @@ pub fn exit_code() -> Option<u8> {
     (signal > 0).then_some(128 + signal as u8)
 }
 
-/// Starts to listen. A process that has to be ended says so as `output::finish` would.
-pub fn listen(json: bool) -> io::Result<()> {
+/// Starts to listen; `end` ends a process that doesn't stop by itself.
+pub fn listen(end: impl FnOnce() + Send + 'static) -> io::Result<()> {
     for signal in [SIGINT, SIGTERM] {
         flag::register_usize(signal, SIGNAL.clone(), signal as usize)?;
         flag::register(signal, INTERRUPTED.clone())?;
@@ -46,7 +43,7 @@ pub fn listen(json: bool) -> io::Result<()> {
         while first.elapsed() < PATIENCE && signals.pending().next().is_none() {
             thread::sleep(LOOK);
         }
-        output::end(&Error::Interrupted, json);
+        end();
     })?;
     Ok(())
 }

@@ -49,7 +49,8 @@ Exit codes: 0 done; 1 a check found a difference; 2 wrong usage; 3 bad input; 4 
 /// Runs the command that the process was started with.
 pub fn run() -> ExitCode {
     let json = asks_for_json(env::args_os());
-    if let Err(source) = limits::listen(json).and_then(|()| interrupt::listen(json)) {
+    let end = move || output::end(&Error::Interrupted, json);
+    if let Err(source) = limits::listen(json).and_then(|()| interrupt::listen(end)) {
         let error = Error::Io { path: "signals".into(), action: "listen for them", source };
         return output::finish(Err(error), json);
     }

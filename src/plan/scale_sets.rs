@@ -6,7 +6,7 @@ use crate::error::{Hint, Warning};
 use crate::format::{Codec, Sharing};
 use crate::models::families::families;
 use crate::models::{Role, merged_linears};
-use crate::plan::{Decision, PlannedTensor, clients};
+use crate::plan::{Decision, PlannedTensor};
 use crate::recipe::Recipe;
 
 /// Linears that are merged: what their modules' names begin with, and their last names.
@@ -57,8 +57,6 @@ pub(crate) fn warnings(recipe: &Recipe, model_types: &[&str], tensors: &[Planned
         let message = "vLLM (0.33) can't load one tensor per expert of a gpt_oss model".to_owned();
         warnings.push(Warning { message, hint: Some(Hint::GptOssLayout) });
     }
-    warnings.extend(clients::odd_rows_warning(&codec, tensors));
-    warnings.extend(clients::tensor_parallel_warning(&codec, tensors));
     if tensors.iter().any(|tensor| quantized(tensor) && tensor.role == Role::OutputHead) {
         warnings.push("an output head is quantized, which vLLM can't load in this layout".into());
     }

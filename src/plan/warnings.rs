@@ -1,6 +1,6 @@
 //! What the user should know before using the output.
 
-use super::{Decision, PlannedTensor, gaps, has_4_bit_experts, scale_sets};
+use super::{Decision, PlannedTensor, clients, gaps, has_4_bit_experts, scale_sets};
 use crate::checkpoint::{Config, Source};
 use crate::dtype::Dtype;
 use crate::error::{Hint, Warning};
@@ -54,6 +54,8 @@ pub(super) fn of(
     warnings.extend(tied_head(source, tensors));
     let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
     warnings.extend(scale_sets::warnings(recipe, &model_types, tensors));
+    warnings.extend(clients::odd_rows_warning(&recipe.codec(), tensors));
+    warnings.extend(clients::tensor_parallel_warning(&recipe.codec(), tensors));
     if tensors.iter().any(|tensor| tensor.dtype == Dtype::F64) {
         warnings.push("it has F64 tensors, which are copied unchanged".into());
     }
