@@ -481,7 +481,7 @@ def memory(bench: Bench) -> Iterator[Row]:
     for words in (["nf4"], ["nf4", "--double-quant"], ["nvfp4"]):
         for count in (1, 16, 64):
             command = [bench.arguments.prequant, "convert", source, sparse.fresh("converted") / "to", "--quiet"]
-            seconds, peak = sparse.run([*command, "--device", "cpu", "--threads", count, "--format", *words])
+            seconds, peak, _ = sparse.run([*command, "--device", "cpu", "--threads", count, "--format", *words])
             name = f"{bench.arguments.tensors} tensors, {' '.join(words)}, threads: {count}: peak MiB"
             yield Row(name, seconds, ratio=peak / 2**20, of="MiB", bar=MEMORY)
     shutil.rmtree(sparse.WORK)

@@ -95,18 +95,23 @@ def thousand_shards(binary: Path) -> bool:
 
 def check(name: str, command: list, limit: int, most_seconds: float | None = None) -> bool:
     """Runs a command that must succeed, and prints what it took; whether that is no more than it may."""
+    seconds, peak, processor = run(command)
+    passed = peak <= limit and (most_seconds is None or processor <= most_seconds)
+    verdict, most = "ok" if passed else "FAILED", limit / 2**20
+    peak /= 2**20
+    print(f"{verdict:6} {name}: {peak:.0f} of {most:.0f} MiB, {seconds:.2f} s, {processor:.2f} s of processor time", flush=True)
+    return passed
+
+
+def run(command: list) -> tuple[float, float, float]:
+    """Runs a command that must succeed. Seconds, bytes of peak RSS, seconds of processor time."""
     start = time.perf_counter()
     process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"exit code {process.returncode}: {' '.join(map(str, command))}")
-    seconds, peak, processor = time.perf_counter() - start, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
-    passed = peak <= limit and (most_seconds is None or processor <= most_seconds)
-    verdict, most = "ok" if passed else "FAILED", limit / 2**20
-    peak /= 2**20
-    print(f"{verdict:6} {name}: {peak:.0f} of {most:.0f} MiB, {seconds:.2f} s, {processor:.2f} s of processor time", flush=True)
-    return passed
+    return time.perf_counter() - start, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
 
 
 def apart(act: Callable[[], None]) -> None:

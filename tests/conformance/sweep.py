@@ -190,6 +190,17 @@ def classes(model_type):
             return
 
 
+# What is known to differ, and why. None of it is silent: the command refuses, or says that a tensor is kept.
+KNOWN = {
+    "clipseg": "this script finds no Linear to compare",
+    "hy_v4": "group formats refuse its fused experts, whose layout isn't known",
+    "inkling_text": "group formats refuse its fused experts, whose layout isn't known",
+    "qwen3_omni_moe_talker_code_predictor": "heads are kept that transformers ties one by one",
+    "resnet": "its only Linear is a head, which is kept: nothing is left to quantize",
+    "step3p7": "group formats refuse its fused experts under their hub name",
+}
+
+
 def main():
     parser = argparse.ArgumentParser(prog="scripts/conformance sweep", description=__doc__.splitlines()[0])
     parser.add_argument("prequant", type=Path)
@@ -221,7 +232,9 @@ def main():
             lines = Counter(re.sub(r"\.\d+(?=\.)|\.\d+$", ".N", line) for line in found)
             for line, times in lines.items():
                 print(f"{model_type} {name}: {line}" + (f" (x{times})" if times > 1 else ""), flush=True)
-            wrong[model_type] += bool(lines)
+            if lines and model_type in KNOWN:
+                print(f"{model_type}: known: {KNOWN[model_type]}", flush=True)
+            wrong[model_type] += bool(lines) and model_type not in KNOWN
         totals["types" if built else "types not built"] += 1
     bad = sum(bool(count) for count in wrong.values())
     print(f"{totals['types']} types, {totals['classes']} classes; {totals['types not built']} not built; {bad} types differ")
