@@ -20,7 +20,7 @@ use prequant::internal::checkpoint::Source;
 use prequant::internal::format::Codec;
 use prequant::internal::kernel::sha256::{Sha256Stream, update_pair};
 use prequant::internal::kernel::{Kernel, group};
-use prequant::internal::store::Location;
+use prequant::internal::store::{Location, ReadAt, read_exact_at};
 use prequant::{FloatDtype, Options, Plan, PlannedTensor, RecipeOptions, plan};
 
 /// Any error, from any thread.
@@ -153,13 +153,14 @@ fn buffer() -> Vec<u8> {
 fn read(source: &Source, threads: usize) -> Result<(), Failure> {
     let mut ranges = Vec::new();
     for file in &source.files {
-        let opened = Arc::new(File::open(file.location.path())?);
+        let opened: Arc<dyn ReadAt> = file.location.open()?.into();
         let starts = (0..file.identity.len).step_by(RANGE as usize);
         ranges.extend(starts.map(|start| (opened.clone(), start, RANGE.min(file.identity.len - start))));
     }
     share(threads, &ranges, buffer, |buffer, (file, start, len)| {
         for offset in (0..*len).step_by(PIECE) {
-            file.read_exact_at(&mut buffer[..(len - offset).min(PIECE as u64) as usize], start + offset)?;
+            let piece = &mut buffer[..(len - offset).min(PIECE as u64) as usize];
+            read_exact_at(&**file, piece, start + offset)?;
         }
         Ok(())
     })

@@ -70,5 +70,6 @@ pub mod stats {
 pub mod store {
     pub use crate::store::{
         Fault, FaultyStore, Identity, Listing, LocalStore, Location, MemoryStore, ReadAt, Stat, Store, WriteAt,
+        read_exact_at,
     };
 }

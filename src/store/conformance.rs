@@ -48,6 +48,30 @@ fn what_is_written_anywhere_in_a_file_is_read_back() {
 }
 
 #[test]
+fn any_part_is_read_to_any_address() {
+    let content = bytes(300_000);
+    for (place, _kept) in stores() {
+        let file = place.join("file");
+        write_all_at(&*file.create(300_000).unwrap(), &content, 0).unwrap();
+        let opened = file.open().unwrap();
+        let mut buffer = vec![0; 310_000];
+        for (address, offset, len) in
+            (0..100).flat_map(|i| [(i, 0, 4096), (64 - i % 64, i, 290_000), (i, 4096 - i, 131_200)])
+        {
+            buffer.fill(1);
+            read_exact_at(&*opened, &mut buffer[address..address + len], offset as u64).unwrap();
+            assert_eq!(
+                buffer[address..address + len],
+                content[offset..offset + len],
+                "{place} {address} {offset} {len}"
+            );
+            assert!(buffer[..address].iter().chain(&buffer[address + len..]).all(|&byte| byte == 1));
+        }
+        assert_eq!(opened.read_at(&mut buffer, 299_000).unwrap(), 1000);
+    }
+}
+
+#[test]
 fn a_file_that_is_created_anew_has_nothing_of_the_old_one() {
     for (place, _kept) in stores() {
         let file = place.join("file");

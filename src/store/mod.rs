@@ -137,7 +137,7 @@ pub struct Listing {
 }
 
 /// Reads all of `buffer`; `UnexpectedEof` if the file ends before.
-pub(crate) fn read_exact_at(file: &dyn ReadAt, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+pub fn read_exact_at(file: &dyn ReadAt, buffer: &mut [u8], offset: u64) -> io::Result<()> {
     let mut done = 0;
     while done < buffer.len() {
         match file.read_at(&mut buffer[done..], offset + done as u64) {
