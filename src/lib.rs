@@ -49,6 +49,7 @@ mod error;
 mod format;
 #[doc(hidden)]
 pub mod internal;
+mod json_text;
 mod kernel;
 mod layout;
 mod manifest;

@@ -166,7 +166,7 @@ pub struct TensorRecord {
 }
 
 /// A tensor as the source has it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 pub struct SourceTensorRecord {
     /// Its name.
     pub name: String,
@@ -179,7 +179,7 @@ pub struct SourceTensorRecord {
 }
 
 /// Keep or quantize.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DecisionRecord {
     /// Copied as it is.

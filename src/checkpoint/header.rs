@@ -5,18 +5,18 @@
 //! (<https://huggingface.co/docs/safetensors>, "Format").
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::io::{self, BufReader, Read};
+use std::io::{self, Read};
 use std::path::Path;
 use std::sync::Arc;
 
 use safetensors::tensor::{Metadata as Checked, TensorInfo as LibraryEntry};
 use serde::Deserialize;
-use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, Visitor};
+use serde::de::{self, Deserializer};
 
 use super::first_bytes;
 use crate::dtype::{self, Dtype, byte_len};
 use crate::error::{Error, IoContext, Result};
+use crate::json_text::{Failure, JsonText};
 use crate::shape::Shapes;
 use crate::store::{HashingReader, Sha256Hash};
 
@@ -25,9 +25,6 @@ pub(crate) const MAX_HEADER_LEN: u64 = 100_000_000;
 
 /// Bytes before the JSON.
 pub(super) const LENGTH_FIELD: u64 = 8;
-
-/// What is read at once.
-const BUFFER: usize = 1 << 16;
 
 /// Tensors that the library checks at once: it takes a copy of what it checks.
 const CHECKED_AT_ONCE: usize = 1 << 12;
@@ -90,17 +87,17 @@ impl Header {
         }
         let data_start = LENGTH_FIELD + json_len;
 
-        let parsed = parse(BufReader::with_capacity(BUFFER, file.by_ref().take(json_len)));
+        let mut text = JsonText::new(file.by_ref().take(json_len), 0);
+        let parsed = parse(&mut text);
+        let is_at_end = text.is_at_end();
         let (read, sha256) = file.finish();
         let (mut entries, metadata) = match parsed {
             Ok(parsed) => parsed,
-            Err(NoHeader { error, .. }) if error.is_io() => {
-                return Err(io::Error::from(error)).at(path, "read its header");
-            }
-            Err(NoHeader { error, .. }) if error.is_eof() && read < data_start => {
+            Err(NoHeader { failure: Failure::Io(error), .. }) => return Err(error).at(path, "read its header"),
+            Err(_) if is_at_end && read < data_start => {
                 return Err(io::Error::from(io::ErrorKind::UnexpectedEof)).at(path, "read its header");
             }
-            Err(NoHeader { tensor, error }) => {
+            Err(NoHeader { tensor, failure: Failure::Json(error) }) => {
                 let tensor = tensor.map(|name| format!("tensor {name:?}: ")).unwrap_or_default();
                 let why = format!("its header is not a safetensors header: {tensor}{error}");
                 return Err(Error::malformed(path, why));
@@ -211,61 +208,37 @@ fn defect(entries: &[Entry], data_start: u64, file_len: u64) -> Option<String> {
 /// Why a header isn't one, and the tensor at whose entry that shows, if at one's.
 struct NoHeader {
     tensor: Option<String>,
-    error: serde_json::Error,
+    failure: Failure,
 }
 
-/// The entries in their own order, and `__metadata__`.
-fn parse(json: impl Read) -> Result<(Vec<Entry>, Metadata), NoHeader> {
-    let (mut entries, mut metadata, mut at) = (Vec::new(), None, None);
-    let mut json = serde_json::Deserializer::from_reader(json);
-    let parsing = Entries { entries: &mut entries, metadata: &mut metadata, shapes: Shapes::default(), at: &mut at };
-    let parsed = parsing.deserialize(&mut json).and_then(|()| json.end());
-    parsed.map(|()| (entries, metadata.unwrap_or_default())).map_err(|error| NoHeader { tensor: at, error })
-}
-
-/// Reads the JSON object. The library's own type reads it into maps, which lose a name that stands in it twice.
-struct Entries<'a> {
-    entries: &'a mut Vec<Entry>,
-    metadata: &'a mut Option<Metadata>,
-    shapes: Shapes,
-    /// The tensor whose entry is being read.
-    at: &'a mut Option<String>,
-}
-
-impl<'de> DeserializeSeed<'de> for Entries<'_> {
-    type Value = ();
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
-        deserializer.deserialize_map(self)
-    }
-}
-
-impl<'de> Visitor<'de> for Entries<'_> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an object of tensors by name")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
-        while let Some(name) = map.next_key::<String>()? {
-            if name != METADATA_KEY {
-                *self.at = Some(name);
-                let RawEntry { dtype, shape, data_offsets } = map.next_value()?;
-                let shape = self.shapes.get(&shape);
-                let name = self.at.take().map(Arc::from);
-                self.entries.extend(name.map(|name| Entry { name, dtype, shape, data_offsets }));
-            } else if self.metadata.replace(map.next_value()?).is_some() {
-                return Err(de::Error::custom(format!("the key {METADATA_KEY:?} stands in it twice")));
-            }
+/// The entries in their own order, and `__metadata__`. The library's own type reads them into maps, which lose a name that stands
+/// there twice.
+fn parse(text: &mut JsonText<impl Read>) -> Result<(Vec<Entry>, Metadata), NoHeader> {
+    let (mut entries, mut metadata, mut at) = (Vec::new(), None::<Metadata>, None);
+    let mut shapes = Shapes::default();
+    let parsed = text.object("an object of tensors by name", &mut |name, text| {
+        if name != METADATA_KEY {
+            at = Some(name);
+            let RawEntry { dtype, shape, data_offsets } = text.value()?;
+            let (name, shape) = (at.take().unwrap_or_default().into(), shapes.get(&shape));
+            entries.push(Entry { name, dtype, shape, data_offsets });
+        } else if metadata.replace(text.value()?).is_some() {
+            return Err(text.defect(&format!("the key {METADATA_KEY:?} stands in it twice")));
         }
-        let mut names: Vec<&str> = self.entries.iter().map(|entry| &*entry.name).collect();
-        names.sort_unstable();
-        match names.windows(2).find(|pair| pair[0] == pair[1]) {
-            Some(twice) => Err(de::Error::custom(format!("tensor {:?} stands in it twice", twice[0]))),
-            None => Ok(()),
-        }
-    }
+        Ok(())
+    });
+    let checked = parsed.and_then(|()| match twice(&entries) {
+        Some(name) => Err(text.defect(&format!("tensor {name:?} stands in it twice"))),
+        None => text.end(),
+    });
+    checked.map(|()| (entries, metadata.unwrap_or_default())).map_err(|failure| NoHeader { tensor: at, failure })
+}
+
+/// A name that two of the entries have.
+fn twice(entries: &[Entry]) -> Option<&str> {
+    let mut names: Vec<&str> = entries.iter().map(|entry| &*entry.name).collect();
+    names.sort_unstable();
+    names.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0])
 }
 
 /// The library's entry, with an error that tells of a dtype which it doesn't have.

@@ -96,11 +96,24 @@ impl HeaderText {
         self.hand_on(take)
     }
 
+    /// Bytes that adding a tensor and those before it takes, of any name in two parts: what [`HeaderText::entry`] would write.
+    fn entry_len(name: [&str; 2], dtype_len: u64, shape: &[u64], offsets: (u64, u64)) -> u64 {
+        const FIXED: u64 = r#","":{"dtype":"","shape":[],"data_offsets":[,]}"#.len() as u64;
+        let escaped = |byte: u8| match byte {
+            b'"' | b'\\' | b'\n' | b'\r' | b'\t' | 0x08 | 0x0c => 1,
+            0..0x20 => 5,
+            _ => 0,
+        };
+        let name_len = |part: &str| part.len() as u64 + part.bytes().map(escaped).sum::<u64>();
+        let shape_len = shape.iter().map(|&dimension| digits(dimension) + 1).sum::<u64>().saturating_sub(1);
+        let names = name.into_iter().map(name_len).sum::<u64>();
+        FIXED + names + dtype_len + shape_len + digits(offsets.0) + digits(offsets.1)
+    }
+
     /// More bytes than an entry takes whose name is made up of these parts, in a file of at most so many bytes of tensors.
     pub(crate) fn most(name: [&str; 2], shape: &[u64], bytes: u64) -> u64 {
         // The longest dtype, and all that is the same for each entry.
         const FIXED: u64 = r#","":{"dtype":"F8_E4M3FNUZ","shape":[],"data_offsets":[,]}"#.len() as u64;
-        let digits = |number: u64| u64::from(number.checked_ilog10().unwrap_or(0)) + 1;
         // A control character is written as a backslash and five more.
         let escaped = |byte: &u8| matches!(byte, 0..0x20 | b'"' | b'\\' | 0x7f);
         let name_len = |part: &str| part.len() as u64 + 5 * part.bytes().filter(escaped).count() as u64;
@@ -114,6 +127,49 @@ impl HeaderText {
         self.text.clear();
         Ok(())
     }
+}
+
+/// The length of a header in the making, with that of what is before its JSON.
+pub(crate) struct HeaderLen {
+    len: u64,
+    position: u64,
+    /// Dtypes whose names' lengths are known: a file has few.
+    dtypes: Vec<(Dtype, u64)>,
+}
+
+impl HeaderLen {
+    /// As [`HeaderText::new`].
+    pub(crate) fn new(metadata: &Metadata) -> HeaderLen {
+        let begin = HeaderText::new(metadata).text.len() as u64;
+        HeaderLen { len: LENGTH_FIELD + begin, position: 0, dtypes: Vec::new() }
+    }
+
+    /// As [`HeaderText::entry`], of a name in two parts.
+    pub(crate) fn entry(&mut self, name: [&str; 2], dtype: Dtype, shape: &[u64], len: u64) {
+        let dtype_len = match self.dtypes.iter().find(|(known, _)| *known == dtype) {
+            Some((_, len)) => *len,
+            None => {
+                let mut text = Vec::new();
+                put(&mut text, &dtype);
+                let len = text.len() as u64 - 2;
+                self.dtypes.push((dtype, len));
+                len
+            }
+        };
+        let end = self.position.saturating_add(len);
+        self.len += HeaderText::entry_len(name, dtype_len, shape, (self.position, end));
+        self.position = end;
+    }
+
+    /// As [`HeaderText::end`].
+    pub(crate) fn end(self) -> u64 {
+        (self.len + 1).next_multiple_of(ALIGNMENT)
+    }
+}
+
+/// Digits of a number.
+fn digits(number: u64) -> u64 {
+    u64::from(number.checked_ilog10().unwrap_or(0)) + 1
 }
 
 /// Appends a value as JSON.
@@ -165,6 +221,24 @@ mod tests {
         let found = text_of(&tensors);
         assert!((LENGTH_FIELD + found.len() as u64).is_multiple_of(ALIGNMENT));
         assert_eq!(found.trim_ascii_end(), expected);
+    }
+
+    #[test]
+    fn a_header_is_as_long_as_its_text() {
+        let all: String = ('\0'..'\u{100}').collect();
+        let shapes: [&[u64]; 5] = [&[], &[0], &[1, 10, 99], &[100, 9], &[1_000_000_007, 3]];
+        let dtypes = [Dtype::F8_E4M3FNUZ, Dtype::BF16, Dtype::F64, Dtype::BOOL];
+        let names = ["", "a", "größe", all.as_str()];
+        let mut tensors = Vec::new();
+        for (name, dtype) in names.into_iter().flat_map(|name| dtypes.map(|dtype| (name, dtype))) {
+            tensors.extend(shapes.map(|shape| (name, dtype, shape)));
+            let mut len = HeaderLen::new(&BTreeMap::new());
+            for (name, dtype, shape) in &tensors {
+                let cut = name.char_indices().nth(1).map_or(0, |(at, _)| at);
+                len.entry([&name[..cut], &name[cut..]], *dtype, shape, byte_len(*dtype, shape).unwrap());
+            }
+            assert_eq!(len.end(), LENGTH_FIELD + text_of(&tensors).len() as u64);
+        }
     }
 
     #[test]

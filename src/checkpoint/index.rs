@@ -5,10 +5,12 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 
-use serde::{Deserialize, Serialize, Serializer};
+use serde::{Serialize, Serializer};
 
+use super::index_entries::entries;
 use super::{TensorInfo, first_bytes};
 use crate::error::{Error, IoContext, Result, TooLong};
+use crate::json_text::Failure;
 use crate::store::{HashingWriter, Location, Reader, Sha256Hash};
 
 /// The largest index of a source that is read: a thousand times a common one.
@@ -17,8 +19,7 @@ pub(crate) const MAX_INDEX_LEN: u64 = 256 << 20;
 /// Bytes that are read at once.
 const BUFFER: usize = 1 << 16;
 
-/// An index as it stands in the file; other keys are ignored.
-#[derive(Deserialize)]
+/// An index as it stands in the file.
 pub struct Index {
     weight_map: BTreeMap<String, String>,
 }
@@ -61,13 +62,20 @@ impl Index {
     pub fn parse(text: impl Read, path: &Path) -> Result<Index> {
         let mut text = BufReader::with_capacity(BUFFER, text);
         first_bytes::check_json(text.fill_buf().at(path, "read it")?, path)?;
-        let mut index: Index = serde_json::from_reader(text).map_err(|error| match error.is_io() {
-            true => Error::Io { path: path.to_owned(), action: "read it", source: error.into() },
-            false => Error::malformed(path, format!("not an index of tensors: {error}")),
+        let mut index = Index { weight_map: BTreeMap::new() };
+        let read = entries(text, &mut |tensor, file| drop(index.weight_map.insert(tensor, file)));
+        read.map_err(|failure| match failure {
+            Failure::Io(source) => Error::Io { path: path.to_owned(), action: "read it", source },
+            Failure::Json(why) => Error::malformed(path, format!("not an index of tensors: {why}")),
         })?;
+        let mut last: Option<String> = None;
         for (tensor, file) in &mut index.weight_map {
+            // Most tensors are in the file of the one before.
+            if last.as_ref() == Some(file) {
+                continue;
+            }
             match inside(file) {
-                Some(name) if name == *file => {}
+                Some(name) if name == *file => last = Some(name),
                 Some(name) => *file = name,
                 None => {
                     let why = format!(

@@ -28,7 +28,7 @@ pub(crate) use config::{MAX_JSON_LEN, WEIGHTS_KEY};
 pub(crate) use file_class::FileClass;
 pub use header::Header;
 pub(crate) use header::{MAX_HEADER_LEN, Metadata, TensorInfo, sort_canonically};
-pub(crate) use header_text::{ALIGNMENT, HeaderText};
+pub(crate) use header_text::{ALIGNMENT, HeaderLen, HeaderText};
 pub use index::Index;
 pub(crate) use index::{IndexHasher, write_index};
 pub(crate) use index_entries::read_entries;

@@ -15,6 +15,12 @@ pub fn lines(text: &str) -> Cow<'_, str> {
 }
 
 fn escaped(text: &str, is_escaped: impl Fn(char) -> bool) -> Cow<'_, str> {
+    // Nearly all text is; all of it is looked at, which is faster than to stop.
+    if text.bytes().fold(true, |is_plain, byte| is_plain & ((b' '..=b'~').contains(&byte) | (byte == b'\n')))
+        && (!text.contains('\n') || !is_escaped('\n'))
+    {
+        return text.into();
+    }
     let Some(first) = text.find(&is_escaped) else { return text.into() };
     let mut plain = text[..first].to_owned();
     for c in text[first..].chars() {

@@ -52,6 +52,9 @@ pub(crate) fn take_out(source: &mut Source) -> Result<()> {
 
 /// Scales and the like of weights that are floats.
 fn take_out_scales(source: &mut Source) {
+    if !source.tensors().any(|(_, info)| is_parameter(&info.name)) {
+        return;
+    }
     let floats = source.tensors().filter(|(_, info)| FloatDtype::of(info.dtype).is_some());
     let floats: HashSet<&str> = floats.map(|(_, info)| &*info.name).collect();
     let is_stale = |info: &TensorInfo| {

@@ -1,13 +1,10 @@
 //! Reading manifests, of this version's schema and of older ones. A record is read for every tensor, and held only by who wants it.
 
-use std::cell::Cell;
 use std::fmt;
-use std::io::{self, BufReader, Read};
-use std::marker::PhantomData;
+use std::io::{self, Read};
 use std::ops::Range;
 
-use serde::Deserialize;
-use serde::de::{self, DeserializeOwned, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::Value;
 
 use super::{
@@ -15,11 +12,9 @@ use super::{
     Summary, TensorRecord, Tool, v1,
 };
 use crate::error::{Error, IoContext, Result};
+use crate::json_text::{Failure, JsonText};
 use crate::recipe::ExpertLayout;
 use crate::store::{HashingReader, Location, ReadAt, Reader, Sha256Hash};
-
-/// Bytes that are read at once.
-const BUFFER: usize = 1 << 16;
 
 /// Takes each record, with the bytes of the file that hold it.
 type Each<'a, T> = &'a mut dyn FnMut(T, Range<u64>);
@@ -93,14 +88,15 @@ pub(crate) fn read_part<T: DeserializeOwned>(
     part: Range<u64>,
     each: &mut dyn FnMut(T),
 ) -> io::Result<()> {
-    let records = BufReader::with_capacity(BUFFER, Reader::at(file, part.start).take(part.end - part.start));
-    let mut list = serde_json::Deserializer::from_reader((&b"["[..]).chain(records).chain(&b"]"[..]));
-    Records { each: &mut |record, _| each(record), position: &Cell::new(0) }.deserialize(&mut list)?;
-    Ok(list.end()?)
+    let mut text = JsonText::new(Reader::at(file, part.start).take(part.end - part.start), part.start);
+    let read = text.rest_of_list(&mut |text| text.value().map(&mut *each));
+    read.map_err(|failure| match failure {
+        Failure::Io(error) => error,
+        Failure::Json(why) => io::Error::new(io::ErrorKind::InvalidData, why),
+    })
 }
 
 /// What tells how to read the rest.
-#[derive(Deserialize)]
 struct Version {
     schema_version: u32,
     tool: Tool,
@@ -111,12 +107,11 @@ fn read<T: DeserializeOwned, R: Read>(
     from_start: impl Fn() -> R,
     each: Each<'_, T>,
 ) -> io::Result<Result<(ManifestHead, Sha256Hash), String>> {
-    let position = Cell::new(0);
-    let parsed = parse(from_start(), &position, Parts { each, position: &position })?;
+    let parsed = parse(&from_start, |text| found(text, each))?;
     if let Ok((Found { schema_version: Some(1..=SCHEMA_VERSION), .. }, _)) = parsed {
         return Ok(parsed.and_then(|(found, sha256)| Ok((found.head().map_err(not_a_manifest)?, sha256))));
     }
-    let Version { schema_version, tool } = match parse(from_start(), &position, PhantomData)? {
+    let Version { schema_version, tool } = match parse(&from_start, version)? {
         Ok((version, _)) => version,
         Err(why) => return Ok(Err(why)),
     };
@@ -137,62 +132,41 @@ fn not_a_manifest(why: impl fmt::Display) -> String {
     format!("not a manifest: {why}")
 }
 
-/// A value with the SHA-256 of its text, or why it isn't one.
-fn parse<'de, S: DeserializeSeed<'de>>(
-    input: impl Read,
-    position: &Cell<u64>,
-    seed: S,
-) -> io::Result<Result<(S::Value, Sha256Hash), String>> {
-    position.set(0);
-    let mut reader = Counted::new(HashingReader::new(input), position);
-    let mut deserializer = serde_json::Deserializer::from_reader(&mut reader);
-    let value = seed.deserialize(&mut deserializer).and_then(|value| deserializer.end().map(|()| value));
-    drop(deserializer);
-    match value {
-        Err(error) if error.is_io() => Err(error.into()),
-        Err(error) => Ok(Err(not_a_manifest(error))),
-        Ok(value) => {
-            io::copy(&mut reader, &mut io::sink())?;
-            Ok(Ok((value, reader.reader.finish().1)))
-        }
+/// What `take` takes of a text, with the text's SHA-256; or why it isn't there.
+fn parse<V, R: Read>(
+    from_start: &impl Fn() -> R,
+    take: impl FnOnce(&mut JsonText<HashingReader<R>>) -> Result<V, Failure>,
+) -> io::Result<Result<(V, Sha256Hash), String>> {
+    let mut text = JsonText::new(HashingReader::new(from_start()), 0);
+    match take(&mut text).and_then(|value| text.end().map(|()| value)) {
+        Ok(value) => Ok(Ok((value, text.into_reader().finish().1))),
+        Err(Failure::Json(why)) => Ok(Err(not_a_manifest(why))),
+        Err(Failure::Io(error)) => Err(error),
     }
 }
 
-/// Tells how many bytes were taken of what it reads ahead. The parser takes them one by one.
-struct Counted<'a, R> {
-    reader: R,
-    /// What was read ahead, from `taken` to `filled`.
-    ahead: Box<[u8]>,
-    taken: usize,
-    filled: usize,
-    position: &'a Cell<u64>,
-}
-
-impl<'a, R> Counted<'a, R> {
-    fn new(reader: R, position: &'a Cell<u64>) -> Counted<'a, R> {
-        Counted { reader, ahead: vec![0; BUFFER].into(), taken: 0, filled: 0, position }
+/// Takes a field's value for the first time.
+fn once<T: DeserializeOwned, R: Read>(
+    field: &mut Option<T>,
+    name: &str,
+    text: &mut JsonText<R>,
+) -> Result<(), Failure> {
+    match field.replace(text.value()?) {
+        None => Ok(()),
+        Some(_) => Err(text.defect(&format!("duplicate field `{name}`"))),
     }
 }
 
-impl<R: Read> Read for Counted<'_, R> {
-    #[inline]
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        if self.taken == self.filled {
-            self.filled = self.reader.read(&mut self.ahead)?;
-            self.taken = 0;
-        }
-        let len = into.len().min(self.filled - self.taken);
-        into[..len].copy_from_slice(&self.ahead[self.taken..self.taken + len]);
-        self.taken += len;
-        self.position.set(self.position.get() + len as u64);
-        Ok(len)
-    }
-}
-
-/// Takes a manifest apart.
-struct Parts<'a, T> {
-    each: Each<'a, T>,
-    position: &'a Cell<u64>,
+fn version<R: Read>(text: &mut JsonText<R>) -> Result<Version, Failure> {
+    let (mut schema_version, mut tool) = (None, None);
+    text.object("an object", &mut |name, text| match name.as_str() {
+        "schema_version" => once(&mut schema_version, &name, text),
+        "tool" => once(&mut tool, &name, text),
+        _ => text.value::<IgnoredAny>().map(|_| ()),
+    })?;
+    let missing = |name| text.defect(&format!("missing field `{name}`"));
+    let schema_version = schema_version.ok_or_else(|| missing("schema_version"))?;
+    Ok(Version { schema_version, tool: tool.ok_or_else(|| missing("tool"))? })
 }
 
 /// What a manifest has beside the records.
@@ -207,7 +181,29 @@ struct Found {
     summary: Option<Summary>,
     left_out: Option<Vec<LeftOutRecord>>,
     files: Option<Vec<FileRecord>>,
-    tensors: Option<()>,
+    has_tensors: bool,
+}
+
+/// Takes a manifest apart.
+fn found<T: DeserializeOwned, R: Read>(text: &mut JsonText<R>, each: Each<'_, T>) -> Result<Found, Failure> {
+    let mut found = Found::default();
+    text.object("an object", &mut |name, text| match name.as_str() {
+        "schema_version" => once(&mut found.schema_version, &name, text),
+        "tool" => once(&mut found.tool, &name, text),
+        "recipe" => once(&mut found.recipe, &name, text),
+        "source" => once(&mut found.source, &name, text),
+        "relaid_from" => once(&mut found.relaid_from, &name, text),
+        "summary" => once(&mut found.summary, &name, text),
+        "left_out" => once(&mut found.left_out, &name, text),
+        "files" => once(&mut found.files, &name, text),
+        "tensors" if found.has_tensors => Err(text.defect("duplicate field `tensors`")),
+        "tensors" => {
+            found.has_tensors = true;
+            text.list("a list of tensors", &mut |text| text.placed().map(|(record, place)| each(record, place)))
+        }
+        _ => text.value::<IgnoredAny>().map(|_| ()),
+    })?;
+    Ok(found)
 }
 
 impl Found {
@@ -217,7 +213,7 @@ impl Found {
             1 => (parsed::<v1::FlatRecipe>(recipe)?.recipe()?, Some(1)),
             _ => (parsed(recipe)?, None),
         };
-        needed(self.tensors, "tensors")?;
+        needed(self.has_tensors.then_some(()), "tensors")?;
         Ok(Manifest {
             schema_version: SCHEMA_VERSION,
             older_schema,
@@ -239,86 +235,6 @@ fn needed<T>(field: Option<T>, name: &str) -> Result<T, String> {
 
 fn parsed<T: DeserializeOwned>(value: Value) -> Result<T, String> {
     serde_json::from_value(value).map_err(|error| error.to_string())
-}
-
-impl<'de, T: Deserialize<'de>> DeserializeSeed<'de> for Parts<'_, T> {
-    type Value = Found;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Found, D::Error> {
-        deserializer.deserialize_map(self)
-    }
-}
-
-impl<'de, T: Deserialize<'de>> Visitor<'de> for Parts<'_, T> {
-    type Value = Found;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an object")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Found, A::Error> {
-        let Parts { each, position } = self;
-        let mut found = Found::default();
-        while let Some(key) = map.next_key::<String>()? {
-            let is_first = match key.as_str() {
-                "schema_version" => found.schema_version.replace(map.next_value()?).is_none(),
-                "tool" => found.tool.replace(map.next_value()?).is_none(),
-                "recipe" => found.recipe.replace(map.next_value()?).is_none(),
-                "source" => found.source.replace(map.next_value()?).is_none(),
-                "relaid_from" => found.relaid_from.replace(map.next_value()?).is_none(),
-                "summary" => found.summary.replace(map.next_value()?).is_none(),
-                "left_out" => found.left_out.replace(map.next_value()?).is_none(),
-                "files" => found.files.replace(map.next_value()?).is_none(),
-                "tensors" => found.tensors.replace(map.next_value_seed(Records { each, position })?).is_none(),
-                _ => map.next_value::<IgnoredAny>().map(|_| true)?,
-            };
-            if !is_first {
-                return Err(de::Error::custom(format!("duplicate field `{key}`")));
-            }
-        }
-        Ok(found)
-    }
-}
-
-/// Hands on the records of a list, one after the other.
-struct Records<'a, T> {
-    each: Each<'a, T>,
-    position: &'a Cell<u64>,
-}
-
-impl<'de, T: Deserialize<'de>> DeserializeSeed<'de> for Records<'_, T> {
-    type Value = ();
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
-        deserializer.deserialize_seq(self)
-    }
-}
-
-impl<'de, T: Deserialize<'de>> Visitor<'de> for Records<'_, T> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a list of tensors")
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut records: A) -> Result<(), A::Error> {
-        while let Some((record, place)) = records.next_element_seed(Placed(self.position, PhantomData))? {
-            (self.each)(record, place);
-        }
-        Ok(())
-    }
-}
-
-/// A record with its place: the parser has read its first byte when it turns to it, and none behind it when it is done.
-struct Placed<'a, T>(&'a Cell<u64>, PhantomData<T>);
-
-impl<'de, T: Deserialize<'de>> DeserializeSeed<'de> for Placed<'_, T> {
-    type Value = (T, Range<u64>);
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(T, Range<u64>), D::Error> {
-        let start = self.0.get().saturating_sub(1);
-        T::deserialize(deserializer).map(|record| (record, start..self.0.get()))
-    }
 }
 
 #[cfg(test)]

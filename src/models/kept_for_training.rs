@@ -25,6 +25,11 @@ pub(crate) fn reader(model_types: &[&str], module: &str) -> Option<&'static str>
     found.next().map(|(_, reader)| reader.as_str())
 }
 
+/// Whether anything is read so in a model of these types.
+pub(crate) fn any(model_types: &[&str]) -> bool {
+    model_types.iter().any(|name| KEPT.contains_key(*name))
+}
+
 /// Whether a module's name, numbers aside, ends with these parts; a single part is the whole name. `*` ends a part that ends in
 /// a number.
 fn ends_with(module: &str, end: &str) -> bool {

@@ -6,7 +6,7 @@
 //! says where in the converted files the codes and absmax of each run are.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, Source, SourceFile, TensorInfo, sort_canonically};
@@ -38,6 +38,8 @@ pub(crate) struct Relayout {
     pub plan: Plan,
     /// For each tensor of `plan`, which record of the manifest is of the very same tensor.
     unchanged: Vec<Option<usize>>,
+    /// Bytes that planning it took beside all that, by estimate.
+    planning: u64,
 }
 
 /// The recipe of the converted checkpoint at `path`, if that is what it is, and its experts can be rewritten.
@@ -102,17 +104,18 @@ impl Relayout {
         let (config, warnings) = (plan.config.clone(), plan.warnings.clone());
         let (scale_sets, side_files) = Default::default();
         let copying = Plan { recipe: plan.recipe.clone(), tensors, files, scale_sets, config, side_files, warnings };
-        Ok((copying, Relayout { manifest, from, origin, plan, unchanged }))
+        let planning = planning_len(&old, source);
+        Ok((copying, Relayout { manifest, from, origin, plan, unchanged, planning }))
     }
 
-    /// Bytes that it holds beside the copying plan, by estimate.
+    /// Bytes that it holds beside the copying plan, by estimate, and what planning it took.
     pub(crate) fn held_len(&self) -> u64 {
         let of_tensor = |tensor: &PlannedTensor| {
             let outputs = tensor.outputs.len() * (size_of::<u64>() + size_of::<Sha256Hash>());
             // What is planned, its name, what it came to and what the manifest says it was made from.
             size_of::<PlannedTensor>() + size_of::<TensorOutcome>() + outputs + 3 * tensor.name.len() + 512
         };
-        self.manifest.held_len() + self.plan.tensors.iter().map(of_tensor).sum::<usize>() as u64
+        self.manifest.held_len() + self.planning + self.plan.tensors.iter().map(of_tensor).sum::<usize>() as u64
     }
 
     /// What came of executing the copying plan, as the outcome of the other. Statistics are known of tensors that didn't
@@ -129,6 +132,19 @@ impl Relayout {
         let total = self.manifest.summary.statistics.clone();
         Outcome { tensors, files: copied.files, source_files: None, total }
     }
+}
+
+/// Bytes that the plan of what is there takes, and what is looked up in it and in its files, by estimate.
+fn planning_len(old: &Plan, converted: &Source) -> u64 {
+    // An entry of a map, with the room that a map leaves.
+    const ENTRY: usize = 64;
+    let of_tensor = |tensor: &PlannedTensor| {
+        let outputs = tensor.outputs.len() * size_of::<u64>() + 24;
+        size_of::<PlannedTensor>() + outputs + size_of::<Run>() + 3 * ENTRY
+    };
+    // Where each one is, and that it is recorded.
+    let looked_up = converted.tensors().count() * (ENTRY + ENTRY / 2);
+    (old.tensors.iter().map(of_tensor).sum::<usize>() + looked_up) as u64
 }
 
 /// Only the layout and the shards can be others.
@@ -239,6 +255,7 @@ fn check_quant_states(source: &Source, converted: &mut Converted<'_>, manifest: 
     let codec = plan.recipe.codec();
     let suffix = codec.suffix(OutputKind::QuantState).unwrap_or_default();
     let outputs = manifest.tensors.iter().flat_map(|record| &record.outputs);
+    let outputs = outputs.filter(|output| output.name.ends_with(&*suffix));
     let hashes: HashMap<&str, Sha256Hash> = outputs.map(|output| (output.name.as_str(), output.sha256)).collect();
     for tensor in &plan.tensors {
         let Decision::Quantize(dtype) = tensor.decision else { continue };
@@ -284,8 +301,8 @@ fn is_same(old: &PlannedTensor, new: &PlannedTensor) -> bool {
     (&old.read, &old.shape, old.decision) == (&new.read, &new.shape, new.decision)
 }
 
-/// The quantized runs of each tensor of the origin, by file and tensor, then by their first byte.
-struct Runs(HashMap<(usize, usize), BTreeMap<u64, Run>>);
+/// The quantized runs of each tensor of the origin, by file and tensor, in the order of their bytes. Most tensors are one.
+struct Runs(HashMap<(usize, usize), Vec<Run>>);
 
 /// A run of an origin's tensor, and where it went.
 struct Run {
@@ -301,16 +318,19 @@ struct Run {
 
 impl Runs {
     fn new(plan: &Plan) -> Runs {
-        let mut runs: HashMap<(usize, usize), BTreeMap<u64, Run>> = HashMap::new();
+        let mut runs: HashMap<(usize, usize), Vec<Run>> = HashMap::new();
         for (tensor, planned) in plan.tensors.iter().enumerate() {
             let mut at = 0;
             for part in planned.read.parts() {
                 let (len, stored) = (part.len(), matches!(part, Read::Bytes(_)));
                 if let Some(first) = part.spans().next() {
                     let span = Span { len, ..first };
-                    runs.entry((span.file, span.tensor))
-                        .or_default()
-                        .insert(span.offset, Run { tensor, at, span, stored });
+                    let of_tensor = runs.entry((span.file, span.tensor)).or_insert_with(|| Vec::with_capacity(1));
+                    let run = Run { tensor, at, span, stored };
+                    match of_tensor.binary_search_by_key(&span.offset, |other| other.span.offset) {
+                        Ok(same) => of_tensor[same] = run,
+                        Err(place) => of_tensor.insert(place, run),
+                    }
                 }
                 at += len;
             }
@@ -321,7 +341,7 @@ impl Runs {
     /// Those that a part is made of, in order: the run, the part's first byte in it, and how many bytes of it.
     fn of(&self, part: Span) -> impl Iterator<Item = (&Run, u64, u64)> {
         let runs = self.0.get(&(part.file, part.tensor)).into_iter();
-        let runs = runs.flat_map(move |runs| runs.range(..part.offset + part.len).map(|(_, run)| run));
+        let runs = runs.flatten().take_while(move |run| run.span.offset < part.offset + part.len);
         runs.filter_map(move |run| {
             let start = part.offset.max(run.span.offset);
             let end = (part.offset + part.len).min(run.span.offset + run.span.len);

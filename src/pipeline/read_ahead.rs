@@ -34,6 +34,7 @@ pub(super) fn run<'a>(execution: &Execution<'a>, scheduler: &Scheduler<'a>, trac
         let any_read = files.into_iter().fold(false, |any, (file, next)| ahead.follow(file, next, share) | any);
         interval = INTERVALS[usize::from(!any_read)];
     }
+    ahead.forget_others(&[]);
 }
 
 struct ReadAhead<'j, 'a> {

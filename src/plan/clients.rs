@@ -24,6 +24,7 @@ pub(super) fn keep(codec: &Codec, model_types: &[&str], rules: &Rules<'_>, tenso
     }
     let Some(module) = tensor.strip_suffix(".weight") else { return };
     let why = match codec.layout() {
+        None if !kept_for_training::any(model_types) => None,
         None => {
             let names = rules.module_names(tensor);
             let mut names = names.iter().map(String::as_str).chain([module]);

@@ -1,6 +1,6 @@
 //! Layers and experts that a checkpoint should have and hasn't: what a lost shard leaves behind, and no client reports.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use crate::error::Warning;
@@ -19,13 +19,26 @@ type Lists<'n> = BTreeMap<&'n str, BTreeMap<u64, Contents>>;
 
 /// What is missing among the tensors of these names; `experts` are the numbers of a layer's experts in config.json.
 pub(super) fn warning<'n>(names: impl Iterator<Item = &'n str> + Clone, experts: &[u64]) -> Option<Warning> {
-    let mut lists = Lists::new();
-    for (list, number, rest) in names.clone().flat_map(numbered) {
-        let Contents(tensors, hashes) = lists.entry(list).or_default().entry(number).or_default();
+    let mut numbers: HashMap<&str, usize> = HashMap::new();
+    let mut found: Vec<(&str, BTreeMap<u64, Contents>)> = Vec::new();
+    // Most names are in the lists of the one before: those in lists, and those in lists in them.
+    let mut last: [Option<(&str, usize)>; 2] = [None; 2];
+    for (depth, (list, number, rest)) in names.clone().flat_map(|name| numbered(name).enumerate()) {
+        let last = &mut last[depth.min(1)];
+        let place = match *last {
+            Some((same, place)) if same == list => place,
+            _ => *numbers.entry(list).or_insert_with(|| {
+                found.push((list, BTreeMap::new()));
+                found.len() - 1
+            }),
+        };
+        *last = Some((list, place));
+        let Contents(tensors, hashes) = found[place].1.entry(number).or_default();
         let mut hasher = DefaultHasher::new();
         rest.hash(&mut hasher);
         (*tensors, *hashes) = (*tensors + 1, hashes.wrapping_add(hasher.finish()));
     }
+    let lists: Lists<'n> = found.into_iter().collect();
     let missing = lists.iter().flat_map(|(list, modules)| missing(list, modules, experts).map(move |n| (*list, n)));
     let incomplete = lists.iter().filter(|(list, _)| list.ends_with(EXPERTS));
     let incomplete = incomplete.flat_map(|(list, modules)| incomplete_in(modules).map(move |number| (*list, number)));
@@ -44,12 +57,15 @@ pub(super) fn warning<'n>(names: impl Iterator<Item = &'n str> + Clone, experts:
 
 /// The lists that a tensor is in: each list's name, the number in it, and the rest of the tensor's name.
 fn numbered(name: &str) -> impl Iterator<Item = (&str, u64, &str)> {
-    let dots = name.match_indices('.').map(|(at, _)| at);
-    dots.filter_map(move |at| {
-        let list = &name[..at];
-        let (number, rest) = name[at + 1..].split_once('.')?;
-        let is_list = LISTS.contains(&list.rsplit('.').next()?);
-        Some((list, number.parse().ok().filter(|_| is_list)?, rest))
+    let mut start = 0;
+    let parts = name.split('.').map(move |part| {
+        let end = start + part.len();
+        start = end + 1;
+        (part, end)
+    });
+    parts.filter(|(part, _)| LISTS.contains(part)).filter_map(move |(_, end)| {
+        let (number, rest) = name.get(end + 1..)?.split_once('.')?;
+        Some((&name[..end], number.parse().ok()?, rest))
     })
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::PlannedTensor;
 use super::outputs::PlacedOutput;
-use crate::checkpoint::{HeaderText, MAX_HEADER_LEN, Metadata, Source};
+use crate::checkpoint::{HeaderLen, HeaderText, MAX_HEADER_LEN, Metadata, Source};
 use crate::error::Result;
 
 /// A file to be written.
@@ -119,12 +119,13 @@ fn shard_ranges(tensors: &[PlannedTensor], max_shard_size: u64, max_header_len: 
 /// Sets the offsets of one file's outputs; returns the length of its header and its size.
 fn place(tensors: &mut [PlannedTensor], metadata: &Metadata) -> (u64, u64) {
     let parts = Part::in_order(tensors);
-    let mut header_len = HeaderText::LENGTH_FIELD;
-    let counted = write_entries(tensors, &parts, metadata, &mut |text| {
-        header_len += text.len() as u64;
-        Ok(())
-    });
-    debug_assert!(counted.is_ok(), "counting can't fail");
+    let mut header = HeaderLen::new(metadata);
+    for part in &parts {
+        let output = part.of(tensors);
+        let name = [&*tensors[part.tensor as usize].name, &*output.suffix];
+        header.entry(name, output.dtype, &output.shape, output.len);
+    }
+    let header_len = header.end();
     let mut position = header_len;
     for Part { tensor, output } in parts {
         let outputs = &mut tensors[tensor as usize].outputs;

@@ -1,7 +1,7 @@
 //! Names of what is written: no two tensors may have one.
 
 use std::cmp::Ordering;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use super::{Decision, Plan, PlannedTensor};
 use crate::checkpoint::Source;
@@ -45,12 +45,18 @@ fn compare_joined((a, a_end): (&str, &str), (b, b_end): (&str, &str)) -> Orderin
 /// What is written for a quantized weight must not have the name of another tensor.
 pub(super) fn check_are_free(source: &Source, tensors: &[PlannedTensor]) -> Result<()> {
     let Some(first) = tensors.iter().find(|tensor| tensor.outputs.len() > 1) else { return Ok(()) };
-    let suffixes: Vec<&str> = first.outputs.alike().iter().map(|output| &*output.suffix).collect();
+    let mut suffixes: Vec<&str> = first.outputs.alike().iter().map(|output| &*output.suffix).collect();
+    suffixes.retain(|suffix| !suffix.is_empty());
+    let part = |tensor: &PlannedTensor| suffixes.iter().any(|suffix| tensor.name.ends_with(suffix));
+    let parts: Vec<&PlannedTensor> = tensors.iter().filter(|tensor| part(tensor)).collect();
+    if parts.is_empty() {
+        return Ok(());
+    }
     let quantized: HashSet<&str> =
         tensors.iter().filter(|tensor| tensor.decision != Decision::Keep).map(|tensor| &*tensor.name).collect();
-    for tensor in tensors {
+    for tensor in parts {
         let name = &tensor.name;
-        let weight = suffixes.iter().filter(|s| !s.is_empty()).find_map(|suffix| name.strip_suffix(suffix));
+        let weight = suffixes.iter().find_map(|suffix| name.strip_suffix(suffix));
         if let Some(weight) = weight.filter(|weight| quantized.contains(weight)) {
             let why = format!(
                 "tensor {name:?} has a name that quantizing {weight:?} takes for a part of it: was the checkpoint \
@@ -84,9 +90,16 @@ fn may_share_a_name(tensors: &[PlannedTensor]) -> bool {
         tensors.iter().flat_map(|tensor| tensor.outputs.alike()).map(|output| &*output.suffix).collect();
     let beginnings: HashSet<&str> =
         suffixes.iter().flat_map(|suffix| (1..=suffix.len()).filter_map(|len| suffix.get(..len))).collect();
+    // By their last byte, as few end like a given name.
+    let mut by_end: HashMap<u8, Vec<&str>> = HashMap::new();
+    for (beginning, end) in beginnings.iter().filter_map(|beginning| Some((*beginning, *beginning.as_bytes().last()?)))
+    {
+        by_end.entry(end).or_default().push(beginning);
+    }
     names.len() < tensors.len()
         || tensors.iter().any(|tensor| {
-            let mut ends = beginnings.iter().filter_map(|beginning| tensor.name.strip_suffix(beginning));
+            let alike = tensor.name.as_bytes().last().and_then(|end| by_end.get(end)).into_iter().flatten();
+            let mut ends = alike.filter_map(|beginning| tensor.name.strip_suffix(beginning));
             ends.any(|name| names.contains(name))
         })
 }

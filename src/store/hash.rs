@@ -5,6 +5,7 @@ use std::fmt;
 use std::io;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::de::{self, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::{Digest, Sha256};
 
@@ -108,9 +109,31 @@ impl<R: io::Read> io::Read for HashingReader<R> {
     }
 }
 
+impl Sha256Hash {
+    /// Hands on its hexadecimal digits.
+    fn with_digits<T>(&self, take: impl FnOnce(&str) -> T) -> T {
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let mut text = [0; 64];
+        for (pair, byte) in text.chunks_exact_mut(2).zip(self.0) {
+            pair.copy_from_slice(&[DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]]);
+        }
+        take(str::from_utf8(&text).unwrap_or_default())
+    }
+
+    /// The hash of these hexadecimal digits.
+    fn of_digits(text: &str) -> Option<Sha256Hash> {
+        let digit = |byte: u8| char::from(byte).to_digit(16).map(|digit| digit as u8);
+        let mut hash = [0; 32];
+        for (byte, pair) in hash.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
+            *byte = digit(pair[0])? << 4 | digit(pair[1])?;
+        }
+        (text.len() == 64).then_some(Sha256Hash(hash))
+    }
+}
+
 impl fmt::Display for Sha256Hash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+        self.with_digits(|digits| f.write_str(digits))
     }
 }
 
@@ -122,19 +145,27 @@ impl fmt::Debug for Sha256Hash {
 
 impl Serialize for Sha256Hash {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
+        self.with_digits(|digits| serializer.serialize_str(digits))
     }
 }
 
 impl<'de> Deserialize<'de> for Sha256Hash {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = Cow::<str>::deserialize(deserializer)?;
-        let digits = |i: usize| text.get(2 * i..2 * i + 2).and_then(|pair| u8::from_str_radix(pair, 16).ok());
-        let mut hash = [0; 32];
-        for (i, byte) in hash.iter_mut().enumerate() {
-            *byte = digits(i).ok_or_else(|| serde::de::Error::custom("not a SHA-256"))?;
+        struct Digits;
+
+        impl Visitor<'_> for Digits {
+            type Value = Sha256Hash;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a SHA-256")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Sha256Hash, E> {
+                Sha256Hash::of_digits(text).ok_or_else(|| E::custom("not a SHA-256"))
+            }
         }
-        if text.len() == 64 { Ok(Sha256Hash(hash)) } else { Err(serde::de::Error::custom("not a SHA-256")) }
+
+        deserializer.deserialize_str(Digits)
     }
 }
 

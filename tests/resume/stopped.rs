@@ -3,8 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -131,6 +131,48 @@ fn only_staging(destination: &Path) {
         assert_eq!(names, [STAGING]);
         let inside = file_names(&destination.join(STAGING));
         assert!(!inside.iter().any(|name| name.starts_with("partial/")), "{inside:?}");
+    }
+}
+
+/// A disk that is full for the last file, once another one is finished.
+fn full_for_the_last_file(ready: PathBuf) -> Arc<FaultyStore> {
+    let is_finished = move || file_names(&ready).iter().any(|name| name.ends_with(".safetensors"));
+    let at = move |path: &Path| {
+        let is_last = path.ends_with("model-00009-of-00009.safetensors");
+        while is_last && !is_finished() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        is_last
+    };
+    let disk = Arc::new(FaultyStore::only_at(Arc::new(LocalStore), Fault::StorageFull, at));
+    disk.arm(1);
+    disk
+}
+
+#[test]
+fn files_that_were_finished_when_the_disk_was_full_are_the_very_same_in_the_end() {
+    for double_quant in [false, true] {
+        let folder = checkpoint();
+        let to = folder.destination();
+        let ready = to.join(STAGING).join("ready");
+        let full = Location::new(full_for_the_last_file(ready.clone()), &*to);
+        let stopped = conversion(&folder, double_quant).execute_at(&AtomicBool::new(false), &full, &Watch::default());
+        assert!(stopped.unwrap_err().to_string().contains("make room"));
+        only_staging(&to);
+        // Another file, or one that was written to, has another number or time.
+        let mark =
+            |path: PathBuf| fs::metadata(path).map(|file| (file.ino(), file.mtime(), file.mtime_nsec())).unwrap();
+        let weights = file_names(&ready).into_iter().filter(|name| name.ends_with(".safetensors"));
+        let sealed: Vec<_> = weights.map(|name| (mark(ready.join(&name)), name)).collect();
+        assert!((1..9).contains(&sealed.len()), "{sealed:?}");
+        let watch = Watch::default();
+        conversion(&folder, double_quant).execute(&to, &watch).unwrap();
+        assert_eq!(watch.resumed.into_inner(), sealed.len());
+        assert_eq!(watch.sealed.into_inner(), 9 - sealed.len());
+        for (before, name) in sealed {
+            assert_eq!(mark(to.join(&name)), before, "{name}");
+        }
+        assert!(contents(&to) == expected(double_quant));
     }
 }
 

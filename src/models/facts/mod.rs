@@ -99,7 +99,7 @@ impl Facts {
     /// The modules that a tensor belongs to in the loaded model, in every class that has it, the first one's first. Empty if none
     /// has it.
     pub(crate) fn modules(&self, tensor: &str) -> Vec<String> {
-        distinct(self.classes.iter().flat_map(|class| class.modules(tensor)))
+        table::modules(&self.classes, tensor)
     }
 
     /// Linears without a tensor of their own, in any class of the type: tied heads. A number is `*`.

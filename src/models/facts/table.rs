@@ -5,7 +5,7 @@
 //! line of `[names]` says which modules the tensors with other names belong to, or names tied modules. A line of `[classes]` has the model's type, the class, and the lines of its content, other names and tied
 //! modules. `*` is a number. Equal lines are there once.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, OnceLock};
 
 use super::Kind;
@@ -20,12 +20,22 @@ pub(super) struct Class {
     off_disk: &'static str,
 }
 
-/// A module's content.
+/// A module's content, which is looked up for every tensor of a checkpoint: most have a few names only.
 #[derive(Debug, Default)]
 struct Module {
-    inner: HashMap<&'static str, Arc<Module>>,
-    /// Weights by their modules' names, other tensors by theirs after a dot.
-    tensors: HashMap<&'static str, Vec<(Kind, usize)>>,
+    inner: BTreeMap<&'static str, Arc<Module>>,
+    /// By their modules' names.
+    weights: BTreeMap<&'static str, Vec<(Kind, usize)>>,
+    /// Other tensors by theirs.
+    parameters: BTreeMap<&'static str, Vec<(Kind, usize)>>,
+}
+
+/// A tensor's name: that of a weight's module, or its own, and what is before it.
+#[derive(Clone, Copy)]
+struct Name<'t> {
+    path: &'t str,
+    own: &'t str,
+    is_weight: bool,
 }
 
 /// The file by its lines.
@@ -79,7 +89,10 @@ fn module(place: usize, read: &mut HashMap<usize, Arc<Module>>) -> Option<Arc<Mo
     let mut content = Module::default();
     for entry in table().modules.get(place)?.split(' ').filter(|entry| !entry.is_empty()) {
         if let Some((name, kinds)) = entry.split_once('=') {
-            content.tensors.insert(name, kinds_of(kinds));
+            match name.strip_prefix('.') {
+                Some(name) => content.parameters.insert(name, kinds_of(kinds)),
+                None => content.weights.insert(name, kinds_of(kinds)),
+            };
         } else {
             let (name, inner) = entry.split_once('/')?;
             content.inner.insert(name, module(inner.parse().ok()?, read)?);
@@ -147,46 +160,79 @@ fn module_of(tensor: &str) -> &str {
     tensor.strip_suffix(".weight").unwrap_or(tensor)
 }
 
+/// The modules that a tensor belongs to in these classes, each once.
+pub(super) fn modules(classes: &[Class], tensor: &str) -> Vec<String> {
+    let (name, module) = (Name::of(tensor), module_of(tensor));
+    let mut found: Vec<String> = Vec::new();
+    let mut pattern_of_module = None;
+    // Classes of a type share most of what they have: a part is looked into once.
+    let mut last: Option<(&Module, bool)> = None;
+    for class in classes {
+        let Some((part, rest)) = class.root.first_part(name) else { continue };
+        let has_it = match last {
+            Some((other, has_it)) if std::ptr::eq(other, part) => has_it,
+            _ => part.find(rest).is_some(),
+        };
+        last = Some((part, has_it));
+        let mut add = |module: String| {
+            if !found.contains(&module) {
+                found.push(module);
+            }
+        };
+        if !has_it {
+            continue;
+        }
+        if class.other_names.is_empty() {
+            add(module.to_owned());
+            continue;
+        }
+        let pattern = pattern_of_module.get_or_insert_with(|| pattern(module));
+        match class.other_names.get(pattern.as_str()) {
+            Some(names) => names.iter().for_each(|name| add(filled(name, module))),
+            None => add(module.to_owned()),
+        }
+    }
+    found
+}
+
+impl<'t> Name<'t> {
+    fn of(tensor: &'t str) -> Name<'t> {
+        let module = tensor.strip_suffix(".weight");
+        let (path, own) = module.unwrap_or(tensor).rsplit_once('.').unwrap_or(("", module.unwrap_or(tensor)));
+        Name { path, own, is_weight: module.is_some() }
+    }
+}
+
 impl Module {
     fn inner(&self, part: &str) -> Option<&Arc<Module>> {
-        self.inner.get(part).or_else(|| self.inner.get(if is_number(part) { "*" } else { part }))
+        self.inner.get(part).or_else(|| self.inner.get("*").filter(|_| is_number(part)))
     }
 
-    fn tensor(&self, name: &str) -> Option<&Vec<(Kind, usize)>> {
-        self.tensors.get(name).or_else(|| self.tensors.get(if is_number(name) { "*" } else { name }))
+    /// What the first part of a name's path is, and the rest of the name.
+    fn first_part<'t>(&self, name: Name<'t>) -> Option<(&Module, Name<'t>)> {
+        let path = name.path.trim_start_matches('.');
+        if path.is_empty() {
+            return Some((self, Name { path, ..name }));
+        }
+        let (part, path) = path.split_once('.').unwrap_or((path, ""));
+        Some((self.inner(part)?, Name { path, ..name }))
+    }
+
+    /// All that is known of a name.
+    fn find(&self, name: Name<'_>) -> Option<&[(Kind, usize)]> {
+        let mut module = self;
+        for part in name.path.split('.').filter(|part| !part.is_empty()) {
+            module = module.inner(part)?;
+        }
+        let tensors = if name.is_weight { &module.weights } else { &module.parameters };
+        tensors.get(name.own).or_else(|| tensors.get("*").filter(|_| is_number(name.own))).map(Vec::as_slice)
     }
 }
 
 impl Class {
-    /// All that is known of a tensor's name.
-    fn find(&self, tensor: &str) -> Option<&[(Kind, usize)]> {
-        let (path, own) = match tensor.strip_suffix(".weight") {
-            Some(module) => {
-                module.rsplit_once('.').map_or(("", module.to_owned()), |(path, own)| (path, own.to_owned()))
-            }
-            None => tensor.rsplit_once('.').map_or(("", format!(".{tensor}")), |(path, own)| (path, format!(".{own}"))),
-        };
-        let mut module = &self.root;
-        for part in path.split('.').filter(|part| !part.is_empty()) {
-            module = module.inner(part)?;
-        }
-        module.tensor(&own).map(Vec::as_slice)
-    }
-
     pub(super) fn kinds(&self, tensor: &str, rank: usize) -> Vec<Kind> {
-        let found = self.find(tensor).unwrap_or_default();
+        let found = self.root.find(Name::of(tensor)).unwrap_or_default();
         found.iter().filter(|(_, of)| *of == rank).map(|(kind, _)| *kind).collect()
-    }
-
-    pub(super) fn modules(&self, tensor: &str) -> Vec<String> {
-        if self.find(tensor).is_none() {
-            return Vec::new();
-        }
-        let module = module_of(tensor);
-        match self.other_names.get(&*pattern(module)) {
-            Some(names) => names.iter().map(|name| filled(name, module)).collect(),
-            None => vec![module.to_owned()],
-        }
     }
 
     pub(super) fn off_disk(&self) -> impl Iterator<Item = &'static str> {
@@ -198,7 +244,7 @@ impl Class {
             kinds.iter().any(|(kind, _)| matches!(kind, Kind::Head | Kind::Labels | Kind::Last))
         };
         let heads = self.tensors().into_iter().filter(|(name, kinds)| is_head(kinds) && !name.contains('*'));
-        heads.flat_map(|(name, _)| self.modules(&name)).collect()
+        heads.flat_map(|(name, _)| modules(std::slice::from_ref(self), &name)).collect()
     }
 
     /// Every tensor's name, with `*` for numbers.
@@ -207,10 +253,9 @@ impl Class {
         let mut open = vec![(String::new(), &*self.root)];
         while let Some((prefix, module)) = open.pop() {
             open.extend(module.inner.iter().map(|(name, inner)| (format!("{prefix}{name}."), &**inner)));
-            all.extend(module.tensors.iter().map(|(name, kinds)| {
-                let name = name.strip_prefix('.').map_or_else(|| format!("{name}.weight"), str::to_owned);
-                (format!("{prefix}{name}"), kinds.as_slice())
-            }));
+            let weights = module.weights.iter().map(|(name, kinds)| (format!("{prefix}{name}.weight"), kinds));
+            let parameters = module.parameters.iter().map(|(name, kinds)| (format!("{prefix}{name}"), kinds));
+            all.extend(weights.chain(parameters).map(|(name, kinds)| (name, kinds.as_slice())));
         }
         all.sort_unstable();
         all

@@ -1,6 +1,7 @@
 //! Tensors: what headers, index and quant_states say of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use crate::checkpoint::{
     CONFIG_NAME, Config, DIFFUSERS, INDEX_NAME, IndexHasher, SourceFile, TensorInfo, read_entries,
@@ -9,7 +10,8 @@ use crate::converted;
 use crate::dtype::{self, FloatDtype, elements};
 use crate::error::{Error, IoContext, Result};
 use crate::layout::bitsandbytes::{MAX_QUANT_STATE, ParsedQuantState, QUANT_STATE};
-use crate::manifest::{DecisionRecord, ManifestHead, OutputRecord, TensorRecord};
+use crate::layout::gpt_oss;
+use crate::manifest::{DecisionRecord, ManifestHead, OutputRecord, SourceTensorRecord, TensorRecord};
 use crate::models::Role;
 use crate::ops::verify::jobs::TensorJob;
 use crate::ops::verify::records::is_inside;
@@ -23,6 +25,28 @@ pub(super) struct CheckedFile {
     expected: Vec<Option<Sha256Hash>>,
     /// Its tensors in the order of their names.
     by_name: Vec<u32>,
+    /// Its quant_states, with what they are of by the manifest.
+    quant_states: Vec<(u32, Arc<Quantized>)>,
+}
+
+/// What is known of a weight from its record. Many have the same.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Quantized {
+    decision: DecisionRecord,
+    role: Role,
+    /// Names say only whether they are of gpt-oss's codes.
+    sources: Vec<SourceTensorRecord>,
+}
+
+impl Quantized {
+    fn of(record: &TensorRecord) -> Quantized {
+        let sources = record.sources.iter().map(|source| SourceTensorRecord {
+            name: if summary::is_gpt_oss(source) { gpt_oss::BLOCKS.to_owned() } else { String::new() },
+            file: String::new(),
+            ..source.clone()
+        });
+        Quantized { decision: record.decision, role: record.role, sources: sources.collect() }
+    }
 }
 
 impl CheckedFile {
@@ -38,7 +62,8 @@ impl CheckedFile {
         let mut by_name: Vec<u32> = (0..file.tensors.len() as u32).collect();
         by_name.sort_unstable_by_key(|&i| &file.tensors[i as usize].name);
         let expected = vec![None; file.tensors.len()];
-        let mut checked = CheckedFile { file, expected, by_name };
+        let mut checked = CheckedFile { file, expected, by_name, quant_states: Vec::new() };
+        let mut known: BTreeSet<Arc<Quantized>> = BTreeSet::new();
         report.tensors += checked.file.tensors.len();
         checkpoint.records.of_file(name, &mut |record| {
             each(&record);
@@ -51,6 +76,14 @@ impl CheckedFile {
                 what.into_iter().for_each(|what| report.differ(name, Some(&output.name), what));
                 if checked.expected[i].replace(output.sha256).is_some() {
                     report.differ(name, Some(&output.name), "is in the manifest twice");
+                }
+                if output.name.contains(QUANT_STATE) {
+                    let quantized = Arc::new(Quantized::of(&record));
+                    let same = known.get(&quantized).cloned().unwrap_or_else(|| {
+                        known.insert(quantized.clone());
+                        quantized
+                    });
+                    checked.quant_states.push((i as u32, same));
                 }
             }
         })?;
@@ -83,26 +116,20 @@ impl CheckedFile {
 
     /// The JSON that clients decode by must say what the recipe and the source say.
     pub(super) fn check_quant_states(&self, checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
-        if !self.file.tensors.iter().any(|info| info.name.contains(QUANT_STATE)) {
+        if self.quant_states.is_empty() {
             return Ok(());
         }
         // A config that can't be read is reported as such.
         let config = if_sound(Config::read(&checkpoint.folder.join(CONFIG_NAME)))?;
         let model = config.as_ref().and_then(Config::dtype).unwrap_or(FloatDtype::Bfloat16);
         let opened = self.reopen()?;
-        let mut failed = None;
-        checkpoint.records.of_file(&self.file.name, &mut |tensor| {
-            for output in tensor.outputs.iter().filter(|o| o.file == self.file.name && o.name.contains(QUANT_STATE)) {
-                let Some(info) = self.find(&output.name).map(|i| &self.file.tensors[i]) else { continue };
-                let entry = Entry { file: &self.file, info, tensor: &tensor };
-                match entry.quant_state(&*opened, report) {
-                    Ok(Some(state)) => entry.check_quant_state(&state, &checkpoint.manifest, model, report),
-                    Ok(None) => {}
-                    Err(error) => failed = failed.take().or(Some(error)),
-                }
+        for (i, tensor) in &self.quant_states {
+            let entry = Entry { file: &self.file, info: &self.file.tensors[*i as usize], tensor };
+            if let Some(state) = entry.quant_state(&*opened, report)? {
+                entry.check_quant_state(&state, &checkpoint.manifest, model, report);
             }
-        })?;
-        failed.map_or(Ok(()), Err)
+        }
+        Ok(())
     }
 
     /// The place of a tensor in the header.
@@ -133,7 +160,7 @@ fn open(checkpoint: &Checkpoint, file: &str, report: &mut Report) -> Result<Opti
 struct Entry<'f> {
     file: &'f SourceFile,
     info: &'f TensorInfo,
-    tensor: &'f TensorRecord,
+    tensor: &'f Quantized,
 }
 
 impl Entry<'_> {
@@ -197,10 +224,9 @@ fn is_made_of(fused: &[u64], shapes: &[&[u64]]) -> bool {
     fused.len() == 3 && all.is_some() && elements(fused) == all && shapes.iter().all(side)
 }
 
-/// The index must be what is written for the manifest's tensors, which have `tensors_len` bytes: every one in its file, and nothing
-/// else.
-pub(super) fn check_index(checkpoint: &Checkpoint, tensors_len: u64, report: &mut Report) -> Result<()> {
-    let records = &checkpoint.records;
+/// The index must be what is written for the manifest's tensors: every one in its file, and nothing else.
+pub(super) fn check_index(checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
+    let (records, tensors_len) = (&checkpoint.records, checkpoint.sums.tensors_len());
     let is_diffusers = records.files().any(|file| file.starts_with(DIFFUSERS.stem));
     let index_name = if is_diffusers { DIFFUSERS.index } else { INDEX_NAME };
     let Some(recorded) = checkpoint.manifest.files.iter().find(|file| file.name == index_name) else {

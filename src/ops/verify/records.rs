@@ -22,11 +22,14 @@ pub(super) struct Records {
 }
 
 impl Records {
-    /// Reads a manifest to its end; gives it without the records, which stay in the file, and its SHA-256.
+    /// Reads a manifest to its end, and hands on its records; gives it without them, as they stay in the file, and its SHA-256.
     ///
     /// # Errors
-    /// When it can't be read, or is no manifest.
-    pub(super) fn open(location: &Location) -> Result<(ManifestHead, Sha256Hash, Records)> {
+    /// When it can't be read, or is no manifest; what was handed on until then is void.
+    pub(super) fn open(
+        location: &Location,
+        each: &mut dyn FnMut(TensorRecord),
+    ) -> Result<(ManifestHead, Sha256Hash, Records)> {
         let path = location.path();
         let file = location.open().at(path, "open it")?;
         let identity = file.identity().at(path, "look at it")?;
@@ -34,11 +37,11 @@ impl Records {
         let mut tensors = Tensors::default();
         let mut end_before = 0;
         let (head, sha256) = read_records(location, &mut |record: TensorRecord, place| {
-            for OutputRecord { name, file, .. } in record.outputs {
-                tensors.add(&name, &file);
-                let parts = match by_file.get_mut(&file) {
+            for OutputRecord { name, file, .. } in &record.outputs {
+                tensors.add(name, file);
+                let parts = match by_file.get_mut(file) {
                     Some(parts) => parts,
-                    None => by_file.entry(file).or_default(),
+                    None => by_file.entry(file.clone()).or_default(),
                 };
                 match parts.last_mut() {
                     Some(part) if part.end == place.end => {}
@@ -47,6 +50,7 @@ impl Records {
                 }
             }
             end_before = place.end;
+            each(record);
         })?;
         tensors.sort();
         Ok((head, sha256, Records { location: location.clone(), file, identity, by_file, tensors }))

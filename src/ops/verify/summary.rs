@@ -4,7 +4,6 @@ use std::collections::HashSet;
 
 use crate::checkpoint::MANIFEST_NAME;
 use crate::dtype::{self, FloatDtype};
-use crate::error::Result;
 use crate::layout::gpt_oss;
 use crate::manifest::{DecisionRecord, SourceTensorRecord, Summary, TensorRecord};
 use crate::ops::verify::{Checkpoint, Report};
@@ -13,23 +12,20 @@ use crate::stats::Statistics;
 /// How far a figure that was rounded in another way may be off, as a part of it.
 const ROUNDING: f64 = 1e-9;
 
-/// Files must be listed once, and the summary must be what the records add up to. Returns the bytes of all tensors.
-pub(super) fn check(checkpoint: &Checkpoint, report: &mut Report) -> Result<u64> {
+/// Files must be listed once, and the summary must be what the records add up to.
+pub(super) fn check(checkpoint: &Checkpoint, report: &mut Report) {
     let mut names = HashSet::new();
     for file in checkpoint.manifest.files.iter().filter(|file| !names.insert(file.name.as_str())) {
         report.differ(MANIFEST_NAME, None, format!("it has the file {:?} twice", file.name));
     }
-    let mut sums = Sums::default();
-    checkpoint.records.all(&mut |record| sums.add(record))?;
-    for what in sums.differences(&checkpoint.manifest.summary) {
+    for what in checkpoint.sums.differences(&checkpoint.manifest.summary) {
         report.differ(MANIFEST_NAME, None, what);
     }
-    Ok(sums.quantized.bytes.saturating_add(sums.kept.bytes))
 }
 
 /// What the records add up to.
 #[derive(Default)]
-struct Sums {
+pub(super) struct Sums {
     quantized: Part,
     kept: Part,
     statistics: Known,
@@ -64,7 +60,13 @@ impl Elements {
 }
 
 impl Sums {
-    fn add(&mut self, record: TensorRecord) {
+    /// Bytes of all tensors.
+    pub(super) fn tensors_len(&self) -> u64 {
+        self.quantized.bytes.saturating_add(self.kept.bytes)
+    }
+
+    /// Adds the next record.
+    pub(super) fn add(&mut self, record: TensorRecord) {
         let is_quantized = record.decision == DecisionRecord::Quantize;
         let part = if is_quantized { &mut self.quantized } else { &mut self.kept };
         part.tensors += 1;
@@ -270,9 +272,13 @@ fn bytes(record: &TensorRecord) -> u64 {
     outputs.fold(0, u64::saturating_add)
 }
 
+/// Whether a tensor of the source has gpt-oss's codes.
+pub(super) fn is_gpt_oss(source: &SourceTensorRecord) -> bool {
+    source.name.ends_with(gpt_oss::BLOCKS)
+}
+
 /// Elements of the weight that these tensors of the source are; none if their shapes don't tell.
 pub(super) fn elements_of_sources(sources: &[SourceTensorRecord]) -> Option<u64> {
-    let is_gpt_oss = |source: &SourceTensorRecord| source.name.ends_with(gpt_oss::BLOCKS);
     let of = |source: &SourceTensorRecord| dtype::elements(&source.shape);
     if sources.iter().any(is_gpt_oss) {
         // Two codes are a byte; scales are no part of the shape.
