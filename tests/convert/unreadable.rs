@@ -82,7 +82,7 @@ fn opening_a_checkpoint_takes_no_failed_look_for_a_missing_file() {
 fn verifying_takes_no_failed_call_for_damage() {
     let folder = Folder::llama();
     folder.convert(&["--max-shard-size", "1kB"]).ok();
-    for (fault, least) in [(Fault::Stat, 9), (Fault::Read, 40)] {
+    for (fault, least) in [(Fault::Stat, 9), (Fault::Read, 30)] {
         let calls = each_call_fails(fault, anywhere, |store| {
             verify(Location::new(store, folder.destination()), quiet()).map(nothing_differs)
         });
