@@ -42,6 +42,9 @@ impl From<io::Error> for Failure {
 /// Takes a value, or more of a text.
 type Take<'f, R> = &'f mut dyn FnMut(&mut JsonText<R>) -> Result<(), Failure>;
 
+/// Takes a field's value, by its name.
+type TakeField<'f, R> = &'f mut dyn FnMut(String, &mut JsonText<R>) -> Result<(), Failure>;
+
 impl<R: Read> JsonText<R> {
     /// What `reader` gives, which begins at `position` of its file.
     pub(crate) fn new(reader: R, position: u64) -> JsonText<R> {
@@ -90,11 +93,7 @@ impl<R: Read> JsonText<R> {
     }
 
     /// Takes an object: `each` takes the values, whose names it is told. `what` is what it is, for who finds something else.
-    pub(crate) fn object(
-        &mut self,
-        what: &str,
-        each: &mut dyn FnMut(String, &mut JsonText<R>) -> Result<(), Failure>,
-    ) -> Result<(), Failure> {
+    pub(crate) fn object(&mut self, what: &str, each: TakeField<'_, R>) -> Result<(), Failure> {
         if !self.take(b'{')? {
             return Err(self.unexpected(&format!("expected {what}")));
         }

@@ -140,10 +140,10 @@ fn planning_len(old: &Plan, converted: &Source) -> u64 {
     const ENTRY: usize = 64;
     let of_tensor = |tensor: &PlannedTensor| {
         let outputs = tensor.outputs.len() * size_of::<u64>() + 24;
-        size_of::<PlannedTensor>() + outputs + size_of::<Run>() + 3 * ENTRY
+        size_of::<PlannedTensor>() + outputs + size_of::<Run>() + 4 * ENTRY
     };
     // Where each one is, and that it is recorded.
-    let looked_up = converted.tensors().count() * (ENTRY + ENTRY / 2);
+    let looked_up = converted.tensors().count() * 2 * ENTRY;
     (old.tensors.iter().map(of_tensor).sum::<usize>() + looked_up) as u64
 }
 
