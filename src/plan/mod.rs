@@ -15,6 +15,7 @@ mod names;
 mod outputs;
 mod rescale;
 mod scale_sets;
+mod scan;
 pub(crate) mod source_quantization;
 pub(crate) mod split;
 mod warnings;
