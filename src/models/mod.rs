@@ -5,6 +5,7 @@
 //! `scripts/make` takes from transformers and vLLM are in `data/`, and `tests/` compares every row with them.
 
 mod caution;
+pub(crate) mod diffusers;
 mod evidence;
 pub(crate) mod experts;
 pub(crate) mod facts;

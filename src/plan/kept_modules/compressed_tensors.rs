@@ -26,8 +26,12 @@ pub(crate) fn list(rules: &Rules, weights: &[Weight], layout: Layout) -> Vec<Str
     };
     let kept = weights.iter().filter(|weight| !weight.quantized).filter(listed);
     let mut seen = HashSet::new();
-    let modules = kept.flat_map(|weight| names(rules, weight).into_iter().map(|module| (weight.role, module)));
-    let kept: Vec<(Role, String)> = modules.filter(|(_, module)| seen.insert(module.clone())).collect();
+    // The first is what the class of config.json calls it. What further classes do may be a quantized module's name in others again:
+    // CLIP's two towers have one name each where they are models of their own.
+    let names = |weight| names(rules, weight).into_iter().enumerate();
+    let modules = kept.flat_map(|weight| names(weight).map(|(i, module)| (i, weight.role, module)));
+    let modules = modules.filter(|(i, _, module)| (*i == 0 || !quantized.has(module)) && seen.insert(module.clone()));
+    let kept: Vec<(Role, String)> = modules.map(|(_, role, module)| (role, module)).collect();
     let folded = match layout {
         Layout::CompressedTensors if kept.len() > LONG => patterns(&kept, &quantized),
         _ => HashMap::new(),
@@ -116,7 +120,9 @@ fn is_number(part: &str) -> bool {
 
 /// An entry of [`list`] that clients would take to mean a quantized weight's module, and that module.
 pub(crate) fn clash(rules: &Rules, layout: Layout, entries: &[&str], quantized: &[&str]) -> Option<(String, String)> {
-    let modules = Modules::new(quantized.iter().flat_map(|weight| rules.module_names(weight)).collect());
+    // As the class of config.json calls them.
+    let modules =
+        Modules::new(quantized.iter().filter_map(|weight| rules.module_names(weight).into_iter().next()).collect());
     entries.iter().find_map(|entry| Some(((*entry).to_owned(), matched(entry, layout, &modules)?)))
 }
 
