@@ -7,6 +7,7 @@
 mod caution;
 pub(crate) mod diffusers;
 mod evidence;
+pub(crate) mod expert_layouts;
 pub(crate) mod experts;
 pub(crate) mod facts;
 pub(crate) mod families;

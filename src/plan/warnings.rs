@@ -4,6 +4,7 @@ use super::{Decision, PlannedTensor, clients, gaps, has_4_bit_experts, scale_set
 use crate::checkpoint::{Config, Source};
 use crate::dtype::Dtype;
 use crate::error::{Hint, Warning};
+use crate::models::families;
 use crate::models::{Role, Rules};
 use crate::recipe::Recipe;
 use crate::units::Bytes;
@@ -79,17 +80,23 @@ fn in_doubt(tensors: &[PlannedTensor]) -> Option<Warning> {
     Some(Warning { message, hint: Some(Hint::IncludeDoubtful) })
 }
 
-/// A quantized head that config.json ties to the embedding: clients load the embedding in its place.
+/// A quantized head that config.json, or its absence there, ties to the embedding: some clients load the embedding in its place.
 fn tied_head(source: &Source, tensors: &[PlannedTensor]) -> Option<Warning> {
     let config = source.config.as_ref()?;
     let tie = "tie_word_embeddings";
     let nested = config.values().values().filter_map(serde_json::Value::as_object);
     let ties = std::iter::once(config.values()).chain(nested).find_map(|config| config.get(tie)?.as_bool());
     let head = tensors.iter().find(|tensor| tensor.role == Role::OutputHead && tensor.decision != Decision::Keep)?;
-    (ties == Some(true)).then(|| {
-        let message = "is quantized, but config.json ties it to the embedding: clients use that in its place";
-        format!("{:?} {message}", head.name).into()
-    })
+    let who = match ties {
+        Some(true) => "config.json",
+        None if families::ties_by_default(&config.model_types()) => "this architecture, by default,",
+        _ => return None,
+    };
+    let message = format!(
+        "{:?} is quantized, but {who} ties it to the embedding, which some clients use in its place: \"{tie}\" must be false",
+        head.name
+    );
+    Some(message.into())
 }
 
 /// A share of the source's bytes above which it is worth a word that they stay in 16 bits.

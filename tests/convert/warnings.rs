@@ -92,4 +92,16 @@ fn an_included_head_that_is_tied_is_warned_of() {
     assert_not_warned(&folder(&json!({"model_type": "qwen3", "tie_word_embeddings": false}), &all), include, "ties");
     let nested = json!({"model_type": "qwen3_5", "text_config": {"tie_word_embeddings": true}});
     assert_warned(&folder(&nested, &all), include, &["ties it to the embedding"]);
+    // Where config.json says nothing, the class decides.
+    for (model_type, is_tied) in [("gemma3_text", true), ("llama", false), ("never-heard-of", false)] {
+        let mut config = json!({"model_type": model_type});
+        let head = |config: &Value| folder(config, &all);
+        match is_tied {
+            true => assert_warned(&head(&config), include, &["by default", "ties it to the embedding"]),
+            false => assert_not_warned(&head(&config), include, "ties"),
+        }
+        config["tie_word_embeddings"] = false.into();
+        assert_not_warned(&head(&config), include, "ties it");
+        assert_not_warned(&head(&json!({"model_type": model_type})), &[], "ties it");
+    }
 }
