@@ -97,7 +97,9 @@ def write(loaded, folder):
 def run(*arguments):
     done = subprocess.run([str(a) for a in arguments], capture_output=True, text=True, timeout=300)
     if done.returncode:
-        raise RuntimeError(f"{arguments[1]}: exit {done.returncode}: {done.stderr.strip().splitlines()[-1][:300]}")
+        # What verify finds, it prints on standard output.
+        said = (done.stdout + done.stderr).strip().splitlines() or ["it said nothing"]
+        raise RuntimeError(f"{arguments[1]}: exit {done.returncode}: {said[0][:300]}")
     return done
 
 
@@ -138,9 +140,9 @@ def differences(loaded, made, decided, skipped):
 
 
 def quantizable(loaded, made):
-    """Tensors of Linears that load_in_4bit quantizes, and that are no model's last: those are heads."""
+    """Tensors of Linears that load_in_4bit quantizes, and that are no model's last: those are heads, as classifiers are."""
     linears = [name for name, (keys, moved) in made.items() if not moved and names.kind_of(loaded, keys[0]) == "linear"]
-    return [name for name in linears if "." in name.removesuffix(".weight")]
+    return [name for name in linears if "." in name.removesuffix(".weight") and not re.match(r"classifier\.\d+\.", name)]
 
 
 def check(prequant, model, folder):
