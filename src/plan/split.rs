@@ -75,6 +75,11 @@ pub(crate) fn columns(source: &Source, model_types: &[&str], input: &Input) -> R
     split.layout(source, input).map(|layout| layout.columns)
 }
 
+/// Whether it is known how fused experts of this name lie.
+pub(crate) fn is_known(model_types: &[&str], name: &str) -> bool {
+    Splits::new(model_types).of(name).is_some()
+}
+
 /// Joins the matrices that a fused tensor was split into, if they follow each other in it.
 pub(crate) fn join(
     source: &Source,

@@ -194,12 +194,10 @@ def classes(model_type):
 
 # What is known to differ, and why. None of it is silent: the command refuses, or says that a tensor is kept.
 KNOWN = {
-    "clipseg": "this script finds no Linear to compare",
-    "hy_v4": "group formats refuse its fused experts, whose layout isn't known",
-    "inkling_text": "group formats refuse its fused experts, whose layout isn't known",
+    "aria": "group formats refuse its fused experts, which no client has one by one",
+    "aria_text": "as aria",
+    "jetmoe": "group formats refuse its fused experts, whose class doesn't say how they lie",
     "qwen3_omni_moe_talker_code_predictor": "heads are kept that transformers ties one by one",
-    "resnet": "its only Linear is a head, which is kept: nothing is left to quantize",
-    "step3p7": "group formats refuse its fused experts under their hub name",
 }
 
 

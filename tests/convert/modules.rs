@@ -156,12 +156,12 @@ fn a_diffusers_models_list_is_spelled_as_diffusers_reads_it() {
     let run = flux.convert(&["--exclude", "^proj_out", "--force"]);
     run.fails(2, &["module \"proj_out\"", "\"single_transformer_blocks.0.proj_out\""]);
 
-    let wan = folder(
-        r#"{"_class_name": "WanTransformer3DModel"}"#,
-        &[("condition_embedder.time_embedder.linear_1.weight", &[128, 64]), ("blocks.0.attn1.to_q.weight", &[64, 64])],
+    let kept = folder(
+        r#"{"_class_name": "MiniMaxH3Transformer3DModel"}"#,
+        &[("proj_out.weight", &[128, 64]), ("blocks.0.attn1.to_q.weight", &[64, 64])],
     );
-    assert_eq!(converted(&wan, &[]).1, ["blocks.0.attn1.to_q.weight"]);
-    let why = crate::support::decisions::dry_run(&wan, &[]).to_string();
+    assert_eq!(converted(&kept, &[]).1, ["blocks.0.attn1.to_q.weight"]);
+    let why = crate::support::decisions::dry_run(&kept, &["--force"]).to_string();
     assert!(why.contains("diffusers keeps it in f32"), "{why}");
 }
 
