@@ -17,7 +17,13 @@ use crate::models::{Role, Rules, Verdict, diffusers, kept_for_training, towers};
 const KERNEL_ROWS: u64 = 64;
 
 /// Keeps a Linear that clients of the format need in 16 bits.
-pub(super) fn keep(codec: &Codec, model_types: &[&str], rules: &Rules<'_>, tensor: &str, verdict: &mut Verdict) {
+pub(in crate::plan) fn keep(
+    codec: &Codec,
+    model_types: &[&str],
+    rules: &Rules<'_>,
+    tensor: &str,
+    verdict: &mut Verdict,
+) {
     let linear = matches!(verdict.role, Role::Linear | Role::ExpertLinear);
     if !verdict.quantize || verdict.included || !linear {
         return;

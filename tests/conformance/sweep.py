@@ -9,10 +9,10 @@ their dimensions divided. For each:
   no quantized module and misses no kept Linear;
 - INT4 converts, and `prequant verify` accepts both.
 
-    scripts/conformance sweep [--part N/M] [--few] [MODEL_TYPE]...
+    scripts/conformance sweep [--part N/M] [--few] [--classes N] [MODEL_TYPE]...
 
 A line for every difference, and totals; fails if there is any. `--few` takes a model type of every tenth; `--part 1/4` the first
-of four parts.
+of four parts; `--classes 1` only the first class of each.
 """
 
 import argparse
@@ -176,7 +176,7 @@ def check(prequant, model, folder):
     return found
 
 
-def classes(model_type):
+def classes(model_type, most):
     """The first few classes of a type that can be built: what is loaded first."""
     built = 0
     ordered = sorted(models.classes_of(model_type).items(), key=lambda item: not re.search(r"For(CausalLM|Conditional)", item[0]))
@@ -188,7 +188,7 @@ def classes(model_type):
             continue
         yield name, model
         built += 1
-        if built == CLASSES_PER_TYPE:
+        if built == most:
             return
 
 
@@ -207,6 +207,7 @@ def main():
     parser.add_argument("model_types", nargs="*")
     parser.add_argument("--few", action="store_true")
     parser.add_argument("--part", default="1/1")
+    parser.add_argument("--classes", type=int, default=CLASSES_PER_TYPE, help="of each type, at most")
     args = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["PYTHONWARNINGS"] = "ignore"
@@ -220,7 +221,7 @@ def main():
     totals, wrong = Counter(), Counter()
     for model_type in types:
         built = 0
-        for name, model in classes(model_type):
+        for name, model in classes(model_type, args.classes):
             built += 1
             totals["classes"] += 1
             try:

@@ -39,7 +39,7 @@ pub(crate) fn list(rules: &Rules, weights: &[Weight], layout: Layout) -> Vec<Str
     let entry = |(role, module): &(Role, String)| match (folded.get(module), container(module), layout) {
         (Some(pattern), ..) => pattern.clone(),
         (_, Some(experts), _) if !role.is_expert() || quantized.inside(experts).is_some() => module.clone(),
-        (_, Some(experts), Layout::CompressedTensors) => format!("re:{}", inside(experts)),
+        (_, Some(experts), Layout::CompressedTensors) => format!("re:{}", inside_alone(experts, &quantized)),
         (_, Some(experts), Layout::Modelopt) => format!("{experts}*"),
         _ => module.clone(),
     };
@@ -103,6 +103,15 @@ fn inside(outer: &str) -> String {
         (Some(at), _) if at > 0 => format!(".*\\.{}\\..*", escaped(&outer[at..])),
         (None, Some((_, own))) => format!("(.*\\.)?{}\\..*", escaped(own)),
         _ => format!("{}\\..*", escaped(outer)),
+    }
+}
+
+/// The same, or with its whole name where the pattern would mean what is quantized: a tower's experts and the language model's.
+fn inside_alone(outer: &str, quantized: &Modules) -> String {
+    let pattern = inside(outer);
+    match quantized.matched_by(&pattern) {
+        None => pattern,
+        Some(_) => format!("{}\\..*", regex::escape(outer)),
     }
 }
 
