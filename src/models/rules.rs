@@ -97,6 +97,11 @@ impl<'s> Rules<'s> {
         self.diffusers_class.as_deref()
     }
 
+    /// Whether some class of the type, or of one nested in it, has a tensor of this name.
+    pub(crate) fn knows(&self, tensor: &str, shape: &[u64]) -> bool {
+        self.facts.as_ref().is_some_and(|facts| !facts.kinds(tensor, shape.len()).is_empty())
+    }
+
     /// How many experts a layer has, by every config that says so.
     pub(crate) fn expert_counts(&self) -> Vec<u64> {
         self.evidence.experts()
@@ -202,7 +207,16 @@ impl<'s> Rules<'s> {
         }
     }
 
+    /// Whether torch's own attention owns it: its other weights are one parameter beside it.
+    fn is_of_torch_attention(&self, name: &ModuleName) -> bool {
+        name.whose_out_proj().is_some_and(|module| self.evidence.shape(&format!("{module}.in_proj_weight")).is_some())
+    }
+
     fn linear(&self, name: &ModuleName) -> Verdict {
+        if self.is_of_torch_attention(name) {
+            let reason = "output projection of nn.MultiheadAttention, which isn't nn.Linear itself: kept in its dtype";
+            return Verdict::keep(Role::Linear, true, reason);
+        }
         if name.is_attention_of_torch() {
             let reason =
                 "output projection of nn.MultiheadAttention, which reads the weight directly: kept in its dtype";

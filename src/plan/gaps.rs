@@ -49,7 +49,9 @@ fn numbered(name: &str) -> impl Iterator<Item = (&str, u64, &str)> {
         let list = &name[..at];
         let (number, rest) = name[at + 1..].split_once('.')?;
         let is_list = LISTS.contains(&list.rsplit('.').next()?);
-        Some((list, number.parse().ok().filter(|_| is_list)?, rest))
+        // What has a weight itself is no layer: nn.Sequential has activations, without any, between its Linears.
+        let is_layer = is_list && rest.contains('.');
+        Some((list, number.parse().ok().filter(|_| is_layer)?, rest))
     })
 }
 
@@ -116,6 +118,7 @@ mod tests {
         assert_eq!(found(&names, &[]), None);
         // A second model with fewer experts, a list that isn't of layers, and a dense layer.
         names.extend(["score.0.weight".to_owned(), "score.2.weight".to_owned()]);
+        names.extend(["aligner.layers.0.weight".to_owned(), "aligner.layers.2.weight".to_owned()]);
         names.push("model.layers.3.mlp.up_proj.weight".to_owned());
         assert_eq!(found(&names, &[4, 64]), None);
     }

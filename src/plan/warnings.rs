@@ -50,6 +50,7 @@ pub(super) fn of(
             );
         }
     }
+    warnings.extend(unknown_names(source, rules, tensors));
     warnings.extend(in_doubt(tensors));
     warnings.extend(gaps::warning(tensors.iter().map(|tensor| &*tensor.name), &rules.expert_counts()));
     warnings.extend(tied_head(source, tensors));
@@ -61,6 +62,21 @@ pub(super) fn of(
         warnings.push("it has F64 tensors, which are copied unchanged".into());
     }
     warnings
+}
+
+/// That no class of the model's type has any of what is quantized: a prefix is left in the names, or the type is another's.
+fn unknown_names(source: &Source, rules: &Rules<'_>, tensors: &[PlannedTensor]) -> Option<Warning> {
+    let model_type = *source.config.as_ref()?.model_types().first()?;
+    let mut quantized = tensors.iter().filter(|tensor| tensor.decision != Decision::Keep).peekable();
+    let first = quantized.peek()?.name.clone();
+    let known = !rules.is_compared() || quantized.any(|tensor| rules.knows(&tensor.name, &tensor.shape));
+    (!known).then(|| {
+        format!(
+            "no class of {model_type:?} has any of the weights that are quantized, first {first:?}: transformers won't find them; \
+             do their names have a prefix too many, or is the model_type another's?"
+        )
+        .into()
+    })
 }
 
 /// How much is kept because nothing says for certain what it is.

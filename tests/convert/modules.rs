@@ -161,7 +161,7 @@ fn a_diffusers_models_list_is_spelled_as_diffusers_reads_it() {
         &[("proj_out.weight", &[128, 64]), ("blocks.0.attn1.to_q.weight", &[64, 64])],
     );
     assert_eq!(converted(&kept, &[]).1, ["blocks.0.attn1.to_q.weight"]);
-    let why = crate::support::decisions::dry_run(&kept, &["--force"]).to_string();
+    let why = crate::support::decisions::dry_run(&kept, &[]).to_string();
     assert!(why.contains("diffusers keeps it in f32"), "{why}");
 }
 

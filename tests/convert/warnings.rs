@@ -105,3 +105,19 @@ fn an_included_head_that_is_tied_is_warned_of() {
         assert_not_warned(&head(&json!({"model_type": model_type})), &[], "ties it");
     }
 }
+
+#[test]
+fn names_that_no_class_of_the_type_has_are_warned_of() {
+    let warned = |model_type: &str, prefix: &str, is_warned: bool| {
+        let folder = folder(&json!({"model_type": model_type}), &dense(prefix, 128));
+        match is_warned {
+            true => assert_warned(&folder, &[], &["no class of \"llama\"", "model.model.layers.0", "prefix"]),
+            false => assert_not_warned(&folder, &[], "no class of"),
+        }
+    };
+    warned("llama", "model.model.", true);
+    warned("llama", "model.", false);
+    // A base model's own file.
+    warned("llama", "", false);
+    warned("never-heard-of", "model.model.", false);
+}
