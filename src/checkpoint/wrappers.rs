@@ -1,10 +1,11 @@
-//! What is left in tensors' names when a model is saved from inside a wrapper: torch.compile's, DDP's and FSDP's prefixes, and a LoRA
+//! What is left in tensors' names when a model is saved from inside a wrapper: torch.compile's, DDP's, FSDP's and
+//! Lightning's prefixes, and a LoRA
 //! adapter that wasn't merged.
 
 use std::borrow::Cow;
 
 /// Parts of names that only wrappers write, wherever they stand.
-const PARTS: [&str; 3] = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"];
+const PARTS: [&str; 4] = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"];
 
 /// Prefixes that wrappers write before every name, and a model may have of its own before some.
 const PREFIXES: [&str; 2] = ["base_model.model.", "module."];
@@ -116,6 +117,7 @@ mod tests {
         assert_unwrapped(&["model._orig_mod.a.weight", "b.weight"], &["model.a.weight", "b.weight"]);
         assert_unwrapped(&["module.a.weight", "module.b"], &["a.weight", "b"]);
         assert_unwrapped(&["module._orig_mod.a", "module._orig_mod.b"], &["a", "b"]);
+        assert_unwrapped(&["_forward_module.module.a", "_forward_module.module.b"], &["a", "b"]);
         assert_unwrapped(&["_orig_mod.module.a", "_orig_mod.module.b"], &["a", "b"]);
         assert_unwrapped(&["base_model.model.model.a", "base_model.model.b"], &["model.a", "b"]);
         assert_unwrapped(&["layers.0._fsdp_wrapped_module._checkpoint_wrapped_module.q"], &["layers.0.q"]);

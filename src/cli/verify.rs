@@ -14,7 +14,7 @@ use super::output::{self, Outcome};
 use super::streams::tell;
 use super::trace::Tracing;
 use super::words::{count, rate};
-use super::{device, escape, interrupt, left_out};
+use super::{device, escape, hints, interrupt, left_out};
 
 /// Verify a converted checkpoint.
 ///
@@ -143,6 +143,7 @@ fn text(arguments: &Arguments, report: &Report, seconds: f64) -> String {
         format!("written by {version}: compared tensor by tensor with what this version ({this}) makes of the source")
     }));
     lines.extend(left_out::lines(&report.left_out, SHOWN));
+    lines.extend(report.warnings.iter().map(|warning| format!("warning: {}", hints::shown_warning(warning))));
     let folder = arguments.folder.display();
     let bytes = match (&arguments.against, arguments.quick) {
         (_, true) => "sizes and headers".to_owned(),
@@ -167,6 +168,7 @@ fn text(arguments: &Arguments, report: &Report, seconds: f64) -> String {
 
 fn json(report: &Report, strict: bool) -> serde_json::Value {
     let mut value = json!(report);
+    value["warnings"] = report.warnings.iter().map(hints::warning).collect();
     value["ok"] = report.is_ok(strict).into();
     value
 }

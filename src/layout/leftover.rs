@@ -94,6 +94,9 @@ fn is_parameter(name: &str) -> bool {
     PARAMETERS.iter().any(|(end, _)| name.ends_with(end)) || name.ends_with("_scale_inv")
 }
 
+/// Words in names of integers that aren't codes: masks and numbers of places.
+const NO_CODES: [&str; 5] = ["mask", "bias", "ids", "index", "position"];
+
 /// Whether some of the tensors are codes of weights, by their dtypes.
 fn is_coded(source: &Source) -> bool {
     let matrices = || source.tensors().map(|(_, info)| info).filter(|info| info.shape.len() > 1);
@@ -101,6 +104,12 @@ fn is_coded(source: &Source) -> bool {
     let is_integer =
         |dtype: Dtype| matches!(dtype, Dtype::U8 | Dtype::I8 | Dtype::U16 | Dtype::I16 | Dtype::U32 | Dtype::I32);
     let len = |is: &dyn Fn(&TensorInfo) -> bool| matrices().filter(|info| is(info)).map(|info| info.len).sum::<u64>();
+    // Of whatever method: a module has codes in place of a weight.
+    let weights: HashSet<&str> = matrices().filter_map(|info| info.name.strip_suffix(".weight")).collect();
+    let in_place_of_a_weight = |info: &TensorInfo| {
+        let Some((module, own)) = info.name.rsplit_once('.') else { return false };
+        is_integer(info.dtype) && !weights.contains(module) && !NO_CODES.iter().any(|word| own.contains(word))
+    };
     let (integers, all) = (len(&|info| is_integer(info.dtype)), len(&|_| true));
     let by_name = |info: &TensorInfo| {
         let is_weight = info.name.ends_with("weight") && info.shape.len() > 1;
@@ -108,5 +117,6 @@ fn is_coded(source: &Source) -> bool {
     };
     matrices().any(|info| is_small_float(info.dtype))
         || source.tensors().any(|(_, info)| by_name(info))
+        || matrices().any(in_place_of_a_weight)
         || integers > all / INTEGER_SHARE
 }

@@ -26,6 +26,9 @@ pub(crate) const INPUT_SCALES: [&str; 6] =
 
 /// How names end that a method's checkpoints have and others don't: in two parts, the second a layout's own.
 const ENDS: &[(&str, &str, &str)] = &[
+    ("", "._weight_qdata", "torchao"),
+    (".weight", "._data", "quanto"),
+    ("", ".Qidxs", "QuIP#"),
     ("", ".SCB", "bitsandbytes LLM.int8()"),
     (".weight", compressed_tensors::CODES, "compressed-tensors"),
     (".weight", FP8_SCALE, FP8_METHOD),
@@ -113,7 +116,9 @@ pub(crate) fn quantization_config(config: &Config) -> Option<(Vec<&str>, &Value)
 /// The method that config.json names, and where it names it.
 pub(crate) fn in_config(config: &Config) -> Option<SourceQuantization> {
     let (place, value) = quantization_config(config)?;
-    let method = value.get("quant_method").and_then(Value::as_str).unwrap_or("an unnamed method");
+    let is_mlx = value.get("group_size").is_some() && value.get("bits").is_some();
+    let unnamed = if is_mlx { "MLX, or another method that isn't named" } else { "an unnamed method" };
+    let method = value.get("quant_method").and_then(Value::as_str).unwrap_or(unnamed);
     Some(SourceQuantization::new(method, format!("its \"{}\" says so", place.join("\".\""))))
 }
 

@@ -2,7 +2,7 @@
 //!
 //! In transformers 5 a layer's experts are a few 3-D parameters. Checkpoints on the hub have the same numbers in other
 //! shapes, mostly a tensor per expert and projection. [`ExpertParameter::fusion`] puts them together as transformers
-//! does when it loads a checkpoint; [`ExpertParameter::split`] takes a parameter apart, for formats
+//! does when it loads a checkpoint; [`ExpertParameter::splits`] takes a parameter apart, for formats
 //! whose clients want a tensor per expert. Which family has which is in [`super::families`].
 
 use crate::checkpoint::Config;
@@ -128,15 +128,17 @@ impl ExpertParameter {
         (!self.parameter.ends_with("bias")).then_some(Fusion { sources, target: self.parameter, transposed_unless })
     }
 
-    /// Towards a tensor per expert and projection.
-    pub(crate) fn split(&self) -> Option<Split> {
-        let fused = match self.hub {
-            Hub::PerExpert | Hub::Parameter => self.parameter,
-            Hub::Stacked([name]) => name,
-            Hub::Stacked(_) => return None,
-        };
-        let ExpertParameter { per_expert: targets, orientation, interleaved, .. } = *self;
-        (!targets.is_empty()).then_some(Split { fused, targets, orientation, interleaved })
+    /// Towards a tensor per expert and projection: of each tensor that a checkpoint has, or of none.
+    pub(crate) fn splits(&self) -> Vec<Split> {
+        let ExpertParameter { per_expert, orientation, interleaved, .. } = *self;
+        let split = |fused, targets| Split { fused, targets, orientation, interleaved };
+        match self.hub {
+            _ if per_expert.is_empty() => Vec::new(),
+            Hub::PerExpert | Hub::Parameter => vec![split(self.parameter, per_expert)],
+            Hub::Stacked([name]) => vec![split(name, per_expert)],
+            // Each is of all experts, and of one of the matrices.
+            Hub::Stacked(names) => names.iter().zip(per_expert.chunks(1)).map(|(name, one)| split(name, one)).collect(),
+        }
     }
 }
 
@@ -207,13 +209,17 @@ mod tests {
 
     #[test]
     fn both_readings_are_of_one_description() {
-        let (fusion, split) = (GATE_UP.fusion().unwrap(), GATE_UP.split().unwrap());
-        assert_eq!((fusion.sources, fusion.target), (split.targets, split.fused));
+        let (fusion, splits) = (GATE_UP.fusion().unwrap(), GATE_UP.splits());
+        assert_eq!((fusion.sources, fusion.target), (splits[0].targets, splits[0].fused));
         static BIAS: ExpertParameter = fused("experts.down_proj_bias", &["experts.*.down_proj.bias"]);
         assert!(BIAS.fusion().is_none());
-        assert_eq!(BIAS.split().unwrap().targets, BIAS.per_expert);
+        assert_eq!(BIAS.splits()[0].targets, BIAS.per_expert);
         static APART: ExpertParameter = stacked(&["moe.gate.weight", "moe.up.weight"], "experts.gate_up_proj", SOURCES);
         assert_eq!(APART.fusion().unwrap().sources.len(), 2);
-        assert!(APART.split().is_none(), "no one tensor has all of an expert's rows");
+        let apart = APART.splits();
+        assert_eq!(apart.iter().map(|split| split.fused).collect::<Vec<_>>(), ["moe.gate.weight", "moe.up.weight"]);
+        assert!(apart.iter().map(|split| split.targets).eq(SOURCES.chunks(1)), "a matrix of each expert in each");
+        static NAMELESS: ExpertParameter = stacked(&["moe.gate.weight"], "experts.gate_proj", &[]);
+        assert!(NAMELESS.splits().is_empty());
     }
 }

@@ -13,6 +13,15 @@ pub(crate) fn families(model_types: &[&str]) -> impl Iterator<Item = &'static Fa
     model_types.iter().filter_map(|name| FAMILIES.iter().find(|family| family.model_types.contains(name)))
 }
 
+/// A line for each model type whose config ties the head to the embedding unless it says otherwise; from `scripts/make
+/// tied-by-default`.
+const TIED_BY_DEFAULT: &str = include_str!("data/tied_by_default.txt");
+
+/// Whether a model of the outermost of these types has its head tied where config.json says nothing of it.
+pub(crate) fn ties_by_default(model_types: &[&str]) -> bool {
+    model_types.first().is_some_and(|model_type| TIED_BY_DEFAULT.lines().any(|line| line == *model_type))
+}
+
 const GATE_UP: &[&str] = &["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"];
 const DOWN: &[&str] = &["mlp.experts.*.down_proj.weight"];
 
@@ -182,8 +191,13 @@ pub(crate) const FAMILIES: &[Family] = &[
     Family {
         model_types: &["step3p7"],
         experts: &[
-            stacked(&["moe.gate_proj.weight", "moe.up_proj.weight"], "mlp.experts.gate_up_proj", &[]),
-            stacked(&["moe.down_proj.weight"], "mlp.experts.down_proj", &[]),
+            // One expert's, as vLLM's Step3p5 has them.
+            stacked(
+                &["moe.gate_proj.weight", "moe.up_proj.weight"],
+                "mlp.experts.gate_up_proj",
+                &["moe.experts.*.gate_proj.weight", "moe.experts.*.up_proj.weight"],
+            ),
+            stacked(&["moe.down_proj.weight"], "mlp.experts.down_proj", &["moe.experts.*.down_proj.weight"]),
         ],
         ..PLAIN
     },

@@ -5,7 +5,9 @@
 //! `scripts/make` takes from transformers and vLLM are in `data/`, and `tests/` compares every row with them.
 
 mod caution;
+pub(crate) mod diffusers;
 mod evidence;
+pub(crate) mod expert_layouts;
 pub(crate) mod experts;
 pub(crate) mod facts;
 pub(crate) mod families;

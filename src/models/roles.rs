@@ -117,6 +117,11 @@ impl<'a> ModuleName<'a> {
     }
 
     /// SigLIP's pooling head: torch's fast path reads this weight without calling the module.
+    /// The module that it is the output projection of, by its name.
+    pub(super) fn whose_out_proj(&self) -> Option<&'a str> {
+        self.whole.strip_suffix(".out_proj")
+    }
+
     pub(super) fn is_attention_of_torch(&self) -> bool {
         self.whole == "head.attention.out_proj" || self.whole.ends_with(".head.attention.out_proj")
     }

@@ -7,8 +7,9 @@
 
 use std::borrow::Cow;
 
-use crate::checkpoint::Source;
+use crate::checkpoint::{Config, Source};
 use crate::models::caution::{self, Doubt};
+use crate::models::diffusers;
 use crate::models::evidence::Evidence;
 use crate::models::experts::Hub;
 use crate::models::facts::Facts;
@@ -56,6 +57,8 @@ pub(crate) struct Rules<'s> {
     has_model_type: bool,
     /// What transformers says of the outermost `model_type`, if it has it.
     facts: Option<Facts>,
+    /// diffusers' class, of a model of diffusers.
+    diffusers_class: Option<String>,
     evidence: Evidence<'s>,
 }
 
@@ -64,7 +67,13 @@ impl<'s> Rules<'s> {
     /// is no config.
     pub(crate) fn new(model_types: &[&str]) -> Rules<'static> {
         let (has_model_type, facts) = (!model_types.is_empty(), Facts::new(model_types));
-        Rules { has_model_type, facts, evidence: Evidence::default() }
+        Rules { has_model_type, facts, diffusers_class: None, evidence: Evidence::default() }
+    }
+
+    /// By what config.json says of the model.
+    pub(crate) fn of_config(config: &Config) -> Rules<'static> {
+        let rules = Rules::new(&config.model_types()).of_classes(&config.architectures());
+        Rules { diffusers_class: config.class_name().map(str::to_owned), ..rules }
     }
 
     /// The same, for a checkpoint that was saved from the first of these classes.
@@ -75,13 +84,22 @@ impl<'s> Rules<'s> {
     /// The same, with what config.json's numbers and the shapes of the other tensors tell.
     pub(crate) fn of(source: &'s Source) -> Rules<'s> {
         let Some(config) = &source.config else { return Rules { evidence: Evidence::of(source), ..Rules::new(&[]) } };
-        let rules = Rules::new(&config.model_types()).of_classes(&config.architectures());
-        Rules { evidence: Evidence::of(source), ..rules }
+        Rules { evidence: Evidence::of(source), ..Rules::of_config(config) }
     }
 
     /// Whether the architecture was compared, tensor by tensor, with what transformers makes of it.
     pub(crate) fn is_compared(&self) -> bool {
         self.facts.as_ref().is_some_and(Facts::of_outermost)
+    }
+
+    /// diffusers' class, of a model of diffusers.
+    pub(crate) fn diffusers_class(&self) -> Option<&str> {
+        self.diffusers_class.as_deref()
+    }
+
+    /// Whether some class of the type, or of one nested in it, has a tensor of this name.
+    pub(crate) fn knows(&self, tensor: &str, shape: &[u64]) -> bool {
+        self.facts.as_ref().is_some_and(|facts| !facts.kinds(tensor, shape.len()).is_empty())
     }
 
     /// How many experts a layer has, by every config that says so.
@@ -169,7 +187,7 @@ impl<'s> Rules<'s> {
         if name.is_patch_embedding() {
             return Verdict::keep(Role::PatchEmbedding, true, "patch embedding: kept in its dtype");
         }
-        if name.is_output_head() {
+        if name.is_output_head() && !(self.diffusers_class.is_some() && diffusers::is_projection(module)) {
             return Verdict::keep(Role::OutputHead, true, "output head: kept in its dtype");
         }
         if name.is_embedding() {
@@ -182,13 +200,23 @@ impl<'s> Rules<'s> {
                 "named like a convolution: kept in its dtype",
             );
         }
-        match caution::doubt(module, shape, &self.evidence) {
+        let projection = self.diffusers_class.is_some() && diffusers::is_projection(module);
+        match caution::doubt(module, shape, &self.evidence).filter(|_| !projection) {
             Some(doubt) => Verdict::doubt(doubt),
             None => self.linear(name),
         }
     }
 
+    /// Whether torch's own attention owns it: its other weights are one parameter beside it.
+    fn is_of_torch_attention(&self, name: &ModuleName) -> bool {
+        name.whose_out_proj().is_some_and(|module| self.evidence.shape(&format!("{module}.in_proj_weight")).is_some())
+    }
+
     fn linear(&self, name: &ModuleName) -> Verdict {
+        if self.is_of_torch_attention(name) {
+            let reason = "output projection of nn.MultiheadAttention, which isn't nn.Linear itself: kept in its dtype";
+            return Verdict::keep(Role::Linear, true, reason);
+        }
         if name.is_attention_of_torch() {
             let reason =
                 "output projection of nn.MultiheadAttention, which reads the weight directly: kept in its dtype";

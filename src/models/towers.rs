@@ -5,12 +5,27 @@
 /// linears`.
 const TOWERS: &str = include_str!("data/towers.txt");
 
+/// The same of well-known models whose code isn't transformers': InternVL, MiniCPM, Janus, Molmo, Ovis, Phi-3, Keye, Step.
+const OF_REMOTE_CODE: &[&str] = &[
+    "aligner",
+    "apm",
+    "audio_projection_layer",
+    "mlp1",
+    "mlp_AR",
+    "resampler",
+    "vision_backbone",
+    "vision_embed_tokens",
+    "visual_tokenizer",
+    "vit_large_projector",
+    "vpm",
+];
+
 /// The part of a module's name that says that it is in such a tower, in a model of these types, if one does.
 pub(crate) fn tower_of<'m>(model_types: &[&str], module: &'m str) -> Option<&'m str> {
     let of_types =
         |line: &&str| line.split(' ').next().is_some_and(|first| first == "*" || model_types.contains(&first));
     let names = TOWERS.lines().filter(of_types).flat_map(|line| line.split(' ').skip(1));
-    let names: Vec<&str> = names.collect();
+    let names: Vec<&str> = names.chain(OF_REMOTE_CODE.iter().copied()).collect();
     module.split('.').find(|part| names.iter().any(|name| name.eq_ignore_ascii_case(part)))
 }
 
@@ -27,6 +42,8 @@ mod tests {
             ("vision_tower.encoder.layers.0.mlp.fc1", "vision_tower"),
             ("multi_modal_projector.linear_1", "multi_modal_projector"),
             ("thinker.audio_tower.layers.0.fc1", "audio_tower"),
+            ("mlp1.3", "mlp1"),
+            ("vpm.encoder.layers.0.mlp.fc1", "vpm"),
         ] {
             assert_eq!(tower_of(&["never-heard-of"], module), Some(tower), "{module}");
         }

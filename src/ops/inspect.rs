@@ -8,7 +8,8 @@ use crate::converted::{self, FoundWeight};
 use crate::error::{Error, Result, Warning};
 use crate::layout::{leftover, recognize};
 use crate::manifest::{LeftOutRecord, Manifest};
-use crate::ops::{global_scales, hub_count, records, relayout};
+use crate::ops::global_scales::GlobalScales;
+use crate::ops::{hub_count, records, relayout};
 use crate::plan::{Plan, source_quantization};
 use crate::recipe::Recipe;
 use crate::store::Location;
@@ -95,7 +96,7 @@ pub fn inspect(path: impl AsRef<Path>) -> Result<Contents> {
         Ok(warnings) => (warnings, None),
         Err(error) => (source.notes.clone(), Some(error)),
     };
-    warnings.extend(global_scales::warning(&source)?);
+    warnings.extend(GlobalScales::of(&source)?.warning());
     let method = method(&source, manifest.as_ref());
     Ok(Contents {
         path,

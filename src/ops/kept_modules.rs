@@ -37,8 +37,7 @@ impl KeptModules {
         let listed = quantization.get(codec.kept_modules_key()).and_then(Value::as_array);
         let entries = listed.into_iter().flatten().filter_map(|entry| entry.as_str().map(str::to_owned)).collect();
         let suffix = codec.suffix(OutputKind::Packed).unwrap_or_default();
-        let rules = Rules::new(&config.model_types()).of_classes(&config.architectures());
-        let list = List { codec, rules, entries, suffix };
+        let list = List { codec, rules: Rules::of_config(config), entries, suffix };
         KeptModules { list: Some(list), clash: Mutex::default() }
     }
 

@@ -2,12 +2,13 @@
 
 use std::collections::HashMap;
 
+use super::scan::Scan;
 use super::{Decision, PlannedTensor, rescale, scale_sets};
 use crate::checkpoint::Source;
 use crate::error::{Error, Hint, Result, Warning};
 use crate::format::{Codec, Coding, ElementCode, ScaleCode};
 use crate::layout::OutputKind;
-use crate::layout::compressed_tensors::shape_bytes;
+use crate::layout::compressed_tensors::{ZERO_POINT_ROWS, shape_bytes};
 use crate::manifest::Carried;
 use crate::read::{Decode, Read};
 
@@ -32,7 +33,9 @@ fn matrices(read: &Read) -> Option<Vec<&Decode>> {
 pub(crate) fn carry_over(source: &Source, tensors: &mut [PlannedTensor], codec: &Codec) -> Result<Vec<Warning>> {
     let carried: Vec<usize> = (0..tensors.len()).filter(|&i| tensors[i].is_carried()).collect();
     for &i in &carried {
-        why_not(&tensors[i], codec).map_or(Ok(()), |why| Err(refused(source, &tensors[i], why)))?;
+        if let Some(why) = why_not(source, &tensors[i], codec)? {
+            return Err(refused(source, &tensors[i], why));
+        }
     }
     let mut warnings = Vec::new();
     let mut scales: HashMap<usize, rescale::Rescaled> = HashMap::new();
@@ -96,32 +99,77 @@ fn coding_name(Coding { element, scale, group, .. }: &Coding) -> String {
     format!("{name} in groups of {group}")
 }
 
-/// What is in the way of a weight's codes, if anything is.
-fn why_not(tensor: &PlannedTensor, codec: &Codec) -> Option<String> {
+/// What is in the way of a weight's codes, if anything is. Zero points are read where it depends on them.
+///
+/// # Errors
+/// Those of reading.
+fn why_not(source: &Source, tensor: &PlannedTensor, codec: &Codec) -> Result<Option<String>> {
     let Some(all) = matrices(&tensor.read) else {
-        return Some("its rows or columns stand in another order".to_owned());
+        return Ok(Some("its rows or columns stand in another order".to_owned()));
     };
-    let columns = tensor.columns();
-    let target = codec.coding(columns, None);
-    let fits = |matrix: &&Decode| {
-        let coding = matrix.coding;
-        let same_scale = match (coding.scale, target.scale) {
-            (ScaleCode::SourceFloat, ScaleCode::SourceFloat) | (ScaleCode::E4m3, ScaleCode::E4m3) => true,
-            (ScaleCode::E8m0(_), ScaleCode::E8m0(_)) => true,
-            // Groups of 32 are two of 16.
-            (ScaleCode::E8m0(_), ScaleCode::E4m3) => coding.group == 32,
-            _ => false,
+    let target = codec.coding(tensor.columns(), None);
+    for matrix in all {
+        let coding = &matrix.coding;
+        if !(is_stored_alike(matrix, tensor.columns(), codec) && has_the_scales(coding, &target)) {
+            let order = if matrix.order.is_some() { ", in an order of their own" } else { "" };
+            return Ok(Some(format!("it is {}{order}, and not {}", coding_name(coding), coding_name(&target))));
+        }
+        let fits = match (coding.element, target.element) {
+            (ElementCode::Int { zero_point: true }, ElementCode::Int { zero_point: false }) => {
+                has_zero_points_of_8(source, matrix)?
+            }
+            (ElementCode::Int { zero_point: false }, ElementCode::Int { zero_point: true }) => {
+                matrix.rows.is_multiple_of(ZERO_POINT_ROWS)
+            }
+            (found, expected) => found == expected,
         };
-        coding.element == target.element
-            && same_scale
-            && (coding.group == target.group || target.scale == ScaleCode::E4m3)
-            && (matrix.columns, matrix.group_rows, matrix.row_len) == (columns, 1, codec.packed_row(columns))
-            && matrix.order.is_none()
-            && matrix.nested.is_none()
+        if !fits {
+            return Ok(Some(format!("it is {}, and not {}", coding_name(coding), coding_name(&target))));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether codes lie as the target has them.
+fn is_stored_alike(matrix: &Decode, columns: u64, codec: &Codec) -> bool {
+    (matrix.columns, matrix.group_rows, matrix.row_len) == (columns, 1, codec.packed_row(columns))
+        && matrix.order.is_none()
+        && matrix.nested.is_none()
+}
+
+/// Whether the target can have its scales.
+fn has_the_scales(coding: &Coding, target: &Coding) -> bool {
+    let same_scale = match (coding.scale, target.scale) {
+        (ScaleCode::SourceFloat, ScaleCode::SourceFloat) | (ScaleCode::E4m3, ScaleCode::E4m3) => true,
+        (ScaleCode::E8m0(_), ScaleCode::E8m0(_)) => true,
+        // Groups of 32 are two of 16.
+        (ScaleCode::E8m0(_), ScaleCode::E4m3) => coding.group == 32,
+        _ => false,
     };
-    let other = all.into_iter().find(|matrix| !fits(matrix))?;
-    let order = if other.order.is_some() { ", in an order of their own" } else { "" };
-    Some(format!("it is {}{order}, and not {}", coding_name(&other.coding), coding_name(&target)))
+    same_scale && (coding.group == target.group || target.scale == ScaleCode::E4m3)
+}
+
+/// Two zero points of 8, which is what integers without zero points stand for: GPTQ and AWQ store them all the same.
+const ZERO_POINTS_OF_8: u8 = 0x88;
+
+fn has_zero_points_of_8(source: &Source, matrix: &Decode) -> Result<bool> {
+    match &matrix.zero_points {
+        Some(points) => Scan::new(source).is_all(points, ZERO_POINTS_OF_8),
+        None => Ok(true),
+    }
+}
+
+/// Its zero points in compressed-tensors' layout; of integers without any, those that stand for the same.
+fn zero_points(matrix: &Decode) -> Read {
+    const PIECE: u64 = 1 << 16;
+    if let Some(points) = &matrix.zero_points {
+        return points.clone();
+    }
+    let len = matrix.rows / ZERO_POINT_ROWS * (matrix.columns / matrix.coding.group as u64) * 4;
+    let piece = |len: u64| Read::Literal(vec![ZERO_POINTS_OF_8; len as usize].into());
+    let (whole, rest) = (piece(PIECE.min(len)), len % PIECE);
+    let pieces = (0..len / PIECE).map(|_| whole.clone());
+    Read::concat(pieces.chain((rest > 0).then(|| piece(rest))))
 }
 
 fn refused(source: &Source, tensor: &PlannedTensor, why: String) -> Error {
@@ -146,7 +194,7 @@ fn parts(tensor: &PlannedTensor, rescaled: Option<rescale::Rescaled>) -> Vec<Rea
             Some(scales) => scales.clone(),
             None => of_all(&|matrix| Some(matrix.scales.clone())),
         },
-        Some(OutputKind::ZeroPoint) => of_all(&|matrix| matrix.zero_points.clone()),
+        Some(OutputKind::ZeroPoint) => of_all(&|matrix| Some(zero_points(matrix))),
         Some(OutputKind::GlobalScale) => Read::Literal(global.unwrap_or(1.0).to_le_bytes().into()),
         Some(OutputKind::Shape) => Read::Literal(shape_bytes(&tensor.shape).into()),
         _ => unreachable!("formats of groups have no other parts"),

@@ -11,19 +11,28 @@ use super::split::Decided;
 use super::{Decision, PlannedTensor};
 use crate::error::{Hint, Warning};
 use crate::format::{Codec, Layout};
-use crate::models::{Role, Rules, Verdict, kept_for_training, towers};
+use crate::models::{Role, Rules, Verdict, diffusers, kept_for_training, towers};
 
 /// Rows that vLLM's 4-bit kernels take at a time (Marlin's smallest tile); so many must divide what it makes one Linear of.
 const KERNEL_ROWS: u64 = 64;
 
 /// Keeps a Linear that clients of the format need in 16 bits.
-pub(super) fn keep(codec: &Codec, model_types: &[&str], rules: &Rules<'_>, tensor: &str, verdict: &mut Verdict) {
+pub(in crate::plan) fn keep(
+    codec: &Codec,
+    model_types: &[&str],
+    rules: &Rules<'_>,
+    tensor: &str,
+    verdict: &mut Verdict,
+) {
     let linear = matches!(verdict.role, Role::Linear | Role::ExpertLinear);
     if !verdict.quantize || verdict.included || !linear {
         return;
     }
     let Some(module) = tensor.strip_suffix(".weight") else { return };
     let why = match codec.layout() {
+        None if rules.diffusers_class().is_some_and(|class| diffusers::is_kept_in_f32(class, module)) => {
+            Some("diffusers keeps it in f32 (_keep_in_fp32_modules) and never makes it 4-bit".to_owned())
+        }
         None if !kept_for_training::any(model_types) => None,
         None => {
             let names = rules.module_names(tensor);

@@ -65,7 +65,9 @@ fn numbered(name: &str) -> impl Iterator<Item = (&str, u64, &str)> {
     });
     parts.filter(|(part, _)| LISTS.contains(part)).filter_map(move |(_, end)| {
         let (number, rest) = name.get(end + 1..)?.split_once('.')?;
-        Some((&name[..end], number.parse().ok()?, rest))
+        // What has a weight itself is no layer: nn.Sequential has activations, without any, between its Linears.
+        let is_layer = rest.contains('.');
+        Some((&name[..end], number.parse().ok().filter(|_| is_layer)?, rest))
     })
 }
 
@@ -132,6 +134,7 @@ mod tests {
         assert_eq!(found(&names, &[]), None);
         // A second model with fewer experts, a list that isn't of layers, and a dense layer.
         names.extend(["score.0.weight".to_owned(), "score.2.weight".to_owned()]);
+        names.extend(["aligner.layers.0.weight".to_owned(), "aligner.layers.2.weight".to_owned()]);
         names.push("model.layers.3.mlp.up_proj.weight".to_owned());
         assert_eq!(found(&names, &[4, 64]), None);
     }

@@ -35,6 +35,12 @@ pub(crate) fn check(
         return Ok(());
     }
     let columns = match verdict.role {
+        Role::FusedExperts if is_shared(&input.name) && !split::is_known(model_types, &input.name) => {
+            return keep(
+                verdict,
+                "shared experts in one parameter, which no client has one by one: kept in its dtype".into(),
+            );
+        }
         Role::FusedExperts => split::columns(source, model_types, input)?,
         _ if input.shape.len() != 2 => {
             return keep(verdict, "not 2-D, as formats with groups require: kept in its dtype".into());
@@ -55,6 +61,11 @@ pub(crate) fn check(
         return Ok(());
     }
     keep(verdict, format!("{columns} columns aren't a multiple of group size {group}: kept in its dtype").into())
+}
+
+/// Whether experts that every token goes through: a few, beside many that are chosen from.
+fn is_shared(tensor: &str) -> bool {
+    tensor.split('.').any(|part| part.starts_with("shared_expert"))
 }
 
 /// gpt-oss's loader takes every expert to be MXFP4.

@@ -15,6 +15,7 @@ mod names;
 mod outputs;
 mod rescale;
 mod scale_sets;
+mod scan;
 pub(crate) mod source_quantization;
 pub(crate) mod split;
 mod warnings;
@@ -299,7 +300,7 @@ fn decide(
     }
     let mut selection = Selection::new(recipe)?;
     let mut decided = Vec::new();
-    let (inputs, warnings) = input::inputs(source, recipe.dequantize_source || !codec.is_blocks())?;
+    let (inputs, mut warnings) = input::inputs(source, recipe.dequantize_source || !codec.is_blocks())?;
     for input in unwrapped(source, inputs) {
         let mut verdict = selection.decide(rules, &input.name, &input.shape);
         clients::keep(&codec, model_types, rules, &input.name, &mut verdict);
@@ -331,7 +332,11 @@ fn decide(
             });
             transposed.collect()
         }
-        Some(_) => split::split_experts(source, model_types, decided)?,
+        Some(_) => {
+            let (decided, of_names) = split::split_experts(source, model_types, decided)?;
+            warnings.extend(of_names);
+            decided
+        }
     };
     Ok((decided, warnings))
 }

@@ -2,16 +2,13 @@
 //!
 //! Some published checkpoints have other global scales for an expert's gate and its up, of which readers take one for both.
 
+use super::scan::Scan;
 use crate::checkpoint::Source;
 use crate::error::{Result, Warning};
 use crate::format::{Codec, Layout, ScaleCode, TensorScale};
-use crate::kernel::Kernel;
 use crate::kernel::float8::{e4m3, e4m3_value};
 use crate::manifest::Carried;
-use crate::read::{Decode, Evaluator, Read, SmallTensors};
-
-/// Bytes that are looked at at once.
-const PIECE: u64 = 1 << 20;
+use crate::read::{Decode, Read};
 
 /// A weight's scales under its set's global scale.
 pub(crate) struct Rescaled {
@@ -49,7 +46,7 @@ pub(crate) fn warning<'r>(all: impl Iterator<Item = &'r Rescaled>) -> Option<War
 /// # Errors
 /// Those of reading. Inside: when a member's scales don't fit into the set's.
 pub(crate) fn set(source: &Source, members: &[&Read], codec: &Codec) -> Result<Result<Vec<Rescaled>, WhyNot>> {
-    let mut scan = Scan { small: SmallTensors::new(source), evaluator: Evaluator::new(Kernel::SCALAR) };
+    let mut scan = Scan::new(source);
     let matrices: Vec<&Decode> = members
         .iter()
         .filter_map(|read| if let Read::Decode(matrix) = read { Some(&**matrix) } else { None })
@@ -165,48 +162,6 @@ fn mxfp4(scan: &mut Scan<'_>, matrices: &[&Decode], codec: &Codec) -> Result<Res
         Rescaled { scales: twice, global, carried: Carried::Lossless, rounded: 0, changed: false }
     };
     Ok(Ok(matrices.iter().map(rescaled).collect()))
-}
-
-/// Looking at what scales and codes are.
-struct Scan<'a> {
-    small: SmallTensors<'a>,
-    evaluator: Evaluator,
-}
-
-impl Scan<'_> {
-    fn read(&mut self, read: &Read, offset: u64, len: u64) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; len as usize];
-        let Scan { small, evaluator } = self;
-        evaluator.read(read, offset, &mut bytes, &mut |span, into| small.fill(span, into))?;
-        Ok(bytes)
-    }
-
-    /// How often each byte occurs.
-    fn counts(&mut self, read: &Read) -> Result<[u64; 256]> {
-        let mut counts = [0; 256];
-        for offset in (0..read.len()).step_by(PIECE as usize) {
-            let piece = self.read(read, offset, PIECE.min(read.len() - offset))?;
-            piece.iter().for_each(|byte| counts[usize::from(*byte)] += 1);
-        }
-        Ok(counts)
-    }
-
-    /// The least and the largest exponent of groups that aren't all zeros; none if all are.
-    fn exponents(&mut self, matrix: &Decode) -> Result<Option<[u8; 2]>> {
-        let group = matrix.coding.group as u64 / 2;
-        let mut found: Option<[u8; 2]> = None;
-        for first in (0..matrix.scales.len()).step_by((PIECE / group) as usize) {
-            let count = (PIECE / group).min(matrix.scales.len() - first);
-            let (scales, codes) =
-                (self.read(&matrix.scales, first, count)?, self.read(&matrix.codes, first * group, count * group)?);
-            let groups = scales.iter().zip(codes.chunks(group as usize));
-            for (&scale, _) in groups.filter(|(_, codes)| codes.iter().any(|byte| byte & 0x77 != 0)) {
-                let [least, most] = found.unwrap_or([scale; 2]);
-                found = Some([least.min(scale), most.max(scale)]);
-            }
-        }
-        Ok(found)
-    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! Which quantized sources are converted: those whose coded weights are all of kinds that decode, and of four bits only on request.
 
+use serde_json::Value;
+
 use super::input::{self, Coded};
 use crate::checkpoint::{CONFIG_NAME, Source, TensorInfo};
 use crate::error::{Error, Hint, Result, Setting, Warning};
@@ -88,18 +90,34 @@ fn decodes(source: &Source) -> Result<bool> {
     Ok(!names.is_empty())
 }
 
-/// compressed-tensors' transforms, whose inverse would have to be multiplied to what decodes.
+/// compressed-tensors' transforms and GPTQModel's rotations, whose inverse would have to be multiplied to what decodes.
 fn check_is_not_rotated(source: &Source) -> Result<()> {
     let config = source.config.as_ref().and_then(recognize::quantization_config).map(|(_, config)| config);
-    let groups = config.and_then(|config| config.get("transform_config")?.get("config_groups")?.as_object());
-    match groups.is_some_and(|groups| !groups.is_empty()) {
-        true => {
-            let why = "its \"transform_config\" says that weights are stored rotated, and rotations aren't undone: start from \
-                       a checkpoint without them";
+    match config.and_then(rotation) {
+        Some(key) => {
+            let why = format!(
+                "its {key:?} says that weights are stored rotated, and rotations aren't undone: start from a checkpoint without \
+                 them"
+            );
             Err(Error::malformed(source.location.join(CONFIG_NAME).path(), why))
         }
-        false => Ok(()),
+        None => Ok(()),
     }
+}
+
+/// What of a quantization config says that weights are stored rotated.
+fn rotation(config: &Value) -> Option<&'static str> {
+    let groups = config.get("transform_config").and_then(|transforms| transforms.get("config_groups")?.as_object());
+    if groups.is_some_and(|groups| !groups.is_empty()) {
+        return Some("transform_config");
+    }
+    let is_set = |value: &Value| match value {
+        Value::Null | Value::Bool(false) => false,
+        Value::String(mode) => !mode.is_empty(),
+        _ => true,
+    };
+    let meta = config.get("meta").and_then(|meta| meta.get("rotation"));
+    config.get("rotation").into_iter().chain(meta).any(is_set).then_some("rotation")
 }
 
 /// compressed-tensors' own order of columns, of releases that wrote one: what decodes without it has other groups' scales.
@@ -107,7 +125,8 @@ fn check_is_in_order(source: &Source) -> Result<()> {
     let ordered = source.tensors().find(|(_, info)| info.name.ends_with(".weight_g_idx"));
     ordered.map_or(Ok(()), |(file, info)| {
         let why = format!(
-            "tensor {:?} gives columns another order than they are stored in (activation ordering), which isn't decoded: start              from a checkpoint that was quantized without it",
+            "tensor {:?} gives columns another order than they are stored in (activation ordering), which isn't decoded: start \
+             from a checkpoint that was quantized without it",
             info.name
         );
         Err(Error::malformed(source.files[file].location.path(), why))

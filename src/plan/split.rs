@@ -6,9 +6,10 @@ use std::sync::Arc;
 use super::Decision;
 use crate::checkpoint::{MAX_HEADER_LEN, Source};
 use crate::dtype::byte_len;
-use crate::error::{Error, Hint, Result};
+use crate::error::{Error, Hint, Result, Warning};
 use crate::models::Role;
 use crate::models::Verdict;
+use crate::models::expert_layouts;
 use crate::models::experts::{ExpertParameter, Orientation, Split};
 use crate::models::families::families;
 use crate::models::names::match_end;
@@ -20,17 +21,27 @@ pub(crate) type Decided = (Input, Verdict, Decision);
 
 /// Splits a layer's fused experts wherever one of them is quantized and leaves all other tensors unchanged.
 ///
+/// Also what to know of the names that they get.
+///
 /// # Errors
 /// When their layout isn't known.
-pub(crate) fn split_experts(source: &Source, model_types: &[&str], tensors: Vec<Decided>) -> Result<Vec<Decided>> {
+pub(crate) fn split_experts(
+    source: &Source,
+    model_types: &[&str],
+    tensors: Vec<Decided>,
+) -> Result<(Vec<Decided>, Option<Warning>)> {
     let splits = Splits::new(model_types);
     let mut layers: HashSet<String> = HashSet::new();
+    let mut warning = None;
     for (input, verdict, decision) in &tensors {
         if *decision == Decision::Keep || verdict.role != Role::FusedExperts {
             continue;
         }
         let (prefix, _) = splits.of(&input.name).ok_or_else(|| unknown(source, model_types, input))?;
         layers.insert(prefix.to_owned());
+        if warning.is_none() && !splits.are_names_known(&input.name) {
+            warning = Some(names_warning(&input.name));
+        }
     }
     let mut all = Vec::with_capacity(tensors.len());
     for (input, verdict, decision) in tensors {
@@ -42,7 +53,16 @@ pub(crate) fn split_experts(source: &Source, model_types: &[&str], tensors: Vec<
             }
         }
     }
-    Ok(all)
+    Ok((all, warning))
+}
+
+/// That nobody was asked what clients call what a tensor is split into.
+fn names_warning(name: &str) -> Warning {
+    let message = format!(
+        "{name:?} and its like become one tensor per expert, named as llm-compressor names them: no client's names for this \
+         architecture's experts are known"
+    );
+    Warning { message, hint: None }
 }
 
 /// Columns of each matrix that fused experts are split into.
@@ -53,6 +73,11 @@ pub(crate) fn columns(source: &Source, model_types: &[&str], input: &Input) -> R
     let splits = Splits::new(model_types);
     let (_, split) = splits.of(&input.name).ok_or_else(|| unknown(source, model_types, input))?;
     split.layout(source, input).map(|layout| layout.columns)
+}
+
+/// Whether it is known how fused experts of this name lie.
+pub(crate) fn is_known(model_types: &[&str], name: &str) -> bool {
+    Splits::new(model_types).of(name).is_some()
 }
 
 /// Joins the matrices that a fused tensor was split into, if they follow each other in it.
@@ -105,17 +130,29 @@ fn unknown(source: &Source, model_types: &[&str], input: &Input) -> Error {
 }
 
 /// What can be split in one checkpoint.
-struct Splits(Vec<Split>);
+struct Splits {
+    /// By the rows of its families: into what clients call one expert's matrices.
+    of_families: Vec<Split>,
+    /// By what transformers' classes say: nobody was asked what clients call them.
+    of_classes: Vec<Split>,
+}
 
 impl Splits {
     fn new(model_types: &[&str]) -> Splits {
         let parameters = families(model_types).flat_map(|family| family.experts);
-        Splits(parameters.filter_map(ExpertParameter::split).collect())
+        let of_families = parameters.flat_map(ExpertParameter::splits).collect();
+        Splits { of_families, of_classes: expert_layouts::splits(model_types) }
     }
 
     /// What comes before the part of the name that is replaced, and by what.
     fn of<'n>(&self, name: &'n str) -> Option<(&'n str, &Split)> {
-        self.0.iter().find_map(|split| Some((match_end(name, split.fused)?.0, split)))
+        let mut all = self.of_families.iter().chain(&self.of_classes);
+        all.find_map(|split| Some((match_end(name, split.fused)?.0, split)))
+    }
+
+    /// Whether clients' names for what it is split into are known.
+    fn are_names_known(&self, name: &str) -> bool {
+        self.of_families.iter().any(|split| match_end(name, split.fused).is_some())
     }
 }
 

@@ -4,6 +4,7 @@ use super::{Decision, PlannedTensor, clients, gaps, has_4_bit_experts, scale_set
 use crate::checkpoint::{Config, Source};
 use crate::dtype::Dtype;
 use crate::error::{Hint, Warning};
+use crate::models::families;
 use crate::models::{Role, Rules};
 use crate::recipe::Recipe;
 use crate::units::Bytes;
@@ -49,6 +50,7 @@ pub(super) fn of(
             );
         }
     }
+    warnings.extend(unknown_names(source, rules, tensors));
     warnings.extend(in_doubt(tensors));
     warnings.extend(gaps::warning(tensors.iter().map(|tensor| &*tensor.name), &rules.expert_counts()));
     warnings.extend(tied_head(source, tensors));
@@ -60,6 +62,21 @@ pub(super) fn of(
         warnings.push("it has F64 tensors, which are copied unchanged".into());
     }
     warnings
+}
+
+/// That no class of the model's type has any of what is quantized: a prefix is left in the names, or the type is another's.
+fn unknown_names(source: &Source, rules: &Rules<'_>, tensors: &[PlannedTensor]) -> Option<Warning> {
+    let model_type = *source.config.as_ref()?.model_types().first()?;
+    let mut quantized = tensors.iter().filter(|tensor| tensor.decision != Decision::Keep).peekable();
+    let first = quantized.peek()?.name.clone();
+    let known = !rules.is_compared() || quantized.any(|tensor| rules.knows(&tensor.name, &tensor.shape));
+    (!known).then(|| {
+        format!(
+            "no class of {model_type:?} has any of the weights that are quantized, first {first:?}: transformers won't find them; \
+             do their names have a prefix too many, or is the model_type another's?"
+        )
+        .into()
+    })
 }
 
 /// How much is kept because nothing says for certain what it is.
@@ -79,17 +96,23 @@ fn in_doubt(tensors: &[PlannedTensor]) -> Option<Warning> {
     Some(Warning { message, hint: Some(Hint::IncludeDoubtful) })
 }
 
-/// A quantized head that config.json ties to the embedding: clients load the embedding in its place.
+/// A quantized head that config.json, or its absence there, ties to the embedding: some clients load the embedding in its place.
 fn tied_head(source: &Source, tensors: &[PlannedTensor]) -> Option<Warning> {
     let config = source.config.as_ref()?;
     let tie = "tie_word_embeddings";
     let nested = config.values().values().filter_map(serde_json::Value::as_object);
     let ties = std::iter::once(config.values()).chain(nested).find_map(|config| config.get(tie)?.as_bool());
     let head = tensors.iter().find(|tensor| tensor.role == Role::OutputHead && tensor.decision != Decision::Keep)?;
-    (ties == Some(true)).then(|| {
-        let message = "is quantized, but config.json ties it to the embedding: clients use that in its place";
-        format!("{:?} {message}", head.name).into()
-    })
+    let who = match ties {
+        Some(true) => "config.json",
+        None if families::ties_by_default(&config.model_types()) => "this architecture, by default,",
+        _ => return None,
+    };
+    let message = format!(
+        "{:?} is quantized, but {who} ties it to the embedding, which some clients use in its place: \"{tie}\" must be false",
+        head.name
+    );
+    Some(message.into())
 }
 
 /// A share of the source's bytes above which it is worth a word that they stay in 16 bits.

@@ -2,6 +2,7 @@
 
 use safetensors::tensor::Dtype;
 use serde_json::json;
+use sha2::{Digest, Sha256};
 
 use crate::coded_sources::{Coded, command, folders, int4, noise};
 use crate::support::{Folder, LINEAR, Tensor, read_tensors};
@@ -14,7 +15,7 @@ fn compressed(format: &str) -> serde_json::Value {
 }
 
 /// What the output decodes to is what the source does.
-fn decodes_alike(folder: &Folder) {
+pub fn decodes_alike(folder: &Folder) {
     let [source, converted] = [folder.source(), folder.destination()].map(|place| {
         let decoded = folder.beside("alike");
         command(&["dequantize".as_ref(), place.as_ref(), decoded.as_ref(), "--force".as_ref()]).ok();
@@ -25,13 +26,13 @@ fn decodes_alike(folder: &Folder) {
 }
 
 /// The manifest's word on each tensor that is quantized.
-fn carried(folder: &Folder) -> Vec<String> {
+pub fn carried(folder: &Folder) -> Vec<String> {
     let manifest = folder.read_json("prequant.json");
     let quantized = manifest["tensors"].as_array().unwrap().iter().filter(|tensor| tensor["decision"] == "quantize");
     quantized.map(|tensor| tensor["carried"].as_str().unwrap_or("no").to_owned()).collect()
 }
 
-fn verify(folder: &Folder) {
+pub fn verify(folder: &Folder) {
     let (destination, source) = (folder.destination(), folder.source());
     command(&["verify".as_ref(), destination.as_ref()]).ok();
     command(&["verify".as_ref(), destination.as_ref(), "--against".as_ref(), source.as_ref()]).ok();
@@ -39,7 +40,7 @@ fn verify(folder: &Folder) {
 
 #[test]
 fn integers_of_the_same_groups_are_carried_over() {
-    for (asym, format) in [(false, "int4"), (true, "int4-asym")] {
+    for (asym, format) in [(false, "int4"), (true, "int4-asym"), (false, "int4-asym")] {
         let weights = vec![int4(LINEAR, 24, 256, 32, asym, Dtype::I32), int4(GATE, 16, 128, 32, asym, Dtype::I64)];
         let (coded, _) = folders("llama", compressed("pack-quantized"), weights);
         let stored = read_tensors(&coded.source());
@@ -48,6 +49,10 @@ fn integers_of_the_same_groups_are_carried_over() {
         let found = read_tensors(&coded.destination());
         for end in ["_packed", "_scale", "_zero_point"].into_iter().take(if asym { 3 } else { 2 }) {
             assert!(found[&format!("{LINEAR}{end}")].1 == stored[&format!("{LINEAR}{end}")].1, "{end}");
+        }
+        if format == "int4-asym" && !asym {
+            let points = &found[&format!("{LINEAR}_zero_point")].1;
+            assert_eq!(*points, (Dtype::I32, vec![3, 8], vec![0x88; 96]), "8 is what no zero point stands for");
         }
         decodes_alike(&coded);
         verify(&coded);
@@ -85,6 +90,65 @@ fn nvfp4_of_one_global_scale_keeps_its_scales() {
         let (found, stored) = (read_tensors(&coded.destination()), read_tensors(&coded.source()));
         assert!(found[&format!("{GATE}_scale")].1 == stored[&format!("{GATE}_scale")].1);
         verify(&coded);
+    }
+}
+
+/// The SHA-256 of bytes, as it stands in manifests.
+fn hex(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Gives a weight another global scale, with all records of what that changes.
+fn replace_global_scale(folder: &Folder, weight: &str, end: &str, scale: f32) {
+    let place = folder.destination();
+    let name = format!("{weight}{end}");
+    let old = read_tensors(&place)[&name].1.2.clone();
+    let write = |name: &str, from: &str, to: &str| {
+        let text = std::fs::read_to_string(place.join(name)).unwrap();
+        assert!(text.contains(from), "{name}");
+        std::fs::write(place.join(name), text.replacen(from, to, 1)).unwrap();
+    };
+    let replace = |from: &[u8], to: &[u8]| write("prequant.json", &hex(from), &hex(to));
+    let before = std::fs::read(place.join("model.safetensors")).unwrap();
+    let (header_len, header) = safetensors::SafeTensors::read_metadata(&before).unwrap();
+    let at = 8 + header_len + header.info(&name).unwrap().data_offsets.0;
+    let mut after = before.clone();
+    after[at..at + 4].copy_from_slice(&scale.to_le_bytes());
+    std::fs::write(place.join("model.safetensors"), &after).unwrap();
+    let manifest = std::fs::read(place.join("prequant.json")).unwrap();
+    replace(&old, &scale.to_le_bytes());
+    replace(&before, &after);
+    write("SHA256SUMS", &hex(&before), &hex(&after));
+    write("SHA256SUMS", &hex(&manifest), &hex(&std::fs::read(place.join("prequant.json")).unwrap()));
+}
+
+#[test]
+fn verify_warns_of_global_scales_that_readers_get_wrong() {
+    let (q, k) = ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight");
+    let shapes = [GATE, UP, q, k].map(|name| Tensor::random(name, Dtype::BF16, &[64, 64]));
+    for (layout, end) in [("compressed-tensors", "_global_scale"), ("modelopt", "_scale_2")] {
+        let folder = Folder::new("llama");
+        folder.write("model.safetensors", crate::support::serialize(&shapes));
+        folder.convert(&["--format", "nvfp4", "--layout", layout]).ok();
+        let place = folder.destination();
+        let run = |flags: &[&str]| {
+            let mut all: Vec<&std::ffi::OsStr> = vec!["verify".as_ref(), place.as_ref()];
+            all.extend(flags.iter().map(|flag| std::ffi::OsStr::new(*flag)));
+            command(&all)
+        };
+        for flags in [&[][..], &["--quick"]] {
+            assert!(!run(flags).ok().stdout.contains("warning"));
+        }
+        let old = f32::from_le_bytes(read_tensors(&place)[&format!("{k}{end}")].1.2[..].try_into().unwrap());
+        replace_global_scale(&folder, k, end, old / 2.0);
+        for flags in [&[][..], &["--quick"]] {
+            let found = run(flags).ok().stdout;
+            let words = ["warning: ", q, k, "in 1 places", "2.00 times off", "--format nvfp4", ": OK: "];
+            assert!(words.iter().all(|word| found.contains(word)), "{found}");
+        }
+        assert_eq!(run(&["--quiet"]).ok().stdout, "");
+        let json: serde_json::Value = serde_json::from_str(&run(&["--json"]).ok().stdout).unwrap();
+        assert!(json["warnings"][0].as_str().unwrap().contains("2.00 times off"), "{json}");
     }
 }
 

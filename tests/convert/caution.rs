@@ -165,3 +165,17 @@ fn what_is_kept_in_doubt_is_listed_with_the_pattern_that_includes_it() {
     let skipped = folder.read_json("config.json")["quantization_config"]["llm_int8_skip_modules"].clone();
     assert_eq!(skipped, json!(["lm_head"]));
 }
+
+/// MiniCPM's resampler: torch's own attention has its other weights in one parameter.
+#[test]
+fn output_projections_of_torchs_own_attention_are_kept() {
+    let mut all = dense("llm.model.", 128);
+    all.extend(tensors([
+        ("resampler.attn.in_proj_weight", &[384, 128][..]),
+        ("resampler.attn.out_proj.weight", &[128, 128]),
+        ("resampler.kv_proj.weight", &[128, 128]),
+    ]));
+    let decided = decisions(&folder(&unknown(json!({})), &all), &[]);
+    let kept = [("resampler.attn.out_proj.weight", "nn.MultiheadAttention")];
+    assert_decided(&decided, &kept, &["resampler.kv_proj.weight", "llm.model.layers.0.self_attn.q_proj.weight"]);
+}

@@ -4,6 +4,7 @@ use half::f16;
 use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
 
+use crate::carried::{carried, decodes_alike, verify};
 use crate::coded_sources::{Coded, convert_alike, dequantizes, folders, noise};
 use crate::support::Tensor;
 
@@ -89,9 +90,9 @@ fn gptq(module: &str, rows: usize, columns: usize, group: usize, kind: Gptq) -> 
     (stored, integers.decoded(module, group_of))
 }
 
-fn awq(module: &str, rows: usize, columns: usize, group: usize) -> Coded {
+fn awq(module: &str, rows: usize, columns: usize, group: usize, symmetric: bool) -> Coded {
     const ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
-    let integers = Integers::new(module, rows, columns, group, false);
+    let integers = Integers::new(module, rows, columns, group, symmetric);
     let groups = integers.groups();
     let code = |column: usize, word: usize, k: usize| integers.codes[(word * 8 + ORDER[k]) * columns + column];
     let zero = |group: usize, word: usize, k: usize| integers.zeros[(word * 8 + ORDER[k]) * groups + group];
@@ -131,7 +132,7 @@ fn gptq_converts_as_what_it_decodes_to() {
 
 #[test]
 fn awq_converts_as_what_it_decodes_to() {
-    let weights = vec![awq("model.layers.0.mlp.up_proj", 128, 64, 64), awq(DOWN, 64, 96, 32)];
+    let weights = vec![awq("model.layers.0.mlp.up_proj", 128, 64, 64, false), awq(DOWN, 64, 96, 32, false)];
     let (coded, plain) = folders("llama", config("awq", json!({"version": "gemm", "zero_point": true})), weights);
     coded.convert(&[]).fails(3, &["already quantized", "awq", "--dequantize-source"]);
     convert_alike(&coded, &plain, &["--dequantize-source"]);
@@ -147,6 +148,51 @@ fn symmetric_zero_points_beat_the_checkpoint_format() {
         let run = coded.convert(&["--dequantize-source"]).ok();
         assert!(run.stderr.contains("checkpoint_format") && run.stderr.contains(version), "{}", run.stderr);
         dequantizes(&coded, &plain, "GPTQ");
+    }
+}
+
+/// The codes as they are, in int4 and in int4-asym; a single zero point that isn't 8 leaves int4-asym alone.
+#[test]
+fn symmetric_integers_are_carried_over_with_zero_points_and_without() {
+    const UP: &str = "model.layers.0.mlp.up_proj";
+    let ordered = Gptq { ordered: true, ..V1 };
+    let of_gptq = |kind| [gptq(UP, 128, 64, 32, kind), gptq(DOWN, 64, 128, 32, kind)];
+    let of_awq = [awq(UP, 128, 64, 32, true), awq(DOWN, 64, 128, 32, true)];
+    for (method, weights) in [("gptq", of_gptq(V1)), ("gptq", of_gptq(V2)), ("awq", of_awq)] {
+        let (mut coded, _) = folders("llama", config(method, json!({})), weights.to_vec());
+        for format in ["int4", "int4-asym"] {
+            coded.convert(&["--format", format, "--group-size", "32", "--force"]).ok();
+            assert_eq!(carried(&coded), ["lossless"; 2], "{method} {format}");
+            decodes_alike(&coded);
+            verify(&coded);
+        }
+        let mut weights = weights.to_vec();
+        *weights[1].0[1].data.last_mut().unwrap() ^= 0x10;
+        (coded, _) = folders("llama", config(method, json!({"sym": false})), weights);
+        coded.convert(&["--format", "int4-asym", "--group-size", "32"]).ok();
+        decodes_alike(&coded);
+        let run = coded.convert(&["--format", "int4", "--group-size", "32", "--force"]);
+        run.fails(3, &[DOWN, "INT4 with zero points", "--dequantize-source"]);
+    }
+    let (coded, _) = folders("llama", config("gptq", json!({})), of_gptq(ordered).to_vec());
+    coded.convert(&["--format", "int4", "--group-size", "32"]).fails(3, &[DOWN, "order of their own"]);
+}
+
+#[test]
+fn rotated_integers_are_refused() {
+    let with = |more: Value| {
+        let (coded, _) = folders("llama", config("gptq", more), vec![gptq(DOWN, 64, 128, 128, V1)]);
+        coded.convert(&["--dequantize-source"])
+    };
+    for more in [
+        json!({"rotation": "hadamard"}),
+        json!({"rotation": {"mode": "random"}}),
+        json!({"meta": {"rotation": "random"}}),
+    ] {
+        with(more).fails(3, &["config.json", "\"rotation\"", "rotated"]);
+    }
+    for more in [json!({"rotation": null}), json!({"rotation": false}), json!({"meta": {}})] {
+        with(more).ok();
     }
 }
 

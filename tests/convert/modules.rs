@@ -133,3 +133,62 @@ fn a_tower_of_which_nothing_is_quantized_is_one_pattern_in_a_long_list() {
     assert_eq!(quantized.len(), 40);
     assert_eq!(listed, [r"re:(.*\.)?layers\.\d+\.mlp\.shared_expert_gate$", r"re:(.*\.)?visual\..*", "lm_head"]);
 }
+
+#[test]
+fn a_diffusers_models_list_is_spelled_as_diffusers_reads_it() {
+    let flux = folder(
+        r#"{"_class_name": "FluxTransformer2DModel"}"#,
+        &[
+            ("transformer_blocks.0.attn.to_q.weight", &[64, 64]),
+            ("single_transformer_blocks.0.attn.to_q.weight", &[64, 64]),
+            ("single_transformer_blocks.0.proj_out.weight", &[64, 64]),
+            ("proj_out.weight", &[64, 64]),
+        ],
+    );
+    // transformers would take the one for the other's end; diffusers knows no expressions, which tell them apart there.
+    let (listed, quantized) = converted(&flux, &["--exclude", "^transformer_blocks"]);
+    assert!(listed.contains(&"transformer_blocks.0.attn.to_q".to_owned()), "{listed:?}");
+    for name in ["single_transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_out", "proj_out"] {
+        assert!(quantized.contains(&format!("{name}.weight")), "{name}: {quantized:?}");
+    }
+    assert!(listed.iter().all(|entry| !entry.contains(['$', '\\'])), "{listed:?}");
+    // A name that is another's last part can't be said alone.
+    let run = flux.convert(&["--exclude", "^proj_out", "--force"]);
+    run.fails(2, &["module \"proj_out\"", "\"single_transformer_blocks.0.proj_out\""]);
+
+    let kept = folder(
+        r#"{"_class_name": "MiniMaxH3Transformer3DModel"}"#,
+        &[("proj_out.weight", &[128, 64]), ("blocks.0.attn1.to_q.weight", &[64, 64])],
+    );
+    assert_eq!(converted(&kept, &[]).1, ["blocks.0.attn1.to_q.weight"]);
+    let why = crate::support::decisions::dry_run(&kept, &[]).to_string();
+    assert!(why.contains("diffusers keeps it in f32"), "{why}");
+}
+
+#[test]
+fn towers_that_are_models_of_their_own_share_names_which_no_list_has() {
+    let folder = folder(
+        r#"{"model_type": "clip", "architectures": ["CLIPModel"], "text_config": {"model_type": "clip_text_model"}}"#,
+        &[
+            ("text_model.encoder.layers.0.mlp.fc1.weight", &[64, 64]),
+            ("vision_model.encoder.layers.0.mlp.fc1.weight", &[64, 64]),
+        ],
+    );
+    let (listed, quantized) = converted(&folder, &["--format", "int4", "--group-size", "32"]);
+    assert_eq!(quantized, ["text_model.encoder.layers.0.mlp.fc1.weight"]);
+    let fc1 = |entry: &&String| entry.ends_with("mlp.fc1");
+    assert_eq!(listed.iter().filter(fc1).collect::<Vec<_>>(), ["vision_model.encoder.layers.0.mlp.fc1"]);
+}
+
+#[test]
+fn a_head_that_is_tied_is_listed_in_every_layout() {
+    for (format, extra) in [("nf4", &[][..]), ("int4", &["--group-size", "32"]), ("nvfp4", &["--layout", "modelopt"])] {
+        let folder = folder(
+            r#"{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": true}"#,
+            &[("model.embed_tokens.weight", &[96, 64]), ("model.layers.0.mlp.up_proj.weight", &[128, 64])],
+        );
+        let (listed, quantized) = converted(&folder, &[&["--format", format], extra].concat());
+        assert!(listed.contains(&"lm_head".to_owned()), "{format}: {listed:?}");
+        assert_eq!(quantized.len(), usize::from(!extra.contains(&"modelopt")), "{format}");
+    }
+}

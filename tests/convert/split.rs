@@ -151,6 +151,65 @@ const LAYOUTS: &[Layout] = &[
             ),
         ],
     },
+    Layout {
+        model_type: "step3p7",
+        config: "",
+        tensors: &[
+            (
+                "model.layers.4.moe.gate_proj.weight",
+                [EXPERTS, 32, 128],
+                &["model.layers.4.moe.experts.*.gate_proj"],
+                false,
+                false,
+            ),
+            (
+                "model.layers.4.moe.up_proj.weight",
+                [EXPERTS, 32, 128],
+                &["model.layers.4.moe.experts.*.up_proj"],
+                false,
+                false,
+            ),
+            (
+                "model.layers.4.moe.down_proj.weight",
+                [EXPERTS, 128, 32],
+                &["model.layers.4.moe.experts.*.down_proj"],
+                false,
+                false,
+            ),
+        ],
+    },
+    // Without rows of their own: as their classes in transformers say.
+    Layout {
+        model_type: "hy_v4",
+        config: "",
+        tensors: &[
+            (
+                "model.layers.1.mlp.experts.gate_up_proj",
+                [EXPERTS, 64, 128],
+                &["model.layers.1.mlp.experts.*.gate_proj", "model.layers.1.mlp.experts.*.up_proj"],
+                false,
+                false,
+            ),
+            (
+                "model.layers.1.mlp.experts.down_proj",
+                [EXPERTS, 128, 32],
+                &["model.layers.1.mlp.experts.*.down_proj"],
+                false,
+                false,
+            ),
+        ],
+    },
+    Layout {
+        model_type: "openai_privacy_filter",
+        config: "",
+        tensors: &[(
+            "model.layers.1.mlp.experts.gate_up_proj",
+            [EXPERTS, 128, 64],
+            &["model.layers.1.mlp.experts.*.gate_proj", "model.layers.1.mlp.experts.*.up_proj"],
+            true,
+            false,
+        )],
+    },
 ];
 
 /// One expert's matrices, element by element: rows, columns and bytes.
@@ -212,6 +271,32 @@ fn every_expert_has_its_own_rows_under_its_own_name() {
         let mut verify = std::process::Command::new(env!("CARGO_BIN_EXE_prequant"));
         support::Run::of(verify.arg("verify").arg(folder.destination()).arg("--against").arg(source)).ok();
     }
+}
+
+#[test]
+fn names_that_no_client_is_known_to_have_are_warned_of() {
+    let name = "model.layers.1.mlp.experts.down_proj";
+    for (model_type, is_known) in [("hy_v4", false), ("qwen3_moe", true)] {
+        let folder = Folder::new(model_type);
+        folder.write("model.safetensors", serialize(&[Tensor::random(name, Dtype::BF16, &[2, 64, 32])]));
+        let warned = |flags: &[&str]| folder.convert(flags).ok().stderr.contains("no client's names");
+        assert_eq!(warned(&["--format", "int4", "--group-size", "32"]), !is_known, "{model_type}");
+        assert!(!warned(&["--force"]), "{model_type}: left as they are");
+    }
+}
+
+#[test]
+fn shared_experts_in_one_parameter_are_kept_with_the_reason() {
+    let name = |part: &str| format!("model.layers.1.mlp.{part}.down_proj");
+    let tensors = ["experts", "shared_experts"].map(|part| Tensor::random(&name(part), Dtype::BF16, &[2, 64, 32]));
+    let folder = Folder::new("inkling_text");
+    folder.write("model.safetensors", serialize(&tensors));
+    folder.convert(&["--format", "int4", "--group-size", "32"]).ok();
+    let found = read_tensors(&folder.destination());
+    assert!(found.contains_key(&name("shared_experts")), "{:?}", found.keys());
+    assert!(found.contains_key(&format!("{}.weight_packed", name("experts.1"))), "{:?}", found.keys());
+    let manifest = folder.read_json("prequant.json").to_string();
+    assert!(manifest.contains("shared experts in one parameter"), "{manifest}");
 }
 
 /// gpt-oss's biases go where their matrices do.

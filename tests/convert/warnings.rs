@@ -92,4 +92,32 @@ fn an_included_head_that_is_tied_is_warned_of() {
     assert_not_warned(&folder(&json!({"model_type": "qwen3", "tie_word_embeddings": false}), &all), include, "ties");
     let nested = json!({"model_type": "qwen3_5", "text_config": {"tie_word_embeddings": true}});
     assert_warned(&folder(&nested, &all), include, &["ties it to the embedding"]);
+    // Where config.json says nothing, the class decides.
+    for (model_type, is_tied) in [("gemma3_text", true), ("llama", false), ("never-heard-of", false)] {
+        let mut config = json!({"model_type": model_type});
+        let head = |config: &Value| folder(config, &all);
+        match is_tied {
+            true => assert_warned(&head(&config), include, &["by default", "ties it to the embedding"]),
+            false => assert_not_warned(&head(&config), include, "ties"),
+        }
+        config["tie_word_embeddings"] = false.into();
+        assert_not_warned(&head(&config), include, "ties it");
+        assert_not_warned(&head(&json!({"model_type": model_type})), &[], "ties it");
+    }
+}
+
+#[test]
+fn names_that_no_class_of_the_type_has_are_warned_of() {
+    let warned = |model_type: &str, prefix: &str, is_warned: bool| {
+        let folder = folder(&json!({"model_type": model_type}), &dense(prefix, 128));
+        match is_warned {
+            true => assert_warned(&folder, &[], &["no class of \"llama\"", "model.model.layers.0", "prefix"]),
+            false => assert_not_warned(&folder, &[], "no class of"),
+        }
+    };
+    warned("llama", "model.model.", true);
+    warned("llama", "model.", false);
+    // A base model's own file.
+    warned("llama", "", false);
+    warned("never-heard-of", "model.model.", false);
 }

@@ -142,3 +142,31 @@ fn a_config_nested_in_a_models_is_replaced_where_it_stood() {
         }
     }
 }
+
+/// However few they are: what is left of the config is what they decode by.
+#[test]
+fn codes_of_any_method_in_place_of_a_weight_are_no_leftover() {
+    let module = LINEAR.strip_suffix(".weight").unwrap();
+    let with = |tensors: Vec<Tensor>, method: &str| {
+        let folder = Folder::llama();
+        let config = json!({"model_type": "llama", "quantization_config": {"quant_method": method}});
+        folder.write("config.json", config.to_string());
+        folder.write("model.safetensors", serialize(&tensors));
+        folder
+    };
+    let codes = |end: &str, dtype: Dtype, size: usize| {
+        let others = llama().into_iter().filter(|tensor| tensor.name != LINEAR);
+        others.chain([Tensor::new(&format!("{module}.{end}"), dtype, &[4, 2], vec![1; 8 * size])]).collect()
+    };
+    for (method, end, dtype, size) in
+        [("aqlm", "codes", Dtype::I8, 1), ("hqq", "W_q", Dtype::U8, 1), ("vptq", "indices", Dtype::I32, 4)]
+    {
+        let run = with(codes(end, dtype, size), method).convert(&[]);
+        run.fails(3, &[&format!("already quantized with {method}"), "config.json"]);
+    }
+    // Masks and the like are no codes.
+    let mask = Tensor::new("model.layers.0.self_attn.causal_mask", Dtype::U8, &[4, 4], vec![1; 16]);
+    let index = Tensor::new("model.relative_position_index", Dtype::I32, &[2, 2], vec![0; 16]);
+    let run = with(llama().into_iter().chain([mask, index]).collect(), "gptq").convert(&[]).ok();
+    assert!(run.stderr.contains("left over"), "{}", run.stderr);
+}

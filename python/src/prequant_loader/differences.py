@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,11 @@ CONFIG = "config.json"
 DOWNLOAD_AGAIN = "download or convert it again"
 CHUNK = 1 << 20
 """Bytes that are read at once."""
+
+
+def should_diffusers_convert(module: str, skipped: Iterable[str]) -> bool:
+    """Whether diffusers makes a 4-bit module of one of this name: it takes entries for names, last parts, and parts before a dot."""
+    return not any(entry in (module, module.rsplit(".", 1)[-1]) or f"{entry}." in module for entry in skipped)
 
 
 @dataclass(frozen=True, order=True)
@@ -172,10 +177,11 @@ class Differences:
             if found.get(key) != value:
                 self._differ(CONFIG, f"quantization_config's {key} is {found.get(key)!r}, expected {value!r}")
         skipped = [entry for entry in found.get("llm_int8_skip_modules") or [] if isinstance(entry, str)]
+        converts = should_diffusers_convert if "_class_name" in config else should_convert_module
         for record in manifest.quantized() if skipped else ():
             for source in record["sources"]:
                 module = source["name"].removesuffix(".weight")
-                if not should_convert_module(module, skipped):
+                if not converts(module, skipped):
                     return self._differ(CONFIG, f"llm_int8_skip_modules names {module!r}, which is quantized")
 
     def _files(self, manifest: Manifest) -> None:

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, IoContext, Result};
+use crate::ops::global_scales::GlobalScales;
 use crate::ops::kept_modules::KeptModules;
 use crate::ops::verify::hashing::hash_all;
 use crate::ops::verify::headers::CheckedFile;
@@ -19,6 +20,8 @@ struct Expected<'a> {
     report: Mutex<Report>,
     /// Headers of files that are being hashed, by the files' names.
     headers: Mutex<HashMap<String, CheckedFile>>,
+    /// Those of NVFP4, over all files: what shares one may stand in two.
+    global_scales: Mutex<GlobalScales>,
 }
 
 /// Every file must be there, with its size and (but for `quick`) its hash; every tensor of the manifest must stand in its
@@ -31,18 +34,22 @@ pub(super) fn check(
 ) -> Result<()> {
     let mut jobs = files::check_sizes(checkpoint, options.quick, report)?;
     let report_so_far = Mutex::new(std::mem::take(report));
-    let contents = Expected { checkpoint, kept, report: report_so_far, headers: Mutex::default() };
+    let (headers, global_scales) = Default::default();
+    let contents = Expected { checkpoint, kept, report: report_so_far, headers, global_scales };
     if options.quick {
         for job in &jobs {
             if options.interrupt.load(Ordering::Relaxed) {
                 return Err(Error::Interrupted);
             }
-            contents.check_header(job)?;
+            if let Some(header) = contents.check_header(job)? {
+                contents.add_global_scales(&header)?;
+            }
         }
     } else {
         hash_all(&mut jobs, &contents, options)?;
     }
     *report = std::mem::take(&mut *contents.report());
+    report.warnings.extend(contents.global_scales().warning());
     Ok(())
 }
 
@@ -59,6 +66,20 @@ impl Expected<'_> {
         all.tensors += report.tensors;
         all.differences.append(&mut report.differences);
         Ok(header)
+    }
+
+    fn add_global_scales(&self, header: &CheckedFile) -> Result<()> {
+        let mut found = Vec::new();
+        header.global_scales(&self.checkpoint.manifest.recipe.codec(), &mut |weight, scale| {
+            found.push((weight.to_owned(), scale));
+        })?;
+        let mut all = self.global_scales();
+        found.iter().for_each(|(weight, scale)| all.add(weight, *scale));
+        Ok(())
+    }
+
+    fn global_scales(&self) -> MutexGuard<'_, GlobalScales> {
+        self.global_scales.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn report(&self) -> MutexGuard<'_, Report> {
@@ -83,14 +104,14 @@ impl Contents for Expected<'_> {
         Ok(Some(opened))
     }
 
-    /// Checks the quant_states in it.
+    /// Checks the quant_states and the global scales in it.
     fn hashed(&self, job: &Job<'_>) -> Result<()> {
         let header = self.headers().remove(job.name);
         let Some(header) = header else { return Ok(()) };
         let mut report = Report::default();
         header.check_quant_states(self.checkpoint, &mut report)?;
         self.report().differences.append(&mut report.differences);
-        Ok(())
+        self.add_global_scales(&header)
     }
 
     fn differ(&self, file: &str, tensor: Option<&str>, what: String) {

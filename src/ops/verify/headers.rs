@@ -9,10 +9,13 @@ use crate::checkpoint::{
 use crate::converted;
 use crate::dtype::{self, FloatDtype, elements};
 use crate::error::{Error, IoContext, Result};
+use crate::format::Codec;
+use crate::layout::OutputKind;
 use crate::layout::bitsandbytes::{MAX_QUANT_STATE, ParsedQuantState, QUANT_STATE};
 use crate::layout::gpt_oss;
 use crate::manifest::{DecisionRecord, ManifestHead, OutputRecord, SourceTensorRecord, TensorRecord};
 use crate::models::Role;
+use crate::ops::global_scales::GlobalScales;
 use crate::ops::verify::jobs::TensorJob;
 use crate::ops::verify::records::is_inside;
 use crate::ops::verify::{Checkpoint, Report, if_sound, summary};
@@ -128,6 +131,24 @@ impl CheckedFile {
             if let Some(state) = entry.quant_state(&*opened, report)? {
                 entry.check_quant_state(&state, &checkpoint.manifest, model, report);
             }
+        }
+        Ok(())
+    }
+
+    /// Hands on the global scale of each weight that has one and shares it with others.
+    pub(super) fn global_scales(&self, codec: &Codec, each: &mut dyn FnMut(&str, f32)) -> Result<()> {
+        let Some(suffix) = codec.suffix(OutputKind::GlobalScale) else { return Ok(()) };
+        let mut opened = None;
+        for info in self.file.tensors.iter().filter(|info| info.len == 4) {
+            let weight = info.name.strip_suffix(&*suffix).filter(|weight| GlobalScales::is_shared(weight));
+            let Some(weight) = weight else { continue };
+            let file = match &mut opened {
+                Some(file) => file,
+                None => opened.insert(self.reopen()?),
+            };
+            let mut bytes = [0; 4];
+            read_exact_at(&**file, &mut bytes, info.offset).at(self.file.location.path(), "read it")?;
+            each(weight, f32::from_le_bytes(bytes));
         }
         Ok(())
     }

@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use crate::checkpoint::FileClass;
+use crate::error::Warning;
 use crate::manifest::LeftOutRecord;
 
 /// What a difference means to those who load the checkpoint.
@@ -55,6 +56,9 @@ pub struct Report {
     /// What of the source was left out when it was converted, by the manifest.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub left_out: Vec<LeftOutRecord>,
+    /// What readers get wrong, though it is as it was written.
+    #[serde(skip)]
+    pub warnings: Vec<Warning>,
     /// Everything that is not as it should be, by file; empty if all is well.
     pub differences: Vec<Difference>,
 }

@@ -1,5 +1,6 @@
 //! `llm_int8_skip_modules`: every Linear that stays in its dtype, as clients call it, and nothing else.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 
 use super::matching::Modules;
@@ -14,6 +15,7 @@ use crate::models::{Role, Rules};
 pub(crate) fn list(rules: &Rules, weights: &[Weight]) -> Result<Vec<String>> {
     let quantized = weights.iter().filter(|weight| weight.quantized);
     let quantized = Modules::new(quantized.flat_map(|weight| rules.module_names(weight.name)).collect());
+    let quantized = Quantized { modules: quantized, of_diffusers: rules.diffusers_class().is_some() };
     let mut entries = Entries { quantized, seen: HashSet::new(), list: Vec::new() };
     // vLLM has Linears for routers and for experts one by one.
     let listed = |weight: &&Weight| weight.linear || matches!(weight.role, Role::ExpertLinear | Role::Router);
@@ -37,12 +39,29 @@ pub(crate) fn list(rules: &Rules, weights: &[Weight]) -> Result<Vec<String>> {
 /// An entry of a skip list that clients would take to mean a quantized tensor's module, and that module.
 pub(crate) fn clash(rules: &Rules, entries: &[&str], quantized: &[&str]) -> Option<(String, String)> {
     let modules = Modules::new(quantized.iter().flat_map(|tensor| rules.module_names(tensor)).collect());
+    let modules = Quantized { modules, of_diffusers: rules.diffusers_class().is_some() };
     entries.iter().find_map(|entry| Some(((*entry).to_owned(), modules.skipped_by(entry)?.into_owned())))
+}
+
+/// The modules that are quantized, and whose rule it is which of them an entry means.
+struct Quantized {
+    modules: Modules,
+    of_diffusers: bool,
+}
+
+impl Quantized {
+    /// A module that an entry means.
+    fn skipped_by(&self, entry: &str) -> Option<Cow<'_, str>> {
+        match self.of_diffusers {
+            true => self.modules.named(entry).map(Cow::Borrowed),
+            false => self.modules.skipped_by(entry),
+        }
+    }
 }
 
 /// A list in the making.
 struct Entries {
-    quantized: Modules,
+    quantized: Quantized,
     seen: HashSet<String>,
     list: Vec<String>,
 }
@@ -54,15 +73,18 @@ impl Entries {
     /// The quantized module that any entry for it would match.
     fn keep(&mut self, role: Role, module: &str) -> std::result::Result<(), String> {
         let experts = container(module).filter(|_| role == Role::ExpertLinear);
-        let experts = experts.filter(|experts| self.quantized.inside(experts).is_none());
+        let experts = experts.filter(|experts| self.quantized.modules.inside(experts).is_none());
         if experts.is_some_and(|experts| self.add(experts)) {
             return Ok(());
         }
-        // Matches from a name's start, as a plain name does, but to its end.
+        if self.add(module) {
+            return Ok(());
+        }
+        // Matches from a name's start, as a plain name does, but to its end; diffusers knows no expressions.
         let exactly = format!("{}$", regex::escape(module));
-        match self.add(module) || self.add(&exactly) {
+        match !self.quantized.of_diffusers && self.add(&exactly) {
             true => Ok(()),
-            false => Err(self.quantized.skipped_by(&exactly).unwrap_or_default().into_owned()),
+            false => Err(self.quantized.skipped_by(module).unwrap_or_default().into_owned()),
         }
     }
 

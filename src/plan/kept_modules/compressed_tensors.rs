@@ -26,8 +26,12 @@ pub(crate) fn list(rules: &Rules, weights: &[Weight], layout: Layout) -> Vec<Str
     };
     let kept = weights.iter().filter(|weight| !weight.quantized).filter(listed);
     let mut seen = HashSet::new();
-    let modules = kept.flat_map(|weight| names(rules, weight).into_iter().map(|module| (weight.role, module)));
-    let kept: Vec<(Role, String)> = modules.filter(|(_, module)| seen.insert(module.clone())).collect();
+    // The first is what the class of config.json calls it. What further classes do may be a quantized module's name in others again:
+    // CLIP's two towers have one name each where they are models of their own.
+    let names = |weight| names(rules, weight).into_iter().enumerate();
+    let modules = kept.flat_map(|weight| names(weight).map(|(i, module)| (i, weight.role, module)));
+    let modules = modules.filter(|(i, _, module)| (*i == 0 || !quantized.has(module)) && seen.insert(module.clone()));
+    let kept: Vec<(Role, String)> = modules.map(|(_, role, module)| (role, module)).collect();
     let folded = match layout {
         Layout::CompressedTensors if kept.len() > LONG => patterns(&kept, &quantized),
         _ => HashMap::new(),
@@ -35,7 +39,7 @@ pub(crate) fn list(rules: &Rules, weights: &[Weight], layout: Layout) -> Vec<Str
     let entry = |(role, module): &(Role, String)| match (folded.get(module), container(module), layout) {
         (Some(pattern), ..) => pattern.clone(),
         (_, Some(experts), _) if !role.is_expert() || quantized.inside(experts).is_some() => module.clone(),
-        (_, Some(experts), Layout::CompressedTensors) => format!("re:{}", inside(experts)),
+        (_, Some(experts), Layout::CompressedTensors) => format!("re:{}", inside_alone(experts, &quantized)),
         (_, Some(experts), Layout::Modelopt) => format!("{experts}*"),
         _ => module.clone(),
     };
@@ -102,6 +106,15 @@ fn inside(outer: &str) -> String {
     }
 }
 
+/// The same, or with its whole name where the pattern would mean what is quantized: a tower's experts and the language model's.
+fn inside_alone(outer: &str, quantized: &Modules) -> String {
+    let pattern = inside(outer);
+    match quantized.matched_by(&pattern) {
+        None => pattern,
+        Some(_) => format!("{}\\..*", regex::escape(outer)),
+    }
+}
+
 /// A pattern for a module of this name in any layer.
 fn in_every_layer(module: &str) -> String {
     let parts: Vec<&str> = module.split('.').collect();
@@ -116,7 +129,9 @@ fn is_number(part: &str) -> bool {
 
 /// An entry of [`list`] that clients would take to mean a quantized weight's module, and that module.
 pub(crate) fn clash(rules: &Rules, layout: Layout, entries: &[&str], quantized: &[&str]) -> Option<(String, String)> {
-    let modules = Modules::new(quantized.iter().flat_map(|weight| rules.module_names(weight)).collect());
+    // As the class of config.json calls them.
+    let modules =
+        Modules::new(quantized.iter().filter_map(|weight| rules.module_names(weight).into_iter().next()).collect());
     entries.iter().find_map(|entry| Some(((*entry).to_owned(), matched(entry, layout, &modules)?)))
 }
 

@@ -1,8 +1,11 @@
-//! How clients match an entry of a list with a module's name; `data/matching.json` has what they themselves say.
+//! How clients match an entry of a list with a module's name; `data/matching.json` and `diffusers.json` have what they themselves
+//! say.
 
 use std::borrow::Cow;
 
 use regex::Regex;
+
+use crate::models::diffusers;
 
 /// Names of modules, forwards and backwards in order: those that begin and those that end alike lie together.
 pub(super) struct Modules {
@@ -31,6 +34,11 @@ impl Modules {
             true => begins_with(&self.names, 0, entry.as_bytes()).map(Cow::Borrowed),
             false => self.matched_by(entry),
         }
+    }
+
+    /// A module that diffusers takes an entry of its list to mean.
+    pub(super) fn named(&self, entry: &str) -> Option<&str> {
+        self.names.iter().find(|module| diffusers::means(entry, module)).map(String::as_str)
     }
 
     /// A module that a regular expression matches from its start, as in `re:` entries of compressed-tensors and vLLM.
@@ -125,6 +133,21 @@ mod tests {
                 entry.strip_prefix("re:").map_or(module.has(entry), |pattern| module.matched_by(pattern).is_some())
             };
             assert_eq!(modules.iter().filter(is_meant).cloned().collect::<BTreeSet<_>>(), *theirs, "{entry}");
+        }
+    }
+
+    #[test]
+    fn an_entry_means_what_diffusers_takes_it_to_mean() {
+        #[derive(Deserialize)]
+        struct OfDiffusers {
+            modules: Vec<String>,
+            entries: BTreeMap<String, BTreeSet<String>>,
+        }
+        let OfDiffusers { modules, entries } = serde_json::from_str(include_str!("data/diffusers.json")).unwrap();
+        assert!(entries.values().any(|theirs| theirs.len() > 1));
+        for (entry, theirs) in entries {
+            let is_meant = |module: &&String| Modules::new(vec![(*module).clone()]).named(&entry).is_some();
+            assert_eq!(modules.iter().filter(is_meant).cloned().collect::<BTreeSet<_>>(), theirs, "{entry}");
         }
     }
 

@@ -5,9 +5,10 @@ use std::collections::HashSet;
 use regex::Regex;
 
 use super::{Weight, bitsandbytes, compressed_tensors};
-use crate::format::Layout;
+use crate::format::{Codec, CodecOptions, FORMATS, Layout};
 use crate::models::facts;
-use crate::models::{Role, Rules};
+use crate::models::{Role, Rules, Verdict};
+use crate::plan::clients;
 
 /// One spelling of a class's tensors, with the number 3 wherever there is one, and what the rules make of each.
 struct Spelled {
@@ -41,6 +42,18 @@ impl Spelled {
             tensors.push((name, verdict.role, verdict.quantize, verdict.linear));
         }
         Spelled { rules, tensors }
+    }
+
+    /// The same, without what clients of a format need in 16 bits.
+    fn for_clients(mut self, model_type: &str, codec: &Codec) -> Spelled {
+        for (name, role, quantized, linear) in &mut self.tensors {
+            let (included, in_doubt, reason) = (false, false, "".into());
+            let mut verdict =
+                Verdict { role: *role, quantize: *quantized, linear: *linear, included, in_doubt, reason };
+            clients::keep(codec, &[model_type], &self.rules, name, &mut verdict);
+            *quantized = verdict.quantize;
+        }
+        self
     }
 
     fn weights(&self) -> Vec<Weight<'_>> {
@@ -126,6 +139,32 @@ fn ignore_lists_match_every_kept_linear_and_nothing_quantized_in_any_class_of_an
         let entries = compressed_tensors::list(&spelled.rules, &spelled.weights(), Layout::CompressedTensors);
         let found = faults(&entries, &spelled, &[], is_ignored, is_ignored);
         wrong.extend(found.into_iter().map(|fault| format!("{title}: {fault}")));
+    }
+    assert!(wrong.is_empty(), "{} faults:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+/// As `verify` reads them, too; with towers kept, whose classes of their own share names.
+#[test]
+fn no_ignore_list_means_what_is_quantized_in_any_class_of_any_type() {
+    let mut wrong = Vec::new();
+    for layout in [Layout::CompressedTensors, Layout::Modelopt] {
+        let nvfp4 = FORMATS.iter().find(|format| format.name == "nvfp4").unwrap();
+        let codec = nvfp4.codec(CodecOptions { layout, ..CodecOptions::default() });
+        for known in facts::all() {
+            for native in [false, true] {
+                let spelled = Spelled::new(&known, native).for_clients(known.model_type, &codec);
+                let entries = compressed_tensors::list(&spelled.rules, &spelled.weights(), layout);
+                let entries: Vec<&str> = entries.iter().map(String::as_str).collect();
+                let quantized = spelled.tensors.iter().filter(|(_, _, quantized, _)| *quantized);
+                let quantized: Vec<&str> = quantized.map(|(name, ..)| name.as_str()).collect();
+                let clash = compressed_tensors::clash(&spelled.rules, layout, &entries, &quantized);
+                wrong.extend(
+                    clash.map(|(entry, module)| {
+                        format!("{} {}: {entry:?} means {module}", known.model_type, known.class)
+                    }),
+                );
+            }
+        }
     }
     assert!(wrong.is_empty(), "{} faults:\n{}", wrong.len(), wrong.join("\n"));
 }
