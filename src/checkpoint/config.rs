@@ -14,7 +14,7 @@ use crate::store::{Location, Sha256Hash};
 /// The largest config that is read, or any other JSON beside the weights: real ones are a few KB, tokenizers some MB.
 pub(crate) const MAX_JSON_LEN: u64 = 64 << 20;
 
-/// How often a config's text is held at once: as it was read, parsed, edited, to be written, and read again at the end.
+/// How often a config's text is held at once: as it was read, parsed, edited, to be written.
 const TEXTS: u64 = 7;
 
 /// Where a config names the weights' file.

@@ -91,7 +91,7 @@ _WEIGHT_ENDS = (
     ".mlmodel",
     ".index.json",
 )
-_NUMBERED = re.compile(r"(?P<stem>.*)[-_.][0-9]+(-of-[0-9]+)?\.safetensors", re.ASCII | re.DOTALL)
+_NUMBERED = re.compile(r"(?P<stem>.*?)[-_.][0-9]+(-of-[0-9]+)?\.safetensors", re.ASCII | re.DOTALL)
 
 
 def is_whole_model(path: str) -> bool:
