@@ -92,14 +92,14 @@ def kill(
     print(f"{name}: {kills} kills in {rounds} runs of {whole_run:.2f} s, {resumed} with files to go on from: same bytes")
 
 
-def make_source(folder: Path, rng: random.Random) -> None:
-    """Matrices of random bf16 numbers of one size: all queries, all keys, all values and others; and a tokenizer."""
+def make_source(folder: Path, rng: random.Random, side: int = SIDE) -> None:
+    """Square matrices of random bf16 numbers: all queries, all keys, all values and others; and a tokenizer."""
     folder.mkdir()
-    header, begin, size = {}, 0, SIDE * SIDE * 2
+    header, begin, size = {}, 0, side * side * 2
     for i in range(WEIGHTS):
         module = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")[i * 4 // WEIGHTS]
         name = f"model.layers.{i % (WEIGHTS // 4)}.{module}.weight"
-        header[name] = {"dtype": "BF16", "shape": [SIDE, SIDE], "data_offsets": [begin, begin + size]}
+        header[name] = {"dtype": "BF16", "shape": [side, side], "data_offsets": [begin, begin + size]}
         begin += size
     text = json.dumps(header).encode()
     with (folder / "model.safetensors").open("wb") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from damage import Tensors, edit_config, edit_state, remove, rewrite
 from transformers import AutoModelForCausalLM
 
 from prequant_loader import PrequantError
+from prequant_loader.layout import read_header
 
 LAYER = "model.layers.0.mlp.experts"
 SINGLE = f"{LAYER}.1.up_proj.weight"
@@ -251,6 +253,26 @@ def test_a_linear_in_4_bits_that_the_config_skips(editable: Callable[..., Path])
     skip = ["lm_head", "model.layers.0.self_attn.q_proj"]
     edit_config(folder, lambda config: config["quantization_config"].update(llm_int8_skip_modules=skip))
     fails(folder, LINEAR, "llm_int8_skip_modules")
+
+
+def test_what_a_terminal_would_obey_is_spelled_out() -> None:
+    error = PrequantError(Path("a\x1b[2J"), "b\u202e\n", "c\x9b\u200f", "größe \\ 层", "\U000e0041\ud800")
+    assert str(error) == r"a\x1b[2J: tensor 'b\u202e\n': c\x9b\u200f; expected größe \ 层; \U000e0041\ud800"
+    assert (error.path, error.tensor) == (Path("a\x1b[2J"), "b\u202e\n")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"data_offsets": [-1, 1]}, {"data_offsets": [8, 0]}, {"data_offsets": [0.0, 8.0]}, {"shape": [-1]}, {"shape": "x"}, {"dtype": 1}],
+)
+def test_a_header_entry_that_cant_be(tmp_path: Path, change: dict) -> None:
+    entry = {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}
+    for name, header in (("sound", entry), ("other", entry | change)):
+        text = json.dumps({"t": header}).encode()
+        (tmp_path / name).write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    assert list(read_header(tmp_path / "sound")) == ["t"]
+    with pytest.raises(PrequantError, match="the header says"):
+        read_header(tmp_path / "other")
 
 
 def test_a_truncated_file(sources: Sources, tmp_path: Path) -> None:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Sources
+from conftest import Sources, convert
+from mutations import apply
 from transformers import AutoModelForCausalLM
 
 import prequant_loader
 from prequant_loader import PrequantError
 from prequant_loader.layout import read_header
+
+ROOT = Path(__file__).resolve().parents[2]
+GROUPS = {
+    "int4": ["--format", "int4", "--group-size", "32"],
+    "int4-asym": ["--format", "int4-asym", "--group-size", "64"],
+    "channel": ["--format", "int4", "--group-size", "channel"],
+    "nvfp4": ["--format", "nvfp4"],
+    "modelopt": ["--format", "nvfp4", "--layout", "modelopt"],
+    "mxfp4": ["--format", "mxfp4"],
+}
 
 
 @pytest.mark.parametrize("layout", ["keep", "fuse"])
@@ -120,3 +133,63 @@ def test_what_no_client_loads_may_be_edited(editable: Callable[..., Path], monke
         prequant_loader.verify(folder, strict=True)
     monkeypatch.setenv("PREQUANT_VERIFY", "1")
     AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("flags", GROUPS.values(), ids=GROUPS.keys())
+def test_config_says_what_the_recipe_does_in_formats_with_groups(tmp_path: Path, flags: list[str]) -> None:
+    """A config that manifest and SHA256SUMS vouch for is found too, whatever of it is changed."""
+    folder = tmp_path / "converted"
+    convert(ROOT / "fixtures/tiny-qwen3-moe", folder, *flags)
+    prequant_loader.verify(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".safetensors"}
+    quantization = json.loads(before["config.json"])["quantization_config"]
+    decided = sorted(quantization.keys() - {"ignore", "producer"})
+    assert "quant_method" in decided
+    for path in [[key] for key in decided] + [["config_groups", next(iter(quantization["config_groups"])), "weights", "group_size"]]:
+        apply(folder, [["set", "config.json", ["quantization_config", *path], "other"], ["seal"]])
+        with pytest.raises(PrequantError, match=f"config.json.*{path[0]}"):
+            prequant_loader.verify(folder)
+        for name, content in before.items():
+            (folder / name).write_bytes(content)
+    quantized = "model.layers.0.self_attn.q_proj"
+    apply(folder, [["set", "config.json", ["quantization_config", "ignore", 0], quantized], ["seal"]])
+    with pytest.raises(PrequantError, match=f"config.json.*{quantized}"):
+        prequant_loader.verify(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "", "[]", "\ufeff{}"])
+def test_a_config_that_isnt_one_is_found(editable: Callable[..., Path], text: str) -> None:
+    folder = editable("qwen3_moe")
+    (folder / "config.json").write_text(text)
+    apply(folder, [["seal"]])
+    with pytest.raises(PrequantError, match=r"config\.json.*not a model's config"):
+        prequant_loader.verify(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "SHA256SUMS", "tokenizer.json"])
+def test_pipes_are_found_and_not_waited_for(editable: Callable[..., Path], name: str) -> None:
+    folder = editable("qwen3_moe")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(PrequantError, match=name):
+        prequant_loader.verify(folder)
+
+
+@pytest.mark.parametrize("name", ["prequant.json", "SHA256SUMS", "config.json", "model.safetensors.index.json"])
+def test_what_cant_be_looked_at_isnt_taken_for_missing(
+    editable: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = editable("qwen3_moe")
+    stat = Path.stat
+
+    def failing(path: Path, **options: bool) -> os.stat_result:
+        if path.name == name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", failing)
+    monkeypatch.setenv("PREQUANT_VERIFY", "1")
+    with pytest.raises(OSError, match=re.escape(name)):
+        prequant_loader.verify(folder)
+    with pytest.raises(OSError, match=re.escape(name)):
+        AutoModelForCausalLM.from_pretrained(folder)

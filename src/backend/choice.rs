@@ -119,20 +119,23 @@ pub(crate) struct Opening {
 
 impl Device {
     /// Begins to open what was chosen. With [`DeviceChoice::Auto`], which passes over devices with less than `memory` bytes free, only if
-    /// that is worth it for what the work is `likely` to be.
-    pub(crate) fn begin(&self, memory: u64, likely: impl FnOnce() -> Option<String>) -> Opening {
+    /// that `is_likely` to be worth it for the work.
+    ///
+    /// # Errors
+    /// When that can't be told.
+    pub(crate) fn begin(&self, memory: u64, is_likely: impl FnOnce() -> Result<bool>) -> Result<Opening> {
         // Where the system starts no thread, `finish` opens it.
         let opening = match self {
             Device::Choice(DeviceChoice::Devices { kind, numbers }) => {
                 let (kind, numbers) = (*kind, numbers.clone());
                 thread::Builder::new().spawn(move || open(kind, &numbers)).ok()
             }
-            Device::Choice(DeviceChoice::Auto) if !KINDS.is_empty() && likely().is_none() => {
+            Device::Choice(DeviceChoice::Auto) if !KINDS.is_empty() && is_likely()? => {
                 thread::Builder::new().spawn(move || open_first(memory)).ok()
             }
             Device::Backend(_) | Device::Choice(DeviceChoice::Cpu | DeviceChoice::Auto) => None,
         };
-        Opening { device: self.clone(), memory, opening }
+        Ok(Opening { device: self.clone(), memory, opening })
     }
 }
 

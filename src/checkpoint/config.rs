@@ -6,13 +6,16 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
-use super::first_bytes;
+use super::{first_bytes, json_values};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, IoContext, Result};
 use crate::store::{Location, Sha256Hash};
 
 /// The largest config that is read, or any other JSON beside the weights: real ones are a few KB, tokenizers some MB.
 pub(crate) const MAX_JSON_LEN: u64 = 64 << 20;
+
+/// How often a config's text is held at once: as it was read, parsed, edited, to be written.
+const TEXTS: u64 = 7;
 
 /// Where a config names the weights' file.
 pub(crate) const WEIGHTS_KEY: &str = "transformers_weights";
@@ -22,6 +25,8 @@ pub(crate) const WEIGHTS_KEY: &str = "transformers_weights";
 pub struct Config {
     text: String,
     values: Map<String, Value>,
+    /// How many values there are, at every depth.
+    count: usize,
     /// Of the text as it was read.
     sha256: Sha256Hash,
 }
@@ -37,10 +42,12 @@ impl Config {
     pub fn parse(bytes: Vec<u8>, path: &Path) -> Result<Config> {
         first_bytes::check_json(&bytes, path)?;
         let text = String::from_utf8(bytes).map_err(|_| Error::malformed(path, "not UTF-8 text"))?;
-        let values = serde_json::from_str(&without_python_floats(&text))
-            .map_err(|error| Error::malformed(path, format!("not a JSON object: {error}")))?;
+        let parsed = without_python_floats(&text);
+        let no_object = |error: serde_json::Error| Error::malformed(path, format!("not a JSON object: {error}"));
+        let count = json_values::count(parsed.as_bytes()).map_err(no_object)?;
+        let values = serde_json::from_str(&parsed).map_err(no_object)?;
         let sha256 = Sha256Hash::of(text.as_bytes());
-        Ok(Config { text, values, sha256 })
+        Ok(Config { text, values, count, sha256 })
     }
 
     /// The same without what stands at these paths: a key, and keys of the objects in it.
@@ -51,7 +58,12 @@ impl Config {
         let internal = |error: serde_json::Error| Error::internal(format!("editing a model's config: {error}"));
         let text = self.edited(&[], gone).map_err(internal)?;
         let values = serde_json::from_str(&without_python_floats(&text)).map_err(internal)?;
-        Ok(Config { text, values, sha256: self.sha256 })
+        Ok(Config { text, values, count: self.count, sha256: self.sha256 })
+    }
+
+    /// Bytes of memory that it takes at most: its values, its text, and what is made of it to be written.
+    pub(crate) fn held_len(&self) -> u64 {
+        json_values::held_len(self.count) + TEXTS * self.text.len() as u64
     }
 
     /// SHA-256 of the file's text.
@@ -234,7 +246,7 @@ mod tests {
 
     fn config(text: &str) -> Config {
         let values = serde_json::from_str(&without_python_floats(text)).unwrap();
-        Config { text: text.to_owned(), values, sha256: Sha256Hash::of(text.as_bytes()) }
+        Config { text: text.to_owned(), values, count: 0, sha256: Sha256Hash::of(text.as_bytes()) }
     }
 
     #[test]

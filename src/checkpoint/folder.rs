@@ -1,7 +1,7 @@
 //! Opening a checkpoint's folder.
 
 use std::collections::BTreeSet;
-use std::thread;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::index::Index;
 use super::links::Reach;
@@ -10,6 +10,7 @@ use super::weight_files::{self, INDEX_END, Naming, SAFETENSORS, WeightFiles, som
 use super::{CONFIG_NAME, Config, LeftOut, MANIFEST_NAME, Source, SourceFile, duplicates, place};
 use crate::error::{Error, IoContext, Result, Warning};
 use crate::store::{Listing, Location};
+use crate::threads;
 
 /// Headers that are read at the same time.
 const OPEN_AT_ONCE: usize = 8;
@@ -156,13 +157,24 @@ fn compare_with_shards(folder: &Location, single: &[SourceFile], shards: &Index,
 }
 
 /// Opens files by name, several at once: on a network disk it is waiting that takes the time.
+///
+/// # Errors
+/// Of files that can't be opened, that of the first.
 fn open_all(folder: &Location, names: &[String]) -> Result<Vec<SourceFile>> {
-    let each = names.len().div_ceil(OPEN_AT_ONCE).max(1);
-    let open_one = |name: &String| SourceFile::open(name.clone(), folder.join(name));
-    thread::scope(|scope| {
-        let open = |names: &[String]| names.iter().map(open_one).collect::<Result<Vec<_>>>();
-        let threads: Vec<_> = names.chunks(each).map(|names| scope.spawn(move || open(names))).collect();
-        let parts = threads.into_iter().map(|thread| thread.join().unwrap_or(Err(Error::Stopped)));
-        parts.collect::<Result<Vec<_>>>().map(|parts| parts.into_iter().flatten().collect())
-    })
+    let next = AtomicUsize::new(0);
+    let open = || {
+        let mut opened = Vec::new();
+        while let Some(i) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&i| i < names.len()) {
+            let file = SourceFile::open(names[i].clone(), folder.join(&names[i]));
+            let failed = file.is_err();
+            opened.push((i, file));
+            if failed {
+                break;
+            }
+        }
+        opened
+    };
+    let mut opened = threads::share(OPEN_AT_ONCE.min(names.len()), open).into_iter().flatten().collect::<Vec<_>>();
+    opened.sort_by_key(|(i, _)| *i);
+    opened.into_iter().map(|(_, file)| file).collect()
 }

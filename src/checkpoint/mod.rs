@@ -12,6 +12,7 @@ mod header;
 mod header_text;
 mod index;
 mod index_entries;
+mod json_values;
 mod links;
 mod output;
 mod parts;
@@ -32,12 +33,14 @@ pub(crate) use header_text::{ALIGNMENT, HeaderLen, HeaderText};
 pub use index::Index;
 pub(crate) use index::{IndexHasher, write_index};
 pub(crate) use index_entries::read_entries;
+pub(crate) use json_values::parse as parse_json;
 pub(crate) use output::OutputFile;
+pub(crate) use parts::is_whole_model;
 pub(crate) use place::Place;
 pub(crate) use side_files::{SideFile, needs_an_index};
 pub(crate) use source::LeftOut;
 pub use source::{Source, SourceFile};
-pub(crate) use staging::{DONE_NAME, STAGING_NAME, Staging, free_space};
+pub(crate) use staging::{DONE_NAME, STAGING_NAME, Staging, free_space, resolve};
 pub(crate) use weight_files::DIFFUSERS;
 
 /// The index beside the shards, but diffusers'.

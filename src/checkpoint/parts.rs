@@ -114,15 +114,21 @@ fn why_left_out_of_root(name: &str) -> Option<&'static str> {
         _ if QUANTIZATION_CONFIGS.contains(&name) => return Some(OF_SOURCE_QUANTIZATION),
         _ => {}
     }
-    let is_whole = WHOLE_MODELS.iter().any(|stem| is_named(name, stem));
+    let is_whole = is_whole_model(name);
     let is_other = OTHER_FRAMEWORKS.iter().any(|end| name.ends_with(end));
-    let is_index = name.ends_with(".index.json");
     match name {
         _ if is_whole && name.ends_with(SAFETENSORS) => Some("another set of the model's weights"),
         _ if is_whole && name.ends_with(INDEX_END) => Some("the index of files that the output doesn't have"),
-        _ if is_whole && (is_weights(name) || is_index) || is_other => Some(SAME_WEIGHTS),
+        _ if is_whole || is_other => Some(SAME_WEIGHTS),
         _ => None,
     }
+}
+
+/// Whether a file at this path below a checkpoint's folder is called like one of all the model's weights, or their index: clients
+/// look for these.
+pub(crate) fn is_whole_model(path: &str) -> bool {
+    let is_weights = is_weights(path) || path.ends_with(".index.json");
+    !path.contains('/') && is_weights && WHOLE_MODELS.iter().any(|stem| is_named(path, stem))
 }
 
 fn is_weights(name: &str) -> bool {

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use super::weight_files::{INDEX_END, SAFETENSORS, some};
-use super::{CONFIG_NAME, first_bytes};
+use super::{CONFIG_NAME, first_bytes, json_values};
 use crate::error::{Error, IoContext, Result};
 use crate::store::{Kind, Listing, Location};
 
@@ -91,7 +91,7 @@ impl Content<'_> {
         let location = self.place.join(file);
         let text = location.read(MAX_CONFIG_LEN).at(location.path(), "read it")?;
         // Whatever else it is, the rest tells.
-        let values: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
+        let values = json_values::parse(&text).unwrap_or_default();
         Ok(values.get(key).and_then(|value| value.as_str()).map(str::to_owned))
     }
 }

@@ -12,7 +12,7 @@ use super::wrappers::{self, Wrapper};
 use super::{CONFIG_NAME, Config, Header, TensorInfo, folder, place};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, IoContext, Result, Warning};
-use crate::store::{Identity, Kind, Listing, Location, ReadAt, Reader, Sha256Hash, Stat};
+use crate::store::{Identity, Kind, Listing, Location, ReadAt, Reader, Sha256Hash};
 
 /// The most bytes of headers' `__metadata__` that are kept: each output file has them all.
 const MAX_METADATA_LEN: usize = 1 << 20;
@@ -124,13 +124,21 @@ impl Source {
         Ok(source)
     }
 
-    /// Bytes of the safetensors files at a place, before anything of them is read; 0 if it can't be told.
-    pub fn len_of_weights(place: &Location) -> u64 {
-        let is_weights = |entry: &Listing| Path::new(&entry.name).extension().is_some_and(|name| name == "safetensors");
-        match (place.stat(), place.list()) {
-            (Ok(Stat { kind: Kind::File, len }), _) => len,
-            (_, Ok(entries)) => entries.iter().filter(|entry| is_weights(entry)).map(|entry| entry.stat.len).sum(),
-            _ => 0,
+    /// Bytes of the safetensors files at a place, before anything of them is read; 0 where none can be.
+    ///
+    /// # Errors
+    /// When the system refuses to tell.
+    pub fn len_of_weights(place: &Location) -> Result<u64> {
+        let path = place.path();
+        let is_weights =
+            |entry: &&Listing| Path::new(&entry.name).extension().is_some_and(|name| name == "safetensors");
+        match place.kind().at(path, "open it")? {
+            Some(Kind::File) => Ok(place.stat().at(path, "open it")?.len),
+            Some(Kind::Folder) => {
+                let entries = place.list().at(path, "list it")?;
+                Ok(entries.iter().filter(is_weights).map(|entry| entry.stat.len).sum())
+            }
+            Some(Kind::Other | Kind::BrokenLink) | None => Ok(0),
         }
     }
 

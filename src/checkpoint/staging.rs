@@ -141,9 +141,12 @@ impl Staging {
         Ok(Staging { place, destination: destination.to_owned(), folder, made, force, _lock: lock })
     }
 
-    /// Removes what a run left that was killed in its very last step. Best effort: nothing looks at it.
-    pub(crate) fn tidy(destination: &Location) {
-        let _ = destination.local().map(|folder| ownership::remove(&folder.join(DONE_NAME)));
+    /// Removes what a run left that was killed in its very last step.
+    ///
+    /// # Errors
+    /// When it can't be, or isn't ours.
+    pub(crate) fn tidy(destination: &Location) -> Result<()> {
+        destination.local().map_or(Ok(()), |folder| ownership::remove(&folder.join(DONE_NAME)))
     }
 
     /// The folder that is being filled.
@@ -350,7 +353,10 @@ fn local(destination: &Location) -> Result<&Path> {
 }
 
 /// `path` with its links and dots resolved. What doesn't exist yet has no links, and `..` leads back out of it.
-fn resolve(path: &Path) -> Result<PathBuf> {
+///
+/// # Errors
+/// When the system refuses to tell.
+pub(crate) fn resolve(path: &Path) -> Result<PathBuf> {
     let mut resolved = PathBuf::new();
     for part in std::path::absolute(path).at(path, "resolve it")?.components() {
         match part {

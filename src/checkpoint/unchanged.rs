@@ -1,7 +1,7 @@
 //! Whether a source is still what it was when its conversion began: a trainer may save its next checkpoint into the same
 //! files meanwhile, with the same sizes and headers.
 
-use super::{CONFIG_NAME, Config, Source, SourceFile};
+use super::{CONFIG_NAME, Source, SourceFile};
 use crate::error::{Error, IoContext, Result};
 use crate::store::{Identity, Location, hash_range};
 
@@ -34,8 +34,8 @@ impl Source {
         let Some(config) = &self.config else { return Ok(()) };
         let is_file = self.files.iter().any(|file| file.location.path() == self.location.path());
         let place = if is_file { self.location.with_file_name(CONFIG_NAME) } else { self.location.join(CONFIG_NAME) };
-        match Config::read(&place) {
-            Ok(now) if now.sha256() == config.sha256() => Ok(()),
+        match place.sha256().at(place.path(), "read it") {
+            Ok(now) if now == config.sha256() => Ok(()),
             Err(error @ Error::Io { .. }) => Err(error),
             _ => Err(changed(&place, "its content is another")),
         }

@@ -104,8 +104,11 @@ impl Done<'_> {
         // Read again only where some block is: what was just written is in the cache.
         let suspicious = self.manifest.summary.statistics.zero_blocks > 0;
         let location = self.destination.join("prequant.json");
-        let zeros = suspicious.then(|| ManifestHead::matrices_of_zeros(&location.as_path().into()).ok()).flatten();
-        let zeros = zeros.and_then(|(count, first)| Some((count, first?))).map(|(count, first)| {
+        let zeros = match suspicious.then(|| ManifestHead::matrices_of_zeros(&location.as_path().into())).transpose() {
+            Ok(zeros) => zeros.and_then(|(count, first)| Some((count, first?))),
+            Err(error) => return vec![format!("whether matrices are all zeros can't be told: {error}")],
+        };
+        let zeros = zeros.map(|(count, first)| {
             let what = match count {
                 1 => format!("{:?} is all zeros", first.name),
                 many => format!("{many} matrices are all zeros, {:?} in {:?} first", first.name, first.file),

@@ -4,8 +4,11 @@ use std::sync::Arc;
 use std::thread;
 
 use crate::backend::{Device, DeviceChoice};
-use crate::checkpoint::Source;
+use crate::checkpoint::{Config, Source};
 use crate::pipeline::{Limits, Trace};
+
+/// Bytes that a config takes usually at most, which every estimate has room for.
+const USUAL_CONFIG: u64 = 1 << 20;
 
 /// How to convert: what decides nothing about the output's bytes.
 #[derive(Clone, Debug)]
@@ -54,6 +57,8 @@ impl Options {
     /// The bounds on memory and threads for what reads `source` and holds so many bytes beside its plan.
     pub(crate) fn limits(&self, source: &Source, beside: u64) -> Limits {
         let Options { memory, threads, device_memory, .. } = *self;
+        let config = source.config.as_ref().map_or(0, Config::held_len);
+        let beside = beside.saturating_add(config.saturating_sub(USUAL_CONFIG));
         Limits { memory, beside, source_tensors: source.tensors().count() as u64, threads, device_memory }
     }
 }

@@ -53,11 +53,11 @@ pub fn plan(source: impl Into<Location>, recipe: Recipe, mut options: Options) -
     let source = source.into();
     let codec = recipe.codec();
     let opening = options.device.begin(options.device_memory, || {
-        let source_len = Source::len_of_weights(&source);
+        let source_len = Source::len_of_weights(&source)?;
         // As if all of it were 16-bit weights.
         let (weights, threads) = (source_len / 2, options.threads);
-        Work { source_len, weights, codec: &codec, columns: LIKELY_COLUMNS, threads }.too_little()
-    });
+        Ok(Work { source_len, weights, codec: &codec, columns: LIKELY_COLUMNS, threads }.too_little().is_none())
+    })?;
     let mut source = Source::open_with(source, options.follow_links)?;
     leftover::take_out(&mut source)?;
     let manifest = match recognize::of(&source) {
@@ -180,7 +180,7 @@ impl Conversion {
         let comparison = Comparison { manifest: &manifest, destination, source, plan, record, threads };
         comparison.check()?;
         let weights_compared = self.relayout.is_none() && comparison.check_weights(self.options.hash_source)?;
-        Staging::tidy(destination);
+        Staging::tidy(destination)?;
         Ok(Some(Finished { manifest, weights_compared }))
     }
 

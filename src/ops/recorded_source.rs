@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 
-use crate::checkpoint::{CONFIG_NAME, FileClass, MANIFEST_NAME, Source};
+use crate::checkpoint::{CONFIG_NAME, FileClass, MANIFEST_NAME, MAX_JSON_LEN, SUMS_NAME, Source};
 use crate::error::{Error, Hint, IoContext, Result, Warning};
 use crate::manifest::{FileRecord, Manifest};
 use crate::ops::recorded_config;
@@ -17,7 +17,7 @@ const WAY_OUT: &str = "download it again, or convert the source again";
 /// Checks config.json and all files beside the weights. What people may have edited, and no client loads, is told as a warning.
 ///
 /// # Errors
-/// When one that clients load is missing, differs, or isn't in the manifest.
+/// When one that clients load is missing, differs, or isn't in the manifest, or the manifest isn't what was written.
 pub(crate) fn check(source: &Source, manifest: &Manifest) -> Result<Vec<Warning>> {
     let mut warnings = Vec::new();
     let mut differs = |location: &Location, name: &str, what: String| match FileClass::of(name) {
@@ -48,7 +48,21 @@ pub(crate) fn check(source: &Source, manifest: &Manifest) -> Result<Vec<Warning>
     for side in source.side_files.iter().filter(|side| !records.contains_key(side.name.as_str())) {
         differs(&side.location, &side.name, format!("it isn't in {MANIFEST_NAME}"))?;
     }
+    check_manifest(source)?;
     Ok(warnings)
+}
+
+/// Checks the manifest itself, of which SHA256SUMS speaks if it is there.
+fn check_manifest(source: &Source) -> Result<()> {
+    let sums = source.location.join(SUMS_NAME);
+    let Some(text) = sums.read_if_there(MAX_JSON_LEN).at(sums.path(), "read it")? else { return Ok(()) };
+    let manifest = source.location.join(MANIFEST_NAME);
+    let sha256 = manifest.sha256().at(manifest.path(), "read it")?;
+    let expected = format!("{sha256}  {MANIFEST_NAME}");
+    match text.split(|byte| *byte == b'\n').any(|line| line.trim_ascii_end() == expected.as_bytes()) {
+        true => Ok(()),
+        false => Err(malformed(&manifest, &format!("its SHA-256 is {sha256}, which isn't {SUMS_NAME}'s"))),
+    }
 }
 
 /// What a file is otherwise than the manifest says.

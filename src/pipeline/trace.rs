@@ -8,12 +8,12 @@ mod file;
 use std::cell::RefCell;
 use std::fmt;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::checkpoint::Source;
+use crate::checkpoint::{Source, resolve};
 use crate::error::{Error, IoContext, Result};
 use crate::plan::Plan;
 use crate::store::Location;
@@ -51,10 +51,12 @@ impl Trace {
     /// When it lies there, or can't be created.
     pub fn create(path: impl AsRef<Path>, apart_from: &[&Path]) -> Result<Trace> {
         let path = path.as_ref();
-        let place = resolved(path);
-        if let Some(folder) = apart_from.iter().find(|folder| place.starts_with(resolved(folder))) {
-            let why = format!("a trace can't lie in {}, which the run reads or writes", folder.display());
-            return Err(Error::destination(path, why + "; choose a path outside"));
+        let place = resolve(path)?;
+        for folder in apart_from {
+            if place.starts_with(resolve(folder)?) {
+                let why = format!("a trace can't lie in {}, which the run reads or writes", folder.display());
+                return Err(Error::destination(path, why + "; choose a path outside"));
+            }
         }
         Trace::at(path.into())
     }
@@ -91,17 +93,6 @@ impl fmt::Debug for Trace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Trace").field(&self.location).finish()
     }
-}
-
-/// A path with the links on the way to it followed, whether the file is there or not.
-fn resolved(path: &Path) -> PathBuf {
-    let resolve = |path: &Path| Location::from(path).resolve();
-    resolve(path).unwrap_or_else(|_| {
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let folder =
-            if folder == path { path.to_owned() } else { resolve(folder).unwrap_or_else(|_| resolved(folder)) };
-        path.file_name().map_or(folder.clone(), |name| folder.join(name))
-    })
 }
 
 /// What a thread does for a while.

@@ -146,20 +146,26 @@ fn what_is_not_there_or_not_a_file_is_told_by_the_kind_of_error() {
 
 #[test]
 fn a_faulty_store_fails_at_the_call_that_it_was_armed_for() {
-    for fault in [Fault::Stat, Fault::Read, Fault::EndOfFile, Fault::Write, Fault::StorageFull, Fault::Sync] {
+    use Fault::{EndOfFile, List, Open, Read, Stat, StorageFull, Sync, Write};
+    for fault in [Stat, List, Open, Read, EndOfFile, Write, StorageFull, Sync] {
         let store = Arc::new(FaultyStore::only_at(Arc::new(MemoryStore::default()), fault, |path| path.ends_with("x")));
         let place = Location::new(store.clone(), "memory");
         let (faulty, sound) = (place.join("x").create(1).unwrap(), place.join("y").create(1).unwrap());
+        for name in ["x", "y"] {
+            place.join(format!("folder/{name}/file")).create(1).unwrap();
+        }
         let call = |file: &dyn WriteAt, name: &str| match fault {
-            Fault::Stat => place.join(name).stat().map(|_| ()),
-            Fault::Read | Fault::EndOfFile => read_exact_at(file, &mut [0], 0),
-            Fault::Write | Fault::StorageFull => write_all_at(file, &[1], 0),
-            Fault::Sync => file.sync(),
+            Stat => place.join(name).stat().map(|_| ()),
+            List => place.join(format!("folder/{name}")).list().map(|_| ()),
+            Open => place.join(name).open().map(|_| ()),
+            Read | EndOfFile => read_exact_at(file, &mut [0], 0),
+            Write | StorageFull => write_all_at(file, &[1], 0),
+            Sync => file.sync(),
         };
         store.arm(2);
         assert!(call(&*faulty, "x").is_ok() && call(&*sound, "y").is_ok(), "{fault:?}");
         let error = call(&*faulty, "x").unwrap_err();
-        assert_eq!(error.kind() == io::ErrorKind::StorageFull, fault == Fault::StorageFull, "{error}");
+        assert_eq!(error.kind() == io::ErrorKind::StorageFull, fault == StorageFull, "{error}");
         assert!((0..9).all(|_| call(&*faulty, "x").is_ok()), "{fault:?}");
     }
 }

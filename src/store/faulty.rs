@@ -13,6 +13,10 @@ use super::{Identity, Listing, ReadAt, Stat, Store, WriteAt};
 pub enum Fault {
     /// What is at a path can't be told.
     Stat,
+    /// What lies in a folder can't be told.
+    List,
+    /// A file can't be opened.
+    Open,
     /// Reading fails.
     Read,
     /// A file ends before its end.
@@ -90,6 +94,7 @@ impl fmt::Debug for Trigger {
 
 impl Store for FaultyStore {
     fn open(&self, path: &Path) -> io::Result<Box<dyn ReadAt>> {
+        self.trigger.check(Fault::Open, path)?;
         let file = self.inner.open(path)?;
         Ok(Box::new(FaultyFile { file, path: path.to_owned(), trigger: self.trigger.clone() }))
     }
@@ -105,6 +110,7 @@ impl Store for FaultyStore {
     }
 
     fn list(&self, folder: &Path) -> io::Result<Vec<Listing>> {
+        self.trigger.check(Fault::List, folder)?;
         self.inner.list(folder)
     }
 

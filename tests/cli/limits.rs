@@ -106,3 +106,15 @@ fn failed_allocations_end_with_the_exit_code_for_failures() {
     }
     assert!(failed > 0 && done > 0, "{failed} failed, {done} done, from {least} kB on");
 }
+
+#[test]
+fn a_config_is_in_the_memory_that_is_allowed_or_refused() {
+    let folder = Folder::llama();
+    let config = |value: &str| folder.write("config.json", format!("{{\"model_type\": \"llama\", \"x\": {value}}}"));
+    // What is made of so many values takes fifty times the text.
+    config(&format!("[{}0]", "[],".repeat(2_000_000)));
+    folder.convert(&["--memory", "64MiB"]).fails(3, &["config.json", "more than 524288 values"]);
+    config(&format!("\"{}\"", "x".repeat(20 << 20)));
+    folder.convert(&["--memory", "64MiB"]).fails(2, &["--memory 64MiB is too small", "at least 1"]);
+    folder.convert(&[]).ok();
+}

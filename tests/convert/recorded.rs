@@ -157,3 +157,20 @@ fn what_is_read_again_must_be_what_the_manifest_says() {
         assert!(run.stderr.contains("README.md") && run.stderr.contains("x.png"), "{}", run.stderr);
     }
 }
+
+#[test]
+fn a_manifest_that_sha256sums_contradicts_is_not_copied_from() {
+    let folder = converted();
+    for (of, command) in
+        [("shards", &["convert", "--experts", "fuse"][..]), ("shards", &["dequantize"]), ("relaid", &["dequantize"])]
+    {
+        let set = json!(["set", "prequant.json", ["source", "model_type"], "mixtral"]);
+        let at = changed(&folder, of, &[set]);
+        run(command, &at, &folder.beside("made")).fails(3, &["prequant.json", "SHA256SUMS", "prequant verify"]);
+        assert!(!folder.beside("made").exists());
+        // Nothing speaks of it then.
+        std::fs::remove_file(at.join("SHA256SUMS")).unwrap();
+        run(&["dequantize"], &at, &folder.beside("made")).ok();
+        std::fs::remove_dir_all(folder.beside("made")).unwrap();
+    }
+}

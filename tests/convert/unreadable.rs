@@ -8,7 +8,7 @@ use std::sync::Arc;
 use prequant::internal::ops::quantize::plan;
 use prequant::internal::ops::verify::{Options as VerifyOptions, against, verify};
 use prequant::internal::store::{Fault, FaultyStore, LocalStore, Location};
-use prequant::{Error, Options, Recipe, RecipeOptions, Report, Result};
+use prequant::{DeviceChoice, Error, Options, Recipe, RecipeOptions, Report, Result};
 
 use crate::support::{Folder, llama, serialize};
 
@@ -67,14 +67,22 @@ fn opening_a_checkpoint_takes_no_failed_look_for_a_missing_file() {
     let alone = Folder::llama();
     let file = alone.source().join("model.safetensors");
     let places = [folder.source(), alone.source(), file, converted.destination()];
-    // config.json, and what is beside it.
+    // config.json, and what is beside it. That a GPU may be worth it is told by sizes of files.
     for (place, least) in places.into_iter().zip([6, 3, 2, 6]) {
         let fused = RecipeOptions { experts: Some(prequant::ExpertLayout::Fuse), ..RecipeOptions::default() };
         let recipe = if place == converted.destination() { fused.build().unwrap() } else { Recipe::default() };
-        let looks = each_call_fails(Fault::Stat, anywhere, |store| {
-            plan(Location::new(store, &place), recipe.clone(), Options::default()).map(|_| ())
-        });
-        assert!(looks >= least, "{place:?}: only {looks} looks");
+        for device in [DeviceChoice::Cpu, DeviceChoice::Auto] {
+            let fails = |fault| {
+                each_call_fails(fault, anywhere, |store| {
+                    let options = Options { device: device.clone().into(), ..Options::default() };
+                    plan(Location::new(store, &place), recipe.clone(), options).map(|_| ())
+                })
+            };
+            let looks = fails(Fault::Stat);
+            assert!(looks >= least, "{place:?}: only {looks} looks");
+            let others = fails(Fault::List) + fails(Fault::Open) + fails(Fault::Read);
+            assert!(others >= 2, "{place:?}: only {others} other calls");
+        }
     }
 }
 
@@ -82,7 +90,7 @@ fn opening_a_checkpoint_takes_no_failed_look_for_a_missing_file() {
 fn verifying_takes_no_failed_call_for_damage() {
     let folder = Folder::llama();
     folder.convert(&["--max-shard-size", "1kB"]).ok();
-    for (fault, least) in [(Fault::Stat, 9), (Fault::Read, 30)] {
+    for (fault, least) in [(Fault::Stat, 9), (Fault::List, 1), (Fault::Open, 9), (Fault::Read, 30)] {
         let calls = each_call_fails(fault, anywhere, |store| {
             verify(Location::new(store, folder.destination()), quiet()).map(nothing_differs)
         });

@@ -20,6 +20,7 @@ from axolotl.integrations.base import BasePlugin
 from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from torch import nn
 
+from .files import is_file
 from .peft import fix_peft
 
 __all__ = ["PrequantPlugin"]
@@ -55,7 +56,7 @@ def check_config(cfg: Any) -> None:
             "remove quantize_moe_experts from the YAML"
         )
     base_model = cfg.base_model
-    if not base_model or not (Path(base_model) / "prequant.json").is_file():
+    if not base_model or not is_file(Path(base_model) / "prequant.json"):
         raise ValueError(
             f"base_model is {base_model!r}, which holds no prequant.json, so it is no folder that prequant wrote; "
             "convert the checkpoint with `prequant convert` and name its folder, "

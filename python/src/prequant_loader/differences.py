@@ -14,10 +14,11 @@ from typing import Any
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .errors import PrequantError
-from .file_class import is_loaded
-from .layout import QUANT_STATE, StoredTensor, read_header
+from .expected_config import BLOCK_FORMATS, expected_config, is_named, kept_key
+from .file_class import is_loaded, is_whole_model
+from .files import is_file, parse_json, read_json
+from .layout import MAX_STATE, QUANT_STATE, StoredTensor, read_header
 from .manifest import (
-    BLOCK_FORMATS,
     FLOATS,
     MANIFEST,
     SUMS,
@@ -75,6 +76,7 @@ class Differences:
         if manifest is not None:
             self._sums(manifest)
             self._unlisted(manifest)
+            self._misleading(manifest)
             self._consistency(manifest)
             self._config(manifest)
             self._files(manifest)
@@ -92,7 +94,7 @@ class Differences:
 
     def _manifest(self) -> Manifest | None:
         path = self.folder / MANIFEST
-        if not path.is_file():
+        if not is_file(path):
             raise PrequantError(path, "", "it does not exist", "the manifest that prequant writes", DOWNLOAD_AGAIN)
         text = path.read_bytes()
         self._manifest_sha256 = hashlib.sha256(text).hexdigest()
@@ -107,11 +109,16 @@ class Differences:
         listed = [(name, digest) for name, _, digest in manifest.files] + [(MANIFEST, self._manifest_sha256)]
         expected = sums_text(listed)
         path = self.folder / SUMS
-        if not path.is_file():
+        if not is_file(path):
             return self._differ(SUMS, "it is missing")
-        text = path.read_bytes()
-        if text == "".join(f"{line}\n" for line in expected).encode():
+        whole = "".join(f"{line}\n" for line in expected).encode()
+        most = 2 * len(whole) + (1 << 20)  # of a longer one the lines that are right don't matter
+        with path.open("rb") as file:
+            text = file.read(most + 1)
+        if text == whole:
             return None
+        if len(text) > most:
+            return self._differ(SUMS, f"it has more than {most} bytes, expected {len(whole)}")
         lines = text.decode("utf-8", "replace").split("\n")
         lines = [line.removesuffix("\r") for line in (lines[:-1] if not lines[-1] else lines)]
         for line in set(expected) - set(lines):
@@ -142,6 +149,15 @@ class Differences:
                 else:
                     folders.append(inside)
 
+    def _misleading(self, manifest: Manifest) -> None:
+        """No listed file is one that clients could load in place of the weights that the manifest is about."""
+        if manifest.schema_version < 2:  # what wrote it had other rules of what is copied
+            return
+        own = {output["file"] for output, _ in manifest.outputs()} | {_index_name(manifest)}
+        for name in {name for name, _, _ in manifest.files} - own:
+            if is_whole_model(name):
+                self._differ(name, f"is called like all of the model's weights, and holds no tensor of {MANIFEST}")
+
     def _consistency(self, manifest: Manifest) -> None:
         names = [name for name, _, _ in manifest.files]
         for name in {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ():
@@ -157,32 +173,28 @@ class Differences:
         if all(name != CONFIG for name, _, _ in manifest.files):
             return
         try:
-            config = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
-            found = config.get("quantization_config")
-        except (ValueError, AttributeError, OSError):
+            found = read_json(self.folder / CONFIG).get("quantization_config")
+        except (ValueError, AttributeError):
             return self._differ(CONFIG, "not a model's config")
         if not isinstance(found, dict):
             return self._differ(CONFIG, "has no quantization_config")
-        if manifest.format not in BLOCK_FORMATS:
-            return
-        expected = {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "load_in_8bit": False,
-            "bnb_4bit_quant_type": manifest.format,
-            "bnb_4bit_use_double_quant": manifest.double_quant,
-            "bnb_4bit_quant_storage": "uint8",
-        }
+        try:
+            expected = expected_config(manifest.recipe)
+        except KeyError as error:
+            return self._differ(MANIFEST, f"its recipe has no {error} that is known")
         for key, value in expected.items():
-            if found.get(key) != value:
+            if not _is_same(found.get(key), value):
                 self._differ(CONFIG, f"quantization_config's {key} is {found.get(key)!r}, expected {value!r}")
-        skipped = [entry for entry in found.get("llm_int8_skip_modules") or [] if isinstance(entry, str)]
+        listed = found.get(kept_key(manifest.recipe))
+        entries = [entry for entry in listed if isinstance(entry, str)] if isinstance(listed, list) else []
         converts = should_diffusers_convert if "_class_name" in config else should_convert_module
-        for record in manifest.quantized() if skipped else ():
-            for source in record["sources"]:
-                module = source["name"].removesuffix(".weight")
-                if not converts(module, skipped):
-                    return self._differ(CONFIG, f"llm_int8_skip_modules names {module!r}, which is quantized")
+        for module in _quantized_modules(manifest) if entries else ():
+            if manifest.format in BLOCK_FORMATS:
+                is_kept = not converts(module, entries)
+            else:
+                is_kept = any(is_named(module, entry, manifest.recipe) for entry in entries)
+            if is_kept:
+                return self._differ(CONFIG, f"{kept_key(manifest.recipe)} names {module!r}, which is quantized")
 
     def _files(self, manifest: Manifest) -> None:
         """Every file is there, with its size and hash, and so are the tensors in it."""
@@ -209,7 +221,7 @@ class Differences:
             found.append(Difference(is_loaded(name), name, tensor, what))
 
         path = self.folder / name
-        if not path.is_file():
+        if not is_file(path):
             differ("it does not exist")
             return found
         if (there := path.stat().st_size) != size:
@@ -257,8 +269,7 @@ class Differences:
         """The index is what is written for the manifest's tensors: every one in its file, and nothing else."""
         recorded = {name: digest for name, _, digest in manifest.files}
         weight_map = {output["name"]: output["file"] for output, _ in manifest.outputs()}
-        is_diffusers = any(file.startswith(DIFFUSERS) for file in weight_map.values())
-        index_name = f"{DIFFUSERS}.safetensors.index.json" if is_diffusers else INDEX
+        index_name = _index_name(manifest)
         if index_name not in recorded:
             if len(set(weight_map.values())) > 1:
                 self._differ(index_name, f"is not in {MANIFEST}, though there are several files of weights")
@@ -269,6 +280,27 @@ class Differences:
         text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
         if hashlib.sha256(text.encode()).hexdigest() != recorded[index_name]:
             self._differ(index_name, f"isn't the index that prequant writes for its tensors, whose total_size is {total}")
+
+
+def _index_name(manifest: Manifest) -> str:
+    """The name of the index that belongs to the files of weights."""
+    is_diffusers = any(output["file"].startswith(DIFFUSERS) for output, _ in manifest.outputs())
+    return f"{DIFFUSERS}.safetensors.index.json" if is_diffusers else INDEX
+
+
+def _is_same(found: Any, expected: Any) -> bool:
+    """Whether JSON says the same; Python takes 1 for True, and 4.0 for 4."""
+    return json.dumps(found, sort_keys=True) == json.dumps(expected, sort_keys=True)
+
+
+def _quantized_modules(manifest: Manifest) -> Iterator[str]:
+    """The modules that are quantized: as the source calls them where clients see its names, else as their codes are called."""
+    for record in manifest.quantized():
+        if manifest.format in BLOCK_FORMATS:
+            yield from (source["name"].removesuffix(".weight") for source in record["sources"])
+        elif record["outputs"]:
+            name = record["outputs"][0]["name"]
+            yield name.removesuffix("_packed").removesuffix("_blocks").removesuffix(".weight")
 
 
 def _name(line: str) -> str:
@@ -302,7 +334,7 @@ def _quant_state(tensor: StoredTensor, record: dict[str, Any], manifest: Manifes
         yield "belongs to a tensor that isn't quantized"
         return
     try:
-        state = json.loads(tensor.read())
+        state = parse_json(tensor.read() if tensor.size <= MAX_STATE else b"")
         shape, nested = list(state["shape"]), state.get("nested_offset")
         found = (state["quant_type"], state["blocksize"])
         dtype = state["dtype"]

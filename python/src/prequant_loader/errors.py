@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .terminal import plain
+
 
 class PrequantError(ValueError):
     """A checkpoint that can't be loaded as what it says it is.
 
-    The message is one sentence: the file, the tensor, what was found, what was expected, and the way out.
+    The message is one sentence: the file, the tensor, what was found, what was expected, and the way out. What a terminal would
+    obey in names is spelled out in it; the attributes are exact.
 
     Attributes:
         path: the file or folder.
@@ -17,6 +20,6 @@ class PrequantError(ValueError):
 
     def __init__(self, path: Path | str, tensor: str, found: str, expected: str, way_out: str) -> None:
         subject = f"{path}: tensor {tensor!r}" if tensor else f"{path}"
-        super().__init__(f"{subject}: {found}; expected {expected}; {way_out}")
+        super().__init__(plain(f"{subject}: {found}; expected {expected}; {way_out}"))
         self.path = Path(path)
         self.tensor = tensor

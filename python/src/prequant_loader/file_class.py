@@ -56,3 +56,51 @@ def is_loaded(path: str) -> bool:
         or (dot and stem and form in DOCUMENTS)
         or TEXTS.fullmatch(name.removesuffix(".txt"))
     )
+
+
+_WHOLE_MODELS = (
+    "model",
+    "diffusion_pytorch_model",
+    "pytorch_model",
+    "tf_model",
+    "flax_model",
+    "rust_model",
+    "diffusion_flax_model",
+    "consolidated",
+    "openvino_model",
+    "decoder_model",
+    "decoder_with_past_model",
+    "encoder_model",
+)
+"""How files that hold all of a model's weights are called, before their endings."""
+
+_WEIGHT_ENDS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".ot",
+    ".onnx",
+    ".onnx_data",
+    ".tflite",
+    ".npz",
+    ".xml",
+    ".mlmodel",
+    ".index.json",
+)
+_NUMBERED = re.compile(r"(?P<stem>.*?)[-_.][0-9]+(-of-[0-9]+)?\.safetensors", re.ASCII | re.DOTALL)
+
+
+def is_whole_model(path: str) -> bool:
+    """Whether a file at this path below a checkpoint's folder is called like one of all the model's weights, or their index. The
+    same rule as in prequant's `src/checkpoint/parts.rs`."""
+    if "/" in path or not path.endswith(_WEIGHT_ENDS):
+        return False
+    if numbered := _NUMBERED.fullmatch(path):
+        stem = numbered["stem"]
+        return any(stem == name or stem.startswith(f"{name}.") for name in _WHOLE_MODELS)
+    rests = [path.removeprefix(name) for name in _WHOLE_MODELS if path.startswith(name)]
+    return any(rest.startswith(".") or re.match(r"[-_][0-9]", rest, re.ASCII) for rest in rests)

@@ -5,7 +5,6 @@ Nothing but the safetensors headers and the small quant_state JSONs is read.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PrequantError
+from .files import parse_json
 
 QUANT_STATE = "quant_state.bitsandbytes__"
 """What the name of a quant_state ends with, before the format's name."""
@@ -32,6 +32,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 MAX_HEADER = 100_000_000
 """The most bytes of a header that safetensors allows."""
+
+MAX_STATE = 1 << 16
+"""The most bytes of a quant_state, which has some hundred."""
 
 CONVERT_AGAIN = "convert it again, or download it again (prequant_loader.verify tells which files differ)"
 
@@ -130,7 +133,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if not 0 < length <= MAX_HEADER:
             raise PrequantError(path, "", f"its header has {length} bytes", "a safetensors file", CONVERT_AGAIN)
         try:
-            header: Any = json.loads(file.read(length))
+            header: Any = parse_json(file.read(length))
         except ValueError as error:
             raise PrequantError(path, "", f"its header is damaged ({error})", "JSON", CONVERT_AGAIN) from None
     if not isinstance(header, dict):
@@ -141,8 +144,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 def _stored(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
     try:
-        begin, end = entry["data_offsets"]
-        return StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), data + begin, end - begin)
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in (*shape, begin, end - begin)):
+            raise ValueError
+        return StoredTensor(path, name, dtype, shape, data + begin, end - begin)
     except (KeyError, TypeError, ValueError):
         raise PrequantError(path, name, f"the header says {entry}", "dtype, shape and offsets", CONVERT_AGAIN) from None
 
@@ -205,8 +210,10 @@ def _quantized(codes: StoredTensor, parts: dict[str, StoredTensor]) -> Quantized
 
 def _quant_state(stored: StoredTensor) -> dict[str, Any]:
     """The JSON of a quant_state, with the entries that are used known to be there."""
+    if stored.size > MAX_STATE:
+        raise _broken(stored, f"it has {stored.size} bytes", f"at most {MAX_STATE}")
     try:
-        state = json.loads(stored.read())
+        state = parse_json(stored.read())
         shape, block_size, nested = state["shape"], state["blocksize"], state.get("nested_blocksize", 1)
         whole = all(isinstance(number, int) and number > 0 for number in (*shape, block_size, nested))
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .expected_config import BLOCK_FORMATS
+
 MANIFEST = "prequant.json"
 SUMS = "SHA256SUMS"
 
@@ -30,8 +32,6 @@ FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ROUNDING = 1e-9
 """How far a figure that was rounded in another way may be off, as a part of it."""
 
-BLOCK_FORMATS = ("nf4", "fp4")
-
 
 class BrokenManifest(Exception):
     """A manifest that isn't one."""
@@ -50,6 +50,7 @@ class Manifest:
         version, tool = manifest["schema_version"], manifest["tool"]
         if version not in SCHEMA_VERSIONS or isinstance(version, bool):
             raise BrokenManifest(f"its schema_version is {version}, expected 1 or 2: update prequant-loader")
+        self.schema_version: int = version
         self.wrote = f"{_text(tool['name'])} {_text(tool['version'])}"
         self.recipe: dict[str, Any] = manifest["recipe"]
         for file in manifest["files"]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .differences import DOWNLOAD_AGAIN, Difference, Differences
 from .errors import PrequantError
+from .files import is_file
 from .manifest import MANIFEST
 
 VARIABLE = "PREQUANT_VERIFY"
@@ -64,7 +65,7 @@ def verify_if_asked(folder: Path, files: Iterable[str] = ()) -> None:
         folder: the checkpoint.
         files: what is about to be loaded: nothing but what the manifest lists.
     """
-    if os.environ.get(VARIABLE) != "1" or not (folder / MANIFEST).is_file():
+    if os.environ.get(VARIABLE) != "1" or not is_file(folder / MANIFEST):
         return
     verify(folder)
     listed = Differences(folder).names()

@@ -2,11 +2,13 @@
 //!
 //! Everything here lies in the staging folder and goes with it; nothing of it is part of a checkpoint.
 
+use std::io;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::checkpoint::{Source, SourceFile, Staging};
-use crate::error::{Error, Result};
+use crate::error::{Error, IoContext, Result};
 use crate::manifest::Tool;
 use crate::pipeline::FileOutcome;
 use crate::recipe::Recipe;
@@ -150,6 +152,14 @@ pub(crate) fn write_sealed(staging: &Staging, name: &str, outcome: &FileOutcome)
 }
 
 /// What was noted down of a finished file; `None` if nothing was, or not to its end.
+///
+/// # Errors
+/// When the system refuses to read it.
 pub(crate) fn read_sealed(staging: &Staging, name: &str) -> Result<Option<FileOutcome>> {
-    Ok(staging.open_sealed(name)?.and_then(|record| serde_json::from_reader(record).ok()))
+    let Some(record) = staging.open_sealed(name)? else { return Ok(None) };
+    match serde_json::from_reader(record) {
+        Ok(outcome) => Ok(Some(outcome)),
+        Err(error) if error.is_io() => Err(io::Error::from(error)).at(staging.folder(), "read its records"),
+        Err(_) => Ok(None),
+    }
 }

@@ -25,7 +25,8 @@ pub(crate) fn listed(destination: &Location) -> Result<BTreeSet<String>> {
             Ok(files.chain([MANIFEST_NAME.to_owned(), SUMS_NAME.to_owned()]).collect())
         }
         Err(error @ Error::Io { .. }) => Err(error),
-        Err(_) => Ok(BTreeSet::new()),
+        Err(Error::Malformed { .. }) => Ok(BTreeSet::new()),
+        Err(error) => Err(error),
     }
 }
 

@@ -71,8 +71,7 @@ impl Job<'_> {
             Err(Error::Destination { .. }) => {}
             Err(_) => return checked,
         }
-        let there = ManifestHead::read_head(&destination.join(MANIFEST_NAME)).ok();
-        match there.as_ref().and_then(ManifestHead::other_version) {
+        match written_by_another(destination)? {
             Some(version) => {
                 let why = format!("{version} wrote the checkpoint there, and this is {}", env!("CARGO_PKG_VERSION"));
                 Err(Error::Destination { path: destination.path().to_owned(), why, hint: Some(Hint::ReplaceOther) })
@@ -195,6 +194,19 @@ impl Job<'_> {
 pub(crate) fn write_index_of(plan: &Plan, file: &mut dyn io::Write) -> io::Result<()> {
     let total_size = plan.tensors.iter().map(PlannedTensor::output_len).sum();
     write_index(plan.names_in_order(), total_size, file)
+}
+
+/// The version that wrote the checkpoint at `destination`, if that is another than this one.
+fn written_by_another(destination: &Location) -> Result<Option<String>> {
+    let manifest = destination.join(MANIFEST_NAME);
+    if !manifest.is_file().at(manifest.path(), "look at it")? {
+        return Ok(None);
+    }
+    match ManifestHead::read_head(&manifest) {
+        Ok(manifest) => Ok(manifest.other_version()),
+        Err(Error::Malformed { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Whether anything is there.

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::Value;
 
-use crate::checkpoint::{CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, Source, SourceFile, TensorInfo};
+use crate::checkpoint::{CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, Source, SourceFile, TensorInfo, parse_json};
 use crate::error::{IoContext, Result};
 use crate::layout::modelopt::PRODUCER;
 use crate::manifest::{Manifest, OutputRecord, TensorRecord};
@@ -61,7 +61,7 @@ fn compare_files(conversion: &Conversion, checkpoint: &Checkpoint, report: &mut 
 fn compare_config(conversion: &Conversion, checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
     let made = conversion.plan.side_files.iter().map(|(name, text)| (name.as_str(), text));
     for (name, text) in made.chain(conversion.plan.config.iter().map(|text| (CONFIG_NAME, text))) {
-        let parse = |text: &[u8]| serde_json::from_slice::<Value>(text).ok();
+        let parse = |text: &[u8]| parse_json(text).ok();
         let found = checkpoint.read(name)?.and_then(|text| parse(&text));
         let (Some(mut found), Some(mut expected)) = (found, parse(text.as_bytes())) else {
             report.differ(name, None, "it is missing, or not JSON");

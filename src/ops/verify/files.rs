@@ -3,9 +3,10 @@
 use std::collections::HashSet;
 use std::io;
 
-use crate::checkpoint::MANIFEST_NAME;
+use crate::checkpoint::{MANIFEST_NAME, is_whole_model};
 use crate::error::{IoContext, Result};
 use crate::manifest::FileRecord;
+use crate::ops::verify::headers::index_name;
 use crate::ops::verify::jobs::Job;
 use crate::ops::verify::records::is_inside;
 use crate::ops::verify::{Checkpoint, Report};
@@ -17,6 +18,11 @@ pub(super) fn check_sizes<'a>(checkpoint: &'a Checkpoint, quick: bool, report: &
     for record in &checkpoint.manifest.files {
         if !is_inside(&record.name) {
             report.differ(MANIFEST_NAME, None, format!("names a file outside of its folder: {:?}", record.name));
+        }
+        // What wrote an older schema had other rules of what is copied.
+        if checkpoint.manifest.older_schema.is_none() && misleads(checkpoint, &record.name) {
+            let what = "is called like all of the model's weights, and holds none of the manifest's tensors";
+            report.differ(&record.name, None, what);
         }
         report.files += 1;
         report.bytes += if quick { 0 } else { record.size };
@@ -38,6 +44,12 @@ pub(super) fn check_sizes<'a>(checkpoint: &'a Checkpoint, quick: bool, report: &
         report.differ(file, None, "it holds tensors, but is not among the manifest's files");
     }
     Ok(jobs)
+}
+
+/// Whether clients could load a file in place of the weights that the manifest is about. No conversion copies such a one.
+fn misleads(checkpoint: &Checkpoint, name: &str) -> bool {
+    let records = &checkpoint.records;
+    is_whole_model(name) && !records.has_tensors_in(name) && name != index_name(records)
 }
 
 /// What is wrong with a file, and its size if it is one.

@@ -17,7 +17,7 @@ use crate::manifest::{DecisionRecord, ManifestHead, OutputRecord, SourceTensorRe
 use crate::models::Role;
 use crate::ops::global_scales::GlobalScales;
 use crate::ops::verify::jobs::TensorJob;
-use crate::ops::verify::records::is_inside;
+use crate::ops::verify::records::{Records, is_inside};
 use crate::ops::verify::{Checkpoint, Report, if_sound, summary};
 use crate::store::{ReadAt, Sha256Hash, read_exact_at};
 
@@ -245,11 +245,16 @@ fn is_made_of(fused: &[u64], shapes: &[&[u64]]) -> bool {
     fused.len() == 3 && all.is_some() && elements(fused) == all && shapes.iter().all(side)
 }
 
+/// The name of the index that belongs to the files of weights.
+pub(super) fn index_name(records: &Records) -> &'static str {
+    let is_diffusers = records.files().any(|file| file.starts_with(DIFFUSERS.stem));
+    if is_diffusers { DIFFUSERS.index } else { INDEX_NAME }
+}
+
 /// The index must be what is written for the manifest's tensors: every one in its file, and nothing else.
 pub(super) fn check_index(checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
     let (records, tensors_len) = (&checkpoint.records, checkpoint.sums.tensors_len());
-    let is_diffusers = records.files().any(|file| file.starts_with(DIFFUSERS.stem));
-    let index_name = if is_diffusers { DIFFUSERS.index } else { INDEX_NAME };
+    let index_name = index_name(records);
     let Some(recorded) = checkpoint.manifest.files.iter().find(|file| file.name == index_name) else {
         if records.files().count() > 1 {
             report.differ(index_name, None, "is not in the manifest, though there are several files of weights");

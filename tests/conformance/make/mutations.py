@@ -213,6 +213,12 @@ def forged(table: Table) -> None:
     table.add("README.md edited and sealed", "ok", ["append", "README.md", "more"], ["seal"])
     table.add("tokenizer.json edited and sealed", "ok", ["append", "tokenizer.json", " "], ["seal"])
     table.add("an adapter listed and sealed", "ok", ["write", "adapter_config.json", "{}"], ["seal", "more"])
+    for file in ("adapter_model.safetensors", "mtp.safetensors", "model_extra.safetensors", "voices.bin", "modeling_x.py", "chat_template.jinja"):
+        table.add(f"{file} listed and sealed", "ok", ["write", file, "x"], ["seal", "more"])
+    for file in (ONE, "model-00009-of-00009.safetensors", "model.fp16.safetensors", "consolidated.safetensors", "diffusion_pytorch_model.safetensors",
+                 "diffusion_pytorch_model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin",
+                 "consolidated.00.pth", "model.pt", "tf_model.h5"):  # fmt: skip
+        table.add(f"{file} listed and sealed", "damage", ["write", file, "x"], ["seal", "more"])
     table.add("config.json edited and sealed", "ok", ["replace", CONFIG, "1e-06", "1e-01"], ["seal"])
 
     def config(path: list[str], value: Any, expected: str = "damage", of: str = "shards") -> None:
