@@ -20,7 +20,7 @@ from damage import rewrite
 from packaging.version import Version
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 FORMATS = ("nf4", "fp4")
 LAYOUTS = ("keep", "fuse")
@@ -320,3 +320,30 @@ def test_only_the_parametrization_of_bitsandbytes_is_used_where_blocks_allow(sou
     model = load(sources.converted("qwen3_moe", "--experts", "keep"), auto=sources.model_class("qwen3_moe"))
     for module, leaf in parametrized(model).values():
         assert type(module.parametrizations[leaf][0]) is Bnb4bitParametrization
+
+
+# --- Models that aren't all of what is stored ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4", "llama"])
+def test_a_shorter_model_is_the_first_layers(sources: Sources, name: str, layout: str) -> None:
+    """transformers reports the tensors of the others, and so it is with 4-bit ones."""
+    folder = sources.converted(name, "--experts", layout)
+    whole = sources.model_class(name).from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
+    config.get_text_config().num_hidden_layers = 1
+    short, info = sources.model_class(name).from_pretrained(folder, config=config, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    left, right = short.state_dict(), whole.state_dict()
+    assert left.keys() < right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left if not key.endswith("quant_state.bitsandbytes__nf4"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_experts_are_parametrized_in_the_models_order(sources: Sources, layout: str) -> None:
+    """PEFT nests adapters in it, and plain PEFT in that of the bf16 model."""
+    model = sources.model_class("qwen3_moe").from_pretrained(sources.converted("qwen3_moe", "--experts", layout))
+    modules = [module for module in model.modules() if parametrize.is_parametrized(module)]
+    assert modules
+    assert all(list(module.parametrizations) == ["gate_up_proj", "down_proj"] for module in modules)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit
+from torch import nn
 from transformers import PreTrainedModel
 
 from .compat import Concatenate, MergeModulelist, Transpose, WeightConverter, route
@@ -197,12 +198,23 @@ def _check_plain(
 
 
 def _check_absent(model: PreTrainedModel, target: str, tensor: QuantizedTensor) -> None:
-    """Experts that the model has no place for, unless transformers leaves them out on purpose."""
+    """Experts that the model has no place for, unless transformers leaves them out on purpose, and its report has them."""
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     is_expert = len(tensor.shape) == 3 or EXPERT_NUMBER.search(tensor.name)
-    if is_expert and not any(re.search(pattern, name) for pattern in ignored for name in (target, tensor.name)):
+    if is_expert and not _is_of_another_layer(model, target) and not any(re.search(pattern, name) for pattern in ignored for name in (target, tensor.name)):
         found = f"it holds experts, and {type(model).__name__} has no parameter {target!r}"
         raise _misfit(tensor, found, "a model with these experts")
+
+
+def _is_of_another_layer(model: nn.Module, target: str) -> bool:
+    """Whether a name is of a layer after the model's last: one for multi-token prediction, or the model was made shorter."""
+    module, owner = model, ""
+    for part in target.split(".")[:-1]:
+        children = dict(module.named_children())
+        if part not in children:
+            return part.isdigit() and owner != "experts" and int(part) >= len(children) > 0
+        module, owner = children[part], part
+    return False
 
 
 def _check_linear(model: PreTrainedModel, target: str, members: list[tuple[str | None, QuantizedTensor]]) -> None:
