@@ -22,6 +22,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+import prequant_loader
+from prequant_loader import PrequantError
+
 FORMATS = ("nf4", "fp4")
 LAYOUTS = ("keep", "fuse")
 EXPERTS = [name for name in architectures.SOURCES if name != "llama"]
@@ -348,3 +351,32 @@ def test_experts_are_parametrized_in_the_models_order(sources: Sources, layout: 
     modules = [module for module in model.modules() if parametrize.is_parametrized(module)]
     assert modules
     assert all(list(module.parametrizations) == ["gate_up_proj", "down_proj"] for module in modules)
+
+
+# --- Codes that are stored as floats, for FSDP1 ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [("--experts", "keep"), ("--experts", "keep", "--double-quant"), ("--experts", "fuse")])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama"])
+def test_the_dtype_of_codes_changes_nothing_else(sources: Sources, name: str, flags: tuple[str, ...], tmp_path: Path) -> None:
+    plain = load(sources.converted(name, *flags), auto=sources.model_class(name))
+    folder = sources.converted(name, *flags, "--quant-storage", "bfloat16")
+    model = load(folder, auto=sources.model_class(name))
+    left, right = model.state_dict(), plain.state_dict()
+    assert left.keys() == right.keys()
+    for key, tensor in right.items():
+        is_codes = f"{key}.quant_map" in right
+        assert left[key].dtype == (torch.bfloat16 if is_codes else tensor.dtype), key
+        assert torch.equal(left[key].view(torch.uint8), tensor.view(torch.uint8)), key
+    assert torch.equal(logits(model), logits(plain))
+    prequant_loader.verify(folder)
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved", auto=sources.model_class(name))
+    assert torch.equal(logits(again), logits(plain))
+
+
+def test_codes_stored_as_floats_are_not_converted_to_others(sources: Sources) -> None:
+    folder = sources.converted("qwen3_moe", "--quant-storage", "float32")
+    with pytest.raises(PrequantError, match=r"stored as float32; expected the model's torch.bfloat16"):
+        sources.model_class("qwen3_moe").from_pretrained(folder)
+    sources.model_class("qwen3_moe").from_pretrained(folder, dtype=torch.float32)

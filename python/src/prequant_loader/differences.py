@@ -166,7 +166,7 @@ class Differences:
             "load_in_8bit": False,
             "bnb_4bit_quant_type": manifest.format,
             "bnb_4bit_use_double_quant": manifest.double_quant,
-            "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_quant_storage": manifest.recipe.get("quant_storage", "uint8"),
         }
         for key, value in expected.items():
             if found.get(key) != value:

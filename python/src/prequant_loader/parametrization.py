@@ -83,7 +83,7 @@ def parametrize_4bit(
         dtype: what it is decoded to.
         quant_state: the statistics by name, as a file has them.
     """
-    codes: torch.Tensor = getattr(module, name)
+    codes: torch.Tensor = getattr(module, name).requires_grad_(False)  # which is true for codes that are stored as floats
     replace_parameter_4bit_prequantized(module, name, quant_state, codes.device)
     steps: Any = getattr(module.parametrizations, name)
     state: QuantState = steps[0].quant_state

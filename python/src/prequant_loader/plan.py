@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .compat import Concatenate, MergeModulelist, Transpose, WeightConverter, route
 from .errors import PrequantError
-from .layout import CONVERT_AGAIN, EXPERT_NUMBER, Checkpoint, QuantizedTensor
+from .layout import CONVERT_AGAIN, EXPERT_NUMBER, STORAGES, Checkpoint, QuantizedTensor
 from .parametrization import is_padded, is_transposed
 
 LOAD_AS_WRITTEN = "load it with the model it was converted for, whose config.json lies beside it"
@@ -102,8 +102,10 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, conversions: Seque
     return plan
 
 
-def check_config(checkpoint: Checkpoint, config: Any) -> None:
+def check_config(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> None:
     """config.json's quantization_config, as transformers has it, says what every quant_state says.
+
+    Codes that are stored as floats must be loaded in their dtype: transformers would convert them to another, as if they were numbers.
 
     Raises:
         PrequantError: one says otherwise.
@@ -111,6 +113,9 @@ def check_config(checkpoint: Checkpoint, config: Any) -> None:
     quant_type = getattr(config, "bnb_4bit_quant_type", None)
     is_double = getattr(config, "bnb_4bit_use_double_quant", None)
     for tensor in checkpoint.quantized.values():
+        if tensor.storage not in ("uint8", str(dtype).removeprefix("torch.")):
+            way_out = f"load it with dtype=torch.{tensor.storage}, or convert it with --quant-storage"
+            raise _misfit(tensor, f"its codes are stored as {tensor.storage}", f"the model's {dtype}", way_out)
         if quant_type is not None and tensor.quant_type != quant_type:
             found, expected = f"it is {tensor.quant_type}", f"{quant_type}, as config.json's bnb_4bit_quant_type says"
             raise _misfit(tensor, found, expected, CONVERT_AGAIN)
@@ -238,8 +243,8 @@ def _check_can_be_experts(target: str, parameter: torch.Tensor, tensors: list[Qu
             found = f"it is in 4 bits, and the model's parameter {target!r} is no 4-bit Linear and no 3-D experts"
             way_out = "remove it from llm_int8_skip_modules in config.json if it is a Linear, or convert with --exclude"
             raise _misfit(tensor, found, "a tensor that the model can have in 4 bits", way_out)
-        if tensor.codes.dtype != "U8":
-            raise _misfit(tensor, f"its codes are {tensor.codes.dtype}", "U8 for experts", CONVERT_AGAIN)
+        if tensor.codes.dtype not in STORAGES:
+            raise _misfit(tensor, f"its codes are {tensor.codes.dtype}", " or ".join(STORAGES), CONVERT_AGAIN)
 
 
 def _check_same_format(made: ExpertParameter) -> None:
@@ -247,7 +252,7 @@ def _check_same_format(made: ExpertParameter) -> None:
     first = made.first
     for source in made.sources:
         for tensor in source:
-            for what in ("quant_type", "block_size", "nested_block_size"):
+            for what in ("quant_type", "block_size", "nested_block_size", "storage"):
                 found, expected = getattr(tensor, what), getattr(first, what)
                 if found != expected:
                     raise _misfit(tensor, f"its {what} is {found}", f"{expected}, as that of {first.name!r}", CONVERT_AGAIN)

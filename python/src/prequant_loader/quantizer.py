@@ -46,7 +46,7 @@ class PrequantQuantizer(Bnb4BitHfQuantizer):
         if self.pre_quantized and files:
             verify_if_asked(files)
             self._loading = _Loading(read_checkpoint(files), model)
-            check_config(self._loading.checkpoint, self.quantization_config)
+            check_config(self._loading.checkpoint, self.quantization_config, model.dtype)
         return super().preprocess_model(model, *args, **kwargs)
 
     def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
