@@ -54,6 +54,18 @@ pub enum Error {
         /// Its dtype.
         dtype: Dtype,
     },
+    /// Codes don't fill whole elements of the dtype that they are to be stored as.
+    #[error("{}: tensor \"{tensor}\": its codes are {len} bytes, which aren't whole elements of {storage}", path.display())]
+    QuantStorage {
+        /// The file that holds the tensor.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+        /// Bytes of its codes.
+        len: u64,
+        /// The dtype that was asked for.
+        storage: &'static str,
+    },
     /// The source is quantized already.
     #[error("{}: already quantized with {method} ({evidence}); start from the bf16 checkpoint it was made from, if there is one", path.display())]
     AlreadyQuantized {
@@ -283,6 +295,7 @@ impl Error {
             Error::NotACheckpoint { .. } => ErrorKind::NotACheckpoint,
             Error::Malformed { .. } => ErrorKind::Malformed,
             Error::UnsupportedDtype { .. } => ErrorKind::UnsupportedDtype,
+            Error::QuantStorage { .. } => ErrorKind::QuantStorage,
             Error::AlreadyQuantized { .. } => ErrorKind::AlreadyQuantized,
             Error::Relayout { .. } => ErrorKind::Relayout,
             Error::NonFinite { .. } => ErrorKind::NonFinite,
@@ -312,7 +325,7 @@ impl Error {
     /// Choices that would avoid it; any one of them does.
     pub fn hints(&self) -> Vec<Hint> {
         match self {
-            Error::UnsupportedDtype { .. } => vec![Hint::Exclude],
+            Error::UnsupportedDtype { .. } | Error::QuantStorage { .. } => vec![Hint::Exclude],
             Error::NonFinite { .. } => vec![Hint::Exclude, Hint::KeepNonFinite],
             Error::Outdated { .. } => vec![Hint::Replace, Hint::Restart],
             Error::NoDevice { .. } => vec![Hint::UseCpu],
@@ -366,6 +379,8 @@ pub enum ErrorKind {
     Malformed,
     /// See [`Error::UnsupportedDtype`].
     UnsupportedDtype,
+    /// See [`Error::QuantStorage`].
+    QuantStorage,
     /// See [`Error::AlreadyQuantized`].
     AlreadyQuantized,
     /// See [`Error::Relayout`].
@@ -420,6 +435,7 @@ impl ErrorKind {
             ErrorKind::NotACheckpoint => "not_a_checkpoint",
             ErrorKind::Malformed => "malformed",
             ErrorKind::UnsupportedDtype => "unsupported_dtype",
+            ErrorKind::QuantStorage => "quant_storage",
             ErrorKind::AlreadyQuantized => "already_quantized",
             ErrorKind::Relayout => "relayout",
             ErrorKind::NonFinite => "non_finite",

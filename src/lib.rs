@@ -70,7 +70,7 @@ use std::path::Path;
 pub use backend::{Backend, ChosenDevice, Device, DeviceChoice};
 pub use dtype::{Dtype, FloatDtype};
 pub use error::{Error, ErrorKind, Hint, Result, Setting, Warning};
-pub use format::{BlockSize, FORMATS, FormatSpec, GroupSize, Layout};
+pub use format::{BlockSize, FORMATS, FormatSpec, GroupSize, Layout, QuantStorage};
 pub use manifest::{
     DecisionRecord, FileRecord, LeftOutRecord, Manifest, ManifestHead, NotHeld, OutputRecord, SourceFileRecord,
     SourceRecord, SourceTensorRecord, Summary, TensorRecord, Tool,

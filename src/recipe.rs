@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 pub use options::RecipeOptions;
 
-use crate::format::{BlockSize, Codec, CodecOptions, FormatSpec, GroupSize, Layout, NF4};
+use crate::format::{BlockSize, Codec, CodecOptions, FormatSpec, GroupSize, Layout, NF4, QuantStorage};
 
 /// The choices of a conversion; [`RecipeOptions::build`] makes one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,6 +39,8 @@ pub enum Weights {
         block_size: BlockSize,
         /// Whether absmax is quantized too, to 8 bits.
         double_quant: bool,
+        /// The dtype that codes are stored as.
+        quant_storage: QuantStorage,
         /// How weights with a NaN or an infinity are treated.
         nonfinite: NonFinitePolicy,
         /// How the experts of a Mixture-of-Experts model are laid out.
@@ -90,8 +92,8 @@ impl Recipe {
     #[doc(hidden)]
     pub fn codec(&self) -> Codec {
         match self.weights {
-            Weights::Blocks { format, block_size, double_quant, .. } => {
-                format.codec(CodecOptions { block_size, double_quant, ..CodecOptions::default() })
+            Weights::Blocks { format, block_size, double_quant, quant_storage, .. } => {
+                format.codec(CodecOptions { block_size, double_quant, quant_storage, ..CodecOptions::default() })
             }
             Weights::Groups { format, group_size, layout } => {
                 format.codec(CodecOptions { group_size, layout, ..CodecOptions::default() })
@@ -118,6 +120,7 @@ impl Default for Recipe {
                 format: &NF4,
                 block_size: BlockSize::default(),
                 double_quant: false,
+                quant_storage: QuantStorage::Uint8,
                 nonfinite: NonFinitePolicy::Error,
                 experts: ExpertLayout::Keep,
             },

@@ -1,6 +1,6 @@
 """As much of axolotl as a plugin meets: where BasePlugin is, which hooks it has, what their arguments are called.
 
-Written after the interface of axolotl 0.19. `install` puts it where `import axolotl.integrations.base` finds it.
+Written after the interface of axolotl 0.21. `install` puts it where `import axolotl.integrations.base` finds it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class BasePlugin:
     def pre_lora_load(self, cfg: Config, model: Any) -> None: ...
     def post_lora_load(self, cfg: Config, model: Any) -> None: ...
     def post_model_load(self, cfg: Config, model: Any) -> None: ...
+    def post_lora_merge(self, cfg: Config, adapter_path: str, output_path: str) -> None: ...
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:

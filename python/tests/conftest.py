@@ -94,4 +94,19 @@ def editable(sources: Sources, tmp_path: Path) -> Callable[..., Path]:
     return copy
 
 
+def hub_snapshot(home: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *left_out: str) -> Path:
+    """A folder as transformers finds it in the hub's cache, as the repository owner/name, without some of its files."""
+    import shutil
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = home / "hub" / "models--owner--name"
+    snapshot = repository / "snapshots" / commit
+    shutil.copytree(folder, snapshot, ignore=shutil.ignore_patterns(*left_out))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(home / "hub"), raising=False)
+    return snapshot
+
+
 assert prequant_loader.PrequantQuantizer  # imported for what importing it does

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,8 +17,10 @@ import pytest
 import tiny_models
 import yaml
 from axolotl_stub import Config
+from conftest import Sources, hub_snapshot
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTuner
 
 import prequant_loader.peft
 
@@ -38,9 +42,12 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder that looks as if prequant wrote it."""
-    (tmp_path / "prequant.json").write_text("{}")
-    return tmp_path
+    """A folder with 4-bit weights, as far as the plugin looks."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    weight_map = {"w": "model-1.safetensors", "w.quant_state.bitsandbytes__nf4": "model-1.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
 
 
 def example() -> dict[str, Any]:
@@ -53,17 +60,22 @@ def example() -> dict[str, Any]:
 def test_hooks_have_the_names_and_arguments_of_axolotl(plugin: Any) -> None:
     assert isinstance(plugin, axolotl_stub.BasePlugin)
     hooks = {name for name, value in vars(type(plugin)).items() if inspect.isfunction(value)}
-    assert hooks == {"pre_model_load", "post_model_build"}
+    assert hooks == {"pre_model_load", "post_model_build", "pre_lora_load", "post_lora_merge"}
     for hook in hooks:
         ours, theirs = (inspect.signature(getattr(owner, hook)) for owner in (type(plugin), axolotl_stub.BasePlugin))
         assert list(ours.parameters) == list(theirs.parameters)
 
 
-def test_pre_model_load_fixes_peft(plugin: Any, folder: Path) -> None:
+def test_peft_is_fixed_after_axolotl_has_patched_it(plugin: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """axolotl's patch takes the parameters in another order, unless it quantized them itself."""
     before = ParamWrapper._activate_lora
     plugin.pre_model_load(Config(base_model=str(folder), adapter="qlora", load_in_4bit=True))
-    assert ParamWrapper._activate_lora is not before
-    plugin.pre_model_load(Config(base_model=str(folder), quantize_moe_experts=False))
+    model = tiny_models.quantized_model()
+    for _ in range(2):
+        monkeypatch.setattr(BaseTuner, "_inject_parameters", lambda *_: pytest.fail("axolotl's"))
+        plugin.pre_lora_load(Config(), model)
+        assert ParamWrapper._activate_lora is not before
+        assert BaseTuner._inject_parameters is prequant_loader.peft._inject_parameters
 
 
 def test_quantize_moe_experts_is_an_error(plugin: Any, folder: Path) -> None:
@@ -73,13 +85,41 @@ def test_quantize_moe_experts_is_an_error(plugin: Any, folder: Path) -> None:
     assert ParamWrapper._activate_lora is before
 
 
-@pytest.mark.parametrize("base_model", ["Qwen/Qwen3-30B-A3B", "", None, "."])
+@pytest.mark.parametrize("base_model", ["", None, "."])
 def test_another_base_model_is_an_error(
     plugin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base_model: str | None
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="holds no prequant.json.*prequant convert"):
+    with pytest.raises(ValueError, match="aren't 4-bit ones.*prequant convert"):
         plugin.pre_model_load(Config(base_model=base_model))
+
+
+def test_base_model_may_be_any_place_with_4_bit_weights(plugin: Any, sources: Sources, tmp_path: Path) -> None:
+    """What `save_pretrained` wrote, one file, and a repository in the hub's cache, none of which has a manifest."""
+    converted = sources.converted("qwen3_moe", "--experts", "fuse")
+    model = sources.model_class("qwen3_moe").from_pretrained(converted)
+    model.save_pretrained(tmp_path / "saved")
+    plugin.pre_model_load(Config(base_model=str(tmp_path / "saved")))
+    with pytest.raises(ValueError, match="aren't 4-bit ones"):
+        plugin.pre_model_load(Config(base_model=str(sources.source("qwen3_moe"))))
+
+
+def test_base_model_may_be_on_the_hub(plugin: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = hub_snapshot(tmp_path, folder, monkeypatch)
+    assert not (snapshot / "prequant.json").exists()
+    plugin.pre_model_load(Config(base_model="owner/name"))
+
+
+def test_a_merged_model_has_nothing_left_of_the_4_bit_folder(plugin: Any, sources: Sources, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    shutil.copytree(sources.converted("qwen3_moe"), merged, ignore=shutil.ignore_patterns("*.safetensors*"))
+    assert (merged / "README.md").exists() and "experts_implementation" in (merged / "config.json").read_text()
+    plugin.post_lora_merge(Config(), "adapter", str(merged))
+    assert [path.name for path in sorted(merged.iterdir())] == ["config.json", "generation_config.json"]
+    assert "experts_implementation" not in json.loads((merged / "config.json").read_text())
+    (merged / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n\n## Loading the 4-bit experts\n\nprequant quantized\n")
+    plugin.post_lora_merge(Config(), "adapter", str(merged))
+    assert (merged / "README.md").read_text() == "---\nlicense: mit\n---\n# Mine\n"
 
 
 def test_post_model_build_marks_4_bit_experts(plugin: Any) -> None:
@@ -134,8 +174,10 @@ def test_example_trains_attention_and_experts(plugin: Any, folder: Path) -> None
     """On a tiny model of the same type, with a LoraConfig made as axolotl makes it."""
     config = Config(example(), base_model=str(folder))
     plugin.pre_model_load(config)
+    base = tiny_models.quantized_model("qwen3_moe")
+    plugin.pre_lora_load(config, base)
     model = get_peft_model(
-        tiny_models.quantized_model("qwen3_moe"),
+        base,
         LoraConfig(
             r=config.lora_r,
             lora_alpha=config.lora_alpha,

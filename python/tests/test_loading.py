@@ -14,13 +14,16 @@ import torch
 from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit
 from bitsandbytes.nn.parametrize import Bnb4bitParametrization, replace_parameter_4bit
-from checkpoints import load, on_load, quant_state, quantized_names, read_tensors, restored_absmax
+from checkpoints import FP4_STATE, load, on_load, quant_state, quantized_names, read_tensors, restored_absmax, same_codes
 from conftest import Sources
 from damage import rewrite
 from packaging.version import Version
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+import prequant_loader
+from prequant_loader import PrequantError
 
 FORMATS = ("nf4", "fp4")
 LAYOUTS = ("keep", "fuse")
@@ -89,7 +92,8 @@ def test_logits_equal_quantizing_on_load(sources: Sources, name: str, layout: st
     assert bool(parametrized(ours)) == (name != "llama")
     left, right = ours.state_dict(), theirs.state_dict()
     assert left.keys() == right.keys()
-    different = [key for key in left if "quant_state" not in key and not torch.equal(left[key], right[key])]
+    numbers = [key for key in left if "quant_state" not in key]
+    different = [key for key in numbers if not same_codes(left[key], right[key], f"{key}.{FP4_STATE}" in right)]
     assert not different
     assert torch.equal(logits(ours), logits(theirs))
 
@@ -320,3 +324,59 @@ def test_only_the_parametrization_of_bitsandbytes_is_used_where_blocks_allow(sou
     model = load(sources.converted("qwen3_moe", "--experts", "keep"), auto=sources.model_class("qwen3_moe"))
     for module, leaf in parametrized(model).values():
         assert type(module.parametrizations[leaf][0]) is Bnb4bitParametrization
+
+
+# --- Models that aren't all of what is stored ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4", "llama"])
+def test_a_shorter_model_is_the_first_layers(sources: Sources, name: str, layout: str) -> None:
+    """transformers reports the tensors of the others, and so it is with 4-bit ones."""
+    folder = sources.converted(name, "--experts", layout)
+    whole = sources.model_class(name).from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
+    config.get_text_config().num_hidden_layers = 1
+    short, info = sources.model_class(name).from_pretrained(folder, config=config, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    left, right = short.state_dict(), whole.state_dict()
+    assert left.keys() < right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left if not key.endswith("quant_state.bitsandbytes__nf4"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_experts_are_parametrized_in_the_models_order(sources: Sources, layout: str) -> None:
+    """PEFT nests adapters in it, and plain PEFT in that of the bf16 model."""
+    model = sources.model_class("qwen3_moe").from_pretrained(sources.converted("qwen3_moe", "--experts", layout))
+    modules = [module for module in model.modules() if parametrize.is_parametrized(module)]
+    assert modules
+    assert all(list(module.parametrizations) == ["gate_up_proj", "down_proj"] for module in modules)
+
+
+# --- Codes that are stored as floats, for FSDP1 ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [("--experts", "keep"), ("--experts", "keep", "--double-quant"), ("--experts", "fuse")])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama"])
+def test_the_dtype_of_codes_changes_nothing_else(sources: Sources, name: str, flags: tuple[str, ...], tmp_path: Path) -> None:
+    plain = load(sources.converted(name, *flags), auto=sources.model_class(name))
+    folder = sources.converted(name, *flags, "--quant-storage", "bfloat16")
+    model = load(folder, auto=sources.model_class(name))
+    left, right = model.state_dict(), plain.state_dict()
+    assert left.keys() == right.keys()
+    for key, tensor in right.items():
+        is_codes = f"{key}.quant_map" in right
+        assert left[key].dtype == (torch.bfloat16 if is_codes else tensor.dtype), key
+        assert torch.equal(left[key].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), key
+    assert torch.equal(logits(model), logits(plain))
+    prequant_loader.verify(folder)
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved", auto=sources.model_class(name))
+    assert torch.equal(logits(again), logits(plain))
+
+
+def test_codes_stored_as_floats_are_not_converted_to_others(sources: Sources) -> None:
+    folder = sources.converted("qwen3_moe", "--quant-storage", "float32")
+    with pytest.raises(PrequantError, match=r"stored as float32; expected the model's torch.bfloat16"):
+        sources.model_class("qwen3_moe").from_pretrained(folder)
+    sources.model_class("qwen3_moe").from_pretrained(folder, dtype=torch.float32)

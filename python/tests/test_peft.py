@@ -15,9 +15,11 @@ import tiny_models
 import torch
 import torch.nn.utils.parametrize as parametrize
 from bitsandbytes import functional
+from conftest import Sources
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import prequant_loader.peft
 
@@ -445,3 +447,20 @@ def test_unknown_versions_are_an_error(unfixed: None, monkeypatch: pytest.Monkey
     with pytest.raises(RuntimeError, match=f"peft {version}.*0.19, 0.20, 0.21"):
         prequant_loader.peft.fix_peft()
     assert ParamWrapper._activate_lora is before
+
+
+@pytest.mark.usefixtures("unfixed")
+def test_loading_4_bit_experts_fixes_peft(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a word in the user's script: PEFT 0.21 adds an adapter's delta at every forward, and older ones train nothing."""
+    folder = sources.converted("qwen3_moe")
+    model = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
+    assert prequant_loader.peft._originals
+    adapted = adapt(model, SUFFIXES)
+    first = logits(adapted)
+    assert torch.equal(logits(adapted), first)
+    assert not without_gradient(adapted)
+
+    prequant_loader.peft._restore_peft()
+    monkeypatch.setattr(peft, "__version__", "9.0.0")
+    with pytest.warns(UserWarning, match="won't train rightly: peft 9.0.0"):
+        AutoModelForCausalLM.from_pretrained(folder)

@@ -6,11 +6,14 @@ import errno
 import json
 import os
 import re
+import shutil
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Sources, convert
+from conftest import Sources, convert, hub_snapshot
 from mutations import apply
 from transformers import AutoModelForCausalLM
 
@@ -192,4 +195,47 @@ def test_what_cant_be_looked_at_isnt_taken_for_missing(
     with pytest.raises(OSError, match=re.escape(name)):
         prequant_loader.verify(folder)
     with pytest.raises(OSError, match=re.escape(name)):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+SIDE_FILES = ("README.md", "SHA256SUMS", "generation_config.json")
+"""What transformers doesn't download, or not always."""
+
+
+@pytest.mark.parametrize("left_out", [SIDE_FILES, (*SIDE_FILES, "prequant.json")])
+def test_what_was_downloaded_is_verified(
+    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_out: tuple[str, ...]
+) -> None:
+    """transformers downloads weights, index and config; the manifest is fetched, and none is said to be missing."""
+    folder = sources.converted("qwen3_moe")
+    snapshot = hub_snapshot(tmp_path, folder, monkeypatch, *left_out)
+    monkeypatch.setenv("PREQUANT_VERIFY", "1")
+    if "prequant.json" in left_out:
+        with pytest.warns(UserWarning, match="nothing was verified"):
+            AutoModelForCausalLM.from_pretrained("owner/name")
+
+        def fetch(name: str, file: str, revision: str, **options: object) -> str:
+            assert (name, file, revision) == ("owner/name", "prequant.json", snapshot.name)
+            shutil.copy(folder / file, snapshot / file)
+            return str(snapshot / file)
+
+        monkeypatch.setattr(sys.modules["prequant_loader.verify"], "cached_file", fetch)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(verified|edited since)")
+        AutoModelForCausalLM.from_pretrained("owner/name")
+    damage_codes(snapshot)
+    with pytest.raises(PrequantError, match="SHA-256"):
+        AutoModelForCausalLM.from_pretrained("owner/name")
+
+
+def test_loading_says_what_was_edited(editable: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = editable("qwen3_moe")
+    (folder / "README.md").write_text("more")
+    monkeypatch.setenv("PREQUANT_VERIFY", "1")
+    with pytest.warns(UserWarning, match=r"edited since: README\.md$"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "README.md").unlink()
+    AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors.index.json").write_bytes(b"{}")
+    with pytest.raises((PrequantError, KeyError, OSError)):
         AutoModelForCausalLM.from_pretrained(folder)

@@ -9,7 +9,7 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use prequant::{
     BlockSize, Bytes, Error, ExpertLayout, FORMATS, Finished, FormatSpec, GroupSize, Layout, NonFinitePolicy, Options,
-    Recipe, RecipeOptions, Setting, plan, recipe_of,
+    QuantStorage, Recipe, RecipeOptions, Setting, plan, recipe_of,
 };
 
 use super::output::{self, Audience, Outcome};
@@ -49,6 +49,9 @@ pub struct Arguments {
 
     #[arg(long, help = about_double_quant())]
     double_quant: bool,
+
+    #[arg(long, value_name = "DTYPE", value_parser = storages(), help = about_quant_storage())]
+    quant_storage: Option<QuantStorage>,
 
     /// How the experts of a Mixture-of-Experts model are stored [default: keep]
     ///
@@ -150,6 +153,18 @@ fn about_double_quant() -> String {
     format!("Also quantize the scales of {formats}, to 8 bits: saves 0.37 bits per weight, slightly less accurate")
 }
 
+fn about_quant_storage() -> String {
+    let formats = RecipeOptions::formats_with(Setting::QuantStorage);
+    format!(
+        "Dtype of the codes of {formats} on disk; their bytes are the same. FSDP1 needs that of the other weights [default: uint8]"
+    )
+}
+
+/// What `--quant-storage` takes.
+fn storages() -> impl TypedValueParser<Value = QuantStorage> {
+    PossibleValuesParser::new(QuantStorage::ALL.map(QuantStorage::name)).try_map(|name| name.parse::<QuantStorage>())
+}
+
 /// What `--format` takes.
 fn formats() -> impl TypedValueParser<Value = &'static FormatSpec> {
     let values = FORMATS.iter().map(|format| PossibleValue::new(format.name).help(format.about));
@@ -191,6 +206,7 @@ impl Arguments {
             group_size: self.group_size,
             layout: self.layout,
             double_quant: self.double_quant.then_some(true),
+            quant_storage: self.quant_storage,
             experts: self.experts.map(|experts| match experts {
                 ExpertsArg::Keep => ExpertLayout::Keep,
                 ExpertsArg::Fuse => ExpertLayout::Fuse,

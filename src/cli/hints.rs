@@ -90,6 +90,7 @@ fn option(setting: Setting) -> &'static str {
         Setting::GroupSize => "--group-size",
         Setting::Layout => "--layout",
         Setting::DoubleQuant => "--double-quant",
+        Setting::QuantStorage => "--quant-storage",
         Setting::Experts => "--experts",
         Setting::Include => "--include",
         Setting::Exclude => "--exclude",

@@ -135,6 +135,7 @@ fn exit_code(kind: ErrorKind) -> u8 {
         | ErrorKind::NotACheckpoint
         | ErrorKind::Malformed
         | ErrorKind::UnsupportedDtype
+        | ErrorKind::QuantStorage
         | ErrorKind::AlreadyQuantized
         | ErrorKind::Relayout
         | ErrorKind::NonFinite

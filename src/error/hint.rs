@@ -66,6 +66,8 @@ pub enum Setting {
     Layout,
     /// Whether scales are quantized too.
     DoubleQuant,
+    /// The dtype that codes are stored as.
+    QuantStorage,
     /// How experts are stored.
     Experts,
     /// Patterns of tensors to quantize.
@@ -86,6 +88,7 @@ impl Setting {
             Setting::GroupSize => "group_size",
             Setting::Layout => "layout",
             Setting::DoubleQuant => "double_quant",
+            Setting::QuantStorage => "quant_storage",
             Setting::Experts => "experts",
             Setting::Include => "include",
             Setting::Exclude => "exclude",

@@ -1,7 +1,8 @@
 //! Sixteen values, and the thresholds that choose between them.
 //!
 //! All numbers are f32 bit patterns, read from bitsandbytes 0.50.2's own tables: a decimal that goes through f64 on its
-//! way changes some by one ulp. Thresholds are its f32 midpoints between neighbouring values.
+//! way changes some by one ulp. Thresholds are its f32 midpoints between neighbouring values; that between two zeros is where its
+//! CUDA kernels have it.
 
 /// A 4-bit codebook, in the one shape that every kernel works from.
 ///
@@ -53,9 +54,19 @@ mod tests {
         for book in [&nf4::CODEBOOK, &fp4::CODEBOOK] {
             let by_rank = book.code_of_rank.map(|code| book.values()[usize::from(code)]);
             for (rank, threshold) in book.thresholds().iter().enumerate() {
-                assert_eq!(((by_rank[rank] + by_rank[rank + 1]) / 2.0).to_bits(), threshold.to_bits(), "rank {rank}");
+                let (below, above) = (by_rank[rank], by_rank[rank + 1]);
+                let midpoint = if below == above { 0f32.next_down() } else { (below + above) / 2.0 };
+                assert_eq!(midpoint.to_bits(), threshold.to_bits(), "rank {rank}");
             }
         }
+    }
+
+    #[test]
+    fn fp4_has_a_zero_for_what_is_less_and_one_for_what_is_not() {
+        let code = |t: f32| fp4::CODEBOOK.nearest(t).0;
+        assert_eq!([-0.002, -f32::MIN_POSITIVE, 0f32.next_down()].map(code), [8; 3]);
+        assert_eq!([-0.0, 0.0, 0f32.next_up(), f32::MIN_POSITIVE, 0.002].map(code), [0; 5]);
+        assert_eq!([-0.003, 0.003].map(code), [9, 1]);
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! A format with its options, and all sizes that follow.
 
 use super::{
-    BlockSize, Codebook, Coding, ElementCode, FormatSpec, GroupSize, Highest, Layout, ScaleCode, Sharing, TensorScale,
+    BlockSize, Codebook, Coding, ElementCode, FormatSpec, GroupSize, Highest, Layout, QuantStorage, ScaleCode, Sharing,
+    TensorScale,
 };
 use crate::dtype::FloatDtype;
 
@@ -25,6 +26,8 @@ pub enum Scales {
         size: BlockSize,
         /// Whether absmax is itself quantized, to 8 bits ("double" or "nested" quantization).
         double_quant: bool,
+        /// The dtype of tensors of codes.
+        storage: QuantStorage,
     },
     /// A row's columns.
     Groups {
@@ -42,6 +45,8 @@ pub struct CodecOptions {
     pub block_size: BlockSize,
     /// Whether the absmax of blocks are quantized too.
     pub double_quant: bool,
+    /// The dtype that the codes of blocks are stored as.
+    pub quant_storage: QuantStorage,
     /// Columns of a group, where the format leaves the choice.
     pub group_size: GroupSize,
     /// The layout of groups.
@@ -51,10 +56,10 @@ pub struct CodecOptions {
 impl FormatSpec {
     /// The format with these options.
     pub fn codec(&'static self, options: CodecOptions) -> Codec {
-        let CodecOptions { block_size, double_quant, group_size, layout } = options;
+        let CodecOptions { block_size, double_quant, quant_storage: storage, group_size, layout } = options;
         let scales = match (self.sharing, self.element) {
             (Sharing::Blocks, ElementCode::Codebook(codebook)) => {
-                Scales::Blocks { codebook, size: block_size, double_quant }
+                Scales::Blocks { codebook, size: block_size, double_quant, storage }
             }
             (Sharing::Blocks, element) => {
                 unreachable!("{self:?} has blocks of {element:?}: tests refuse such a format")
@@ -142,6 +147,14 @@ impl Codec {
         };
         let tensor_scale = self.tensor_scale(tensor_scale.unwrap_or(1.0));
         Coding { element, scale, group: self.block_len(columns) as usize, tensor_scale }
+    }
+
+    /// The dtype that codes are stored as, where the format leaves the choice; else bytes.
+    pub fn quant_storage(&self) -> QuantStorage {
+        match self.scales {
+            Scales::Blocks { storage, .. } => storage,
+            Scales::Groups { .. } => QuantStorage::Uint8,
+        }
     }
 
     /// Whether absmax is quantized too.

@@ -18,6 +18,7 @@ mod mxfp4;
 mod mxint4;
 pub mod nf4;
 mod nvfp4;
+mod quant_storage;
 mod spec;
 
 pub use block_size::BlockSize;
@@ -34,6 +35,7 @@ pub use layout::Layout;
 pub use mxfp4::MXFP4;
 pub use nf4::NF4;
 pub use nvfp4::NVFP4;
+pub use quant_storage::QuantStorage;
 pub use spec::{FormatSpec, Sharing};
 
 /// Every format, in the order of help and documentation.

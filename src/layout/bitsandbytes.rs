@@ -41,8 +41,11 @@ pub(crate) fn output_tensors(codec: &Codec, dtype: FloatDtype, shape: &[u64]) ->
         let dtype = if is_f32 { OutputDtype::Float(FloatDtype::Float32) } else { OutputDtype::U8 };
         OutputTensor { kind, suffix: Cow::Borrowed(suffix), dtype, shape }
     };
+    let storage = codec.quant_storage();
+    let packed = tensor(OutputKind::Packed, "", false, vec![elements.div_ceil(2) / storage.size(), 1]);
+    let packed_dtype = storage.float().map_or(OutputDtype::U8, OutputDtype::Float);
     let mut tensors = vec![
-        tensor(OutputKind::Packed, "", false, vec![elements.div_ceil(2), 1]),
+        OutputTensor { dtype: packed_dtype, ..packed },
         tensor(OutputKind::Absmax, ABSMAX, !codec.double_quant(), vec![blocks]),
         tensor(OutputKind::QuantMap, ".quant_map", true, vec![16]),
     ];
@@ -205,7 +208,7 @@ pub(crate) fn quantization_config(codec: &Codec, compute_dtype: FloatDtype, skip
         "bnb_4bit_quant_type": codec.format.library_name,
         "bnb_4bit_use_double_quant": codec.double_quant(),
         (COMPUTE_DTYPE): compute_dtype.torch_name(),
-        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_storage": codec.quant_storage().name(),
         (KEPT_MODULES): skip_modules,
     })
 }

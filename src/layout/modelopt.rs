@@ -59,6 +59,8 @@ pub(crate) fn quantization_config(codec: &Codec, ignore: &[String]) -> Value {
         "quant_algo": QUANT_ALGO,
         (PRODUCER): producer(),
         "quant_method": "modelopt",
+        // For counters of parameters, the hub's among them, which would take a byte of two codes for one.
+        "bits": 4,
     })
 }
 

@@ -3,7 +3,7 @@
 use super::{OutputKind, OutputTensor};
 use crate::checkpoint::TensorInfo;
 use crate::dtype::{self, Dtype};
-use crate::format::{Codec, CodecOptions, FORMATS, FormatSpec, Layout, Sharing};
+use crate::format::{Codec, CodecOptions, FORMATS, FormatSpec, Layout, QuantStorage, Sharing};
 
 /// A format in one of its layouts, as files have it.
 pub(crate) struct StoredFormat {
@@ -34,7 +34,10 @@ impl StoredFormat {
         find: impl Fn(&str) -> Option<&'a TensorInfo>,
     ) -> Option<(&'a str, Vec<&'a TensorInfo>)> {
         let (own, others) = self.tensors.split_first()?;
-        let name = codes.name.strip_suffix(&*own.suffix).filter(|_| own.dtype.fits(codes.dtype))?;
+        let is_stored_as = |storage: QuantStorage| storage.float().is_some_and(|float| float.dtype() == codes.dtype);
+        let fits =
+            own.dtype.fits(codes.dtype) || self.codec.is_blocks() && QuantStorage::ALL.into_iter().any(is_stored_as);
+        let name = codes.name.strip_suffix(&*own.suffix).filter(|_| fits)?;
         let mut parts = Vec::new();
         for other in others {
             match find(&format!("{name}{}", other.suffix)) {

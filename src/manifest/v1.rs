@@ -42,6 +42,7 @@ impl FlatRecipe {
             format: Some(self.format),
             block_size: is_blocks.then_some(self.block_size),
             double_quant: is_blocks.then_some(self.double_quant),
+            quant_storage: None,
             nonfinite: is_blocks.then_some(self.nonfinite),
             experts: is_blocks.then_some(self.experts),
             group_size: (self.format.sharing == Sharing::Groups).then_some(self.group_size),

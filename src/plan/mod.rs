@@ -34,7 +34,7 @@ use crate::checkpoint::{CONFIG_NAME, Source, WEIGHTS_KEY};
 use crate::dtype::Dtype;
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Hint, Result, Warning};
-use crate::format::Layout;
+use crate::format::{Codec, Layout};
 use crate::layout::OutputKind;
 use crate::layout::bitsandbytes::{EXPERTS_GUARD, EXPERTS_KEY};
 use crate::layout::recognize;
@@ -198,6 +198,7 @@ impl Plan {
         }
         names::check_are_free(source, &tensors)?;
         names::check_differ(source, &tensors, Some(Hint::Exclude))?;
+        check_storage(source, &tensors, &codec)?;
         let files = layout::lay_out(&mut tensors, recipe.max_shard_size, source);
         let scale_sets = if codec.has_tensor_scale() { scale_sets::scale_sets(&tensors) } else { Vec::new() };
         let side_files = codec.side_file(&kept_modules).into_iter().collect();
@@ -339,6 +340,18 @@ fn decide(
         }
     };
     Ok((decided, warnings))
+}
+
+/// Codes must be whole elements of what they are stored as.
+fn check_storage(source: &Source, tensors: &[PlannedTensor], codec: &Codec) -> Result<()> {
+    let storage = codec.quant_storage();
+    let len = |tensor: &PlannedTensor| codec.packed_len(tensor.elements(), tensor.columns());
+    let mut quantized = tensors.iter().filter(|tensor| tensor.decision != Decision::Keep);
+    let odd = quantized.find(|tensor| !len(tensor).is_multiple_of(storage.size()));
+    odd.map_or(Ok(()), |tensor| {
+        let path = source.files[tensor.read.first_file()].location.path().to_owned();
+        Err(Error::QuantStorage { path, tensor: tensor.name.to_string(), len: len(tensor), storage: storage.name() })
+    })
 }
 
 /// The tensors under their model's own names.

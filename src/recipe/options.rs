@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::{ExpertLayout, NonFinitePolicy, Recipe, Weights};
 use crate::error::{Error, Hint, Result, Setting};
-use crate::format::{BlockSize, FORMATS, FormatSpec, GroupSize, Layout, NF4, Sharing};
+use crate::format::{BlockSize, FORMATS, FormatSpec, GroupSize, Layout, NF4, QuantStorage, Sharing};
 
 /// Options of a conversion; what isn't given is the default. A recipe stands in the manifest as all those that apply to it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -26,6 +26,10 @@ pub struct RecipeOptions {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "bool")]
     pub double_quant: Option<bool>,
+    /// The dtype that codes are stored as, in formats with blocks; present if they aren't bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "QuantStorage")]
+    pub quant_storage: Option<QuantStorage>,
     /// How weights with a NaN or an infinity are treated, in formats with blocks.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "NonFinitePolicy")]
@@ -77,6 +81,7 @@ impl RecipeOptions {
             format: self.format.or(base.format),
             block_size: self.block_size.or(base.block_size),
             double_quant: self.double_quant.or(base.double_quant),
+            quant_storage: self.quant_storage.or(base.quant_storage),
             nonfinite: self.nonfinite.or(base.nonfinite),
             experts: self.experts.or(base.experts),
             group_size: self.group_size.or(base.group_size),
@@ -126,12 +131,14 @@ impl RecipeOptions {
             return Err(Error::Options { setting, value: None, why: why.to_owned(), hint });
         }
         let (block_size, experts) = (self.block_size.unwrap_or_default(), self.experts.unwrap_or_default());
-        Ok(Weights::Blocks { format, block_size, double_quant, nonfinite, experts })
+        let quant_storage = self.quant_storage.unwrap_or_default();
+        Ok(Weights::Blocks { format, block_size, double_quant, quant_storage, nonfinite, experts })
     }
 
     fn groups(&self, format: &'static FormatSpec, group_size: GroupSize) -> Result<Weights> {
         self.refuse_unless(self.block_size.is_none(), Setting::BlockSize, None, has_blocks)?;
         self.refuse_unless(self.double_quant != Some(true), Setting::DoubleQuant, None, has_blocks)?;
+        self.refuse_unless(self.quant_storage.is_none(), Setting::QuantStorage, None, has_blocks)?;
         let keeps_nonfinite = self.nonfinite == Some(NonFinitePolicy::Keep);
         self.refuse_unless(!keeps_nonfinite, Setting::NonFinite, Some("keep"), has_blocks)?;
         let fuses = self.experts == Some(ExpertLayout::Fuse);
@@ -145,7 +152,11 @@ impl RecipeOptions {
     /// The formats that a setting applies to, in words: `nf4 and fp4`.
     pub fn formats_with(setting: Setting) -> String {
         FormatSpec::names_with(|format| match setting {
-            Setting::BlockSize | Setting::DoubleQuant | Setting::NonFinite | Setting::Experts => has_blocks(format),
+            Setting::BlockSize
+            | Setting::DoubleQuant
+            | Setting::QuantStorage
+            | Setting::NonFinite
+            | Setting::Experts => has_blocks(format),
             Setting::GroupSize => has_group_size(format),
             Setting::Layout => !has_blocks(format),
             Setting::Include | Setting::Exclude | Setting::DequantizeSource => true,
@@ -181,9 +192,10 @@ impl From<Recipe> for RecipeOptions {
     /// All that apply, and no other.
     fn from(recipe: Recipe) -> RecipeOptions {
         let of_weights = match recipe.weights {
-            Weights::Blocks { block_size, double_quant, nonfinite, experts, .. } => RecipeOptions {
+            Weights::Blocks { block_size, double_quant, quant_storage, nonfinite, experts, .. } => RecipeOptions {
                 block_size: Some(block_size),
                 double_quant: Some(double_quant),
+                quant_storage: (quant_storage != QuantStorage::Uint8).then_some(quant_storage),
                 nonfinite: Some(nonfinite),
                 experts: Some(experts),
                 ..RecipeOptions::default()
@@ -254,8 +266,9 @@ fn case(format: &'static FormatSpec, known: &[String]) -> Value {
         properties.insert("layout".to_owned(), json!({"enum": format.layouts}));
     }
     let (required, others): (Vec<&String>, Vec<&String>) = known.iter().partition(|key| written.get(key).is_some());
-    properties
-        .extend(others.into_iter().filter(|key| *key != "dequantize_source").map(|key| (key.clone(), false.into())));
+    // What is written only if it isn't the default.
+    let is_optional = |key: &str| key == "dequantize_source" || key == "quant_storage" && has_blocks(format);
+    properties.extend(others.into_iter().filter(|key| !is_optional(key)).map(|key| (key.clone(), false.into())));
     json!({"properties": properties, "required": required})
 }
 
@@ -291,6 +304,8 @@ mod tests {
             assert_eq!(json!(serde_json::from_value::<Recipe>(found).unwrap()), expected);
         }
         assert_eq!(written(json!({"dequantize_source": true}))["dequantize_source"], true);
+        assert_eq!(written(json!({"quant_storage": "bfloat16"}))["quant_storage"], "bfloat16");
+        assert!(written(json!({"quant_storage": "uint8"})).get("quant_storage").is_none());
     }
 
     #[test]
@@ -307,6 +322,9 @@ mod tests {
             ("int4", "block_size", json!(64), "block_size applies to nf4"),
             ("int4", "experts", json!("keep"), "expected"),
             ("int4", "double_quant", json!(false), "expected"),
+            ("int4", "quant_storage", json!("bfloat16"), "quant_storage applies to nf4"),
+            ("nf4", "quant_storage", json!("uint8"), "expected"),
+            ("nf4", "quant_storage", json!("int8"), "unknown variant"),
             ("mxfp4", "layout", json!("modelopt"), "layout modelopt applies to nvfp4"),
             ("nvfp4", "group_size", json!(32), "group_size applies to int4"),
             ("nf4", "speed", json!(1), "unknown field `speed`"),

@@ -47,7 +47,7 @@ fn convert(source: &Path, destination: &Path, recipe: &Recipe, how: How) -> Mani
 /// A whole tensor at once, by the specification: its outputs by suffix.
 fn recompute(tensor: &Tensor, dtype: FloatDtype, recipe: &Recipe) -> BTreeMap<String, Stored> {
     let codec = recipe.codec();
-    let Scales::Blocks { codebook, size, double_quant } = codec.scales else { panic!("blocks") };
+    let Scales::Blocks { codebook, size, double_quant, .. } = codec.scales else { panic!("blocks") };
     let elements = tensor.data.len() / dtype.size();
     let blocks = elements.div_ceil(size.get());
     let mut packed = vec![0; elements.div_ceil(2)];

@@ -24,6 +24,7 @@ mod recorded;
 mod relayout;
 mod sources;
 mod split;
+mod storage;
 #[cfg(target_os = "linux")]
 mod threads;
 mod unreadable;

@@ -43,7 +43,7 @@ pub fn float_dtype(dtype: Dtype) -> FloatDtype {
 /// Quantizes a whole tensor with the scalar kernel.
 pub fn recompute(tensor: &Tensor, recipe: &Recipe) -> Recomputed {
     let (codec, dtype) = (recipe.codec(), float_dtype(tensor.dtype));
-    let Scales::Blocks { codebook, size, double_quant } = codec.scales else { panic!("blocks") };
+    let Scales::Blocks { codebook, size, double_quant, .. } = codec.scales else { panic!("blocks") };
     let elements = tensor.data.len() / dtype.size();
     let blocks = elements.div_ceil(size.get());
     let mut packed = vec![0; elements.div_ceil(2)];

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .differences import Difference
 from .errors import PrequantError
-from .quantizer import PrequantQuantizer, install
+from .quantizer import PrequantQuantizer, install, installed, uninstall
 from .verify import Verified, differences, verify
 
 __all__ = [
@@ -19,6 +19,8 @@ __all__ = [
     "differences",
     "fix_peft",
     "install",
+    "installed",
+    "uninstall",
     "verify",
 ]
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""An axolotl plugin: QLoRA from a folder that prequant wrote.
+"""An axolotl plugin: QLoRA from what prequant wrote, a folder or a repository on the hub.
 
 In the run's YAML:
 
@@ -12,6 +12,7 @@ of the package that needs axolotl, and nothing else of the package imports it.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +20,29 @@ import torch.nn.utils.parametrize as parametrize
 from axolotl.integrations.base import BasePlugin
 from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from torch import nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from .compat import GUARD
 from .files import is_file
+from .layout import QUANT_STATE, read_header
+from .manifest import MANIFEST, SUMS
 from .peft import fix_peft
 
 __all__ = ["PrequantPlugin"]
+
+ADDED_TO_CARD = b"## Loading the 4-bit experts\n"
+"""How what prequant adds at the end of a model card begins."""
 
 
 class PrequantPlugin(BasePlugin):
     """Loads 4-bit experts as they are stored, and lets PEFT put adapters on them."""
 
     def pre_model_load(self, cfg: Any) -> None:
-        """Checks `base_model` and `quantize_moe_experts`, then makes the loader and PEFT's fixes ready.
-
-        axolotl has put its own patches for `lora_target_parameters` in place by now; those of fix_peft come on top.
-        """
+        """Checks `base_model` and `quantize_moe_experts`, then makes the loader ready."""
         check_config(cfg)
-        import prequant_loader  # noqa: F401  importing it is what makes transformers load 4-bit experts
+        import prequant_loader
 
-        fix_peft()
+        prequant_loader.install()
 
     def post_model_build(self, cfg: Any, model: nn.Module) -> None:
         """Tells axolotl that experts are in 4 bits, so that it doesn't prepare them by decoding them all.
@@ -47,21 +52,63 @@ class PrequantPlugin(BasePlugin):
         if has_quantized_experts(model):
             model._moe_experts_quantized = True
 
+    def pre_lora_load(self, cfg: Any, model: nn.Module) -> None:
+        """Makes PEFT's fixes ready.
+
+        axolotl has put its own patches for `lora_target_parameters` in place by now; those of fix_peft come on top.
+        """
+        fix_peft()
+
+    def post_lora_merge(self, cfg: Any, adapter_path: str, output_path: str) -> None:
+        """Takes out of a merged model, which is in 16 bits, what axolotl copied of the 4-bit folder that it began with."""
+        clean(Path(output_path))
+
 
 def check_config(cfg: Any) -> None:
-    """Raises ValueError if a run can't start from the folder that `base_model` names."""
+    """Raises ValueError if a run can't start from what `base_model` names."""
     if cfg.quantize_moe_experts:
         raise ValueError(
-            "quantize_moe_experts is set, but the experts of a prequant folder are in 4 bits already; "
+            "quantize_moe_experts is set, but the experts of a prequant checkpoint are in 4 bits already; "
             "remove quantize_moe_experts from the YAML"
         )
-    base_model = cfg.base_model
-    if not base_model or not is_file(Path(base_model) / "prequant.json"):
+    if not cfg.base_model or not is_quantized(str(cfg.base_model), cfg.revision_of_model):
         raise ValueError(
-            f"base_model is {base_model!r}, which holds no prequant.json, so it is no folder that prequant wrote; "
-            "convert the checkpoint with `prequant convert` and name its folder, "
+            f"base_model is {cfg.base_model!r}, whose weights aren't 4-bit ones as prequant and bitsandbytes write them; "
+            "convert the checkpoint with `prequant convert` and name what it wrote, "
             "or remove prequant_loader.axolotl.PrequantPlugin from plugins"
         )
+
+
+def is_quantized(base_model: str, revision: str | None = None) -> bool:
+    """Whether a folder, or a repository on the hub, has 4-bit weights: its index names a quant_state, or its only file has one."""
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
+    index = cached_file(base_model, SAFE_WEIGHTS_INDEX_NAME, revision=revision, **quietly)
+    if index is not None:
+        names = json.loads(Path(index).read_bytes()).get("weight_map", {})
+    else:
+        file = cached_file(base_model, SAFE_WEIGHTS_NAME, revision=revision, **quietly)
+        names = read_header(Path(file)) if file is not None else {}
+    return any(QUANT_STATE in name for name in names)
+
+
+def clean(folder: Path) -> None:
+    """Removes what speaks of 4 bits from a folder of 16-bit weights: manifest, sums, what prequant added to the model card, and the
+    entry of config.json that stops clients without this package."""
+    for name in (MANIFEST, SUMS):
+        (folder / name).unlink(missing_ok=True)
+    card = folder / "README.md"
+    if is_file(card):
+        own, added, _ = card.read_bytes().partition(ADDED_TO_CARD)
+        if added and own.strip():
+            card.write_bytes(own.rstrip(b"\n") + b"\n")
+        elif added:
+            card.unlink()
+    path = folder / "config.json"
+    if is_file(path):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.get("experts_implementation") == GUARD:
+            del config["experts_implementation"]
+            path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def has_quantized_experts(model: nn.Module) -> bool:

@@ -31,6 +31,7 @@ __all__ = [
     "WeightRenaming",
     "accept_guard",
     "is_reversible",
+    "refuse_guard",
     "route",
     "scoped",
 ]
@@ -73,6 +74,13 @@ def accept_guard() -> None:
 
     accepting.accepts_guard = True  # type: ignore[attr-defined]
     PreTrainedModel.get_correct_experts_implementation = accepting  # type: ignore[method-assign]
+
+
+def refuse_guard() -> None:
+    """Has transformers stop at GUARD again, unless another package has changed the same since."""
+    accepting: Any = PreTrainedModel.get_correct_experts_implementation
+    if "accepts_guard" in vars(accepting):
+        PreTrainedModel.get_correct_experts_implementation = accepting.__wrapped__  # type: ignore[method-assign]
 
 
 def is_reversible(conversion: Any) -> bool:

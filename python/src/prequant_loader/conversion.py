@@ -156,7 +156,7 @@ def stacked(
     ordered = [part for expert in zip(*tensors, strict=True) for part in expert]
     elements = math.prod(made.shape) // len(ordered)
     padded = -(-elements // block_size) * block_size
-    codes = torch.cat([part.codes(padded // 2) for part in ordered])
+    codes = torch.cat([part.codes(padded // 2) for part in ordered]).view(parts[""][0][0].dtype)
     absmax = torch.cat([part.absmax for part in ordered]).float()
     shape = made.shape if padded == elements else (made.shape[0], len(made.sources), padded)
     quant_type = made.first.quant_type
@@ -178,7 +178,7 @@ class _Part:
 
     def __init__(self, made: ExpertParameter, parts: dict[str, list[list[torch.Tensor]]], source: int, i: int) -> None:
         tensor: QuantizedTensor = made.sources[source][i]
-        self._codes = parts[""][source][i].flatten()
+        self._codes = parts[""][source][i].flatten().view(torch.uint8)
         self.absmax = parts["absmax"][source][i]
         """One per block, in f32."""
         if tensor.nested_block_size is not None:
@@ -189,7 +189,7 @@ class _Part:
             self.absmax = values * scales[: len(values)] + offset
 
     def codes(self, length: int) -> torch.Tensor:
-        """The codes, filled up to `length` bytes."""
+        """The codes as bytes, filled up to `length` of them."""
         missing = length - self._codes.numel()
         return torch.nn.functional.pad(self._codes, (0, missing)) if missing else self._codes
 

@@ -22,7 +22,7 @@ def expected_config(recipe: dict[str, Any]) -> dict[str, Any]:
             "load_in_8bit": False,
             "bnb_4bit_quant_type": recipe["format"],
             "bnb_4bit_use_double_quant": recipe["double_quant"],
-            "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_quant_storage": recipe.get("quant_storage", "uint8"),
         }
     return {"compressed-tensors": _compressed_tensors, "modelopt": _modelopt, "gpt-oss": _gpt_oss}[recipe["layout"]](recipe)
 
@@ -95,7 +95,7 @@ def _compressed_tensors(recipe: dict[str, Any]) -> dict[str, Any]:
 def _modelopt(recipe: dict[str, Any]) -> dict[str, Any]:
     weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": _group_size(recipe)}
     groups = {"group_0": {"weights": weights, "targets": ["Linear"]}}
-    return {"config_groups": groups, "quant_algo": "NVFP4", "quant_method": "modelopt"}
+    return {"config_groups": groups, "quant_algo": "NVFP4", "quant_method": "modelopt", "bits": 4}
 
 
 def _gpt_oss(_: dict[str, Any]) -> dict[str, Any]:

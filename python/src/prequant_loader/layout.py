@@ -26,6 +26,9 @@ STATISTICS = ("absmax", "quant_map", *(f"{QUANT_STATE}{name}" for name in FORMAT
 FLOATS = ("F32", "F16", "BF16")
 """What scales may be in: bitsandbytes writes F32."""
 
+STORAGES = {"U8": "uint8", "BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+"""What codes may be stored as, two to a byte, with torch's names."""
+
 DTYPES = ("bfloat16", "float16", "float32")
 """What weights are decoded to, by torch's names."""
 
@@ -75,6 +78,11 @@ class QuantizedTensor:
     @property
     def name(self) -> str:
         return self.codes.name
+
+    @property
+    def storage(self) -> str:
+        """What its codes are stored as, by torch's name."""
+        return STORAGES.get(self.codes.dtype, self.codes.dtype)
 
     @property
     def numel(self) -> int:

@@ -9,6 +9,7 @@ import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn.parametrize import Bnb4bitParametrization, replace_parameter_4bit_prequantized
 from torch import nn
+from torch.nn.utils import parametrize
 
 
 class RelaidParametrization(Bnb4bitParametrization):
@@ -82,10 +83,26 @@ def parametrize_4bit(
         dtype: what it is decoded to.
         quant_state: the statistics by name, as a file has them.
     """
-    codes: torch.Tensor = getattr(module, name)
+    codes: torch.Tensor = getattr(module, name).requires_grad_(False)  # which is true for codes that are stored as floats
     replace_parameter_4bit_prequantized(module, name, quant_state, codes.device)
     steps: Any = getattr(module.parametrizations, name)
     state: QuantState = steps[0].quant_state
     state.dtype = dtype
     if tuple(state.shape) != tuple(shape) or shape[-1] % state.blocksize:
         steps[0] = RelaidParametrization(state, shape)
+
+
+@torch.no_grad()
+def decode(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Makes ordinary parameters of a module's 4-bit ones, in the order in which they were made 4-bit.
+
+    Args:
+        module: any module; its submodules are left alone.
+        dtype: of the parameters; that of the decoded values if None.
+    """
+    steps: Any = getattr(module, "parametrizations", {})
+    for name in [name for name, chain in steps.items() if isinstance(chain[0], Bnb4bitParametrization)]:
+        value: torch.Tensor = getattr(module, name).to(dtype)
+        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        delattr(module, name)
+        module.register_parameter(name, nn.Parameter(value, requires_grad=False))

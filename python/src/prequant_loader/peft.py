@@ -1,8 +1,9 @@
 """Mends PEFT's `target_parameters` for experts that bitsandbytes keeps in 4 bits.
 
 Fused experts in 4 bits are parametrized: `module.gate_up_proj` is no parameter but a property that decodes
-`module.parametrizations.gate_up_proj.original`. PEFT handles such parameters in part only. Call `fix_peft()` once,
-before `get_peft_model` or `PeftModel.from_pretrained`. Parameters that aren't parametrized keep PEFT's behaviour.
+`module.parametrizations.gate_up_proj.original`. PEFT handles such parameters in part only. Loading a model with 4-bit
+experts calls `fix_peft()`; for models that were made otherwise call it before `get_peft_model` or
+`PeftModel.from_pretrained`. Parameters that aren't parametrized keep PEFT's behaviour.
 
 Without it, for parametrized experts (fault: versions):
 
@@ -49,11 +50,14 @@ _originals: dict[tuple[type | ModuleType, str], Any] = {}
 
 
 def fix_peft() -> None:
-    """Applies the fixes to the installed PEFT. A second call does nothing.
+    """Applies the fixes to the installed PEFT. A second call does nothing, unless another package, such as axolotl, has put its
+    own way of finding parameters in place since.
 
     Raises RuntimeError, and changes nothing, if PEFT's version isn't among those the fixes were tried on.
     """
     if _originals:
+        # The only one that calls nothing of what it replaced: the others may be inside of that package's by now.
+        BaseTuner._inject_parameters = _inject_parameters
         return
     version = _version()
     if version not in KNOWN:

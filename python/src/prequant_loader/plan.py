@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit
+from torch import nn
 from transformers import PreTrainedModel
 
 from .compat import Concatenate, MergeModulelist, Transpose, WeightConverter, route
 from .errors import PrequantError
-from .layout import CONVERT_AGAIN, EXPERT_NUMBER, Checkpoint, QuantizedTensor
+from .layout import CONVERT_AGAIN, EXPERT_NUMBER, STORAGES, Checkpoint, QuantizedTensor
 from .parametrization import is_padded, is_transposed
 
 LOAD_AS_WRITTEN = "load it with the model it was converted for, whose config.json lies beside it"
@@ -101,8 +102,10 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, conversions: Seque
     return plan
 
 
-def check_config(checkpoint: Checkpoint, config: Any) -> None:
+def check_config(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> None:
     """config.json's quantization_config, as transformers has it, says what every quant_state says.
+
+    Codes that are stored as floats must be loaded in their dtype: transformers would convert them to another, as if they were numbers.
 
     Raises:
         PrequantError: one says otherwise.
@@ -110,6 +113,9 @@ def check_config(checkpoint: Checkpoint, config: Any) -> None:
     quant_type = getattr(config, "bnb_4bit_quant_type", None)
     is_double = getattr(config, "bnb_4bit_use_double_quant", None)
     for tensor in checkpoint.quantized.values():
+        if tensor.storage not in ("uint8", str(dtype).removeprefix("torch.")):
+            way_out = f"load it with dtype=torch.{tensor.storage}, or convert it with --quant-storage"
+            raise _misfit(tensor, f"its codes are stored as {tensor.storage}", f"the model's {dtype}", way_out)
         if quant_type is not None and tensor.quant_type != quant_type:
             found, expected = f"it is {tensor.quant_type}", f"{quant_type}, as config.json's bnb_4bit_quant_type says"
             raise _misfit(tensor, found, expected, CONVERT_AGAIN)
@@ -197,12 +203,23 @@ def _check_plain(
 
 
 def _check_absent(model: PreTrainedModel, target: str, tensor: QuantizedTensor) -> None:
-    """Experts that the model has no place for, unless transformers leaves them out on purpose."""
+    """Experts that the model has no place for, unless transformers leaves them out on purpose, and its report has them."""
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     is_expert = len(tensor.shape) == 3 or EXPERT_NUMBER.search(tensor.name)
-    if is_expert and not any(re.search(pattern, name) for pattern in ignored for name in (target, tensor.name)):
+    if is_expert and not _is_of_another_layer(model, target) and not any(re.search(pattern, name) for pattern in ignored for name in (target, tensor.name)):
         found = f"it holds experts, and {type(model).__name__} has no parameter {target!r}"
         raise _misfit(tensor, found, "a model with these experts")
+
+
+def _is_of_another_layer(model: nn.Module, target: str) -> bool:
+    """Whether a name is of a layer after the model's last: one for multi-token prediction, or the model was made shorter."""
+    module, owner = model, ""
+    for part in target.split(".")[:-1]:
+        children = dict(module.named_children())
+        if part not in children:
+            return part.isdigit() and owner != "experts" and int(part) >= len(children) > 0
+        module, owner = children[part], part
+    return False
 
 
 def _check_linear(model: PreTrainedModel, target: str, members: list[tuple[str | None, QuantizedTensor]]) -> None:
@@ -226,8 +243,8 @@ def _check_can_be_experts(target: str, parameter: torch.Tensor, tensors: list[Qu
             found = f"it is in 4 bits, and the model's parameter {target!r} is no 4-bit Linear and no 3-D experts"
             way_out = "remove it from llm_int8_skip_modules in config.json if it is a Linear, or convert with --exclude"
             raise _misfit(tensor, found, "a tensor that the model can have in 4 bits", way_out)
-        if tensor.codes.dtype != "U8":
-            raise _misfit(tensor, f"its codes are {tensor.codes.dtype}", "U8 for experts", CONVERT_AGAIN)
+        if tensor.codes.dtype not in STORAGES:
+            raise _misfit(tensor, f"its codes are {tensor.codes.dtype}", " or ".join(STORAGES), CONVERT_AGAIN)
 
 
 def _check_same_format(made: ExpertParameter) -> None:
@@ -235,7 +252,7 @@ def _check_same_format(made: ExpertParameter) -> None:
     first = made.first
     for source in made.sources:
         for tensor in source:
-            for what in ("quant_type", "block_size", "nested_block_size"):
+            for what in ("quant_type", "block_size", "nested_block_size", "storage"):
                 found, expected = getattr(tensor, what), getattr(first, what)
                 if found != expected:
                     raise _misfit(tensor, f"its {what} is {found}", f"{expected}, as that of {first.name!r}", CONVERT_AGAIN)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import importlib.util
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from bitsandbytes.nn.modules import Linear4bit
@@ -11,11 +13,11 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from .compat import GUARD, accept_guard, is_reversible
+from .compat import GUARD, accept_guard, is_reversible, refuse_guard
 from .conversion import LoadExperts, with_twins
 from .errors import PrequantError
 from .layout import CONVERT_AGAIN, Checkpoint, read_checkpoint
-from .parametrization import parametrize_4bit
+from .parametrization import decode, parametrize_4bit
 from .plan import Plan, check_config, make_plan
 from .verify import verify_if_asked
 
@@ -42,9 +44,9 @@ class PrequantQuantizer(Bnb4BitHfQuantizer):
         """Reads the checkpoint's headers, then makes the model ready for its tensors."""
         files = [str(file) for file in kwargs.get("checkpoint_files") or []]
         if self.pre_quantized and files:
-            verify_if_asked(Path(files[0]).parent, files)
+            verify_if_asked(files)
             self._loading = _Loading(read_checkpoint(files), model)
-            check_config(self._loading.checkpoint, self.quantization_config)
+            check_config(self._loading.checkpoint, self.quantization_config, model.dtype)
         return super().preprocess_model(model, *args, **kwargs)
 
     def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
@@ -79,13 +81,26 @@ class PrequantQuantizer(Bnb4BitHfQuantizer):
         plan, self._loading = self._loading.plan, None
         _check_filled(model, plan)
         embeddings: Any = model.get_input_embeddings()
-        for name, made in plan.parameters.items():
+        # In the order in which the model defines them, which PEFT nests adapters in: else they would fit no bf16 model.
+        for name in [name for name in model.state_dict() if name in plan.parameters]:
+            made = plan.parameters[name]
             module, _, leaf = name.rpartition(".")
             dtype = embeddings.weight.dtype if embeddings is not None else made.dtype
             parametrize_4bit(model.get_submodule(module), leaf, made.shape, dtype, plan.loaded.pop(name))
         if plan.parameters:
             model.config.experts_implementation = GUARD  # for what save_pretrained writes
+            _fix_peft_if_installed()
         _keep_reversible(model)
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        """`model.dequantize()`: decodes experts, too, so that what is saved is a model like any other."""
+        model = super()._dequantize(model, *args, **kwargs)
+        embeddings: Any = model.get_input_embeddings()
+        for module in list(model.modules()):
+            decode(module, kwargs.get("dtype") or (embeddings.weight.dtype if embeddings is not None else None))
+        if vars(model.config).get("experts_implementation") == GUARD:
+            del model.config.experts_implementation
         return model
 
 
@@ -109,7 +124,44 @@ def _is_twin(conversion: Any) -> bool:
     return any(isinstance(operation, LoadExperts) for operation in getattr(conversion, "operations", ()))
 
 
+def _fix_peft_if_installed() -> None:
+    """PEFT as it comes trains nothing on these experts, or adds an adapter's delta at every forward: never in silence."""
+    if importlib.util.find_spec("peft") is None:
+        return
+    try:
+        from .peft import fix_peft
+
+        fix_peft()
+    except (ImportError, RuntimeError) as error:
+        warnings.warn(f"adapters on the 4-bit experts of this model won't train rightly: {error}", stacklevel=2)
+
+
+_replaced: list[type] = []
+"""The quantizer that was there before this package's, while this one's is."""
+
+
 def install() -> None:
     """Makes transformers load 4-bit checkpoints with this package. Importing the package does it."""
-    AUTO_QUANTIZER_MAPPING[KEY] = PrequantQuantizer
+    if AUTO_QUANTIZER_MAPPING.get(KEY) is not PrequantQuantizer:
+        _replaced[:] = [AUTO_QUANTIZER_MAPPING.get(KEY, Bnb4BitHfQuantizer)]
+        AUTO_QUANTIZER_MAPPING[KEY] = PrequantQuantizer
     accept_guard()
+
+
+def uninstall() -> None:
+    """Gives transformers its own quantizer back. Models that are loaded stay as they are."""
+    if AUTO_QUANTIZER_MAPPING.get(KEY) is PrequantQuantizer and _replaced:
+        AUTO_QUANTIZER_MAPPING[KEY] = _replaced.pop()
+    refuse_guard()
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """Makes transformers load 4-bit checkpoints with this package inside of a `with` block; then all is as it was before."""
+    was_installed = AUTO_QUANTIZER_MAPPING.get(KEY) is PrequantQuantizer
+    install()
+    try:
+        yield
+    finally:
+        if not was_installed:
+            uninstall()

@@ -6,17 +6,20 @@ Files are read piece by piece. The manifest is held in memory as Python has it, 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .differences import DOWNLOAD_AGAIN, Difference, Differences
+from transformers.utils import cached_file
+
+from .differences import CONFIG, DOWNLOAD_AGAIN, INDEX, Difference, Differences
 from .errors import PrequantError
 from .files import is_file
 from .manifest import MANIFEST
 
 VARIABLE = "PREQUANT_VERIFY"
-"""Set to 1, every load of a folder with a manifest verifies it first."""
+"""Set to 1, every load verifies what it is about to load first, against the manifest."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +61,50 @@ def differences(folder: Path | str) -> list[Difference]:
     return Differences(Path(folder)).find().all
 
 
-def verify_if_asked(folder: Path, files: Iterable[str] = ()) -> None:
-    """Verifies a folder if the environment variable PREQUANT_VERIFY is 1 and there is a manifest.
+def verify_if_asked(files: Sequence[str]) -> None:
+    """Verifies what is about to be loaded, if the environment variable PREQUANT_VERIFY is 1.
+
+    Damage is an error; but for weights, index and config.json, files may be missing, as they are where transformers has downloaded what
+    it needs. What was edited in files that no client loads is warned of. The manifest of a repository on the hub is fetched.
 
     Args:
-        folder: the checkpoint.
-        files: what is about to be loaded: nothing but what the manifest lists.
+        files: the weights.
     """
-    if os.environ.get(VARIABLE) != "1" or not is_file(folder / MANIFEST):
+    if os.environ.get(VARIABLE) != "1":
         return
-    verify(folder)
-    listed = Differences(folder).names()
+    folder = Path(files[0]).parent
+    if not is_file(folder / MANIFEST) and not _fetch_manifest(folder):
+        warnings.warn(f"{VARIABLE} is 1, and {folder} has no {MANIFEST}: nothing was verified", stacklevel=2)
+        return
+    differences = Differences(folder)
+    listed = differences.names()
     for file in map(Path, files):
         if file.parent != folder or file.name not in listed:
             raise PrequantError(file, "", "it is about to be loaded", f"a file that {MANIFEST} lists", DOWNLOAD_AGAIN)
+    needed = {Path(file).name for file in files} | {CONFIG, MANIFEST} | ({INDEX} if len(files) > 1 else set())
+    found = [each for each in differences.find().all if each.file in needed or os.path.lexists(folder / each.file)]
+    for difference in found:
+        if difference.is_damage:
+            path, what = folder / difference.file, difference.what
+            raise PrequantError(path, difference.tensor, what, "what was written", DOWNLOAD_AGAIN)
+    if found:
+        edited = ", ".join(sorted({difference.file for difference in found}))
+        warnings.warn(f"{folder}: what is loaded is as it was written; edited since: {edited}", stacklevel=2)
+
+
+def _fetch_manifest(folder: Path) -> bool:
+    """Downloads the manifest that belongs to what is in the hub's cache; tells whether there is one."""
+    snapshot = next((path for path in (folder, *folder.parents) if path.parent.name == "snapshots"), None)
+    repository = snapshot.parents[1] if snapshot is not None else folder
+    if snapshot is None or not repository.name.startswith("models--"):
+        return False
+    name = repository.name.removeprefix("models--").replace("--", "/")
+    found = cached_file(
+        name,
+        f"{folder.relative_to(snapshot) / MANIFEST}",
+        revision=snapshot.name,
+        cache_dir=repository.parent,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return found is not None and Path(found).parent == folder

@@ -132,8 +132,8 @@ impl Lanes {
 /// A codebook as tables for in-register lookup.
 ///
 /// The line is cut into bins so narrow that no bin holds two thresholds; an element's bin then says which two codes are
-/// left, and one comparison decides. Bins contain their upper edge, so that a threshold on it (0.0 in FP4) needs no
-/// comparison: "strictly greater" is the next bin.
+/// left, and one comparison decides. Bins contain their lower edge, so that a threshold just below it (of 0.0 in FP4) needs no
+/// comparison: what is greater is in the next bin.
 struct Lookup {
     /// By bin: the threshold within, or infinity.
     thresholds: [__m512; 2],
@@ -145,11 +145,11 @@ struct Lookup {
 
 impl Lookup {
     const BINS: u32 = 32;
-    /// Bins are narrower than the least distance between thresholds (0.0, an edge, aside), yet few enough that those of
-    /// all elements, from -15 (t = -1) to 16 (t = 1), differ modulo [`Lookup::BINS`].
+    /// Bins are narrower than the least distance between thresholds (that at an edge aside), yet few enough that those of
+    /// all elements, from -16 (t = -1) to 15 (t = 1), differ modulo [`Lookup::BINS`].
     const BINS_PER_UNIT: f32 = 15.4;
-    /// -15, modulo [`Lookup::BINS`].
-    const LOWEST_BIN: u32 = 17;
+    /// -16, modulo [`Lookup::BINS`].
+    const LOWEST_BIN: u32 = 16;
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     fn new(codebook: &Codebook) -> Lookup {
@@ -193,14 +193,14 @@ impl Lookup {
     }
 }
 
-/// The bin of each element, in the low five bits: ceil(t * BINS_PER_UNIT), exactly.
+/// The bin of each element, in the low five bits: floor(t * BINS_PER_UNIT), exactly.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn bin(t: __m512) -> __m512i {
-    /// 1.5 * 2^23, whose ulp is 1: rounding the sum with a small number up leaves a whole number in the low bits.
+    /// 1.5 * 2^23, whose ulp is 1: rounding the sum with a small number down leaves a whole number in the low bits.
     const UNITS: f32 = 12582912.0;
-    const UP: i32 = _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC;
+    const DOWN: i32 = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
     let (scale, units) = (_mm512_set1_ps(Lookup::BINS_PER_UNIT), _mm512_set1_ps(UNITS));
-    _mm512_castps_si512(_mm512_fmadd_round_ps::<UP>(t, scale, units))
+    _mm512_castps_si512(_mm512_fmadd_round_ps::<DOWN>(t, scale, units))
 }
 
 /// 32 elements as f32: the even ones, the odd ones.

@@ -1,5 +1,8 @@
 """Golden data for the kernels: what bitsandbytes makes, on a CPU, of inputs chosen to be awkward.
 
+But for one thing: FP4 has two codes for zero, 0 and 8, and which of them an element gets is what bitsandbytes' CUDA kernels
+decide (csrc/kernels.cu, dQuantizeFP4): 8 if the scaled element is less than zero. Everybody who quantizes uses CUDA.
+
     scripts/make goldens            writes fixtures/goldens
     scripts/make goldens --check    makes them anew and compares byte for byte
 
@@ -42,6 +45,7 @@ import numpy as np
 import torch
 from bitsandbytes import functional
 from bitsandbytes.backends.default.ops import _get_4bit_quantize_bounds
+from bitsandbytes.functional import QuantState
 from safetensors.torch import save_file
 
 FORMATS = ("nf4", "fp4")
@@ -141,7 +145,7 @@ def near_thresholds(dtype: torch.dtype) -> torch.Tensor:
 
 def quantized(values: torch.Tensor, block_size: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed codes and absmax by bitsandbytes, compared with the rule in plain numpy."""
-    packed, state = functional.quantize_4bit(values, blocksize=block_size, quant_type=name)
+    packed, state = quantize_4bit(values, block_size, name)
     packed = packed.reshape(-1)
     expected_packed, expected_absmax = by_rule(values.float().numpy(), block_size, name)
     assert np.array_equal(packed.numpy(), expected_packed), f"{name}, block {block_size}: codes off the rule"
@@ -149,21 +153,48 @@ def quantized(values: torch.Tensor, block_size: int, name: str) -> tuple[torch.T
     return packed, state.absmax
 
 
-def by_rule(values: np.ndarray, block_size: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """bitsandbytes' CPU arithmetic spelled out; prequant's scalar kernel follows the same words."""
-    thresholds, code_of_rank = (table.numpy() for table in _get_4bit_quantize_bounds(name, torch.device("cpu")))
-    codes, absmax = [], []
+def quantize_4bit(values: torch.Tensor, block_size: int, name: str, **options: bool) -> tuple[torch.Tensor, QuantState]:
+    """bitsandbytes' codes, with the zeros of its CUDA kernels, and its state."""
+    packed, state = functional.quantize_4bit(values, blocksize=block_size, quant_type=name, **options)
+    if name == "fp4":
+        codes = torch.stack([packed.reshape(-1) >> 4, packed.reshape(-1) & 15], dim=1).reshape(-1).numpy()
+        below_zero = np.append(scaled(values.float().numpy(), block_size) < 0, np.zeros(len(codes) - len(values), bool))
+        codes[(codes == 0) | (codes == 8)] = 0
+        codes[(codes == 0) & below_zero] = 8
+        packed = torch.from_numpy(codes[::2] << 4 | codes[1::2]).reshape(packed.shape)
+    return packed, state
+
+
+def bounds(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """bitsandbytes' thresholds, and the codes by how many of them an element is greater than; FP4's zeros as said above."""
+    thresholds, code_of_rank = _get_4bit_quantize_bounds(name, torch.device("cpu"))
+    if name == "fp4":
+        thresholds, code_of_rank = thresholds.clone(), code_of_rank.clone()
+        assert thresholds[7] == 0 and code_of_rank[7:9].tolist() == [0, 8]
+        thresholds[7], code_of_rank[7], code_of_rank[8] = float(np.nextafter(np.float32(0), np.float32(-1))), 8, 0
+    return thresholds, code_of_rank
+
+
+def scaled(values: np.ndarray, block_size: int) -> np.ndarray:
+    """Elements by their block's absmax, as bitsandbytes computes it."""
+    parts = []
     for start in range(0, len(values), block_size):
         block = values[start : start + block_size]
-        largest = np.abs(block).max()
-        divisor = max(largest, FLOOR)
-        whole = len(block) == block_size
-        scaled = block * (np.float32(1.0) / divisor) if whole else block / divisor
-        codes.append(code_of_rank[(scaled[:, None] > thresholds).sum(axis=1)])
-        absmax.append(largest if whole else divisor)
+        divisor = max(np.abs(block).max(), FLOOR)
+        parts.append(block * (np.float32(1.0) / divisor) if len(block) == block_size else block / divisor)
+    return np.concatenate(parts)
+
+
+def by_rule(values: np.ndarray, block_size: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """bitsandbytes' CPU arithmetic spelled out; prequant's scalar kernel follows the same words."""
+    thresholds, code_of_rank = (table.numpy() for table in bounds(name))
+    codes = code_of_rank[(scaled(values, block_size)[:, None] > thresholds).sum(axis=1)]
+    blocks = [values[start : start + block_size] for start in range(0, len(values), block_size)]
+    largest = [np.abs(block).max() for block in blocks]
+    absmax = [most if len(block) == block_size else max(most, FLOOR) for block, most in zip(blocks, largest, strict=True)]
     if len(values) % 2:
-        codes.append(code_of_rank[[(np.float32(0.0) > thresholds).sum()]])
-    joined = np.concatenate(codes).astype(np.uint8)
+        codes = np.append(codes, code_of_rank[(np.float32(0.0) > thresholds).sum()])
+    joined = codes.astype(np.uint8)
     return joined[::2] << 4 | joined[1::2], np.array(absmax, np.float32)
 
 
@@ -226,7 +257,7 @@ def double_dequantized(dtype: torch.dtype, name: str) -> dict[str, torch.Tensor]
     Its length is even: bitsandbytes decodes odd ones elsewhere, and there FP4's second zero (code 8) has no sign.
     """
     weight = torch.from_numpy(bell(seeded("double dequantized"), 257 * 32 + 6) * 0.02).to(dtype)
-    packed, state = functional.quantize_4bit(weight, blocksize=32, quant_type=name, compress_statistics=True)
+    packed, state = quantize_4bit(weight, 32, name, compress_statistics=True)
     return {
         "packed": packed.reshape(-1),
         "absmax": state.absmax,
@@ -241,7 +272,7 @@ def dequantized(inputs: dict[str, torch.Tensor], name: str) -> dict[str, torch.T
     outputs = {}
     for case, sizes in DEQUANTIZED.items():
         for size in sizes:
-            packed, state = functional.quantize_4bit(inputs[case], blocksize=size, quant_type=name)
+            packed, state = quantize_4bit(inputs[case], size, name)
             outputs[f"{case}/b{size}"] = functional.dequantize_4bit(packed, state).reshape(-1)
     return outputs
 
@@ -284,7 +315,7 @@ def make(folder: Path) -> None:
     tables = {"dynamic": functional.name2qmap["dynamic"]}
     for name in FORMATS:
         tables[name] = functional.get_4bit_type(name, device="cpu")
-        thresholds, code_of_rank = _get_4bit_quantize_bounds(name, torch.device("cpu"))
+        thresholds, code_of_rank = bounds(name)
         tables[f"{name}/thresholds"], tables[f"{name}/code_of_rank"] = thresholds, code_of_rank.to(torch.uint8)
     save(tables, folder / "tables.safetensors")
 
