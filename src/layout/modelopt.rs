@@ -14,6 +14,9 @@ use crate::layout::{OutputDtype, OutputKind, OutputTensor, Stored, StoredWeight}
 pub(crate) const KEPT_MODULES: &str = "ignore";
 /// The key of what wrote the checkpoint.
 pub(crate) const PRODUCER: &str = "producer";
+/// The key of a code's bits. ModelOpt itself doesn't write it; counters of parameters, the hub's among them, take a byte of two codes
+/// for one parameter without it. 0.1.0 didn't write it either.
+pub(crate) const BITS: &str = "bits";
 
 /// The end of the name of the scales, after the weight's.
 pub(crate) const SCALE: &str = "_scale";
@@ -59,8 +62,7 @@ pub(crate) fn quantization_config(codec: &Codec, ignore: &[String]) -> Value {
         "quant_algo": QUANT_ALGO,
         (PRODUCER): producer(),
         "quant_method": "modelopt",
-        // For counters of parameters, the hub's among them, which would take a byte of two codes for one.
-        "bits": 4,
+        (BITS): 4,
     })
 }
 

@@ -4,6 +4,7 @@ use serde_json::Value;
 
 use crate::checkpoint::Config;
 use crate::dtype::FloatDtype;
+use crate::layout::modelopt;
 use crate::manifest::Manifest;
 use crate::ops::kept_modules::KeptModules;
 
@@ -16,6 +17,9 @@ pub(crate) fn differences<Tensors>(config: &Config, manifest: &Manifest<Tensors>
     let expected = codec.quantization_config(FloatDtype::Bfloat16, &[]);
     let mut differences = Vec::new();
     for (key, expected) in expected.as_object().into_iter().flatten() {
+        if key == modelopt::BITS && found.get(key).is_none() {
+            continue;
+        }
         let found = found.get(key).unwrap_or(&Value::Null);
         if !codec.other_keys().contains(&key.as_str()) && found != expected {
             differences.push(format!("quantization_config's {key} is {found}, expected {expected}"));
