@@ -35,8 +35,11 @@ const INTEGER_SHARE: u64 = 20;
 /// When config.json can't be written without what is taken out of it.
 pub(crate) fn take_out(source: &mut Source) -> Result<()> {
     take_out_scales(source);
-    let Some(config) = source.config.as_ref().filter(|_| !is_coded(source)) else { return Ok(()) };
+    let Some(config) = &source.config else { return Ok(()) };
     let Some(SourceQuantization { method, evidence }) = recognize::in_config(config) else { return Ok(()) };
+    if is_coded(source) {
+        return Ok(());
+    }
     let places = recognize::places_in_config(config);
     let pruned = config.pruned(&places.iter().map(Vec::as_slice).collect::<Vec<_>>())?;
     source.notes.push(
@@ -104,11 +107,20 @@ fn is_coded(source: &Source) -> bool {
     let is_integer =
         |dtype: Dtype| matches!(dtype, Dtype::U8 | Dtype::I8 | Dtype::U16 | Dtype::I16 | Dtype::U32 | Dtype::I32);
     let len = |is: &dyn Fn(&TensorInfo) -> bool| matrices().filter(|info| is(info)).map(|info| info.len).sum::<u64>();
-    // Of whatever method: a module has codes in place of a weight.
+    // Of whatever method: a module has codes in place of a weight, and beside them floats that they decode by.
     let weights: HashSet<&str> = matrices().filter_map(|info| info.name.strip_suffix(".weight")).collect();
+    let floats = source.tensors().filter(|(_, info)| FloatDtype::of(info.dtype).is_some());
+    let mut floats: Vec<&str> = floats.map(|(_, info)| &*info.name).filter(|name| !name.ends_with("bias")).collect();
+    floats.sort_unstable();
+    let has_floats = |module: &str| {
+        let inside = format!("{module}.");
+        let place = floats.partition_point(|name| *name < inside.as_str());
+        floats.get(place).is_some_and(|name| name.starts_with(&inside))
+    };
     let in_place_of_a_weight = |info: &TensorInfo| {
         let Some((module, own)) = info.name.rsplit_once('.') else { return false };
-        is_integer(info.dtype) && !weights.contains(module) && !NO_CODES.iter().any(|word| own.contains(word))
+        let is_code = is_integer(info.dtype) && !NO_CODES.iter().any(|word| own.contains(word));
+        is_code && !weights.contains(module) && has_floats(module)
     };
     let (integers, all) = (len(&|info| is_integer(info.dtype)), len(&|_| true));
     let by_name = |info: &TensorInfo| {

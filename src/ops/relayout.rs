@@ -80,7 +80,8 @@ impl Relayout {
         let from = if manifest.recipe.fuses_experts() { ExpertLayout::Fuse } else { ExpertLayout::Keep };
         check_recipe(path, &manifest.recipe, &recipe)?;
         let origin = origin(converted, &manifest)?;
-        let old = Plan::new(&origin, manifest.recipe.clone())?;
+        let old = Plan::new(&origin, manifest.recipe.clone())
+            .map_err(|error| needs_the_source(converted, &manifest, error))?;
         check_manifest(path, &old, &manifest)?;
         let source = converted;
         let mut converted = Converted::new(source, &manifest)?;
@@ -166,6 +167,16 @@ fn check_recipe(path: &Path, then: &Recipe, now: &Recipe) -> Result<()> {
         };
     }
     Ok(())
+}
+
+/// An error of planning that comes of what the manifest doesn't have: codes of four bits are planned by what they are, too.
+fn needs_the_source(converted: &Source, manifest: &Manifest, error: Error) -> Error {
+    if !manifest.recipe.dequantize_source {
+        return error;
+    }
+    let why = "it was made of weights in four bits, which rewriting its experts would have to read again: convert the source again \
+               with the other layout of experts";
+    Error::malformed(converted.location.join(MANIFEST_NAME).path(), why)
 }
 
 /// The checkpoint that the converted one was made from, as far as the manifest tells.

@@ -77,6 +77,15 @@ impl<'a> Decoder<'a> {
             CodedKind::Fp8(scale) => {
                 floats::fp8(&self.rules, info, place, *scale).map_err(|why| malformed(file, info, &why))
             }
+            CodedKind::Cast => {
+                if self.warnings.is_empty() {
+                    self.warnings.push(
+                        format!("F8_E4M3 tensors, such as {:?}, have no scales: taken as cast, and decoded to what they are", info.name)
+                            .into(),
+                    );
+                }
+                floats::cast(&self.rules, info, place).map_err(|why| malformed(file, info, &why))
+            }
             CodedKind::Fp4InBytes(scale) => {
                 floats::fp4_in_bytes(&self.rules, info, place, *scale).map_err(|why| malformed(file, info, &why))
             }

@@ -67,12 +67,14 @@ pub(super) fn of(
 /// That no class of the model's type has any of what is quantized: a prefix is left in the names, or the type is another's.
 fn unknown_names(source: &Source, rules: &Rules<'_>, tensors: &[PlannedTensor]) -> Option<Warning> {
     let model_type = *source.config.as_ref()?.model_types().first()?;
-    let mut quantized = tensors.iter().filter(|tensor| tensor.decision != Decision::Keep).peekable();
+    // Experts that were split are under new names.
+    let is_linear = |tensor: &&PlannedTensor| tensor.decision != Decision::Keep && tensor.role == Role::Linear;
+    let mut quantized = tensors.iter().filter(is_linear).peekable();
     let first = quantized.peek()?.name.clone();
     let known = !rules.is_compared() || quantized.any(|tensor| rules.knows(&tensor.name, &tensor.shape));
     (!known).then(|| {
         format!(
-            "no class of {model_type:?} has any of the weights that are quantized, first {first:?}: transformers won't find them; \
+            "no class of {model_type:?} has any of the Linears that are quantized, first {first:?}: transformers won't find them; \
              do their names have a prefix too many, or is the model_type another's?"
         )
         .into()

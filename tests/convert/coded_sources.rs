@@ -246,3 +246,33 @@ fn what_does_not_decode_is_named_with_what_was_found() {
     ];
     convert(&config, &integers).fails(3, &["already quantized"]);
 }
+
+/// Weights, norms and biases alike, as image models are published; a scale anywhere, and it is something else.
+#[test]
+fn floats_of_eight_bits_that_nothing_scales_are_what_they_are() {
+    let norm = "model.layers.0.input_layernorm.weight";
+    let e4m3 = |byte: u8| {
+        let (exponent, mantissa) = (i32::from(byte >> 3 & 15), f32::from(byte & 7));
+        let magnitude = match exponent {
+            0 => mantissa / 8.0 * 2f32.powi(-6),
+            exponent => (1.0 + mantissa / 8.0) * 2f32.powi(exponent - 7),
+        };
+        if byte & 0x80 == 0 { magnitude } else { -magnitude }
+    };
+    // No NaN.
+    let codes = |name: &str, len| noise(name, len).into_iter().map(|byte| byte & 0xbf).collect::<Vec<u8>>();
+    let cast = |name: &str, shape: &[usize]| -> Coded {
+        let codes = codes(name, shape.iter().product());
+        let decoded = codes.iter().flat_map(|code| bf16::from_f32(e4m3(*code)).to_le_bytes()).collect();
+        let stored = vec![Tensor::new(name, Dtype::F8_E4M3, shape, codes)];
+        (stored, Tensor::new(name, Dtype::BF16, shape, decoded))
+    };
+    let weights = || vec![cast(LINEAR, &[64, 128]), cast(norm, &[128])];
+    let (coded, plain) = folders("llama", Value::Null, weights());
+    let run = coded.convert(&[]).ok();
+    assert!(run.stderr.contains("have no scales: taken as cast"), "{}", run.stderr);
+    convert_alike(&coded, &plain, &[]);
+    let mut scaled = weights();
+    scaled[0].0.push(Tensor::random("model.layers.0.mlp.other_scale", Dtype::F32, &[1]));
+    folders("llama", Value::Null, scaled).0.convert(&[]).fails(3, &["already quantized", "F8_E4M3"]);
+}

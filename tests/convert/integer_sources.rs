@@ -5,7 +5,7 @@ use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
 
 use crate::carried::{carried, decodes_alike, verify};
-use crate::coded_sources::{Coded, convert_alike, dequantizes, folders, noise};
+use crate::coded_sources::{Coded, command, convert_alike, dequantizes, folders, noise};
 use crate::support::Tensor;
 
 /// How zero points are stored, and in which groups columns are.
@@ -224,4 +224,15 @@ fn integers_that_do_not_fit_are_named_with_what_was_found() {
     };
     convert(&uneven, json!({"group_size": 32})).fails(3, &[DOWN, "128 columns", "5 groups"]);
     convert(&|_| (), json!({"checkpoint_format": "marlin"})).fails(3, &["config.json", "marlin"]);
+}
+
+/// Planning reads zero points and order, which the output doesn't have any more.
+#[test]
+fn experts_of_what_was_made_of_four_bits_are_rewritten_from_the_source_alone() {
+    let (coded, _) = folders("llama", config("gptq", json!({})), vec![gptq(DOWN, 64, 128, 128, V1)]);
+    coded.convert(&["--dequantize-source"]).ok();
+    let (converted, fused) = (coded.destination(), coded.beside("fused"));
+    let flags: [&std::ffi::OsStr; 2] = ["--experts".as_ref(), "fuse".as_ref()];
+    let run = command(&["convert".as_ref(), converted.as_ref(), fused.as_ref(), flags[0], flags[1]]);
+    run.fails(3, &["prequant.json", "four bits", "convert the source again"]);
 }

@@ -35,6 +35,9 @@ const FEW: &[Recipe] = &[
     ("nvfp4", &["--format", "nvfp4"]),
 ];
 
+/// The same without NF4.
+const OF_GROUPS: &[Recipe] = &[FEW[1], FEW[2]];
+
 /// What else an output depends on.
 const OPTIONS: &[Recipe] = &[
     ("block-size 32", &["--block-size", "32", "--only-experts"]),
@@ -67,10 +70,24 @@ pub fn all(root: &Path) -> Vec<Source> {
     let fp8_blocks =
         json!({"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]});
     let few = |source: Source| Source { recipes: FEW, ..source };
+    let method = |method: &str| quantized("llama", json!({"quant_method": method}));
+    let coded = [
+        ("compressed-tensors", &coded(int4)),
+        ("modelopt", &coded(nvfp4)),
+        ("gptq", &coded(gptq)),
+        ("awq", &coded(awq)),
+        ("fp8 rows", &coded(fp8_rows)),
+    ]
+    .map(|(name, tensors)| few(write(name, method(name.split(' ').next().unwrap()), tensors)));
+    let decoded = coded.iter().filter_map(|source| {
+        let name = DECODED.iter().find(|name| name.starts_with(source.name))?;
+        Some(Source { name, path: source.path.clone(), flags: &["--dequantize-source"], recipes: OF_GROUPS })
+    });
+    let decoded: Vec<Source> = decoded.collect();
     let one_file = root.join("sources/one.safetensors");
     fs::create_dir_all(root.join("sources")).unwrap();
     fs::write(&one_file, serialize(&odd())).unwrap();
-    vec![
+    let plain = vec![
         whole("bf16", &["--max-shard-size", "150kB"], RECIPES),
         whole("options", &[], OPTIONS),
         write("f16", json!({"model_type": "qwen3_moe", "dtype": "float16"}), &part_of(&fixture, Dtype::F16)),
@@ -96,6 +113,90 @@ pub fn all(root: &Path) -> Vec<Source> {
         few(write("mixtral", model("mixtral"), &mixtral())),
         few(write("granite", model("granitemoe"), &granite())),
         few(write("step", model("step3p7"), &step())),
+    ];
+    plain.into_iter().chain(coded).chain(decoded).collect()
+}
+
+/// Sources of other programs' codes, which are carried over or refused without the option.
+const DECODED: &[&str] = &["compressed-tensors, decoded", "modelopt, decoded", "gptq, decoded", "awq, decoded"];
+
+/// A layer whose weights are stored so, beside what isn't.
+fn coded(weight: fn(&str, usize, usize) -> Vec<Tensor>) -> Vec<Vec<Tensor>> {
+    let module = |end: &str| format!("model.layers.0.{end}");
+    let shapes = [
+        ("self_attn.q_proj", 64, 96),
+        ("mlp.gate_proj", 128, 96),
+        ("mlp.up_proj", 128, 96),
+        ("mlp.down_proj", 96, 128),
+    ];
+    let mut all: Vec<Tensor> =
+        shapes.iter().flat_map(|(end, rows, columns)| weight(&module(end), *rows, *columns)).collect();
+    all.extend([random("model.norm.weight", &[96]), random("lm_head.weight", &[33, 96])]);
+    vec![all]
+}
+
+/// Numbers of a few magnitudes.
+fn scales(dtype: Dtype, name: &str, shape: &[usize]) -> Tensor {
+    let numbers = (0..shape.iter().product()).map(|i: usize| 1e-3 * (1.0 + (i % 11) as f32 / 7.0));
+    let data = match dtype {
+        Dtype::F16 => numbers.flat_map(|x| f16::from_f32(x).to_le_bytes()).collect(),
+        _ => numbers.flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect(),
+    };
+    Tensor::new(name, dtype, shape, data)
+}
+
+/// compressed-tensors' INT4 in groups of 32.
+fn int4(module: &str, rows: usize, columns: usize) -> Vec<Tensor> {
+    let name = |end: &str| format!("{module}.weight_{end}");
+    let shape = [rows, columns].into_iter().flat_map(|dimension| (dimension as u64).to_le_bytes()).collect();
+    vec![
+        Tensor::new(&name("packed"), Dtype::I32, &[rows, columns / 8], noise(module, rows * columns / 2)),
+        scales(Dtype::BF16, &name("scale"), &[rows, columns / 32]),
+        Tensor::new(&name("shape"), Dtype::I64, &[2], shape),
+    ]
+}
+
+/// ModelOpt's NVFP4; gate and up have different global scales.
+fn nvfp4(module: &str, rows: usize, columns: usize) -> Vec<Tensor> {
+    let name = format!("{module}.weight");
+    let block = noise(&name, rows * columns / 16).into_iter().map(|byte| 0x30 + byte % 32).collect();
+    let global: f32 = if module.ends_with("up_proj") { 3e-4 } else { 4e-4 };
+    vec![
+        Tensor::new(&name, Dtype::U8, &[rows, columns / 2], noise(module, rows * columns / 2)),
+        Tensor::new(&format!("{name}_scale"), Dtype::F8_E4M3, &[rows, columns / 16], block),
+        Tensor::new(&format!("{name}_scale_2"), Dtype::F32, &[], global.to_le_bytes().to_vec()),
+    ]
+}
+
+/// GPTQ's first version, symmetric, in groups of 32.
+fn gptq(module: &str, rows: usize, columns: usize) -> Vec<Tensor> {
+    let (name, groups) = (|end: &str| format!("{module}.{end}"), columns / 32);
+    let order = (0..columns).flat_map(|column| (column as i32 / 32).to_le_bytes()).collect();
+    vec![
+        Tensor::new(&name("qweight"), Dtype::I32, &[columns / 8, rows], noise(module, rows * columns / 2)),
+        Tensor::new(&name("qzeros"), Dtype::I32, &[groups, rows / 8], vec![0x77; groups * rows / 2]),
+        scales(Dtype::F16, &name("scales"), &[groups, rows]),
+        Tensor::new(&name("g_idx"), Dtype::I32, &[columns], order),
+    ]
+}
+
+/// AWQ, in groups of 32.
+fn awq(module: &str, rows: usize, columns: usize) -> Vec<Tensor> {
+    let (name, groups) = (|end: &str| format!("{module}.{end}"), columns / 32);
+    vec![
+        Tensor::new(&name("qweight"), Dtype::I32, &[columns, rows / 8], noise(module, rows * columns / 2)),
+        Tensor::new(&name("qzeros"), Dtype::I32, &[groups, rows / 8], noise(&name("zeros"), groups * rows / 2)),
+        scales(Dtype::F16, &name("scales"), &[groups, rows]),
+    ]
+}
+
+/// FP8 with a scale for each row.
+fn fp8_rows(module: &str, rows: usize, columns: usize) -> Vec<Tensor> {
+    let name = format!("{module}.weight");
+    let codes = noise(module, rows * columns).into_iter().map(|byte| if byte & 0x7f == 0x7f { 0 } else { byte });
+    vec![
+        Tensor::new(&name, Dtype::F8_E4M3, &[rows, columns], codes.collect()),
+        scales(Dtype::BF16, &format!("{name}_scale"), &[rows, 1]),
     ]
 }
 

@@ -156,7 +156,8 @@ fn codes_of_any_method_in_place_of_a_weight_are_no_leftover() {
     };
     let codes = |end: &str, dtype: Dtype, size: usize| {
         let others = llama().into_iter().filter(|tensor| tensor.name != LINEAR);
-        others.chain([Tensor::new(&format!("{module}.{end}"), dtype, &[4, 2], vec![1; 8 * size])]).collect()
+        let stored = Tensor::new(&format!("{module}.{end}"), dtype, &[4, 2], vec![1; 8 * size]);
+        others.chain([stored, Tensor::random(&format!("{module}.decodes.by"), Dtype::F16, &[4])]).collect()
     };
     for (method, end, dtype, size) in
         [("aqlm", "codes", Dtype::I8, 1), ("hqq", "W_q", Dtype::U8, 1), ("vptq", "indices", Dtype::I32, 4)]

@@ -8,13 +8,15 @@ use crate::checkpoint::{Source, TensorInfo};
 use crate::converted::{FoundWeight, stored_weight};
 use crate::dtype::Dtype;
 use crate::layout::StoredFormat;
-use crate::layout::recognize::{FP8_SCALES, INPUT_SCALES};
+use crate::layout::recognize::{self, FP8_SCALES, INPUT_SCALES};
 use crate::read::{Span, Tensors};
 
 /// A source's coded weights are looked for here.
 pub(crate) struct Coded<'a> {
     pub(super) tensors: Tensors<'a>,
     formats: Vec<StoredFormat>,
+    /// Whether floats of eight bits are what weights were cast to: nothing speaks of scales.
+    has_casts: bool,
 }
 
 /// A weight that stands in the source as codes.
@@ -31,6 +33,8 @@ pub(crate) enum CodedKind<'a> {
     Stored(FoundWeight<'a>),
     /// Floats of eight bits, with the tensor of their scales.
     Fp8((Span, &'a TensorInfo)),
+    /// The same without: a weight, or any other tensor, that was cast.
+    Cast,
     /// DeepSeek-V4's experts: E2M1 in bytes that are called integers, with the tensor of their scales.
     Fp4InBytes((Span, &'a TensorInfo)),
     /// GPTQ's or AWQ's.
@@ -40,12 +44,15 @@ pub(crate) enum CodedKind<'a> {
 impl<'a> Coded<'a> {
     /// Of an opened source.
     pub(crate) fn new(source: &'a Source) -> Coded<'a> {
-        Coded { tensors: Tensors::new(source), formats: StoredFormat::all() }
+        let is_quantized = source.config.as_ref().and_then(recognize::in_config).is_some();
+        let has_casts = !is_quantized && !source.tensors().any(|(_, info)| info.name.contains("scale"));
+        Coded { tensors: Tensors::new(source), formats: StoredFormat::all(), has_casts }
     }
 
     /// The weight whose codes a tensor of this file is.
     pub(crate) fn weight(&self, file: usize, codes: &'a TensorInfo) -> Option<CodedWeight<'a>> {
         let kind = match codes.dtype {
+            Dtype::F8_E4M3 if self.has_casts && codes.len > 0 => CodedKind::Cast,
             Dtype::F8_E4M3 => CodedKind::Fp8(self.scale(codes, FP8_SCALES)?),
             Dtype::I8 => CodedKind::Fp4InBytes(self.scale(codes, &FP8_SCALES[..2]).filter(is_power_of_two)?),
             Dtype::I32 if codes.name.ends_with(super::integers::CODES) => {
@@ -86,6 +93,7 @@ impl<'a> CodedWeight<'a> {
         let (name, beside): (&'a str, Vec<&'a TensorInfo>) = match &self.kind {
             CodedKind::Stored(weight) => (weight.name, weight.beside.clone()),
             CodedKind::Fp8((_, scale)) | CodedKind::Fp4InBytes((_, scale)) => (&self.codes.name, vec![scale]),
+            CodedKind::Cast => (&self.codes.name, Vec::new()),
             CodedKind::Integers(integers) => (integers.module, integers.beside()),
         };
         let module = name.strip_suffix(".weight").unwrap_or(name);
@@ -96,7 +104,7 @@ impl<'a> CodedWeight<'a> {
 
     /// Whether its codes have four bits: decoding those loses what another format might have kept.
     pub(crate) fn has_four_bits(&self) -> bool {
-        !matches!(self.kind, CodedKind::Fp8(_))
+        !matches!(self.kind, CodedKind::Fp8(_) | CodedKind::Cast)
     }
 
     /// The name of its format.
@@ -104,6 +112,7 @@ impl<'a> CodedWeight<'a> {
         match &self.kind {
             CodedKind::Stored(weight) => weight.codec.map_or("", |codec| codec.format.library_name),
             CodedKind::Fp8(_) => "FP8",
+            CodedKind::Cast => "FP8 without scales",
             CodedKind::Fp4InBytes(_) => "FP4 (DeepSeek-V4)",
             CodedKind::Integers(Integers { packing: Packing::Gptq, .. }) => "GPTQ",
             CodedKind::Integers(Integers { packing: Packing::Awq, .. }) => "AWQ",

@@ -67,6 +67,29 @@ pub(super) fn fp8(rules: &Rules, info: &TensorInfo, codes: Span, scales: (Span, 
     decoded(rules, info, &info.shape, codes, scales, (ElementCode::E4m3, scale_code), dtype)
 }
 
+/// E4M3 floats that stand for themselves, of any shape.
+///
+/// # Errors
+/// When they can't be decoded.
+pub(super) fn cast(rules: &Rules, info: &TensorInfo, codes: Span) -> Result<Input, String> {
+    let columns = info.shape.last().copied().unwrap_or(1);
+    let (element, dtype, rows) = (ElementCode::E4m3, rules.model, codes.len / columns.max(1));
+    let read = Read::decode(Decode {
+        coding: Coding::new(element, ScaleCode::Float(FloatDtype::Float32), columns as usize),
+        dtype,
+        rows,
+        columns,
+        row_len: element.packed_row(columns),
+        group_rows: rows,
+        codes: Read::Bytes(codes),
+        scales: Read::Literal(1f32.to_le_bytes().into()),
+        zero_points: None,
+        order: None,
+        nested: None,
+    })?;
+    Ok(Input::decoded(info.name.clone(), info.shape.to_vec(), dtype, read))
+}
+
 /// E2M1 floats, two in a byte, the even column in its low half: `[.., rows, columns / 2]`.
 ///
 /// # Errors
