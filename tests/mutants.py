@@ -322,6 +322,8 @@ def version(binary: str) -> str:
 def forge(mutant: Mutant) -> bool:
     """Has manifest and SHA256SUMS say what the files are now, as far as there is a manifest; whether there is."""
     path = mutant.folder / MANIFEST
+    if not path.is_file():  # a link to zeros has no end
+        return False
     try:
         manifest = json.loads(path.read_bytes())
         for file in manifest["files"]:

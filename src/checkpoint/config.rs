@@ -14,8 +14,8 @@ use crate::store::{Location, Sha256Hash};
 /// The largest config that is read, or any other JSON beside the weights: real ones are a few KB, tokenizers some MB.
 pub(crate) const MAX_JSON_LEN: u64 = 64 << 20;
 
-/// How often a config's text is held at once: as it was read, parsed, edited, to be written.
-const TEXTS: u64 = 7;
+/// How often a config's text is held at once: as it was read, parsed, edited, to be written, in buffers that grew by doubling.
+const TEXTS: u64 = 9;
 
 /// Where a config names the weights' file.
 pub(crate) const WEIGHTS_KEY: &str = "transformers_weights";

@@ -105,7 +105,7 @@ mod tests {
     #[test]
     fn keys_and_values_are_counted_wherever_they_are() {
         for (text, values) in
-            [("1", 1), ("[]", 1), ("[1, [2.5, null], \"a\"]", 6), (r#"{"a": {"b": true}, "c": -1}"#, 6)]
+            [("1", 1), ("[]", 1), ("[1, [2.5, null], \"a\"]", 6), (r#"{"a": {"b": true}, "c": -1}"#, 7)]
         {
             assert_eq!(count(text.as_bytes()).unwrap(), values, "{text}");
         }
