@@ -266,7 +266,7 @@ fn modelopts_layout_is_its_own_tensor_by_tensor() {
         assert_eq!(outputs[&**name]["shape"], expected["shape"], "{name}");
         assert_eq!(outputs[&**name]["sha256"], expected["sha256"], "{name}");
     }
-    // The word for weights alone is another, which more clients take; and it isn't ModelOpt that wrote it.
+    // The word for weights alone is another, which more clients take; it isn't ModelOpt that wrote it; and bits are told.
     let but_for_those = |value: &Value| {
         let mut value = value.clone();
         value["producer"] = Value::Null;
@@ -274,7 +274,8 @@ fn modelopts_layout_is_its_own_tensor_by_tensor() {
         part["quant_algo"] = "NVFP4".into();
         value
     };
-    let config = folder.read_json("config.json");
+    let mut config = folder.read_json("config.json");
+    assert_eq!(config["quantization_config"].as_object_mut().unwrap().remove("bits"), Some(4.into()));
     assert_eq!(but_for_those(&config["quantization_config"]), but_for_those(&golden["quantization_config"]));
     let beside = folder.read_json("hf_quant_config.json");
     assert_eq!(but_for_those(&beside), but_for_those(&golden["hf_quant_config"]));
