@@ -175,7 +175,6 @@ fn quantized_sources_are_refused_by_name() {
         ("FP8 or integers", "a.weight_scale", Dtype::F32),
         ("NVFP4", "a.weight_scale_2", Dtype::F32),
         ("MXFP4", "mlp.experts.gate_up_proj_blocks", Dtype::U8),
-        ("F8_E4M3", "a.weight", Dtype::F8_E4M3),
     ];
     for (method, name, dtype) in by_tensor {
         let folder = Folder::new("llama");
