@@ -49,8 +49,8 @@ fn a_converted_checkpoint_is_named_with_format_and_layout_and_counted_as_the_hub
         (&["--format", "nf4"][..], "nf4", "bitsandbytes", weights),
         (&["--format", "int4", "--group-size", "32"], "int4", "compressed-tensors", weights),
         (&["--format", "nvfp4"], "nvfp4", "compressed-tensors", weights),
-        // The hub counts ModelOpt's codes by the byte.
-        (&["--format", "nvfp4", "--layout", "modelopt"], "nvfp4", "modelopt", weights / 2),
+        // The hub counts ModelOpt's codes by the byte, unless the config says how many bits they have.
+        (&["--format", "nvfp4", "--layout", "modelopt"], "nvfp4", "modelopt", weights),
     ] {
         let folder = Folder::llama();
         folder.convert(flags).ok();
