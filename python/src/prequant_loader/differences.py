@@ -173,7 +173,8 @@ class Differences:
         if all(name != CONFIG for name, _, _ in manifest.files):
             return
         try:
-            found = read_json(self.folder / CONFIG).get("quantization_config")
+            config = read_json(self.folder / CONFIG)
+            found = config.get("quantization_config")
         except (ValueError, AttributeError):
             return self._differ(CONFIG, "not a model's config")
         if not isinstance(found, dict):
