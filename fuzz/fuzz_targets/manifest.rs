@@ -1,6 +1,6 @@
 #![no_main]
 
-#[allow(dead_code)]
+#[allow(dead_code, reason = "each target is one of them")]
 #[path = "../../tests/hostile/targets.rs"]
 mod targets;
 

@@ -171,7 +171,9 @@ fn check_recipe(path: &Path, then: &Recipe, now: &Recipe) -> Result<()> {
 
 /// An error of planning that comes of what the manifest doesn't have: codes of four bits are planned by what they are, too.
 fn needs_the_source(converted: &Source, manifest: &Manifest, error: Error) -> Error {
-    if !manifest.recipe.dequantize_source {
+    // A file that isn't there is the source's; what the system refuses otherwise is its own error.
+    let is_of_the_system = matches!(&error, Error::Io { source, .. } if source.kind() != std::io::ErrorKind::NotFound);
+    if !manifest.recipe.dequantize_source || is_of_the_system {
         return error;
     }
     let why = "it was made of weights in four bits, which rewriting its experts would have to read again: convert the source again \
