@@ -84,7 +84,7 @@ pub use ops::quantize::Conversion;
 pub use ops::verify::{Difference, DifferenceClass, Options as VerifyOptions, Report};
 pub use pipeline::{Budget, Progress, Trace};
 pub use plan::{Decision, Plan, PlannedFile, PlannedTensor};
-pub use recipe::{ExpertLayout, NonFinitePolicy, Recipe, RecipeOptions, Weights};
+pub use recipe::{ExpertLayout, Guard, NonFinitePolicy, Recipe, RecipeOptions, Weights};
 pub use stats::{AbsmaxError, Range, Statistics};
 pub use store::Sha256Hash;
 pub use units::Bytes;

@@ -23,6 +23,8 @@ pub struct Recipe {
     pub exclude: Vec<String>,
     /// Whether weights that the source has in 4 bits are decoded first.
     pub dequantize_source: bool,
+    /// What stops clients that would load experts wrongly.
+    pub guard: Guard,
     /// The most bytes of tensors in one file; a weight and its scales stay together even if they exceed it.
     pub max_shard_size: u64,
 }
@@ -80,6 +82,19 @@ pub enum NonFinitePolicy {
     Keep,
 }
 
+/// What config.json has to stop transformers where it would load 4-bit experts wrongly.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Guard {
+    /// What stops nobody else: where transformers would say nothing. It stops at NF4 and FP4 experts by itself.
+    #[default]
+    Auto,
+    /// Also what stops transformers at NF4 and FP4 experts if it is told to ignore shapes; it stops unsloth, too.
+    Strict,
+    /// Nothing.
+    Off,
+}
+
 impl Recipe {
     /// The format.
     pub fn format(&self) -> &'static FormatSpec {
@@ -128,6 +143,7 @@ impl Default for Recipe {
             include: Vec::new(),
             exclude: Vec::new(),
             dequantize_source: false,
+            guard: Guard::Auto,
             max_shard_size: 5_000_000_000,
         }
     }

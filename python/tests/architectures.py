@@ -116,6 +116,14 @@ def qwen3_5_moe() -> Made:
     return transformers.Qwen3_5MoeForConditionalGeneration, config
 
 
+def gemma4() -> Made:
+    """Experts beside a dense MLP, fused on disk."""
+    text = TEXT | {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64, "enable_moe_block": True}
+    text |= {"layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0}
+    text |= {"global_head_dim": 32, "num_kv_shared_layers": 0}
+    return transformers.Gemma4ForCausalLM, transformers.Gemma4TextConfig(**text)
+
+
 def save(folder: Path, made: Made, shard_size: str = "100KB", fused: bool = False) -> type[PreTrainedModel]:
     """Saves a random bf16 model in shards so small that parts of an expert lie in different ones.
 
@@ -181,6 +189,7 @@ SOURCES: dict[str, Callable[[Path], type[PreTrainedModel]]] = {
     "qwen3_vl_moe-hub": _transposed,
     "qwen3_5_moe": _plain(qwen3_5_moe),
     "qwen3_5_moe-hub": _fused(qwen3_5_moe),
+    "gemma4": _plain(gemma4),
     "qwen3_moe-1-expert": lambda folder: save(folder, qwen3_moe(num_experts=1, num_experts_per_tok=1)),
     # 24 x 40 elements a matrix: seven and a half blocks of 128.
     "qwen3_moe-ragged": lambda folder: save(folder, qwen3_moe(hidden_size=24, moe_intermediate_size=40)),

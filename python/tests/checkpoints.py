@@ -154,12 +154,9 @@ def logits(model: PreTrainedModel, training: bool) -> torch.Tensor:
 def check_config(source: Path, converted: Path, quant_type: str, double_quant: bool, model: PreTrainedModel) -> None:
     """config.json is the source's with quantization_config added, and its skip list names the Linears left alone.
 
-    Where experts are 4-bit, transformers is told of an implementation that it stops at, not knowing it.
     """
     config = json.loads((converted / "config.json").read_text())
     quantization = config.pop("quantization_config")
-    experts = any(".experts." in name for name in quantized_names(read_tensors(converted)))
-    assert config.pop("experts_implementation", None) == ("prequant_loader" if experts else None)
     assert config == json.loads((source / "config.json").read_text()), "config.json changed elsewhere"
     skipped = quantization.pop("llm_int8_skip_modules")
     compute_dtype = quantization.pop("bnb_4bit_compute_dtype")

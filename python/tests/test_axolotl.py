@@ -112,7 +112,7 @@ def test_base_model_may_be_on_the_hub(plugin: Any, folder: Path, tmp_path: Path,
 
 def test_a_merged_model_has_nothing_left_of_the_4_bit_folder(plugin: Any, sources: Sources, tmp_path: Path) -> None:
     merged = tmp_path / "merged"
-    shutil.copytree(sources.converted("qwen3_moe"), merged, ignore=shutil.ignore_patterns("*.safetensors*"))
+    shutil.copytree(sources.converted("qwen3_moe", "--guard", "strict"), merged, ignore=shutil.ignore_patterns("*.safetensors*"))
     assert (merged / "README.md").exists() and "experts_implementation" in (merged / "config.json").read_text()
     plugin.post_lora_merge(Config(), "adapter", str(merged))
     assert [path.name for path in sorted(merged.iterdir())] == ["config.json", "generation_config.json"]

@@ -34,7 +34,7 @@ def loads(folder: Path) -> bool:
 
 
 def test_it_is_taken_back_and_put_in_again(sources: Sources) -> None:
-    folder = sources.converted("qwen3_moe")
+    folder = sources.converted("qwen3_moe", "--guard", "strict")
     assert loads(folder)
     for _ in range(2):
         prequant_loader.uninstall()
@@ -47,7 +47,7 @@ def test_it_is_taken_back_and_put_in_again(sources: Sources) -> None:
 
 
 def test_it_can_be_had_for_a_block(sources: Sources) -> None:
-    folder = sources.converted("qwen3_moe")
+    folder = sources.converted("qwen3_moe", "--guard", "strict")
     prequant_loader.uninstall()
     with prequant_loader.installed(), prequant_loader.installed():
         assert loads(folder)

@@ -8,8 +8,8 @@ use std::time::Instant;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use prequant::{
-    BlockSize, Bytes, Error, ExpertLayout, FORMATS, Finished, FormatSpec, GroupSize, Layout, NonFinitePolicy, Options,
-    QuantStorage, Recipe, RecipeOptions, Setting, plan, recipe_of,
+    BlockSize, Bytes, Error, ExpertLayout, FORMATS, Finished, FormatSpec, GroupSize, Guard, Layout, NonFinitePolicy,
+    Options, QuantStorage, Recipe, RecipeOptions, Setting, plan, recipe_of,
 };
 
 use super::output::{self, Audience, Outcome};
@@ -74,6 +74,10 @@ pub struct Arguments {
     /// Decode weights that SRC has in 4 bits while reading, and quantize what they stand for. FP8 is decoded without this option
     #[arg(long)]
     dequantize_source: bool,
+
+    /// What config.json has to stop transformers where it would load 4-bit experts wrongly [default: auto]
+    #[arg(long, value_enum)]
+    guard: Option<GuardArg>,
 
     /// How to treat NaN or infinite weights [default: error]
     #[arg(long, value_enum)]
@@ -189,6 +193,16 @@ enum NonFiniteArg {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
+enum GuardArg {
+    /// What stops nobody else, where transformers would say nothing: experts it doesn't put together, and NVFP4 ones
+    Auto,
+    /// Also stop it at NF4 and FP4 experts when told to ignore shapes; locks out unsloth and from_config
+    Strict,
+    /// Nothing
+    Off,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
 enum ExpertsArg {
     /// Unchanged, under the source's names
     Keep,
@@ -210,6 +224,11 @@ impl Arguments {
             experts: self.experts.map(|experts| match experts {
                 ExpertsArg::Keep => ExpertLayout::Keep,
                 ExpertsArg::Fuse => ExpertLayout::Fuse,
+            }),
+            guard: self.guard.map(|guard| match guard {
+                GuardArg::Auto => Guard::Auto,
+                GuardArg::Strict => Guard::Strict,
+                GuardArg::Off => Guard::Off,
             }),
             only_experts: self.only_experts.then_some(true),
             include: patterns(&self.include),

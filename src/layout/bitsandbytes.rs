@@ -20,8 +20,8 @@ pub(crate) const ABSMAX: &str = ".absmax";
 /// What stands between a weight's name and its format's in the name of its quant_state.
 pub(crate) const QUANT_STATE: &str = ".quant_state.bitsandbytes__";
 
-/// config.json's key for the experts' implementation, and what it names when they are 4-bit. transformers knows no such one, and
-/// stops; prequant's loader takes it for the default. Other clients don't read the key.
+/// config.json's key for the experts' implementation, and what it names to stop transformers at 4-bit ones: it knows no such one.
+/// prequant's loader takes it for the default.
 pub(crate) const EXPERTS_KEY: &str = "experts_implementation";
 pub(crate) const EXPERTS_GUARD: &str = "prequant_loader";
 

@@ -17,6 +17,13 @@ pub(crate) const CODES: &str = "_packed";
 /// The key of the modules left unquantized.
 pub(crate) const KEPT_MODULES: &str = "ignore";
 
+/// The key that stops transformers, whose compressed-tensors takes a number or null there; vLLM and SGLang don't read it.
+pub(crate) const GUARD_KEY: &str = "global_compression_ratio";
+/// What it is where transformers would make experts up. Its error shows 50 characters of it.
+pub(crate) const RANDOM_EXPERTS: &str = "transformers would load random experts: use vLLM";
+/// What it is where transformers would load NVFP4 experts without their global scales.
+pub(crate) const MISREAD_EXPERTS: &str = "transformers misreads NVFP4 experts: use vLLM";
+
 /// Rows whose zero points share an i32.
 pub(crate) const ZERO_POINT_ROWS: u64 = 8;
 

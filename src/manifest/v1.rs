@@ -51,6 +51,7 @@ impl FlatRecipe {
             include: Some(self.include),
             exclude: Some(self.exclude),
             dequantize_source: Some(self.dequantize_source),
+            guard: None,
             max_shard_size: Some(self.max_shard_size),
         }
     }

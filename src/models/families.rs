@@ -135,6 +135,7 @@ pub(crate) const FAMILIES: &[Family] = &[
             fused("feed_forward.experts.down_proj", &["feed_forward.experts.*.down_proj.weight"])
                 .lying(Orientation::Transposed),
         ],
+        single_when_quantized: true,
         ..PLAIN
     },
     Family {

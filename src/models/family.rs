@@ -13,7 +13,11 @@ pub(crate) struct Family {
     pub merged_linears: &'static [&'static [&'static str]],
     /// Whether its experts have an MXFP4 layout of their own (gpt-oss), the only one vLLM reads them in.
     pub gpt_oss_layout: bool,
+    /// Whether transformers gives a quantized model a module for each expert, where the model itself has them in one parameter
+    /// (`MODULES_TO_PATCH_FOR_QUANTIZATION` in quantizers/base.py).
+    pub single_when_quantized: bool,
 }
 
 /// The family that needs no row: what the rows leave out.
-pub(crate) const PLAIN: Family = Family { model_types: &[], experts: &[], merged_linears: &[], gpt_oss_layout: false };
+pub(crate) const PLAIN: Family =
+    Family { model_types: &[], experts: &[], merged_linears: &[], gpt_oss_layout: false, single_when_quantized: false };

@@ -14,8 +14,26 @@ pub(crate) const MAX_LEN: u64 = 8 << 20;
 const EXPERTS: &str = r#"
 ## Loading the 4-bit experts
 
+prequant quantized this checkpoint's experts to 4 bits. With prequant's loader (the package `prequant-loader`, in `python` of
+prequant's repository) transformers loads it as any other:
+
+```python
+import prequant_loader  # before from_pretrained
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+
+transformers alone can't load such experts, and stops at their shapes. **Don't** pass `ignore_mismatched_sizes=True` without the
+loader: transformers would then fill the experts with random numbers.
+"#;
+
+/// The same in earlier words: recognized, no longer written.
+const EARLIER_EXPERTS: &str = r#"
+## Loading the 4-bit experts
+
 prequant quantized this checkpoint's experts to 4 bits. transformers can't load such experts alone, and config.json has it stop
-with an error that names `prequant_loader`. With prequant's loader (the package `prequant-loader`, in `python` of prequant's
+with an error that names `prequant_loader`. With prequant's loader (the package `prequant-loader`, in `scripts/loader` of prequant's
 repository) it loads as any other:
 
 ```python
@@ -28,11 +46,6 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 **Don't** take `experts_implementation` out of config.json: with `ignore_mismatched_sizes=True` transformers would then fill the
 experts with random numbers, without an error.
 "#;
-
-/// The same in the words of 0.1.0, when the package lay elsewhere: recognized, no longer written.
-fn experts_in_0_1_0() -> String {
-    EXPERTS.replace("`python` of", "`scripts/loader` of")
-}
 
 /// The file's content, where it isn't the source's own: with the addition if experts are 4-bit, without it once they are
 /// decoded. Empty if nothing is left of it.
@@ -55,7 +68,7 @@ pub(crate) fn changed(source: &Source, plan: &Plan, is_decoded: bool) -> Result<
 
 /// A card without what was added to it; none if nothing was.
 fn without_addition(card: &[u8]) -> Option<&[u8]> {
-    [EXPERTS, &experts_in_0_1_0()].iter().find_map(|added| match card {
+    [EXPERTS, EARLIER_EXPERTS].iter().find_map(|added| match card {
         _ if card == added.trim_start().as_bytes() => Some(&card[..0]),
         _ => card.strip_suffix(added.as_bytes()),
     })

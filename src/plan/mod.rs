@@ -8,6 +8,7 @@ mod decide;
 mod fuse;
 mod gaps;
 mod groups;
+mod guard;
 mod input;
 pub(crate) mod kept_modules;
 mod layout;
@@ -24,8 +25,6 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use serde_json::Value;
-
 pub(crate) use layout::Part;
 pub use layout::PlannedFile;
 pub(crate) use outputs::{Outputs, PlacedOutput, PlannedOutput};
@@ -36,7 +35,6 @@ use crate::dtype::FloatDtype;
 use crate::error::{Error, Hint, Result, Warning};
 use crate::format::{Codec, Layout};
 use crate::layout::OutputKind;
-use crate::layout::bitsandbytes::{EXPERTS_GUARD, EXPERTS_KEY};
 use crate::layout::recognize;
 use crate::manifest::Carried;
 use crate::models::families::families;
@@ -45,6 +43,7 @@ use crate::read::Input;
 use crate::read::Read;
 use crate::recipe::Recipe;
 use decide::Selection;
+use guard::Danger;
 use outputs::Alike;
 use split::Decided;
 
@@ -190,8 +189,10 @@ impl Plan {
             None => kept_modules::bitsandbytes::list(&rules, &weights)?,
             Some(layout) => kept_modules::compressed_tensors::list(&rules, &weights, layout),
         };
-        let config = quantized_config(source, &recipe, &tensors, &kept_modules)?;
+        let danger = guard::danger(&recipe, &rules, &model_types, &tensors);
+        let config = quantized_config(source, &recipe, &tensors, &kept_modules, danger)?;
         let mut warnings = warnings::of(source, &recipe, &rules, &tensors, &linear);
+        warnings.extend(danger.map(|danger| guard::warning(danger, recipe.guard).into()));
         warnings.extend(of_source.into_iter().chain(of_carried));
         if recipe.fuses_experts() {
             tensors = fuse::fuse(source, &model_types, tensors, &mut alike)?;
@@ -391,21 +392,22 @@ fn check_anything_quantized(source: &Source, tensors: &[PlannedTensor], recipe: 
     Err(Error::NothingToQuantize { path: source.location.path().to_owned(), why, hint: Some(hint) })
 }
 
-/// config.json with `quantization_config`, and what keeps transformers from filling 4-bit experts with random numbers.
+/// config.json with `quantization_config`, and what keeps transformers from loading 4-bit experts wrongly.
 fn quantized_config(
     source: &Source,
     recipe: &Recipe,
     tensors: &[PlannedTensor],
     skip_modules: &[String],
+    danger: Option<Danger>,
 ) -> Result<Option<String>> {
     let Some(config) = &source.config else { return Ok(None) };
     let of_config = ["dtype", "torch_dtype"].iter().find_map(|key| config.values().get(*key)?.as_str());
     let of_weights = tensors.iter().find_map(PlannedTensor::quantized_from).unwrap_or(FloatDtype::Bfloat16);
     let compute_dtype = of_config.and_then(FloatDtype::from_torch_name).unwrap_or(of_weights);
-    let mut entries = vec![("quantization_config", recipe.codec().quantization_config(compute_dtype, skip_modules))];
-    if has_4_bit_experts(recipe, tensors) {
-        entries.push((EXPERTS_KEY, Value::from(EXPERTS_GUARD)));
-    }
+    let mut quantization_config = recipe.codec().quantization_config(compute_dtype, skip_modules);
+    let guard = guard::put(danger, recipe.guard, &mut quantization_config);
+    let mut entries = vec![("quantization_config", quantization_config)];
+    entries.extend(guard);
     let mut gone = recognize::places_in_config(config);
     gone.push(vec![WEIGHTS_KEY]);
     config

@@ -80,7 +80,7 @@ pub(crate) fn is_known(model_types: &[&str], name: &str) -> bool {
     Splits::new(model_types).of(name).is_some()
 }
 
-/// Joins the matrices that a fused tensor was split into, if they follow each other in it.
+/// Joins the matrices that a fused tensor was split into, in the order and orientation that it had them in.
 pub(crate) fn join(
     source: &Source,
     model_types: &[&str],
@@ -92,17 +92,16 @@ pub(crate) fn join(
     let (prefix, split) = splits.of(name)?;
     let dtype = matrices.first()?.dtype;
     let read = Read::concat(matrices.iter().map(|matrix| matrix.read.clone()));
-    let joined = Input { name: name.into(), dtype, shape: shape.into(), read };
-    let Matrices { experts, transposed, .. } = split.layout(source, &joined).ok()?;
-    let expected = (0..experts).flat_map(|expert| split.targets.iter().map(move |target| (expert, target)));
-    let names = expected.map(|(expert, target)| {
-        let end = target.replace('*', &expert.to_string());
-        if prefix.is_empty() { end } else { format!("{prefix}.{end}") }
-    });
+    let one_by_one = Input { name: name.into(), dtype, shape: shape.into(), read };
+    let layout = split.layout(source, &one_by_one).ok()?;
+    let expected = (0..layout.experts).flat_map(|expert| split.targets.iter().map(move |target| (expert, target)));
+    let names = expected.map(|(expert, target)| split.name(prefix, expert, target));
     let is_whole = names.eq(matrices.iter().map(|matrix| &*matrix.name))
         && matrices.iter().all(|matrix| matrix.dtype == dtype)
-        && byte_len(dtype, shape) == Some(joined.read.len());
-    (is_whole && !transposed && !split.interleaved).then_some(joined)
+        && byte_len(dtype, shape) == Some(one_by_one.read.len());
+    let experts = matrices.chunks(split.targets.len());
+    let joined = || Read::concat(experts.map(|matrices| split.whole(matrices, &layout)));
+    is_whole.then(|| Input { read: joined(), ..one_by_one.clone() })
 }
 
 /// The verdict on one of the matrices, from that on all.
@@ -217,13 +216,37 @@ impl Split {
             let read = input.read.slice(expert, experts);
             let read = if transposed { read.transposed(stored, input.element_size()) } else { read };
             for (which, target) in (0..).zip(self.targets) {
-                let end = target.replace('*', &expert.to_string());
-                let name = if prefix.is_empty() { end } else { format!("{prefix}.{end}") };
+                let name = self.name(prefix, expert, target);
                 let read = self.matrix(&read, [rows, columns], input.element_size(), which);
                 inputs.push(Input { name: name.into(), dtype: input.dtype, shape: shape.clone(), read });
             }
         }
         Ok(inputs)
+    }
+
+    /// What one of an expert's matrices is called.
+    fn name(&self, prefix: &str, expert: u64, target: &str) -> String {
+        let end = target.replace('*', &expert.to_string());
+        if prefix.is_empty() { end } else { format!("{prefix}.{end}") }
+    }
+
+    /// An expert as the fused tensor has it, from its matrices: what [`Split::apply`] takes apart.
+    fn whole(&self, matrices: &[Input], layout: &Matrices) -> Read {
+        let (count, columns) = (matrices.len() as u64, layout.columns);
+        let (rows, size) = (layout.rows / count, matrices[0].element_size());
+        let reads = matrices.iter().map(|matrix| matrix.read.clone());
+        // Rows that alternate are columns that do in the transpose, and there they are elements.
+        let (read, is_transpose) = if self.interleaved {
+            let transposes = Read::concat(reads.map(|read| read.transposed([rows, columns], size)));
+            (transposes.transposed([count, columns * rows], size), true)
+        } else {
+            (Read::concat(reads), false)
+        };
+        match (is_transpose, layout.transposed) {
+            (false, true) => read.transposed([layout.rows, columns], size),
+            (true, false) => read.transposed([columns, layout.rows], size),
+            (false, false) | (true, true) => read,
+        }
     }
 
     /// The rows of one of an expert's matrices.

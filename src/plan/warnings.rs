@@ -36,19 +36,12 @@ pub(super) fn of(
         let message = "matches an include pattern, but isn't a Linear's: plain transformers won't load it";
         warnings.push(format!("{:?} {message}", tensor.name).into());
     }
-    if has_4_bit_experts(recipe, tensors) {
+    if has_4_bit_experts(recipe, tensors) && recipe.codec().double_quant() && recipe.fuses_experts() {
         warnings.push(
-            "experts are 4-bit: transformers 5 can't load them without prequant's loader; config.json's \
-             experts_implementation has it stop rather than fill them with random numbers"
+            "double quantization over fused experts is less exact than expert by expert: all of a layer's experts share one \
+             mean of absmax, and groups of 256 blocks straddle them; the manifest's statistics tell how much"
                 .into(),
         );
-        if recipe.codec().double_quant() && recipe.fuses_experts() {
-            warnings.push(
-                "double quantization over fused experts is less exact than expert by expert: all of a layer's experts \
-                 share one mean of absmax, and groups of 256 blocks straddle them; the manifest's statistics tell how much"
-                    .into(),
-            );
-        }
     }
     warnings.extend(unknown_names(source, rules, tensors));
     warnings.extend(in_doubt(tensors));

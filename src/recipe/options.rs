@@ -6,7 +6,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{ExpertLayout, NonFinitePolicy, Recipe, Weights};
+use super::{ExpertLayout, Guard, NonFinitePolicy, Recipe, Weights};
 use crate::error::{Error, Hint, Result, Setting};
 use crate::format::{BlockSize, FORMATS, FormatSpec, GroupSize, Layout, NF4, QuantStorage, Sharing};
 
@@ -62,6 +62,10 @@ pub struct RecipeOptions {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "bool", extend("const" = true))]
     pub dequantize_source: Option<bool>,
+    /// What stops clients that would load experts wrongly; present if it isn't `auto`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Guard")]
+    pub guard: Option<Guard>,
     /// The most bytes of tensors in one file; a weight and its scales stay together even if they exceed it.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "u64")]
@@ -73,9 +77,9 @@ impl RecipeOptions {
     pub fn or(self, base: &Recipe) -> RecipeOptions {
         let mut base = RecipeOptions::from(base.clone());
         if self.format.is_some() && self.format != base.format {
-            let RecipeOptions { only_experts, include, exclude, dequantize_source, max_shard_size, .. } = base;
+            let RecipeOptions { only_experts, include, exclude, dequantize_source, guard, max_shard_size, .. } = base;
             let rest = RecipeOptions::default();
-            base = RecipeOptions { only_experts, include, exclude, dequantize_source, max_shard_size, ..rest };
+            base = RecipeOptions { only_experts, include, exclude, dequantize_source, guard, max_shard_size, ..rest };
         }
         RecipeOptions {
             format: self.format.or(base.format),
@@ -90,6 +94,7 @@ impl RecipeOptions {
             include: self.include.or(base.include),
             exclude: self.exclude.or(base.exclude),
             dequantize_source: self.dequantize_source.or(base.dequantize_source),
+            guard: self.guard.or(base.guard),
             max_shard_size: self.max_shard_size.or(base.max_shard_size),
         }
     }
@@ -115,6 +120,7 @@ impl RecipeOptions {
             include: self.include.unwrap_or(default.include),
             exclude: self.exclude.unwrap_or(default.exclude),
             dequantize_source: self.dequantize_source.unwrap_or(default.dequantize_source),
+            guard: self.guard.unwrap_or(default.guard),
             max_shard_size: self.max_shard_size.unwrap_or(default.max_shard_size),
         })
     }
@@ -211,6 +217,7 @@ impl From<Recipe> for RecipeOptions {
             include: Some(recipe.include),
             exclude: Some(recipe.exclude),
             dequantize_source: recipe.dequantize_source.then_some(true),
+            guard: (recipe.guard != Guard::Auto).then_some(recipe.guard),
             max_shard_size: Some(recipe.max_shard_size),
             ..of_weights
         }
@@ -267,7 +274,10 @@ fn case(format: &'static FormatSpec, known: &[String]) -> Value {
     }
     let (required, others): (Vec<&String>, Vec<&String>) = known.iter().partition(|key| written.get(key).is_some());
     // What is written only if it isn't the default.
-    let is_optional = |key: &str| key == "dequantize_source" || key == "quant_storage" && has_blocks(format);
+    let is_optional = |key: &str| match key {
+        "dequantize_source" | "guard" => true,
+        key => key == "quant_storage" && has_blocks(format),
+    };
     properties.extend(others.into_iter().filter(|key| !is_optional(key)).map(|key| (key.clone(), false.into())));
     json!({"properties": properties, "required": required})
 }
@@ -306,6 +316,8 @@ mod tests {
         assert_eq!(written(json!({"dequantize_source": true}))["dequantize_source"], true);
         assert_eq!(written(json!({"quant_storage": "bfloat16"}))["quant_storage"], "bfloat16");
         assert!(written(json!({"quant_storage": "uint8"})).get("quant_storage").is_none());
+        assert_eq!(written(json!({"guard": "off"}))["guard"], "off");
+        assert!(written(json!({"format": "int4", "guard": "auto"})).get("guard").is_none());
     }
 
     #[test]

@@ -15,6 +15,7 @@ mod devices;
 mod files;
 mod group_configs;
 mod groups;
+mod guard;
 mod integer_sources;
 mod modules;
 mod mutations;

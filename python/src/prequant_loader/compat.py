@@ -58,8 +58,8 @@ def route(
 
 
 GUARD = "prequant_loader"
-"""What config.json may have as `experts_implementation`: transformers alone doesn't know it and stops, even if it is told to
-ignore sizes that don't match."""
+"""What config.json has as `experts_implementation` after `prequant convert --guard strict`: transformers alone doesn't know it
+and stops, even if it is told to ignore sizes that don't match."""
 
 
 def accept_guard() -> None:

@@ -8,6 +8,14 @@ from typing import Any
 
 BLOCK_FORMATS = ("nf4", "fp4")
 
+GUARD_KEY = "global_compression_ratio"
+"""What stops transformers where it would load experts wrongly, in compressed-tensors' layout: a number, or one of GUARDS."""
+
+GUARDS = (
+    "transformers would load random experts: use vLLM",
+    "transformers misreads NVFP4 experts: use vLLM",
+)
+
 
 def expected_config(recipe: dict[str, Any]) -> dict[str, Any]:
     """The keys of `quantization_config` that the recipe alone decides, with their values.
@@ -83,7 +91,7 @@ def _compressed_tensors(recipe: dict[str, Any]) -> dict[str, Any]:
     return {
         "config_groups": {_NAMES[form]: group},
         "format": compressor,
-        "global_compression_ratio": None,
+        GUARD_KEY: None,
         "kv_cache_scheme": None,
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",

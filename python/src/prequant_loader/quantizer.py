@@ -6,6 +6,7 @@ import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from bitsandbytes.nn.modules import Linear4bit
@@ -16,6 +17,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from .compat import GUARD, accept_guard, is_reversible, refuse_guard
 from .conversion import LoadExperts, with_twins
 from .errors import PrequantError
+from .files import is_file, read_json
 from .layout import CONVERT_AGAIN, Checkpoint, read_checkpoint
 from .parametrization import decode, parametrize_4bit
 from .plan import Plan, check_config, make_plan
@@ -30,6 +32,7 @@ class _Loading:
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
         self.checkpoint, self.model, self.plan = checkpoint, model, Plan()
+        self.is_guarded = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Loading:
         return self
@@ -46,6 +49,7 @@ class PrequantQuantizer(Bnb4BitHfQuantizer):
         if self.pre_quantized and files:
             verify_if_asked(files)
             self._loading = _Loading(read_checkpoint(files), model)
+            self._loading.is_guarded = _is_guarded(Path(files[0]).parent)
             check_config(self._loading.checkpoint, self.quantization_config, model.dtype)
         return super().preprocess_model(model, *args, **kwargs)
 
@@ -78,7 +82,7 @@ class PrequantQuantizer(Bnb4BitHfQuantizer):
         model = super()._process_model_after_weight_loading(model, **kwargs)
         if self._loading is None:
             return model
-        plan, self._loading = self._loading.plan, None
+        plan, is_guarded, self._loading = self._loading.plan, self._loading.is_guarded, None
         _check_filled(model, plan)
         embeddings: Any = model.get_input_embeddings()
         # In the order in which the model defines them, which PEFT nests adapters in: else they would fit no bf16 model.
@@ -87,8 +91,9 @@ class PrequantQuantizer(Bnb4BitHfQuantizer):
             module, _, leaf = name.rpartition(".")
             dtype = embeddings.weight.dtype if embeddings is not None else made.dtype
             parametrize_4bit(model.get_submodule(module), leaf, made.shape, dtype, plan.loaded.pop(name))
-        if plan.parameters:
+        if plan.parameters and is_guarded:
             model.config.experts_implementation = GUARD  # for what save_pretrained writes
+        if plan.parameters:
             _fix_peft_if_installed()
         _keep_reversible(model)
         return model
@@ -102,6 +107,13 @@ class PrequantQuantizer(Bnb4BitHfQuantizer):
         if vars(model.config).get("experts_implementation") == GUARD:
             del model.config.experts_implementation
         return model
+
+
+def _is_guarded(folder: Path) -> bool:
+    """Whether a checkpoint's config.json has GUARD, which transformers' own config no longer tells."""
+    path = folder / "config.json"
+    config = read_json(path) if is_file(path) else None
+    return isinstance(config, dict) and config.get("experts_implementation") == GUARD
 
 
 def _check_filled(model: PreTrainedModel, plan: Plan) -> None:

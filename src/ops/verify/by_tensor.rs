@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use crate::checkpoint::{CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, Source, SourceFile, TensorInfo, parse_json};
 use crate::error::{IoContext, Result};
+use crate::layout::compressed_tensors::GUARD_KEY;
 use crate::layout::modelopt::{BITS, PRODUCER};
 use crate::manifest::{Manifest, OutputRecord, TensorRecord};
 use crate::models::Rules;
@@ -73,10 +74,14 @@ fn compare_config(conversion: &Conversion, checkpoint: &Checkpoint, report: &mut
         [&mut of_found, &mut of_expected].into_iter().filter_map(Value::as_object_mut).for_each(|object| {
             object.shift_remove(PRODUCER); // names the version
         });
-        if of_found.get(BITS).is_none()
-            && let Some(object) = of_expected.as_object_mut()
-        {
-            object.shift_remove(BITS); // which 0.1.0 didn't write
+        if let Some(object) = of_expected.as_object_mut() {
+            // What 0.1.0 didn't write.
+            if of_found.get(BITS).is_none() {
+                object.shift_remove(BITS);
+            }
+            if of_found.get(GUARD_KEY).is_some_and(Value::is_null) {
+                object.insert(GUARD_KEY.to_owned(), Value::Null);
+            }
         }
         if is_config {
             without_other_heads(&mut of_expected, &of_found, conversion);
