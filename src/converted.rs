@@ -8,7 +8,7 @@ use crate::checkpoint::{MANIFEST_NAME, Source, TensorInfo};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Hint, Result};
 use crate::format::Codec;
-use crate::layout::bitsandbytes::MAX_QUANT_STATE;
+use crate::layout::bitsandbytes::{self, MAX_QUANT_STATE};
 use crate::layout::{OutputKind, OutputTensor, Stored, StoredFormat, StoredWeight};
 use crate::manifest::{DecisionRecord, Manifest, OutputRecord, TensorRecord};
 use crate::read::{Decode, Input, MAX_EXPERTS, Nested, Read, SmallTensors, Span, Tensors};
@@ -212,8 +212,12 @@ impl FoundWeight<'_> {
     ) -> Option<Result<Input>> {
         let (codec, path) = (self.codec.as_ref()?, source.files[self.file].location.path());
         let malformed = |why: String| Error::malformed(path, format!("tensor {:?}: {why}", self.codes.name));
-        let weight = Weight { name: self.name, codec, parts: codec.tensors(), tensors, small, malformed: &malformed };
-        Some(weight.decoded(model))
+        let mut weight =
+            Weight { name: self.name, codec, parts: codec.tensors(), tensors, small, malformed: &malformed };
+        Some(
+            bitsandbytes::codec_of(codec, &mut weight)
+                .and_then(|codec| Weight { codec: &codec, ..weight }.decoded(model)),
+        )
     }
 }
 

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::dtype::{self, FloatDtype};
 use crate::error::Result;
-use crate::format::{Codec, NESTED_BLOCK_SIZE, Scales};
+use crate::format::{BlockSize, Codec, NESTED_BLOCK_SIZE, Scales, dynamic_map};
 use crate::layout::{OutputDtype, OutputKind, OutputTensor, Stored, StoredWeight};
 
 /// Room for `nested_offset` in a quant_state: the longest f64 that is an f32, as Python prints it.
@@ -85,6 +85,42 @@ pub(crate) fn read(codec: &Codec, weight: &mut dyn StoredWeight) -> Result<Store
     // Blocks run through the whole weight.
     let (rows, coding) = (1, codec.coding(columns, None));
     Ok(Stored { shape, dtype, coding, rows, columns, nested_offset, transposed: false })
+}
+
+/// The codec of a weight that no manifest is of: with the size of blocks that its quant_state says. What each code stands for must
+/// be what it does in the format.
+///
+/// # Errors
+/// When the quant_state can't be read, or a table is another.
+pub(crate) fn codec_of(codec: &Codec, weight: &mut dyn StoredWeight) -> Result<Codec> {
+    let Scales::Blocks { codebook, double_quant, storage, .. } = codec.scales else { return Ok(*codec) };
+    let json = weight.bytes(OutputKind::QuantState, MAX_QUANT_STATE)?;
+    let state = ParsedQuantState::parse(&json);
+    let state = state.map_err(|error| weight.malformed(format!("its quant_state: {error}")))?;
+    let size =
+        u32::try_from(state.blocksize).map_err(|_| "expected 4096 at most".to_owned()).and_then(BlockSize::try_from);
+    let size = size.map_err(|error| weight.malformed(format!("its quant_state: {error}")))?;
+    check_table(weight, OutputKind::QuantMap, &codebook.values())?;
+    if double_quant {
+        check_table(weight, OutputKind::NestedQuantMap, dynamic_map().values())?;
+    }
+    Ok(Codec { scales: Scales::Blocks { codebook, size, double_quant, storage }, ..*codec })
+}
+
+/// A table of what codes stand for must be the format's; one that isn't there is.
+fn check_table(weight: &mut dyn StoredWeight, kind: OutputKind, expected: &[f32]) -> Result<()> {
+    if weight.info(kind).is_err() {
+        return Ok(());
+    }
+    let bytes = weight.bytes(kind, size_of_val(expected) as u64)?;
+    let found = bytes.as_chunks().0.iter().map(|value| f32::from_le_bytes(*value));
+    if found.eq(expected.iter().copied()) {
+        return Ok(());
+    }
+    let name = weight.info(kind)?.name.to_string();
+    Err(weight.malformed(format!(
+        "{name:?} has other values than bitsandbytes gives codes of this format, which aren't decoded"
+    )))
 }
 
 /// What a quant_state says, besides the tensors.

@@ -93,7 +93,7 @@ fn coding_name(Coding { element, scale, group, .. }: &Coding) -> String {
         (ElementCode::E2m1, ScaleCode::E4m3) => "NVFP4",
         (ElementCode::E2m1, ScaleCode::E8m0(_)) => "MXFP4",
         (ElementCode::E2m1, _) => "FP4",
-        (ElementCode::Codebook(_), _) => "a codebook",
+        (ElementCode::Codebook(_), _) => return format!("bitsandbytes' codes in blocks of {group}"),
         (ElementCode::E4m3, _) => "FP8",
     };
     format!("{name} in groups of {group}")

@@ -4,6 +4,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod bitsandbytes_sources;
 mod carried;
 mod caution;
 mod clients;

@@ -58,10 +58,9 @@ impl<'a> Coded<'a> {
             Dtype::I32 if codes.name.ends_with(super::integers::CODES) => {
                 CodedKind::Integers(Integers::of(codes, &self.tensors)?)
             }
-            Dtype::U8 | Dtype::I32 => {
-                let stored = stored_weight(&self.formats, &self.tensors, file, codes)?;
-                // bitsandbytes' are read by a manifest only.
-                CodedKind::Stored(Some(stored).filter(|stored| stored.codec.is_some_and(|codec| !codec.is_blocks()))?)
+            // bitsandbytes stores codes as floats, too.
+            Dtype::U8 | Dtype::I32 | Dtype::BF16 | Dtype::F16 | Dtype::F32 => {
+                CodedKind::Stored(stored_weight(&self.formats, &self.tensors, file, codes)?)
             }
             _ => return None,
         };
