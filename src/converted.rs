@@ -71,7 +71,8 @@ impl<'a> Converted<'a> {
         let (source, model) = (self.source, self.source.model_dtype());
         let malformed = |why: String| malformed(source, format!("weight {name:?}: {why}"));
         let Converted { codec, tensors, small, .. } = self;
-        Weight { name, codec, parts: codec.tensors(), tensors, small, malformed: &malformed }.decoded(model)
+        let parts = codec.tensors();
+        Weight { name, codec, parts, tensors, small, own_table: false, malformed: &malformed }.decoded(model)
     }
 
     /// The content of a quant_state.
@@ -118,6 +119,8 @@ struct Weight<'w, 'a> {
     parts: Vec<OutputTensor>,
     tensors: &'w Tensors<'a>,
     small: &'w mut SmallTensors<'a>,
+    /// Whether it has a table of its own for what the codes of scales stand for.
+    own_table: bool,
     /// The error that it isn't what it should be.
     malformed: &'w dyn Fn(String) -> Error,
 }
@@ -147,7 +150,10 @@ impl<'a> Weight<'_, 'a> {
         let codec = self.codec;
         let span = |kind| self.tensor(kind).map(|(span, _)| span);
         let nested = match stored.nested_offset {
-            Some(offset) => Some(Nested { absmax: span(OutputKind::NestedAbsmax)?, offset }),
+            Some(offset) => {
+                let table = self.own_table.then(|| span(OutputKind::NestedQuantMap)).transpose()?;
+                Some(Nested { absmax: span(OutputKind::NestedAbsmax)?, offset, table })
+            }
             None => None,
         };
         let read = Read::decode(Decode {
@@ -212,12 +218,11 @@ impl FoundWeight<'_> {
     ) -> Option<Result<Input>> {
         let (codec, path) = (self.codec.as_ref()?, source.files[self.file].location.path());
         let malformed = |why: String| Error::malformed(path, format!("tensor {:?}: {why}", self.codes.name));
-        let mut weight =
-            Weight { name: self.name, codec, parts: codec.tensors(), tensors, small, malformed: &malformed };
-        Some(
-            bitsandbytes::codec_of(codec, &mut weight)
-                .and_then(|codec| Weight { codec: &codec, ..weight }.decoded(model)),
-        )
+        let (name, parts) = (self.name, codec.tensors());
+        let mut weight = Weight { name, codec, parts, tensors, small, own_table: false, malformed: &malformed };
+        let own = bitsandbytes::codec_of(codec, &mut weight)
+            .and_then(|codec| Ok((codec, bitsandbytes::has_other_nested_values(&codec, &mut weight)?)));
+        Some(own.and_then(|(codec, own_table)| Weight { codec: &codec, own_table, ..weight }.decoded(model)))
     }
 }
 

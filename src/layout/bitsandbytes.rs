@@ -100,27 +100,30 @@ pub(crate) fn codec_of(codec: &Codec, weight: &mut dyn StoredWeight) -> Result<C
     let size =
         u32::try_from(state.blocksize).map_err(|_| "expected 4096 at most".to_owned()).and_then(BlockSize::try_from);
     let size = size.map_err(|error| weight.malformed(format!("its quant_state: {error}")))?;
-    check_table(weight, OutputKind::QuantMap, &codebook.values())?;
-    if double_quant {
-        check_table(weight, OutputKind::NestedQuantMap, dynamic_map().values())?;
+    if !has_table(weight, OutputKind::QuantMap, &codebook.values())? {
+        let name = weight.info(OutputKind::QuantMap)?.name.to_string();
+        let why = "has other values than bitsandbytes gives codes of this format, which aren't decoded";
+        return Err(weight.malformed(format!("{name:?} {why}")));
     }
     Ok(Codec { scales: Scales::Blocks { codebook, size, double_quant, storage }, ..*codec })
 }
 
-/// A table of what codes stand for must be the format's; one that isn't there is.
-fn check_table(weight: &mut dyn StoredWeight, kind: OutputKind, expected: &[f32]) -> Result<()> {
+/// Whether the 8-bit codes of absmax stand for something else than in bitsandbytes 0.50.2: 0.49's CPU had another lowest value.
+///
+/// # Errors
+/// When the table can't be read.
+pub(crate) fn has_other_nested_values(codec: &Codec, weight: &mut dyn StoredWeight) -> Result<bool> {
+    Ok(codec.double_quant() && !has_table(weight, OutputKind::NestedQuantMap, dynamic_map().values())?)
+}
+
+/// Whether a table of what codes stand for is this one; one that isn't there is.
+fn has_table(weight: &mut dyn StoredWeight, kind: OutputKind, expected: &[f32]) -> Result<bool> {
     if weight.info(kind).is_err() {
-        return Ok(());
+        return Ok(true);
     }
     let bytes = weight.bytes(kind, size_of_val(expected) as u64)?;
     let found = bytes.as_chunks().0.iter().map(|value| f32::from_le_bytes(*value));
-    if found.eq(expected.iter().copied()) {
-        return Ok(());
-    }
-    let name = weight.info(kind)?.name.to_string();
-    Err(weight.malformed(format!(
-        "{name:?} has other values than bitsandbytes gives codes of this format, which aren't decoded"
-    )))
+    Ok(found.eq(expected.iter().copied()))
 }
 
 /// What a quant_state says, besides the tensors.

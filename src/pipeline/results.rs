@@ -63,7 +63,7 @@ impl Results<'_, '_, '_> {
                 self.files.put(bytes, output.offset + at)?;
             }
         }
-        let map = dynamic_map();
+        let map = dynamic_map().values();
         let mut error = AbsmaxAccumulator::default();
         let blocks = absmax.chunks(NESTED_BLOCK_SIZE).zip(codes.chunks(NESTED_BLOCK_SIZE)).zip(nested_absmax);
         for ((absmax, codes), nested) in blocks {

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::{Read, Span};
 use crate::dtype::FloatDtype;
 use crate::error::{Error, Result};
-use crate::format::{Coding, NESTED_BLOCK_SIZE};
+use crate::format::{Coding, NESTED_BLOCK_SIZE, dynamic_map};
 use crate::kernel::Kernel;
 use crate::kernel::decode::{Order, Row, restore_absmax};
 use crate::layout::compressed_tensors::{ZERO_POINT_ROWS, unpack_zero_points};
@@ -47,6 +47,8 @@ pub struct Nested {
     pub absmax: Span,
     /// The mean that was taken off absmax.
     pub offset: f32,
+    /// The 256 f32 that codes stand for, if those aren't bitsandbytes' own of today.
+    pub table: Option<Span>,
 }
 
 impl Read {
@@ -130,7 +132,9 @@ impl Decode {
     pub fn spans(&self) -> impl Iterator<Item = Span> {
         let beside = [Some(&self.scales), self.zero_points.as_ref(), self.order.as_ref()];
         let parts = std::iter::once(&self.codes).chain(beside.into_iter().flatten());
-        parts.flat_map(Read::spans).chain(self.nested.map(|nested| nested.absmax))
+        parts
+            .flat_map(Read::spans)
+            .chain(self.nested.iter().flat_map(|nested| std::iter::once(nested.absmax).chain(nested.table)))
     }
 
     /// Decoded.
@@ -174,6 +178,7 @@ pub(super) struct Codes {
     /// What scales and zero points are made of.
     raw: Vec<u8>,
     nested: Vec<u8>,
+    table: Vec<u8>,
     order: Vec<u32>,
 }
 
@@ -260,7 +265,7 @@ impl Codes {
     fn read_scales(&mut self, matrix: &Decode, first: u64, end: u64, source: &mut Fill<'_>) -> Result<()> {
         let len = end - first;
         let stored = first * matrix.scale_len()..end * matrix.scale_len();
-        let Some(Nested { absmax, offset }) = matrix.nested else {
+        let Some(Nested { absmax, offset, table }) = matrix.nested else {
             return fill(&mut self.scales, &matrix.scales, stored, source);
         };
         let block = NESTED_BLOCK_SIZE as u64;
@@ -268,7 +273,14 @@ impl Codes {
         fill(&mut self.raw, &matrix.scales, stored, source)?;
         fill(&mut self.nested, &Read::Bytes(absmax), blocks.start * 4..blocks.end * 4, source)?;
         self.scales.resize(len as usize * size_of::<f32>(), 0);
-        restore_absmax(&self.raw, &self.nested, offset, first as usize, &mut self.scales);
+        let mut values = dynamic_map().values();
+        let mut own = [0.0; 256];
+        if let Some(table) = table {
+            fill(&mut self.table, &Read::Bytes(table), 0..table.len, source)?;
+            own.iter_mut().zip(self.table.as_chunks().0).for_each(|(value, bytes)| *value = f32::from_le_bytes(*bytes));
+            values = &own;
+        }
+        restore_absmax(&self.raw, &self.nested, (offset, values), first as usize, &mut self.scales);
         Ok(())
     }
 

@@ -4,7 +4,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::dtype::FloatDtype;
-use crate::format::{CodecOptions, Coding, ElementCode, Highest, NESTED_BLOCK_SIZE, NF4, NVFP4, ScaleCode};
+use crate::format::{
+    CodecOptions, Coding, ElementCode, Highest, NESTED_BLOCK_SIZE, NF4, NVFP4, ScaleCode, dynamic_map,
+};
 use crate::kernel::Kernel;
 use crate::kernel::decode::{Order, Row, restore_absmax};
 
@@ -203,8 +205,11 @@ fn coded(kind: u8, rows: u64, columns: u64, f32: bool, at: u64) -> Decode {
         scales: Read::Bytes(span(1, rows.div_ceil(group_rows) * per_row * scale_len)),
         zero_points: has_points.then(|| Read::Bytes(span(2, rows.div_ceil(8) * per_row * 4))),
         order: (kind == 7).then(|| Read::Literal(order(columns, per_row).flat_map(u32::to_le_bytes).collect())),
-        nested: nested
-            .then(|| Nested { absmax: span(3, (rows * per_row).div_ceil(NESTED_BLOCK_SIZE as u64) * 4), offset: 0.25 }),
+        nested: nested.then(|| Nested {
+            absmax: span(3, (rows * per_row).div_ceil(NESTED_BLOCK_SIZE as u64) * 4),
+            offset: 0.25,
+            table: None,
+        }),
     }
 }
 
@@ -227,9 +232,9 @@ fn decoded(matrix: &Decode) -> Vec<u8> {
     let &Decode { coding, dtype, rows, columns, row_len, group_rows, .. } = matrix;
     let per_row = columns.div_ceil(coding.group as u64) as usize;
     let (codes, mut scales) = (plain(&matrix.codes), plain(&matrix.scales));
-    if let Some(Nested { absmax, offset }) = matrix.nested {
+    if let Some(Nested { absmax, offset, .. }) = matrix.nested {
         let mut restored = vec![0; scales.len() * 4];
-        restore_absmax(&scales, &source_bytes(absmax), offset, 0, &mut restored);
+        restore_absmax(&scales, &source_bytes(absmax), (offset, dynamic_map().values()), 0, &mut restored);
         scales = restored;
     }
     let packed = matrix.zero_points.as_ref().map(plain);

@@ -99,7 +99,9 @@ fn restore(absmax: &[f32]) -> Vec<f32> {
     let mut nested_absmax = vec![0.0; absmax.len().div_ceil(NESTED_BLOCK_SIZE)];
     nested::quantize(absmax, offset, map, &mut codes, &mut nested_absmax);
     let restored = codes.iter().enumerate();
-    restored.map(|(i, &code)| nested::restore(code, nested_absmax[i / NESTED_BLOCK_SIZE], offset, map)).collect()
+    restored
+        .map(|(i, &code)| nested::restore(code, nested_absmax[i / NESTED_BLOCK_SIZE], offset, map.values()))
+        .collect()
 }
 
 /// The largest error and the errors' norm.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use half::{bf16, f16};
-use prequant::internal::format::{Codebook, Coding, ElementCode, FP4, Highest, NF4, ScaleCode};
+use prequant::internal::format::{Codebook, Coding, ElementCode, FP4, Highest, NF4, ScaleCode, dynamic_map};
 use prequant::internal::kernel::Kernel;
 use prequant::internal::kernel::decode::{Order, Row, restore_absmax};
 use prequant::{FloatDtype, FormatSpec};
@@ -234,7 +234,7 @@ fn double_quantized_weights_are_decoded_as_bitsandbytes_does() {
         let part = |kind: &str| &tensors[&format!("{}/{name}/double/{kind}", format.name)];
         let (codes, offset) = (&part("absmax").bytes, part("nested_offset").f32());
         let mut absmax = vec![0; codes.len() * 4];
-        restore_absmax(codes, &part("nested_absmax").bytes, offset, 0, &mut absmax);
+        restore_absmax(codes, &part("nested_absmax").bytes, (offset, dynamic_map().values()), 0, &mut absmax);
         let coding = codings::blocks(codebook(format), 32);
         let row = Stored { coding, dtype, codes: &part("packed").bytes, scales: &absmax, zero_points: &[] };
         row.check(&part("dequantized").bytes, &format!("{format:?} {name}"));
@@ -252,7 +252,13 @@ fn absmax_is_restored_as_bitsandbytes_does_from_any_entry_on() {
             for end in [first, entries.min(first + 1), entries.min(first + 300), entries] {
                 let mut found = vec![0xa5; (end - first) * 4];
                 let nested = &nested[first / 256 * 4..];
-                restore_absmax(&codes[first..end], nested, part("nested_offset").f32(), first, &mut found);
+                restore_absmax(
+                    &codes[first..end],
+                    nested,
+                    (part("nested_offset").f32(), dynamic_map().values()),
+                    first,
+                    &mut found,
+                );
                 assert!(found == expected[first * 4..end * 4], "{case}: entries {first} to {end}");
             }
         }

@@ -25,6 +25,6 @@ pub fn quantize(absmax: &[f32], offset: f32, map: &DynamicMap, codes: &mut [u8],
 }
 
 /// The absmax that a client restores from `code`: bitsandbytes' `dequantize_blockwise` plus the offset.
-pub fn restore(code: u8, nested_absmax: f32, offset: f32, map: &DynamicMap) -> f32 {
-    map.values()[usize::from(code)] * nested_absmax + offset
+pub fn restore(code: u8, nested_absmax: f32, offset: f32, values: &[f32; 256]) -> f32 {
+    values[usize::from(code)] * nested_absmax + offset
 }
