@@ -27,8 +27,12 @@ from .files import is_file
 from .layout import QUANT_STATE, read_header
 from .manifest import MANIFEST, SUMS
 from .peft import fix_peft
+from .quantizer import PrequantQuantizer, install_quantizer
 
 __all__ = ["PrequantPlugin"]
+
+STAGED_PARAMETRIZATIONS = ("BnbNF4Parametrization", "RelaidNF4Parametrization")
+"""By name: not all versions of axolotl have them."""
 
 ADDED_TO_CARD = b"## Loading the 4-bit experts\n"
 """How what prequant adds at the end of a model card begins."""
@@ -40,9 +44,12 @@ class PrequantPlugin(BasePlugin):
     def pre_model_load(self, cfg: Any) -> None:
         """Checks `base_model` and `quantize_moe_experts`, then makes the loader ready."""
         check_config(cfg)
-        import prequant_loader
+        if is_staged(cfg):
+            from .axolotl_staged import StagedQuantizer
 
-        prequant_loader.install()
+            install_quantizer(StagedQuantizer)
+        else:
+            install_quantizer(PrequantQuantizer)
 
     def post_model_build(self, cfg: Any, model: nn.Module) -> None:
         """Tells axolotl that experts are in 4 bits, so that it doesn't prepare them by decoding them all.
@@ -79,6 +86,15 @@ def check_config(cfg: Any) -> None:
         )
 
 
+def is_staged(cfg: Any) -> bool:
+    """Whether axolotl loads on rank 0 and hands the codes out in shards, which it does from 0.21 on."""
+    try:
+        from axolotl.loaders.nf4 import uses_staged_nf4
+    except ModuleNotFoundError:
+        return False
+    return bool(uses_staged_nf4(cfg))
+
+
 def is_quantized(base_model: str, revision: str | None = None) -> bool:
     """Whether a folder, or a repository on the hub, has 4-bit weights: its index names a quant_state, or its only file has one."""
     quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
@@ -112,10 +128,10 @@ def clean(folder: Path) -> None:
 
 
 def has_quantized_experts(model: nn.Module) -> bool:
-    """Whether bitsandbytes decodes any parameter outside its Linears."""
+    """Whether any parameter outside Linears is decoded from 4 bits, by bitsandbytes' parametrization or by axolotl's own."""
     return any(
-        isinstance(part, Bnb4bitParametrization)
+        isinstance(chain[0], Bnb4bitParametrization) or type(chain[0]).__name__ in STAGED_PARAMETRIZATIONS
         for module in model.modules()
-        if isinstance(module, parametrize.ParametrizationList)
-        for part in module
+        if parametrize.is_parametrized(module) and not isinstance(module, nn.Linear)
+        for chain in module.parametrizations.values()
     )
