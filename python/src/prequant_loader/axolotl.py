@@ -20,7 +20,8 @@ import torch.nn.utils.parametrize as parametrize
 from axolotl.integrations.base import BasePlugin
 from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from torch import nn
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
 from .compat import GUARD
 from .files import is_file
@@ -38,20 +39,21 @@ ADDED_TO_CARD = b"## Loading the 4-bit experts\n"
 """How what prequant adds at the end of a model card begins."""
 
 
-class PrequantPlugin(BasePlugin):
+class PrequantPlugin(BasePlugin):  # type: ignore[misc]
     """Loads 4-bit experts as they are stored, and lets PEFT put adapters on them."""
 
     def pre_model_load(self, cfg: Any) -> None:
         """Checks `base_model` and `quantize_moe_experts`, then makes the loader ready."""
         check_config(cfg)
         if is_staged(cfg):
-            from .axolotl_staged import StagedQuantizer
+            from .axolotl_staged import StagedQuantizer, keep_16_bits
 
+            keep_16_bits()
             install_quantizer(StagedQuantizer)
         else:
             install_quantizer(PrequantQuantizer)
 
-    def post_model_build(self, cfg: Any, model: nn.Module) -> None:
+    def post_model_build(self, cfg: Any, model: Any) -> None:
         """Tells axolotl that experts are in 4 bits, so that it doesn't prepare them by decoding them all.
 
         A model without 4-bit experts, a dense one for instance, is prepared as ever.
@@ -129,9 +131,10 @@ def clean(folder: Path) -> None:
 
 def has_quantized_experts(model: nn.Module) -> bool:
     """Whether any parameter outside Linears is decoded from 4 bits, by bitsandbytes' parametrization or by axolotl's own."""
+    modules: Any = (module for module in model.modules() if parametrize.is_parametrized(module))
     return any(
         isinstance(chain[0], Bnb4bitParametrization) or type(chain[0]).__name__ in STAGED_PARAMETRIZATIONS
-        for module in model.modules()
-        if parametrize.is_parametrized(module) and not isinstance(module, nn.Linear)
+        for module in modules
+        if not isinstance(module, nn.Linear)
         for chain in module.parametrizations.values()
     )

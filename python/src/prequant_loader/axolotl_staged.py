@@ -6,11 +6,13 @@ Linears like that from a checkpoint; this takes experts, too.
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import torch
 import torch.nn.utils.parametrize as parametrize
 from axolotl.monkeypatch.moe_quant import record_quantized_expert
+from axolotl.utils import nf4
 from axolotl.utils.nf4 import BnbNF4Parametrization
 from bitsandbytes.functional import QuantState
 from torch import nn
@@ -20,11 +22,41 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from .parametrization import relaid
 from .quantizer import PrequantQuantizer
 
-__all__ = ["StagedQuantizer"]
+__all__ = ["StagedQuantizer", "keep_16_bits"]
+
+
+_kept: set[str] = set()
+"""While a checkpoint is loaded: the weights of Linears that are in 16 bits in it."""
+
+
+def keep_16_bits() -> None:
+    """Has axolotl leave the weights alone that are in 16 bits in a 4-bit checkpoint. A second call does nothing."""
+    original = nf4.nf4_should_quantize
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @wraps(original)
+    def should_quantize(name: str, **options: Any) -> bool:
+        return name not in _kept and bool(original(name, **options))
+
+    nf4.nf4_should_quantize = should_quantize
 
 
 class StagedQuantizer(PrequantQuantizer):
     """Loads what is shared out afterwards. Linears stay Linears: axolotl makes them 4-bit as their codes come in."""
+
+    def preprocess_model(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        """Notes which Linears are in 16 bits in the checkpoint: axolotl would quantize those that config.json doesn't name."""
+        made = super().preprocess_model(model, *args, **kwargs)
+        linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        _kept.clear()
+        if self.pre_quantized:
+            _kept.update(f"{name}.weight" for name in linears - self.linears_4bit(model).keys())
+        return made
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        _kept.clear()
+        return super()._process_model_after_weight_loading(model, **kwargs)
 
     def linears_4bit(self, model: PreTrainedModel) -> dict[str, bool]:
         """The Linears that config.json doesn't keep in 16 bits, and whether axolotl has got their codes."""
