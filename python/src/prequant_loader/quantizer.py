@@ -159,7 +159,7 @@ def _fix_peft_if_installed() -> None:
         warnings.warn(f"adapters on the 4-bit experts of this model won't train rightly: {error}", stacklevel=2)
 
 
-_replaced: list[type] = []
+_replaced: list[Any] = []
 """The quantizer that was there before this package's, while this one's is."""
 
 
