@@ -6,8 +6,8 @@ In the run's YAML:
       - prequant_loader.axolotl.PrequantPlugin
     base_model: ./Qwen3-30B-A3B-nf4
 
-`quantize_moe_experts` stays unset: it would have axolotl quantize experts that already are. This is the only module
-of the package that needs axolotl, and nothing else of the package imports it.
+`quantize_moe_experts` stays unset: it would have axolotl quantize experts that already are. With `qlora_sharded_model_loading` and FSDP2
+rank 0 loads, and hands out shards (axolotl_staged.py). Only these two modules of the package need axolotl, and nothing else imports them.
 """
 
 from __future__ import annotations
@@ -46,8 +46,13 @@ class PrequantPlugin(BasePlugin):  # type: ignore[misc]
         """Checks `base_model` and `quantize_moe_experts`, then makes the loader ready."""
         check_config(cfg)
         if is_staged(cfg):
-            from .axolotl_staged import StagedQuantizer, keep_16_bits
-
+            try:
+                from .axolotl_staged import StagedQuantizer, keep_16_bits
+            except ImportError as error:
+                raise ImportError(
+                    f"this axolotl's staged loading isn't the one of 0.21 that prequant_loader knows: {error}; "
+                    "remove qlora_sharded_model_loading from the YAML, or install axolotl 0.21"
+                ) from error
             keep_16_bits()
             install_quantizer(StagedQuantizer)
         else:
