@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import bitsandbytes
 import handmade
 import prequant_loader
 import pytest
@@ -12,6 +13,7 @@ import tiny_models
 import torch
 from bitsandbytes.nn.parametrize import Bnb4bitParametrization, replace_parameter_4bit
 from conftest import convert
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from prequant_loader import PrequantError
 from safetensors.torch import load_file, save_file
@@ -135,6 +137,8 @@ def test_without_a_manifest_there_is_nothing_to_verify(folder: Path) -> None:
 
 def test_prequant_writes_the_same_bytes(source: Path, tmp_path: Path, layout: str, double_quant: bool) -> None:
     """Where it is at hand."""
+    if double_quant and Version(bitsandbytes.__version__) < Version("0.50"):
+        pytest.skip("before 0.50 bitsandbytes' table for scales is another on the CPU than on GPUs")
     expected = load_file(handmade.convert(source, tmp_path / "by-hand", layout, double_quant) / "model.safetensors")
     convert(source, tmp_path / "converted", "--experts", layout, *["--double-quant"] * double_quant)
     found = load_file(tmp_path / "converted" / "model.safetensors")

@@ -190,10 +190,12 @@ def _is_installed() -> bool:
 @contextmanager
 def installed() -> Iterator[None]:
     """Makes transformers load 4-bit checkpoints with this package inside of a `with` block; then all is as it was before."""
-    was_installed = _is_installed()
+    before: Any = AUTO_QUANTIZER_MAPPING.get(KEY) if _is_installed() else None
     install()
     try:
         yield
     finally:
-        if not was_installed:
+        if before is None:
             uninstall()
+        else:
+            AUTO_QUANTIZER_MAPPING[KEY] = before
