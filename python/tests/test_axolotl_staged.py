@@ -26,7 +26,7 @@ from axolotl.utils.nf4 import BnbNF4Parametrization
 from transformers import AutoConfig, BitsAndBytesConfig
 
 EXPERTS = [name for name in architectures.SOURCES if name != "llama"]
-LAYOUTS = [("keep", ()), ("fuse", ()), ("keep", ("--double-quant",)), ("fuse", ("--double-quant",))]
+FLAGS = {"plain": (), "double": ("--double-quant",), "bf16-codes": ("--quant-storage", "bfloat16")}
 
 
 @pytest.fixture(autouse=True)
@@ -84,12 +84,13 @@ def decoded(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("layout", "double"), LAYOUTS)
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+@pytest.mark.parametrize("layout", ["keep", "fuse"])
 @pytest.mark.parametrize("name", EXPERTS)
 def test_weights_are_those_of_a_plain_load(
-    plugin: Any, sources: Sources, name: str, layout: str, double: tuple[str, ...]
+    plugin: Any, sources: Sources, name: str, layout: str, flags: tuple[str, ...]
 ) -> None:
-    folder = sources.converted(name, "--experts", layout, *double)
+    folder = sources.converted(name, "--experts", layout, *flags)
     prequant_loader.install()
     expected = decoded(sources.model_class(name).from_pretrained(folder, dtype=torch.bfloat16))
     model = staged(plugin, sources, name, folder)

@@ -185,14 +185,14 @@ def check_plain_peft(run: Run) -> None:
     assert not torch.equal(logits(model), before)
 
 
-def check_merged(prequant: Path, run: Run, work: Path) -> None:
+def check_merged(prequant: Path, run: Run) -> None:
     """`axolotl merge-lora` gives a bf16 model like any other: the decoded base with the adapter added, and nothing about 4 bits."""
     merged = run.merge()
     names = sorted(path.name for path in merged.iterdir())
     assert "prequant.json" not in names and "SHA256SUMS" not in names, names
     assert json.loads((merged / "config.json").read_text()) == json.loads((FIXTURE / "config.json").read_text())
     assert (merged / "README.md").read_text() == (FIXTURE / "README.md").read_text()
-    decoded = work / f"{run.folder.name}-decoded"
+    decoded = run.folder / "decoded"
     subprocess.run([prequant, "dequantize", run.folder / "model", decoded, "--quiet"], check=True)
     base = load(decoded)
     untouched = {name: tensor.clone() for name, tensor in base.state_dict().items()}
@@ -216,6 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prequant", type=Path)
     prequant = parser.parse_args().prequant.resolve()
+    sys.stdout.reconfigure(line_buffering=True)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", "Could not find a config file in ./model")  # PEFT's, of where the run began
@@ -230,8 +231,8 @@ def main() -> None:
         for name, run in trained.items():
             check_plain_peft(run)
             print(f"{name}: plain PEFT loads the adapter on the bf16 original")
-        for name in ("keep", "fuse"):
-            check_merged(prequant, trained[name], work)
+        for name in ("keep", "fuse", "fuse, two processes"):
+            check_merged(prequant, trained[name])
             print(f"{name}: plain transformers loads what axolotl merged")
     assert "prequant_loader" not in sys.modules
     print(f"axolotl: passed in {time.monotonic() - start:.0f} s")
