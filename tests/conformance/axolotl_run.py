@@ -98,7 +98,7 @@ class Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=600,
+            timeout=1800,
         )
         if done.returncode or "Failed to load plugin" in done.stdout:
             raise AssertionError(f"{self.folder.name}: {arguments} ended with {done.returncode}:\n{done.stdout[-6000:]}")
