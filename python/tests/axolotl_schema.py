@@ -1,7 +1,7 @@
 """The options of axolotl's YAML, read from the source of its schema without importing it.
 
-pip download --no-deps axolotl==0.19.0
-python axolotl_schema.py axolotl-0.19.0-py3-none-any.whl > axolotl_keys.txt
+pip download --no-deps axolotl==0.21.0
+python axolotl_schema.py axolotl-0.21.0-py3-none-any.whl > axolotl_keys.txt
 """
 
 from __future__ import annotations

@@ -9,9 +9,16 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
+import sys
+from pathlib import Path
+
+# What is tested is what lies beside the tests, in the processes that they start, too.
+SOURCE = str(Path(__file__).resolve().parents[1] / "src")
+sys.path.insert(0, SOURCE)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [SOURCE, os.environ.get("PYTHONPATH")]))
+
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +28,9 @@ from transformers import PreTrainedModel
 import architectures
 import prequant_loader
 
-PREQUANT = Path(os.environ.get("PREQUANT", Path(__file__).resolve().parents[2] / "target" / "release" / "prequant"))
+REPOSITORY = Path(__file__).resolve().parents[2]
+"""prequant's, unless this is an unpacked sdist."""
+PREQUANT = Path(os.environ.get("PREQUANT", REPOSITORY / "target" / "release" / "prequant"))
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -59,8 +68,25 @@ class Sources:
         return folder
 
 
+def in_repository(path: str) -> Path:
+    """A file of prequant's repository; the test is skipped where the package is tested without it."""
+    if not (REPOSITORY / "Cargo.toml").is_file():
+        pytest.skip(f"it needs {path} of prequant's repository")
+    return REPOSITORY / path
+
+
+def needs_prequant() -> None:
+    """Skips the test where the package is tested without prequant. In the repository, or where PREQUANT is set, that is an error."""
+    if PREQUANT.is_file():
+        return
+    if "PREQUANT" not in os.environ and not (REPOSITORY / "Cargo.toml").is_file():
+        pytest.skip("it needs prequant: set PREQUANT to the program's path")
+    pytest.fail(f"{PREQUANT} does not exist; build it with `cargo build --release`, or set PREQUANT")
+
+
 def convert(source: Path, folder: Path, *flags: str) -> None:
     """`prequant convert`."""
+    needs_prequant()
     command = [PREQUANT, "convert", source, folder, "--quiet", "--device", "cpu", *flags]
     subprocess.run(command, check=True)
 
@@ -68,7 +94,7 @@ def convert(source: Path, folder: Path, *flags: str) -> None:
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
     """All checkpoints."""
-    assert PREQUANT.is_file(), f"{PREQUANT} does not exist; build it with `cargo build --release`, or set PREQUANT"
+    needs_prequant()
     return Sources(tmp_path_factory.mktemp("checkpoints"))
 
 

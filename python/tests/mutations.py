@@ -10,7 +10,6 @@ import struct
 from pathlib import Path
 from typing import Any
 
-TABLE = json.loads((Path(__file__).resolve().parents[2] / "tests/data/mutations.json").read_text(encoding="utf-8"))
 MANIFEST, SUMS = "prequant.json", "SHA256SUMS"
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import axolotl_stub
@@ -122,6 +123,19 @@ def test_a_merged_model_has_nothing_left_of_the_4_bit_folder(plugin: Any, source
     assert (merged / "README.md").read_text() == "---\nlicense: mit\n---\n# Mine\n"
 
 
+def test_a_staged_loading_that_isnt_known_is_an_error(plugin: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a later axolotl may have: the same question, and other modules behind it."""
+    nf4 = ModuleType("axolotl.loaders.nf4")
+    nf4.uses_staged_nf4 = lambda cfg: bool(cfg.qlora_sharded_model_loading)
+    for name, module in {"axolotl.loaders": ModuleType("axolotl.loaders"), "axolotl.loaders.nf4": nf4}.items():
+        module.__path__ = []
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "prequant_loader.axolotl_staged", raising=False)
+    plugin.pre_model_load(Config(base_model=str(folder)))
+    with pytest.raises(ImportError, match="remove qlora_sharded_model_loading"):
+        plugin.pre_model_load(Config(base_model=str(folder), qlora_sharded_model_loading=True))
+
+
 def test_post_model_build_marks_4_bit_experts(plugin: Any) -> None:
     model = tiny_models.quantized_model()
     model._moe_experts_quantized = False  # what axolotl has set by now
@@ -156,6 +170,13 @@ def test_example_has_only_options_that_axolotl_knows() -> None:
     assert config.keys() <= OPTIONS, config.keys() - OPTIONS
     for dataset in config["datasets"]:
         assert {f"datasets.{key}" for key in dataset} <= OPTIONS, dataset
+
+
+def test_what_the_readme_adds_for_fsdp2_is_known_too() -> None:
+    readme = (EXAMPLE.parent / "README.md").read_text()
+    snippet = yaml.safe_load(readme.partition("Add to the YAML:\n")[2].partition("\n- ")[0])
+    assert snippet["qlora_sharded_model_loading"] is True
+    assert snippet.keys() <= OPTIONS, snippet.keys() - OPTIONS
 
 
 def test_a_misspelt_option_would_be_noticed() -> None:

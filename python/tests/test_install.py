@@ -76,6 +76,21 @@ def test_another_packages_quantizer_is_put_back(monkeypatch: pytest.MonkeyPatch)
     assert AUTO_QUANTIZER_MAPPING[KEY] is Bnb4BitHfQuantizer
 
 
+def test_a_variant_of_the_quantizer_is_put_back() -> None:
+    """As axolotl's staged loading has one."""
+
+    class Variant(prequant_loader.PrequantQuantizer):
+        pass
+
+    prequant_loader.quantizer.install_quantizer(Variant)
+    with prequant_loader.installed():
+        assert AUTO_QUANTIZER_MAPPING[KEY] is prequant_loader.PrequantQuantizer
+    assert AUTO_QUANTIZER_MAPPING[KEY] is Variant
+    prequant_loader.uninstall()
+    assert AUTO_QUANTIZER_MAPPING[KEY] is Bnb4BitHfQuantizer
+    prequant_loader.install()
+
+
 def test_importing_installs() -> None:
     code = (
         "import prequant_loader\n"

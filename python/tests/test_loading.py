@@ -117,7 +117,7 @@ def decoded(folder: Path, block_size: int) -> dict[str, torch.Tensor]:
 
 def experts_of(weights: dict[str, torch.Tensor], parameter: str, shape: torch.Size) -> torch.Tensor:
     """A model's parameter out of decoded tensors, put together without the loader: by plain cat, stack and transpose."""
-    layer = parameter.split(".mlp.")[0].split(".feed_forward.")[0].split(".block_sparse_moe.")[0]
+    layer = parameter.split(".mlp.")[0].split(".feed_forward.")[0].split(".block_sparse_moe.")[0].split(".experts.")[0]
     number = layer.rpartition(".")[2]
     of_layer = {
         name: tensor

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 
 import prequant_loader
-from conftest import convert
-from mutations import TABLE, apply
+from conftest import REPOSITORY, convert, in_repository
+from mutations import apply
 from prequant_loader import PrequantError
 from prequant_loader.file_class import is_loaded
 
-ROOT = Path(__file__).resolve().parents[2]
+FILE = REPOSITORY / "tests/data/mutations.json"
+if not FILE.is_file():
+    pytest.skip("its cases are in prequant's repository", allow_module_level=True)
+TABLE = json.loads(FILE.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +25,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """fixtures/tiny-qwen3-moe, converted in each way that the cases need."""
     work = tmp_path_factory.mktemp("mutations")
     for name, flags in TABLE["flags"].items():
-        convert(ROOT / "fixtures/tiny-qwen3-moe", work / name, *flags)
+        convert(in_repository("fixtures/tiny-qwen3-moe"), work / name, *flags)
     return {name: work / name for name in TABLE["flags"]}
 
 
@@ -55,6 +58,6 @@ def classes(found: list[prequant_loader.Difference]) -> str:
 
 
 def test_files_have_the_class_that_prequant_gives_them() -> None:
-    examples = json.loads((ROOT / "tests/data/file_classes.json").read_text(encoding="utf-8"))
+    examples = json.loads(in_repository("tests/data/file_classes.json").read_text(encoding="utf-8"))
     assert [path for path in examples["loaded"] if not is_loaded(path)] == []
     assert [path for path in examples["for_people"] if is_loaded(path)] == []

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Sources, convert, hub_snapshot
+from conftest import Sources, convert, hub_snapshot, in_repository
 from mutations import apply
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +21,6 @@ import prequant_loader
 from prequant_loader import PrequantError
 from prequant_loader.layout import read_header
 
-ROOT = Path(__file__).resolve().parents[2]
 GROUPS = {
     "int4": ["--format", "int4", "--group-size", "32"],
     "int4-asym": ["--format", "int4-asym", "--group-size", "64"],
@@ -142,7 +141,7 @@ def test_what_no_client_loads_may_be_edited(editable: Callable[..., Path], monke
 def test_config_says_what_the_recipe_does_in_formats_with_groups(tmp_path: Path, flags: list[str]) -> None:
     """A config that manifest and SHA256SUMS vouch for is found too, whatever of it is changed."""
     folder = tmp_path / "converted"
-    convert(ROOT / "fixtures/tiny-qwen3-moe", folder, *flags)
+    convert(in_repository("fixtures/tiny-qwen3-moe"), folder, *flags)
     prequant_loader.verify(folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".safetensors"}
     quantization = json.loads(before["config.json"])["quantization_config"]
@@ -239,3 +238,32 @@ def test_loading_says_what_was_edited(editable: Callable[..., Path], monkeypatch
     (folder / "model.safetensors.index.json").write_bytes(b"{}")
     with pytest.raises((PrequantError, KeyError, OSError)):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_repository_on_the_hub_is_verified(sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = sources.converted("qwen3_moe")
+    snapshot = hub_snapshot(tmp_path, folder, monkeypatch)
+    assert prequant_loader.verify("owner/name") == prequant_loader.verify(folder)
+    assert prequant_loader.verify("owner/name", revision="main") == prequant_loader.verify(folder)
+    (snapshot / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")  # the hub's own
+    assert [each.file for each in prequant_loader.differences("owner/name")] == [".gitattributes"]
+    damage_codes(snapshot)
+    with pytest.raises(PrequantError, match="safetensors"):
+        prequant_loader.verify("owner/name")
+
+
+def test_a_folder_of_a_repositorys_name_comes_first(sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(sources.converted("qwen3_moe"), tmp_path / "owner" / "name")
+    monkeypatch.chdir(tmp_path)
+    prequant_loader.verify("owner/name")
+
+
+@pytest.mark.parametrize("revision", [None, "no-such-branch"])
+def test_what_is_neither_here_nor_on_the_hub_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PrequantError, match="^owner/name: no such folder is here, and the hub doesn't give it.*check the name"):
+        prequant_loader.verify("owner/name", revision=revision)
+    with pytest.raises(PrequantError, match="owner.name"):
+        prequant_loader.verify(tmp_path / "owner" / "name")

@@ -71,7 +71,7 @@ def wheel() -> dict[str, Any]:
 
     project = tomllib.loads((ROOT / "python/pyproject.toml").read_text())["project"]
     locked = lock(ROOT / "tests/conformance/requirements/client.lock")
-    root = component("pypi", project["name"], project["version"], [{"expression": project["license"]["text"]}], [])
+    root = component("pypi", project["name"], project["version"], [{"expression": project["license"]}], [])
     components: dict[str, dict[str, Any]] = {}
     needs: dict[str, set[str]] = {}
 

@@ -16,6 +16,7 @@ __all__ = [
     "PrequantError",
     "PrequantQuantizer",
     "Verified",
+    "__version__",
     "differences",
     "fix_peft",
     "install",

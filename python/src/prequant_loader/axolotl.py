@@ -6,8 +6,8 @@ In the run's YAML:
       - prequant_loader.axolotl.PrequantPlugin
     base_model: ./Qwen3-30B-A3B-nf4
 
-`quantize_moe_experts` stays unset: it would have axolotl quantize experts that already are. This is the only module
-of the package that needs axolotl, and nothing else of the package imports it.
+`quantize_moe_experts` stays unset: it would have axolotl quantize experts that already are. With `qlora_sharded_model_loading` and FSDP2
+rank 0 loads, and hands out shards (axolotl_staged.py). Only these two modules of the package need axolotl, and nothing else imports them.
 """
 
 from __future__ import annotations
@@ -20,31 +20,45 @@ import torch.nn.utils.parametrize as parametrize
 from axolotl.integrations.base import BasePlugin
 from bitsandbytes.nn.parametrize import Bnb4bitParametrization
 from torch import nn
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
 from .compat import GUARD
 from .files import is_file
 from .layout import QUANT_STATE, read_header
 from .manifest import MANIFEST, SUMS
 from .peft import fix_peft
+from .quantizer import PrequantQuantizer, install_quantizer
 
 __all__ = ["PrequantPlugin"]
+
+STAGED_PARAMETRIZATIONS = ("BnbNF4Parametrization", "RelaidNF4Parametrization")
+"""By name: not all versions of axolotl have them."""
 
 ADDED_TO_CARD = b"## Loading the 4-bit experts\n"
 """How what prequant adds at the end of a model card begins."""
 
 
-class PrequantPlugin(BasePlugin):
+class PrequantPlugin(BasePlugin):  # type: ignore[misc]
     """Loads 4-bit experts as they are stored, and lets PEFT put adapters on them."""
 
     def pre_model_load(self, cfg: Any) -> None:
         """Checks `base_model` and `quantize_moe_experts`, then makes the loader ready."""
         check_config(cfg)
-        import prequant_loader
+        if is_staged(cfg):
+            try:
+                from .axolotl_staged import StagedQuantizer, keep_16_bits
+            except ImportError as error:
+                raise ImportError(
+                    f"this axolotl's staged loading isn't the one of 0.21 that prequant_loader knows: {error}; "
+                    "remove qlora_sharded_model_loading from the YAML, or install axolotl 0.21"
+                ) from error
+            keep_16_bits()
+            install_quantizer(StagedQuantizer)
+        else:
+            install_quantizer(PrequantQuantizer)
 
-        prequant_loader.install()
-
-    def post_model_build(self, cfg: Any, model: nn.Module) -> None:
+    def post_model_build(self, cfg: Any, model: Any) -> None:
         """Tells axolotl that experts are in 4 bits, so that it doesn't prepare them by decoding them all.
 
         A model without 4-bit experts, a dense one for instance, is prepared as ever.
@@ -77,6 +91,15 @@ def check_config(cfg: Any) -> None:
             "convert the checkpoint with `prequant convert` and name what it wrote, "
             "or remove prequant_loader.axolotl.PrequantPlugin from plugins"
         )
+
+
+def is_staged(cfg: Any) -> bool:
+    """Whether axolotl loads on rank 0 and hands the codes out in shards, which it does from 0.21 on."""
+    try:
+        from axolotl.loaders.nf4 import uses_staged_nf4
+    except ModuleNotFoundError:
+        return False
+    return bool(uses_staged_nf4(cfg))
 
 
 def is_quantized(base_model: str, revision: str | None = None) -> bool:
@@ -112,10 +135,11 @@ def clean(folder: Path) -> None:
 
 
 def has_quantized_experts(model: nn.Module) -> bool:
-    """Whether bitsandbytes decodes any parameter outside its Linears."""
+    """Whether any parameter outside Linears is decoded from 4 bits, by bitsandbytes' parametrization or by axolotl's own."""
+    modules: Any = (module for module in model.modules() if parametrize.is_parametrized(module))
     return any(
-        isinstance(part, Bnb4bitParametrization)
-        for module in model.modules()
-        if isinstance(module, parametrize.ParametrizationList)
-        for part in module
+        isinstance(chain[0], Bnb4bitParametrization) or type(chain[0]).__name__ in STAGED_PARAMETRIZATIONS
+        for module in modules
+        if not isinstance(module, nn.Linear)
+        for chain in module.parametrizations.values()
     )

@@ -213,13 +213,12 @@ class Differences:
             self._differ(file, f"it holds tensors, but is not among the files of {MANIFEST}")
         self.files, self.size = len(manifest.files), sum(size for _, size, _ in manifest.files)
         with ThreadPoolExecutor() as pool:
-            work = pool.map(lambda file: self._file(manifest, *file, tensors.get(file[0], {})), manifest.files)
+            work = pool.map(lambda file: self._file(manifest, file, tensors.get(file[0], {})), manifest.files)
             for found in work:
                 self.all.extend(found)
 
-    def _file(
-        self, manifest: Manifest, name: str, size: int, expected: str, tensors: dict[str, Any]
-    ) -> list[Difference]:
+    def _file(self, manifest: Manifest, file: tuple[str, int, str], tensors: dict[str, Any]) -> list[Difference]:
+        name, size, expected = file
         found: list[Difference] = []
 
         def differ(what: str, tensor: str = "") -> None:
@@ -250,11 +249,13 @@ class Differences:
         try:
             header = read_header(path)
         except PrequantError as error:
-            return differ(str(error))
+            differ(str(error))
+            return
         at = None
         for tensor in sorted(header.values(), key=lambda tensor: (tensor.offset, tensor.size)):
             if tensor.size != byte_len(tensor.dtype, list(tensor.shape)) or at not in (None, tensor.offset):
-                return differ("its header is damaged: shapes and offsets don't fit", tensor.name)
+                differ("its header is damaged: shapes and offsets don't fit", tensor.name)
+                return
             at = tensor.offset + tensor.size
             if tensor.name not in tensors:
                 differ(f"is not in {MANIFEST}", tensor.name)

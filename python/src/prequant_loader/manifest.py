@@ -173,10 +173,10 @@ def elements_of_sources(sources: list[dict[str, Any]]) -> int | None:
     """Elements of the weight that these tensors of the source are; none if their shapes don't tell."""
     blocks = [source for source in sources if source["name"].endswith("_blocks")]
     if blocks:
-        return sum(math.prod(source["shape"]) * 2 for source in blocks)
+        return int(sum(math.prod(source["shape"]) * 2 for source in blocks))
     coded = [source for source in sources if source["dtype"] == "F8_E4M3"]
     others = [source for source in sources if source["dtype"] not in ("F8_E4M3", *FLOATS, *(["F8_E8M0"] if coded else []))]
-    return None if others else sum(math.prod(source["shape"]) for source in coded or sources)
+    return None if others else int(sum(math.prod(source["shape"]) for source in coded or sources))
 
 
 def _check_tensor(tensor: dict[str, Any]) -> None:

@@ -32,14 +32,19 @@ class RelaidParametrization(Bnb4bitParametrization):
     @torch.no_grad()
     def forward(self, quantized_param: torch.Tensor) -> torch.Tensor:
         """The parameter, decoded, from its codes."""
-        stored = tuple(self.quant_state.shape)
-        decoded = dequantize_4bit(quantized_param, _in_rows_of_blocks(self.quant_state)).reshape(stored)
-        if stored == tuple(self.shape):
-            return decoded
-        if is_transposed(stored, tuple(self.shape)):
-            return decoded.transpose(1, 2).contiguous()
-        elements = math.prod(self.shape) // math.prod(stored[:2])
-        return decoded[..., :elements].reshape(self.shape)
+        decoded = dequantize_4bit(quantized_param, _in_rows_of_blocks(self.quant_state))
+        return relaid(decoded.reshape(self.quant_state.shape), self.shape)
+
+
+def relaid(decoded: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A parameter of this shape, from its values in the shape that they are stored in."""
+    stored = tuple(decoded.shape)
+    if stored == tuple(shape):
+        return decoded
+    if is_transposed(stored, tuple(shape)):
+        return decoded.transpose(1, 2).contiguous()
+    elements = math.prod(shape) // math.prod(stored[:2])
+    return decoded[..., :elements].reshape(shape)
 
 
 def _in_rows_of_blocks(state: QuantState) -> QuantState:

@@ -57,7 +57,7 @@ def fix_peft() -> None:
     """
     if _originals:
         # The only one that calls nothing of what it replaced: the others may be inside of that package's by now.
-        BaseTuner._inject_parameters = _inject_parameters
+        BaseTuner._inject_parameters = _inject_parameters  # type: ignore[assignment,method-assign]
         return
     version = _version()
     if version not in KNOWN:
@@ -148,7 +148,8 @@ def _parameters_in_order(module: nn.Module) -> list[str]:
     plain = [name for name, _ in module.named_parameters(recurse=False)]
     if not parametrize.is_parametrized(module):
         return plain
-    return sorted([*module.parametrizations, *plain], key=lambda name: name == "down_proj")
+    parametrized: Any = module.parametrizations
+    return sorted([*parametrized, *plain], key=lambda name: name == "down_proj")
 
 
 def _wrapper_of(module: nn.Module, parameter_name: str) -> ParamWrapper | None:
@@ -194,7 +195,8 @@ def _activate_lora(wrapper: ParamWrapper, active_adapters: list[str]) -> Iterato
 def _remove_parametrizations(wrapper: ParamWrapper) -> None:
     """PEFT's, but finds a proxy that holds the two factors, too. PEFT looks for one that holds their product."""
     factors = getattr(layer, "_LoraFactorsProxy", None)  # from 0.21 on
-    chain = wrapper.get_base_layer().parametrizations[wrapper.parameter_name]
+    base: Any = wrapper.get_base_layer()
+    chain = base.parametrizations[wrapper.parameter_name]
     if factors is not None and len(chain) > 1 and isinstance(chain[-1], factors):
         del chain[-1]
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from copy import deepcopy
 from dataclasses import dataclass, field
 from enum import Enum
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -67,13 +66,14 @@ class Plan:
         return self
 
 
-def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, conversions: Sequence[Any]) -> Plan:
+def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, conversions: Sequence[Any], linears: Set[str]) -> Plan:
     """Decides for every 4-bit tensor where it goes.
 
     Args:
         checkpoint: what is on disk.
-        model: the model on the meta device, its Linears replaced by Linear4bit already.
+        model: the model on the meta device.
         conversions: transformers' own conversion of the checkpoint's tensors to the model's.
+        linears: the modules of the model that are Linears in 4 bits.
 
     Raises:
         PrequantError: a tensor doesn't fit the model.
@@ -89,16 +89,17 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, conversions: Seque
         target, pattern = route(name, conversions, prefix, parameters)
         groups[target].append((pattern, tensor))
     plain = {name: route(name, conversions, prefix, parameters)[0] for name in checkpoint.plain}
-    _check_plain(checkpoint, model, parameters, plain)
+    weights = {f"{linear}.weight" for linear in linears}
+    _check_plain(checkpoint, parameters, weights, plain)
     plan = Plan()
     for target, members in groups.items():
         if target not in parameters:
             _check_absent(model, target, members[0][1])
-        elif _is_linear_4bit(model, target):
+        elif target in weights:
             _check_linear(model, target, members)
         else:
             plan.parameters[target] = _expert_parameter(target, parameters[target], members, converters)
-    _check_complete(checkpoint, model, parameters, plan, groups.keys() | set(plain.values()))
+    _check_complete(checkpoint, model, parameters, weights, plan, groups.keys() | set(plain.values()))
     return plan
 
 
@@ -185,14 +186,14 @@ def _assembly(first: QuantizedTensor, converter: WeightConverter | None) -> Asse
 
 
 def _check_plain(
-    checkpoint: Checkpoint, model: PreTrainedModel, parameters: dict[str, torch.Tensor], targets: dict[str, str]
+    checkpoint: Checkpoint, parameters: dict[str, torch.Tensor], weights: Set[str], targets: dict[str, str]
 ) -> None:
     """No tensor that lacks its statistics, no bf16 tensor for a 4-bit Linear."""
     for name, target in targets.items():
         tensor = checkpoint.plain[name]
         if target not in parameters:
             continue
-        linear = _is_linear_4bit(model, target)
+        linear = target in weights
         if tensor.dtype == "U8" and (linear or parameters[target].is_floating_point()):
             found, expected = "it is U8 without any statistics", f"{name}.absmax, {name}.quant_map and its quant_state"
             raise PrequantError(tensor.path, name, found, expected, CONVERT_AGAIN)
@@ -313,11 +314,16 @@ def _check_whole(made: ExpertParameter) -> None:
 
 
 def _check_complete(
-    checkpoint: Checkpoint, model: PreTrainedModel, parameters: dict[str, torch.Tensor], plan: Plan, filled: set[str]
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    parameters: dict[str, torch.Tensor],
+    weights: Set[str],
+    plan: Plan,
+    filled: set[str],
 ) -> None:
     """Every parameter that is 4-bit in this model gets its codes: transformers would fill it with random numbers.
 
-    That is each weight of a Linear4bit, and each 3-D parameter of experts: of a module that has others in 4 bits, of a layer
+    That is each weight of a 4-bit Linear, and each 3-D parameter of experts: of a module that has others in 4 bits, of a layer
     beside one that has, or by its name.
     """
     modules = {name.rpartition(".")[0] for name in plan.parameters}
@@ -327,7 +333,7 @@ def _check_complete(
     for name, parameter in parameters.items():
         module, _, leaf = name.rpartition(".")
         is_expert = parameter.dim() == 3 and (module in modules or re.search(r"(^|\.)experts(\.|$)", module))
-        if name in filled or not (_is_linear_4bit(model, name) or is_expert or _in_any_layer(name) in alike):
+        if name in filled or not (name in weights or is_expert or _in_any_layer(name) in alike):
             continue
         if name in tied or any(re.search(pattern, name) for pattern in ignored):
             continue
@@ -341,11 +347,6 @@ def _check_complete(
 def _in_any_layer(name: str) -> str:
     """A parameter's name without its layer's number."""
     return re.sub(r"\.\d+\.", ".*.", name)
-
-
-def _is_linear_4bit(model: PreTrainedModel, target: str) -> bool:
-    module, _, leaf = target.rpartition(".")
-    return leaf == "weight" and isinstance(model.get_submodule(module), Linear4bit)
 
 
 def _swapped(found: Sequence[int], expected: Sequence[int]) -> str:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from bitsandbytes.nn.modules import Linear4bit
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -63,7 +64,8 @@ class PrequantQuantizer(Bnb4BitHfQuantizer):
         if self._loading is None:
             return list(super().update_weight_conversions(weight_conversions, *args))
         loading = self._loading
-        loading.plan = make_plan(loading.checkpoint, loading.model, weight_conversions)
+        linears = set(self.linears_4bit(loading.model))
+        loading.plan = make_plan(loading.checkpoint, loading.model, weight_conversions, linears)
         own = super().update_weight_conversions([], *args)
         return with_twins(weight_conversions, loading.plan, self) + list(own)
 
@@ -83,20 +85,39 @@ class PrequantQuantizer(Bnb4BitHfQuantizer):
         if self._loading is None:
             return model
         plan, is_guarded, self._loading = self._loading.plan, self._loading.is_guarded, None
-        _check_filled(model, plan)
+        self._check_filled(model, plan)
         embeddings: Any = model.get_input_embeddings()
         # In the order in which the model defines them, which PEFT nests adapters in: else they would fit no bf16 model.
         for name in [name for name in model.state_dict() if name in plan.parameters]:
             made = plan.parameters[name]
-            module, _, leaf = name.rpartition(".")
             dtype = embeddings.weight.dtype if embeddings is not None else made.dtype
-            parametrize_4bit(model.get_submodule(module), leaf, made.shape, dtype, plan.loaded.pop(name))
+            self.parametrize(model, name, made.shape, dtype, plan.loaded.pop(name))
         if plan.parameters and is_guarded:
             model.config.experts_implementation = GUARD  # for what save_pretrained writes
         if plan.parameters:
             _fix_peft_if_installed()
         _keep_reversible(model)
         return model
+
+    def _check_filled(self, model: PreTrainedModel, plan: Plan) -> None:
+        """No parameter was left with numbers that aren't the checkpoint's, whatever transformers made of its names."""
+        unfilled = [name for name, is_filled in self.linears_4bit(model).items() if not is_filled]
+        unfilled += [name for name in plan.parameters if name not in plan.loaded]
+        if unfilled:
+            found = f"nothing was loaded for {unfilled[0]!r}"
+            raise PrequantError(model.name_or_path or type(model).__name__, "", found, "4-bit codes", CONVERT_AGAIN)
+
+    def linears_4bit(self, model: PreTrainedModel) -> dict[str, bool]:
+        """The model's modules that are Linears in 4 bits, and whether each has its codes."""
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+        return {name: getattr(module.weight, "quant_state", None) is not None for name, module in linears.items()}
+
+    def parametrize(
+        self, model: PreTrainedModel, name: str, shape: tuple[int, ...], dtype: torch.dtype, quant_state: dict[str, Any]
+    ) -> None:
+        """Makes a parameter of experts, which holds codes, one that is decoded when it is read; see `parametrize_4bit`."""
+        module, _, leaf = name.rpartition(".")
+        parametrize_4bit(model.get_submodule(module), leaf, shape, dtype, quant_state)
 
     def _dequantize(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         """`model.dequantize()`: decodes experts, too, so that what is saved is a model like any other."""
@@ -114,16 +135,6 @@ def _is_guarded(folder: Path) -> bool:
     path = folder / "config.json"
     config = read_json(path) if is_file(path) else None
     return isinstance(config, dict) and config.get("experts_implementation") == GUARD
-
-
-def _check_filled(model: PreTrainedModel, plan: Plan) -> None:
-    """No parameter was left with numbers that aren't the checkpoint's, whatever transformers made of its names."""
-    linears = (name for name, module in model.named_modules() if isinstance(module, Linear4bit))
-    unfilled = [name for name in linears if getattr(model.get_submodule(name).weight, "quant_state", None) is None]
-    unfilled += [name for name in plan.parameters if name not in plan.loaded]
-    if unfilled:
-        found = f"nothing was loaded for {unfilled[0]!r}"
-        raise PrequantError(model.name_or_path or type(model).__name__, "", found, "4-bit codes", CONVERT_AGAIN)
 
 
 def _keep_reversible(model: Any) -> None:
@@ -148,32 +159,43 @@ def _fix_peft_if_installed() -> None:
         warnings.warn(f"adapters on the 4-bit experts of this model won't train rightly: {error}", stacklevel=2)
 
 
-_replaced: list[type] = []
+_replaced: list[Any] = []
 """The quantizer that was there before this package's, while this one's is."""
 
 
 def install() -> None:
     """Makes transformers load 4-bit checkpoints with this package. Importing the package does it."""
-    if AUTO_QUANTIZER_MAPPING.get(KEY) is not PrequantQuantizer:
+    install_quantizer(PrequantQuantizer)
+
+
+def install_quantizer(quantizer: type[PrequantQuantizer]) -> None:
+    """Makes transformers load 4-bit checkpoints with this package's quantizer, or a variant of it."""
+    if not _is_installed():
         _replaced[:] = [AUTO_QUANTIZER_MAPPING.get(KEY, Bnb4BitHfQuantizer)]
-        AUTO_QUANTIZER_MAPPING[KEY] = PrequantQuantizer
+    AUTO_QUANTIZER_MAPPING[KEY] = quantizer
     accept_guard()
 
 
 def uninstall() -> None:
     """Gives transformers its own quantizer back. Models that are loaded stay as they are."""
-    if AUTO_QUANTIZER_MAPPING.get(KEY) is PrequantQuantizer and _replaced:
+    if _is_installed() and _replaced:
         AUTO_QUANTIZER_MAPPING[KEY] = _replaced.pop()
     refuse_guard()
+
+
+def _is_installed() -> bool:
+    return issubclass(AUTO_QUANTIZER_MAPPING.get(KEY, Bnb4BitHfQuantizer), PrequantQuantizer)
 
 
 @contextmanager
 def installed() -> Iterator[None]:
     """Makes transformers load 4-bit checkpoints with this package inside of a `with` block; then all is as it was before."""
-    was_installed = AUTO_QUANTIZER_MAPPING.get(KEY) is PrequantQuantizer
+    before: Any = AUTO_QUANTIZER_MAPPING.get(KEY) if _is_installed() else None
     install()
     try:
         yield
     finally:
-        if not was_installed:
+        if before is None:
             uninstall()
+        else:
+            AUTO_QUANTIZER_MAPPING[KEY] = before

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from .differences import CONFIG, DOWNLOAD_AGAIN, INDEX, Difference, Differences
 from .errors import PrequantError
 from .files import is_file
 from .manifest import MANIFEST
+from .place import local_folder
 
 VARIABLE = "PREQUANT_VERIFY"
 """Set to 1, every load verifies what it is about to load first, against the manifest."""
@@ -33,17 +34,19 @@ class Verified:
     """What differs in files that no client loads, such as README.md."""
 
 
-def verify(folder: Path | str, *, strict: bool = False) -> Verified:
+def verify(checkpoint: Path | str, *, revision: str | None = None, strict: bool = False) -> Verified:
     """Compares a checkpoint with the manifest that prequant wrote beside it: every file and tensor, and nothing else.
 
     Args:
-        folder: what `prequant convert` wrote.
+        checkpoint: a folder that `prequant convert` wrote, or a repository on the hub, `owner/name`, whose files are downloaded if they
+            aren't in the hub's cache.
+        revision: a branch, tag or commit of the repository.
         strict: whether files that no client loads, such as README.md, must be unchanged too.
 
     Raises:
-        PrequantError: there is no manifest, or the first difference, damage before edits.
+        PrequantError: there is no such checkpoint, or no manifest; or the first difference, damage before edits.
     """
-    folder = Path(folder)
+    folder = local_folder(checkpoint, revision)
     found = Differences(folder).find()
     damage = [difference for difference in found.all if strict or difference.is_damage]
     if damage:
@@ -52,13 +55,16 @@ def verify(folder: Path | str, *, strict: bool = False) -> Verified:
     return Verified(found.files, found.size, tuple(found.all))
 
 
-def differences(folder: Path | str) -> list[Difference]:
+def differences(checkpoint: Path | str, *, revision: str | None = None) -> list[Difference]:
     """Everything in which a checkpoint differs from its manifest, damage first.
 
+    Args:
+        checkpoint, revision: as for `verify`.
+
     Raises:
-        PrequantError: there is no manifest.
+        PrequantError: there is no such checkpoint, or no manifest.
     """
-    return Differences(Path(folder)).find().all
+    return Differences(local_folder(checkpoint, revision)).find().all
 
 
 def verify_if_asked(files: Sequence[str]) -> None:
