@@ -1,0 +1,188 @@
+//! Runs of merging: stopped and resumed, done before, verified, into bases that are quantized.
+
+use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use prequant::{Options, Progress, Recipe, plan_merge};
+use serde_json::json;
+
+use crate::support::{Run, Tensor, contents};
+use crate::{Case, assert_same, prequant};
+
+/// Stops a run once a file is finished.
+struct Stop(AtomicBool);
+
+impl Progress for Stop {
+    fn found(&self, _: usize, _: usize) {}
+    fn resumed(&self, _: usize, _: u64) {}
+    fn advanced(&self, _: &str, _: u64) {}
+    fn sealed(&self, _: &str, _: u64) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+    fn kept(&self, _: usize) {}
+}
+
+/// Merges into files of 10 kB until one is finished.
+fn stop(case: &Case) {
+    let options = Options { threads: 1, ..Options::default() };
+    let merge = plan_merge(case.path("base"), case.path("adapter"), Recipe::floats(10_000), options).unwrap();
+    let stop = Stop(AtomicBool::new(false));
+    let error = merge.execute_until(&stop.0, case.path("merged"), &stop).unwrap_err();
+    assert!(matches!(error, prequant::Error::Interrupted), "{error}");
+    assert!(!case.path("merged/config.json").exists());
+}
+
+#[test]
+fn a_stopped_merge_is_resumed_to_the_same_bytes() {
+    let case = Case::new("experts");
+    stop(&case);
+    let run = case.merge(&["--max-shard-size", "10kB"]).ok();
+    assert!(run.stderr.contains("resuming"), "{}", run.stderr);
+    case.merge_to("at-once", &["--max-shard-size", "10kB"]).ok();
+    assert!(contents(&case.path("merged")) == contents(&case.path("at-once")));
+    assert_same(&case.tensors("merged"), &case.expected(), "resumed");
+}
+
+#[test]
+fn a_merge_of_another_adapter_is_not_resumed() {
+    for change in ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "base/config.json"] {
+        let case = Case::new("experts");
+        stop(&case);
+        let mut bytes = fs::read(case.path(change)).unwrap();
+        match change.ends_with(".json") {
+            true => bytes.extend(b"\n"),
+            false => *bytes.last_mut().unwrap() ^= 1,
+        }
+        fs::write(case.path(change), bytes).unwrap();
+        case.merge(&["--max-shard-size", "10kB"]).fails(3, &["--restart"]);
+        case.merge(&["--max-shard-size", "10kB", "--restart"]).ok();
+    }
+}
+
+#[test]
+fn a_finished_merge_is_not_done_again_unless_something_changed() {
+    let case = Case::new("linears");
+    case.merge(&[]).ok();
+    let run = case.merge(&[]).ok();
+    assert!(run.stdout.contains("nothing to do"), "{}", run.stdout);
+    case.change_adapter(|mut tensor| {
+        tensor.data[0] ^= 1;
+        Some(tensor)
+    });
+    case.merge(&[]).fails(3, &["adapter_model.safetensors", "its content has changed", "--force"]);
+    case.merge(&["--force"]).ok();
+}
+
+#[test]
+fn the_manifest_has_base_and_adapter_hashed_and_what_was_merged_into_what() {
+    let case = Case::new("experts");
+    case.merge(&[]).ok();
+    let manifest = case.json("merged/prequant.json");
+    assert_eq!(manifest["recipe"], json!({"unquantized": true, "max_shard_size": 5_000_000_000_u64}));
+    let adapter = &manifest["source"]["adapter"];
+    assert_eq!(adapter["file"]["name"], "adapter_model.safetensors");
+    for hash in [&adapter["config_sha256"], &adapter["file"]["sha256"], &manifest["source"]["files"][0]["sha256"]] {
+        assert_eq!(hash.as_str().map(str::len), Some(64), "{hash}");
+    }
+    assert!(adapter.get("decoded_from").is_none());
+    let tensors = manifest["tensors"].as_array().unwrap();
+    let names = |tensor: &serde_json::Value, key: &str| -> Vec<String> {
+        let list = tensor[key].as_array().into_iter().flatten();
+        list.map(|source| source["name"].as_str().unwrap().to_owned()).collect()
+    };
+    let down = "model.layers.0.mlp.experts.3.down_proj.weight";
+    let record = tensors.iter().find(|tensor| tensor["outputs"][0]["name"] == down).unwrap();
+    assert_eq!((record["reason"].as_str(), names(record, "sources")), (Some("merged"), vec![down.to_owned()]));
+    let prefix = "base_model.model.model.layers.0.mlp.experts.lora_";
+    let mut factors = names(record, "adapter");
+    factors.sort();
+    assert_eq!(factors, [format!("{prefix}A.weight"), format!("{prefix}B.weight")]);
+    let norm = tensors.iter().find(|tensor| tensor["outputs"][0]["name"] == "model.norm.weight").unwrap();
+    assert_eq!((norm["reason"].as_str(), norm.get("adapter")), (Some("copied"), None));
+}
+
+#[test]
+fn a_merged_checkpoint_is_verified_and_merged_again_to_compare() {
+    for flags in [&[][..], &["--format", "nf4"], &["--format", "int4", "--group-size", "channel"]] {
+        let case = Case::new("experts");
+        case.merge(flags).ok();
+        let verify = |more: &[&str]| {
+            let more = more.iter().map(|path| if path.starts_with("--") { path.into() } else { case.path(path) });
+            Run::of(prequant("verify").arg(case.path("merged")).args(more))
+        };
+        verify(&[]).ok();
+        verify(&["--against", "base", "adapter"]).ok();
+        verify(&["--against", "base"]).fails(3, &["give base and adapter"]);
+        case.change_adapter(|mut tensor| {
+            tensor.data[1] ^= 0x40;
+            Some(tensor)
+        });
+        let run = verify(&["--against", "base", "adapter"]);
+        assert_eq!(run.code, 1, "{flags:?} {} {}", run.stdout, run.stderr);
+        assert!(run.stdout.contains("isn't what converting the source gives"), "{}", run.stdout);
+    }
+}
+
+#[test]
+fn what_no_adapter_was_merged_into_is_not_verified_against_one() {
+    let case = Case::new("linears");
+    Run::of(prequant("convert").args(["base", "merged"].map(|name| case.path(name)))).ok();
+    let against = ["base", "adapter"].map(|name| case.path(name));
+    let run = Run::of(prequant("verify").arg(case.path("merged")).arg("--against").args(against));
+    run.fails(3, &["no adapter was merged into it"]);
+}
+
+/// What the weights decode to is merged into, as decoding first does; the manifest says so.
+#[test]
+fn a_quantized_base_is_decoded_first_and_the_manifest_says_so() {
+    for flags in [
+        &["--format", "nf4"][..],
+        &["--format", "nf4", "--experts", "fuse", "--double-quant"],
+        &["--format", "int4", "--group-size", "channel"],
+    ] {
+        let case = Case::new("experts");
+        Run::of(prequant("convert").args(["base", "quantized"].map(|name| case.path(name))).args(flags)).ok();
+        Run::of(prequant("dequantize").args(["quantized", "decoded"].map(|name| case.path(name)))).ok();
+        let merge = |base: &str, to: &str, flags: &[&str]| {
+            let folders = [base, "adapter", to].map(|name| case.path(name));
+            Run::of(prequant("merge").args(folders).args(flags)).ok()
+        };
+        merge("quantized", "merged", &[]);
+        merge("decoded", "expected", &[]);
+        let files = |folder: &str| {
+            let mut files = contents(&case.path(folder));
+            files.retain(|name, _| !["prequant.json", "SHA256SUMS"].contains(&name.as_str()));
+            files
+        };
+        assert!(files("merged") == files("expected"), "{flags:?}");
+        let manifest = case.json("merged/prequant.json");
+        assert_eq!(manifest["source"]["adapter"]["decoded_from"], json!([flags[1]]));
+        Run::of(prequant("verify").arg(case.path("merged"))).ok();
+        merge("quantized", "again", &["--format", "nf4"]);
+        merge("decoded", "straight", &["--format", "nf4"]);
+        assert!(files("again") == files("straight"), "{flags:?}");
+        Run::of(prequant("verify").arg(case.path("again"))).ok();
+    }
+}
+
+/// A bias that goes with lora_B, and whole biases in place of the base's.
+#[test]
+fn whole_tensors_take_the_place_of_the_bases() {
+    let case = Case::new("conv1d");
+    let bias = "transformer.h.1.mlp.c_fc.bias";
+    let (dtype, shape, _) = case.tensors("base")[bias].clone();
+    let new = Tensor::random("bias", safetensors::Dtype::F32, &shape);
+    let name = format!("base_model.model.{}", bias.replace("c_fc.", "c_fc.base_layer."));
+    let data = new.data.clone();
+    let mut tensors: Vec<Tensor> = case
+        .tensors("adapter")
+        .into_iter()
+        .map(|(name, (dtype, shape, data))| Tensor::new(&name, dtype, &shape, data))
+        .collect();
+    tensors.push(Tensor { name, ..new });
+    fs::write(case.path("adapter/adapter_model.safetensors"), crate::serialize(&tensors)).unwrap();
+    case.merge(&[]).ok();
+    let values = data.chunks(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap()));
+    let expected: Vec<u8> = values.flat_map(|value| half::bf16::from_f32(value).to_le_bytes()).collect();
+    assert_eq!(case.tensors("merged")[bias], (dtype, shape, expected));
+}
