@@ -39,7 +39,9 @@ pub fn plan(
     let inputs = Plan::unwrapped(&source, inputs);
     let (inputs, of_adapter) = adapter::merge(&source, inputs, &adapter, source.files.len())?;
     add(&mut source, adapter, decoded_from)?;
-    let mut plan = Plan::decoded(&source, Recipe::floats(recipe.max_shard_size), inputs, config)?;
+    // The order of tensors that are converted is that of merging without options.
+    let floats = if recipe.quantizes() { Recipe::floats(Recipe::default().max_shard_size) } else { recipe.clone() };
+    let mut plan = Plan::decoded(&source, floats, inputs, config)?;
     plan.warnings.extend(warnings.into_iter().chain(of_adapter));
     if recipe.quantizes() {
         plan = quantized(&source, plan, recipe)?;

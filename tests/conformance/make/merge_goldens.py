@@ -106,7 +106,7 @@ CASES = {
     ),
     "gpt-oss": Case(
         "gpt_oss",
-        TEXT | {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
+        TEXT | {"intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
         {"r": 2, "target_modules": ["q_proj"], "target_parameters": EXPERTS},
     ),
     "granite": Case(
