@@ -384,3 +384,139 @@ impl AdapterTensor {
         Err(Error::Adapter { path: self.path.to_path_buf(), why })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::kernel::Kernel;
+
+    const EXPERTS: u64 = 3;
+    const RANK: u64 = 2;
+    const ROWS: u64 = 7;
+    const COLUMNS: u64 = 5;
+
+    /// A small number for each element of each file.
+    fn number(file: usize, element: u64) -> f32 {
+        let mixed = (element + 1000 * file as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48;
+        mixed as f32 / 32768.0 - 1.0
+    }
+
+    /// File 0 holds the experts' matrices in bf16, file 1 their A in f32, file 2 their B in bf16.
+    fn fetch(span: Span, into: &mut [u8]) -> Result<()> {
+        let size = if span.file == 1 { 4 } else { 2 };
+        for (i, element) in into.chunks_mut(size).enumerate() {
+            let value = number(span.file, span.offset / size as u64 + i as u64);
+            match size {
+                4 => element.copy_from_slice(&value.to_le_bytes()),
+                _ => element.copy_from_slice(&bf16::from_f32(value).to_le_bytes()),
+            }
+        }
+        Ok(())
+    }
+
+    fn tensor(file: usize, elements: u64, dtype: FloatDtype) -> Arc<AdapterTensor> {
+        let place = Span { file, tensor: 0, offset: 0, len: elements * dtype.size() as u64 };
+        Arc::new(AdapterTensor { name: format!("tensor {file}"), path: Path::new("adapter").into(), place, dtype })
+    }
+
+    /// All experts' matrices, each with its product.
+    fn experts() -> Read {
+        let a = tensor(1, RANK * EXPERTS * COLUMNS, FloatDtype::Float32);
+        let b = tensor(2, ROWS * RANK * EXPERTS, FloatDtype::Bfloat16);
+        let len = ROWS * COLUMNS * 2;
+        let matrices = Read::Bytes(Span { file: 0, tensor: 0, offset: 0, len: EXPERTS * len });
+        Read::concat((0..EXPERTS).map(|expert| {
+            let left = Factor { tensor: b.clone(), first: expert, step: RANK * EXPERTS, rank_step: EXPERTS };
+            let right = Factor { tensor: a.clone(), first: expert * RANK * COLUMNS, step: 1, rank_step: COLUMNS };
+            let product = Product { rows: ROWS, columns: COLUMNS, rank: RANK, left, right: Some(right), scaling: 0.3 };
+            matrices.slice(expert, EXPERTS).with_product(FloatDtype::Bfloat16, product)
+        }))
+    }
+
+    /// An element of an expert's matrix, as its definition has it.
+    fn element(expert: u64, row: u64, column: u64) -> [u8; 2] {
+        let base = bf16::from_f32(number(0, (expert * ROWS + row) * COLUMNS + column)).to_f64();
+        let mut sum = 0.0;
+        for k in 0..RANK {
+            let b = bf16::from_f32(number(2, (row * RANK + k) * EXPERTS + expert)).to_f64();
+            sum += b * f64::from(number(1, (expert * RANK + k) * COLUMNS + column));
+        }
+        let mut bytes = [0; 2];
+        narrow(FloatDtype::Bfloat16, &[base + sum * 0.3], &mut bytes);
+        bytes
+    }
+
+    fn evaluate(read: &Read, offset: u64, len: u64) -> Vec<u8> {
+        let mut bytes = vec![0; len as usize];
+        Evaluator::new(Kernel::detect()).read(read, offset, &mut bytes, &mut fetch).unwrap();
+        bytes
+    }
+
+    fn whole() -> Vec<u8> {
+        let all = (0..EXPERTS).flat_map(|expert| (0..ROWS).map(move |row| (expert, row)));
+        all.flat_map(|(expert, row)| (0..COLUMNS).flat_map(move |column| element(expert, row, column))).collect()
+    }
+
+    #[test]
+    fn each_experts_factors_are_found_in_tensors_of_all_experts() {
+        assert_eq!(evaluate(&experts(), 0, EXPERTS * ROWS * COLUMNS * 2), whole());
+        let mut names: Vec<String> = experts().adapters().map(|tensor| tensor.name.clone()).collect();
+        names.dedup();
+        assert_eq!(names.len(), 2 * EXPERTS as usize);
+        assert!(experts().spans().all(|span| span.file == 0));
+    }
+
+    #[test]
+    fn rows_and_transposes_are_products_themselves() {
+        let matrix = experts().slice(1, EXPERTS);
+        let row = COLUMNS * 2;
+        let odd = matrix.rows(row, 1, 2, 3);
+        assert!(matches!(odd, Read::Adapted(_)), "{odd:?}");
+        let expected: Vec<u8> =
+            [1, 3, 5].iter().flat_map(|&r| (0..COLUMNS).flat_map(move |c| element(1, r, c))).collect();
+        assert_eq!(evaluate(&odd, 0, odd.len()), expected);
+        let transposed = matrix.transposed([ROWS, COLUMNS], 2);
+        assert!(matches!(transposed, Read::Adapted(_)), "{transposed:?}");
+        let expected: Vec<u8> = (0..COLUMNS).flat_map(|c| (0..ROWS).flat_map(move |r| element(1, r, c))).collect();
+        assert_eq!(evaluate(&transposed, 0, transposed.len()), expected);
+        let columns = transposed.rows(ROWS * 2, 1, 3, 2);
+        let expected: Vec<u8> = [1, 4].iter().flat_map(|&c| (0..ROWS).flat_map(move |r| element(1, r, c))).collect();
+        assert_eq!(evaluate(&columns, 0, columns.len()), expected);
+    }
+
+    #[test]
+    fn large_ranks_are_worked_on_in_pieces() {
+        let (rows, columns, rank) = (9, 70, 3000);
+        let a = tensor(1, rank * columns, FloatDtype::Float32);
+        let b = tensor(2, rows * rank, FloatDtype::Bfloat16);
+        let left = Factor { tensor: b, first: 0, step: rank, rank_step: 1 };
+        let right = Some(Factor { tensor: a, first: 0, step: 1, rank_step: columns });
+        let product = Product { rows, columns, rank, left, right, scaling: 0.01 };
+        let base = Read::Bytes(Span { file: 0, tensor: 0, offset: 0, len: rows * columns * 2 });
+        let read = base.with_product(FloatDtype::Bfloat16, product);
+        let found = evaluate(&read, 0, read.len());
+        for (place, found) in (0..).zip(found.chunks(2)) {
+            let (row, column) = (place / columns, place % columns);
+            let mut sum = 0.0;
+            for k in 0..rank {
+                let b = bf16::from_f32(number(2, row * rank + k)).to_f64();
+                sum += b * f64::from(number(1, k * columns + column));
+            }
+            let mut expected = [0; 2];
+            narrow(FloatDtype::Bfloat16, &[bf16::from_f32(number(0, place)).to_f64() + sum * 0.01], &mut expected);
+            assert_eq!(found, expected, "{row} {column}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_run_of_elements_is_that_of_the_whole(first in 0u64..104, count in 0u64..105) {
+            let count = count.min(EXPERTS * ROWS * COLUMNS - first);
+            let found = evaluate(&experts(), first * 2, count * 2);
+            prop_assert_eq!(found, &whole()[first as usize * 2..][..count as usize * 2]);
+        }
+    }
+}
