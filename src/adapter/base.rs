@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use crate::checkpoint::Source;
+use crate::dtype::FloatDtype;
 use crate::models::experts::{ExpertParameter, Fusion, Shape};
 use crate::models::facts::{Facts, Kind};
 use crate::models::families::families;
@@ -118,6 +119,16 @@ impl<'a> Base<'a> {
             (Some(pieces), _) => Some(Found::Pieces(pieces)),
             (None, Some(number)) => Some(Found::Tensor(*number)),
             (None, None) => None,
+        }
+    }
+
+    /// # Errors
+    /// When a tensor isn't one of floats, which alone can be merged into.
+    pub(super) fn check_is_a_float(&self, number: usize) -> Result<(), String> {
+        let input = &self.inputs[number];
+        match FloatDtype::of(input.dtype) {
+            Some(_) => Ok(()),
+            None => Err(format!("{:?} of the base is {}; expected BF16, F16 or F32", input.name, input.dtype)),
         }
     }
 

@@ -7,7 +7,8 @@ use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
-use super::base::{Base, Found, NotFound, Piece};
+use super::base::{Base, Found, NotFound};
+use super::parameter::Parameter;
 use super::tensors::{Kind, Pair, Tensors};
 use super::{Adapter, experts};
 use crate::checkpoint::Source;
@@ -86,29 +87,6 @@ struct Merging<'a> {
     replaced: BTreeSet<usize>,
 }
 
-/// A parameter of all experts, as the model has it.
-struct Parameter {
-    /// Its full name.
-    name: String,
-    experts: u64,
-    /// Of each expert's matrix.
-    rows: u64,
-    columns: u64,
-    pieces: Vec<Part>,
-}
-
-/// Where a part of the parameter is.
-struct Part {
-    input: usize,
-    /// The expert whose it is; all experts' if none.
-    expert: Option<u64>,
-    /// The first row of each expert's matrix that is in it, and how many are.
-    first_row: u64,
-    rows: u64,
-    /// Whether it has rows and columns exchanged.
-    transposed: bool,
-}
-
 impl<'a> Merging<'a> {
     fn new(source: &'a Source, inputs: &'a [Input], adapter: &'a Adapter, file: usize) -> Merging<'a> {
         let model_types = source.config.as_ref().map(|config| config.model_types()).unwrap_or_default();
@@ -154,7 +132,7 @@ impl<'a> Merging<'a> {
             }
             Err(NotFound(why)) => return Err(self.error(for_tensor, why)),
         };
-        self.check_is_a_float(found, for_tensor)?;
+        self.base.check_is_a_float(found).map_err(|why| self.error(for_tensor, why))?;
         if is_elsewhere {
             self.told_elsewhere(name, &self.base.inputs[found].name.clone());
         }
@@ -168,17 +146,6 @@ impl<'a> Merging<'a> {
                 "the adapter's names begin otherwise than the base's: {name:?} is taken for {base:?}, and others likewise"
             );
             self.warnings.push(what.into());
-        }
-    }
-
-    fn check_is_a_float(&self, input: usize, for_tensor: usize) -> Result<()> {
-        let input = &self.base.inputs[input];
-        match FloatDtype::of(input.dtype) {
-            Some(_) => Ok(()),
-            None => {
-                let why = format!("{:?} of the base is {}; expected BF16, F16 or F32", input.name, input.dtype);
-                Err(self.error(for_tensor, why))
-            }
         }
     }
 
@@ -256,10 +223,8 @@ impl<'a> Merging<'a> {
         let mut names: Vec<String> = Vec::new();
         for own in self.adapter.config.target_names() {
             let full = format!("{module}.{own}");
-            if self.adapter.config.targets(&full)
-                && self.base.find(&full).is_ok()
-                && !names.iter().any(|name| name == own)
-            {
+            let is_targeted = self.adapter.config.targets(&full) && self.base.find(&full).is_ok();
+            if is_targeted && !names.iter().any(|name| name == own) {
                 names.push(own.to_owned());
             }
         }
@@ -338,88 +303,14 @@ impl<'a> Merging<'a> {
     /// A parameter of the model, put together from what the base has of it.
     fn parameter(&mut self, name: &str, for_tensor: usize) -> Result<Parameter> {
         let (found, is_elsewhere) = match self.base.find(name) {
-            Ok((Found::Tensor(number), is_elsewhere)) => (Err(number), is_elsewhere),
-            Ok((Found::Pieces(pieces), is_elsewhere)) => (Ok(pieces.to_vec()), is_elsewhere),
+            Ok((found, is_elsewhere)) => (Parameter::of(&self.base, name, &found), is_elsewhere),
             Err(NotFound(why)) => return Err(self.error(for_tensor, why)),
         };
-        let first = found.as_ref().map_or_else(|number| *number, |pieces| pieces[0].input);
+        let parameter = found.map_err(|why| self.error(for_tensor, why))?;
         if is_elsewhere {
-            self.told_elsewhere(name, &self.base.inputs[first].name.clone());
+            self.told_elsewhere(name, &self.base.inputs[parameter.parts[0].input].name.clone());
         }
-        match found {
-            Err(number) => self.whole(name, number, for_tensor),
-            Ok(pieces) => self.of_pieces(name, &pieces, for_tensor),
-        }
-    }
-
-    /// A parameter that the base has as the model does.
-    fn whole(&self, name: &str, number: usize, for_tensor: usize) -> Result<Parameter> {
-        self.check_is_a_float(number, for_tensor)?;
-        let input = &self.base.inputs[number];
-        let (experts, rows, columns) = match input.shape[..] {
-            [experts, rows, columns] => (experts, rows, columns),
-            [rows, columns] => (1, rows, columns),
-            _ => {
-                return Err(
-                    self.error(for_tensor, format!("{:?} of the base has the shape {:?}", input.name, input.shape))
-                );
-            }
-        };
-        let expert = (input.shape.len() == 2).then_some(0);
-        let part = Part { input: number, expert, first_row: 0, rows, transposed: false };
-        Ok(Parameter { name: name.to_owned(), experts, rows, columns, pieces: vec![part] })
-    }
-
-    /// A parameter that the base has in other tensors: one for each expert and matrix, or one of all experts for each matrix.
-    fn of_pieces(&self, name: &str, pieces: &[Piece], for_tensor: usize) -> Result<Parameter> {
-        let wrong = |piece: &Piece, why: String| {
-            let tensor = &self.base.inputs[piece.input].name;
-            Err(self.error(for_tensor, format!("{tensor:?}, of which the base's {name:?} is made: {why}")))
-        };
-        let mut experts = 0;
-        let mut matrices: Vec<Option<[u64; 2]>> = Vec::new();
-        let mut parts = Vec::new();
-        for piece in pieces {
-            self.check_is_a_float(piece.input, for_tensor)?;
-            let shape = &self.base.inputs[piece.input].shape;
-            let transposed = match piece.transposed_unless {
-                Some(expected) => match expected.is_transposed(self.base.source.config.as_ref(), shape) {
-                    Ok(transposed) => transposed,
-                    Err(why) => return wrong(piece, why),
-                },
-                None => false,
-            };
-            let matrix = match (piece.expert, &shape[..]) {
-                (Some(_), &[rows, columns]) => [rows, columns],
-                (None, &[_, columns, rows]) if transposed => [rows, columns],
-                (None, &[_, rows, columns]) => [rows, columns],
-                _ => return wrong(piece, format!("its shape is {shape:?}")),
-            };
-            experts = experts.max(piece.expert.map_or(shape[0], |expert| expert as u64 + 1));
-            matrices.resize(matrices.len().max(piece.which + 1), None);
-            match matrices[piece.which].replace(matrix) {
-                Some(other) if other != matrix => {
-                    return wrong(piece, format!("its shape is {shape:?}, and other experts' {other:?}"));
-                }
-                _ => {}
-            }
-            let expert = piece.expert.map(|expert| expert as u64);
-            parts.push((piece.which, Part { input: piece.input, expert, first_row: 0, rows: matrix[0], transposed }));
-        }
-        let count: u64 = parts.iter().map(|(_, part)| if part.expert.is_some() { 1 } else { experts }).sum();
-        let whole = matrices.iter().copied().collect::<Option<Vec<_>>>().unwrap_or_default();
-        let columns = whole.first().map_or(0, |matrix| matrix[1]);
-        if whole.is_empty() || count != experts * whole.len() as u64 || whole.iter().any(|matrix| matrix[1] != columns)
-        {
-            let why = format!("{count} matrices of {experts} experts are there, or they don't fit each other");
-            return wrong(&pieces[0], why);
-        }
-        for (which, part) in &mut parts {
-            part.first_row = whole[..*which].iter().map(|matrix| matrix[0]).sum();
-        }
-        let rows = whole.iter().map(|matrix| matrix[0]).sum();
-        let pieces = parts.into_iter().map(|(_, part)| part).collect();
-        Ok(Parameter { name: name.to_owned(), experts, rows, columns, pieces })
+        Ok(parameter)
     }
 
     /// The products of all experts' factors, each added where the base has that expert.
@@ -430,7 +321,7 @@ impl<'a> Merging<'a> {
         let (a, b) = (self.tensor(pair.a)?, self.tensor(pair.b)?);
         let ranks = rank * parameter.experts;
         let has_inputs_in_rows = self.has_inputs_in_rows(parameter);
-        for part in &parameter.pieces {
+        for part in &parameter.parts {
             let of = part.expert.map_or(0..parameter.experts, |expert| expert..expert + 1);
             for expert in of {
                 let a = Factor { tensor: a.clone(), first: expert * rank * inner, step: 1, rank_step: inner };

@@ -7,6 +7,7 @@ mod base;
 mod config;
 mod experts;
 mod merge;
+mod parameter;
 mod tensors;
 
 use crate::checkpoint::SourceFile;

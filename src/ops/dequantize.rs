@@ -173,11 +173,8 @@ impl Dequantization {
 }
 
 fn nothing_decodes(source: &Source) -> Error {
-    let why = format!(
-        "it has no {MANIFEST_NAME}, and none of its weights is quantized: give a checkpoint that prequant converted, or one that is \
-         quantized in a format it reads"
-    );
-    Error::NotACheckpoint { path: source.location.path().to_owned(), why }
+    let why = "none of its weights is quantized: give a checkpoint that prequant converted, or one that is quantized in a format it reads";
+    Error::NotACheckpoint { path: source.location.path().to_owned(), why: why.to_owned() }
 }
 
 /// Every tensor of the manifest, decoded; experts that were fused are so again. Also whether some can't be.

@@ -22,6 +22,9 @@ use crate::plan::{Plan, PlannedTensor, source_quantization};
 use crate::recipe::{ExpertLayout, Recipe};
 use crate::store::Location;
 
+/// Bytes for each tensor that planning a merge takes beside the plan, by estimate.
+const MERGING_PER_TENSOR: u64 = 1536;
+
 /// The length of rows, before it is known.
 const LIKELY_COLUMNS: u64 = 4096;
 
@@ -127,8 +130,12 @@ impl Conversion {
         let device = choose(opening, &plan, options.threads)?;
         let beside = match &origin {
             Origin::Relaid(relayout) => relayout.held_len(),
-            Origin::Merged { base: Some(manifest) } => manifest.held_len(),
-            Origin::Plain | Origin::Merged { base: None } => 0,
+            Origin::Merged { base } => {
+                // Names that adapters have for tensors, and the plan of the floats that are quantized.
+                let planning = MERGING_PER_TENSOR * source.tensors().count() as u64;
+                planning + base.as_ref().map_or(0, |manifest| manifest.held_len())
+            }
+            Origin::Plain => 0,
         };
         let budget = Budget::new(&plan, options.limits(&source, beside), &*device.backend)?;
         if budget.lanes.is_some() {

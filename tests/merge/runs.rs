@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use prequant::{Options, Progress, Recipe, plan_merge};
 use serde_json::json;
@@ -41,6 +42,30 @@ fn a_stopped_merge_is_resumed_to_the_same_bytes() {
     case.merge_to("at-once", &["--max-shard-size", "10kB"]).ok();
     assert!(contents(&case.path("merged")) == contents(&case.path("at-once")));
     assert_same(&case.tensors("merged"), &case.expected(), "resumed");
+}
+
+/// Killed after more and more time, wherever that is, until one comes to its end.
+#[test]
+fn a_killed_merge_comes_to_the_same_bytes() {
+    let case = Case::new("experts");
+    let flags = ["--max-shard-size", "3kB"];
+    case.merge_to("at-once", &flags).ok();
+    let expected = contents(&case.path("at-once"));
+    let mut killed = 0;
+    for time in (5..).step_by(5) {
+        let folders = ["base", "adapter", "merged"].map(|name| case.path(name));
+        let mut command = prequant("merge");
+        let mut child = command.args(folders).args(flags).arg("--quiet").spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(time));
+        child.kill().unwrap();
+        match child.wait().unwrap().success() {
+            true => break,
+            false => killed += 1,
+        }
+        assert!(!case.path("merged/config.json").exists() || case.path("merged/prequant.json").exists());
+    }
+    assert!(killed > 0);
+    assert!(contents(&case.path("merged")) == expected);
 }
 
 #[test]
@@ -185,4 +210,46 @@ fn whole_tensors_take_the_place_of_the_bases() {
     let values = data.chunks(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap()));
     let expected: Vec<u8> = values.flat_map(|value| half::bf16::from_f32(value).to_le_bytes()).collect();
     assert_eq!(case.tensors("merged")[bias], (dtype, shape, expected));
+}
+
+#[test]
+fn json_tells_what_was_merged_and_help_every_option() {
+    let case = Case::new("linears");
+    let run = case.merge(&["--json"]).ok();
+    let answer: serde_json::Value = serde_json::from_str(&run.stdout).unwrap();
+    assert_eq!((&answer["recipe"]["unquantized"], &answer["summary"]["kept_tensors"]), (&json!(true), &json!(21)));
+    let help = Run::of(prequant("merge").arg("--help")).ok().stdout;
+    for option in ["BASE", "ADAPTER", "--format", "--experts", "--include", "--max-shard-size", "--memory", "--device"]
+    {
+        assert!(help.contains(option), "no {option} in {help}");
+    }
+    // Floats have no error to tell of, and nothing that is left unquantized.
+    let said = case.merge_to("said", &[]).ok();
+    assert!(
+        !said.stderr.contains("aren't quantized") && !said.stdout.contains("SNR"),
+        "{} {}",
+        said.stderr,
+        said.stdout
+    );
+    assert!(said.stdout.contains("21 tensors, 12 merged"), "{}", said.stdout);
+}
+
+/// A decoded checkpoint has nothing that decodes, and a merged one's experts can't be rewritten.
+#[test]
+fn what_was_merged_is_a_source_like_any_other() {
+    let case = Case::new("experts");
+    case.merge(&[]).ok();
+    let folders = ["merged", "out"].map(|name| case.path(name));
+    Run::of(prequant("dequantize").args(&folders)).fails(3, &["none of its weights is quantized"]);
+    Run::of(prequant("convert").args(&folders).args(["--format", "int4", "--group-size", "channel"])).ok();
+    Run::of(prequant("verify").arg(case.path("out")).arg("--against").arg(case.path("merged"))).ok();
+    let run = Run::of(prequant("inspect").arg(case.path("merged"))).ok();
+    assert!(run.stdout.contains("qwen3_moe"), "{}", run.stdout);
+
+    case.merge_to("nf4", &["--format", "nf4"]).ok();
+    let relaid =
+        Run::of(prequant("convert").args(["nf4", "relaid"].map(|name| case.path(name))).args(["--experts", "fuse"]));
+    relaid.fails(3, &["an adapter was merged into it", "merge base and adapter again"]);
+    Run::of(prequant("dequantize").args(["nf4", "decoded"].map(|name| case.path(name)))).ok();
+    assert!(case.tensors("decoded").keys().eq(case.tensors("base").keys()));
 }
