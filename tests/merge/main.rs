@@ -18,7 +18,7 @@ use tempfile::TempDir;
 use support::{Run, Stored, Tensor, contents, goldens, read_tensors, serialize};
 
 /// The cases of `fixtures/merge-goldens`.
-const CASES: [&str; 10] = [
+const CASES: [&str; 11] = [
     "conv1d",
     "embedding",
     "experts",
@@ -28,6 +28,7 @@ const CASES: [&str; 10] = [
     "linears",
     "mixtral",
     "one-parameter",
+    "renamed",
     "rslora",
 ];
 

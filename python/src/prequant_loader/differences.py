@@ -178,7 +178,9 @@ class Differences:
         except (ValueError, AttributeError):
             return self._differ(CONFIG, "not a model's config")
         if manifest.format is None:
-            return self._differ(CONFIG, "has a quantization_config, and nothing is quantized") if found is not None else None
+            if found is not None:
+                self._differ(CONFIG, "has a quantization_config, and nothing is quantized")
+            return None
         if not isinstance(found, dict):
             return self._differ(CONFIG, "has no quantization_config")
         try:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 DTYPES = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
 
@@ -55,6 +55,7 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     adapter_dtype: torch.dtype = torch.float32
     save: dict[str, Any] = field(default_factory=dict)
+    auto: Any = AutoModelForCausalLM
 
 
 def moe(**more: Any) -> dict[str, Any]:
@@ -109,6 +110,16 @@ CASES = {
         TEXT | {"intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
         {"r": 2, "target_modules": ["q_proj"], "target_parameters": EXPERTS},
     ),
+    "renamed": Case(
+        "qwen2_vl",
+        {
+            "text_config": TEXT | {"num_hidden_layers": 1, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
+            "vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4},
+            "tie_word_embeddings": False,
+        },
+        {"r": 2, "target_modules": ["q_proj", "down_proj", "qkv"]},
+        auto=AutoModelForImageTextToText,
+    ),
     "granite": Case(
         "granitemoe",
         TEXT | {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -144,7 +155,7 @@ def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def base_of(name: str, case: Case, folder: Path) -> None:
     """Saves the model with weights of its own."""
     config = AutoConfig.for_model(case.model_type, **case.config)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = case.auto.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter, value in model.named_parameters():
             value.copy_(numbers(f"{name} {parameter}", value.shape, 0.05))
@@ -156,7 +167,7 @@ def base_of(name: str, case: Case, folder: Path) -> None:
 
 def adapter_of(name: str, case: Case, base: Path, folder: Path) -> None:
     """Saves the adapter with tensors of its own, in its own dtype."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = case.auto.from_pretrained(base, dtype=torch.float32)
     model.name_or_path = model.config._name_or_path = ""
     model = get_peft_model(model, LoraConfig(**case.lora))
     model.save_pretrained(folder)
@@ -172,9 +183,9 @@ def adapter_of(name: str, case: Case, base: Path, folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def merged(base: Path, adapter: Path, dtype: torch.dtype) -> torch.nn.Module:
+def merged(case: Case, base: Path, adapter: Path, dtype: torch.dtype) -> torch.nn.Module:
     """The model that PEFT gives, in `dtype`."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    model = case.auto.from_pretrained(base, dtype=dtype)
     model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)
     for parameter in model.parameters():
         assert parameter.dtype == dtype, parameter.dtype
@@ -186,9 +197,9 @@ def make_case(name: str, case: Case, folder: Path) -> None:
     base, adapter, saved = folder / "base", folder / "adapter", folder / "saved"
     base_of(name, case, base)
     adapter_of(name, case, base, adapter)
-    model, single = merged(base, adapter, torch.float64), merged(base, adapter, torch.float32)
+    model, single = merged(case, base, adapter, torch.float64), merged(case, base, adapter, torch.float32)
     changed = 0
-    original = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).state_dict()
+    original = case.auto.from_pretrained(base, dtype=torch.float64).state_dict()
     for (key, value), other in zip(model.named_parameters(), single.parameters(), strict=True):
         # Rounding may be to the other side, and no further.
         near = 2.0 ** (1 - DTYPES[case.dtype])
