@@ -173,8 +173,11 @@ impl Dequantization {
 }
 
 fn nothing_decodes(source: &Source) -> Error {
-    let why = "none of its weights is quantized: give a checkpoint that prequant converted, or one that is quantized in a format it reads";
-    Error::NotACheckpoint { path: source.location.path().to_owned(), why: why.to_owned() }
+    let why = format!(
+        "none of its weights is quantized: give a checkpoint that prequant converted, with its {MANIFEST_NAME}, or one that is \
+         quantized in a format it reads"
+    );
+    Error::NotACheckpoint { path: source.location.path().to_owned(), why }
 }
 
 /// Every tensor of the manifest, decoded; experts that were fused are so again. Also whether some can't be.
