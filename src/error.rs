@@ -130,6 +130,14 @@ pub enum Error {
         /// What to do about it, if a choice helps.
         hint: Option<Hint>,
     },
+    /// An adapter that can't be merged, or not into this base.
+    #[error("{}: {why}", path.display())]
+    Adapter {
+        /// The file at fault.
+        path: PathBuf,
+        /// The tensor or the setting, what was found, what was expected, what to do.
+        why: String,
+    },
     /// An option that the format doesn't have, or that another one excludes.
     #[error("{setting}{} {why}", value.map(|value| format!(" {value}")).unwrap_or_default())]
     Options {
@@ -301,6 +309,7 @@ impl Error {
             Error::NonFinite { .. } => ErrorKind::NonFinite,
             Error::Pattern { .. } => ErrorKind::Pattern,
             Error::Experts { .. } => ErrorKind::Experts,
+            Error::Adapter { .. } => ErrorKind::Adapter,
             Error::Options { .. } => ErrorKind::Options,
             Error::NothingToQuantize { .. } => ErrorKind::NothingToQuantize,
             Error::AmbiguousSkipEntry { .. } => ErrorKind::AmbiguousSkipEntry,
@@ -343,6 +352,7 @@ impl Error {
             | Error::Memory { hint, .. } => hint.iter().copied().collect(),
             Error::SourceMissing { .. }
             | Error::NotACheckpoint { .. }
+            | Error::Adapter { .. }
             | Error::AmbiguousSkipEntry { .. }
             | Error::DeviceMemory { .. }
             | Error::NoSpace { .. }
@@ -391,6 +401,8 @@ pub enum ErrorKind {
     Pattern,
     /// See [`Error::Experts`].
     Experts,
+    /// See [`Error::Adapter`].
+    Adapter,
     /// See [`Error::Options`].
     Options,
     /// See [`Error::NothingToQuantize`].
@@ -441,6 +453,7 @@ impl ErrorKind {
             ErrorKind::NonFinite => "non_finite",
             ErrorKind::Pattern => "pattern",
             ErrorKind::Experts => "experts",
+            ErrorKind::Adapter => "adapter",
             ErrorKind::Options => "options",
             ErrorKind::NothingToQuantize => "nothing_to_quantize",
             ErrorKind::AmbiguousSkipEntry => "ambiguous_skip_entry",

@@ -54,6 +54,9 @@ pub mod ops {
     pub mod dequantize {
         pub use crate::ops::dequantize::plan;
     }
+    pub mod merge {
+        pub use crate::ops::merge::plan;
+    }
     pub mod quantize {
         pub use crate::ops::quantize::plan;
     }

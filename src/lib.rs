@@ -20,7 +20,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Other ways in: [`plan_dequantize`] decodes a converted checkpoint, [`verify_against`] converts a source again and compares every
+//! Other ways in: [`plan_merge`] merges an adapter, [`plan_dequantize`] decodes a converted checkpoint, [`verify_against`] converts a source again and compares every
 //! byte, [`inspect`] lists the weights of any checkpoint, and [`Manifest`] is what a conversion writes down of itself. An [`Error`]
 //! says what was found and what was expected, and carries ways out as [`Hint`]s.
 //!
@@ -41,6 +41,7 @@
 //! ```
 #![deny(unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
 
+mod adapter;
 mod backend;
 mod checkpoint;
 mod converted;
@@ -72,8 +73,8 @@ pub use dtype::{Dtype, FloatDtype};
 pub use error::{Error, ErrorKind, Hint, Result, Setting, Warning};
 pub use format::{BlockSize, FORMATS, FormatSpec, GroupSize, Layout, QuantStorage};
 pub use manifest::{
-    DecisionRecord, FileRecord, LeftOutRecord, Manifest, ManifestHead, NotHeld, OutputRecord, SourceFileRecord,
-    SourceRecord, SourceTensorRecord, Summary, TensorRecord, Tool,
+    AdapterRecord, DecisionRecord, FileRecord, LeftOutRecord, Manifest, ManifestHead, NotHeld, OutputRecord,
+    SourceFileRecord, SourceRecord, SourceTensorRecord, Summary, TensorRecord, Tool,
 };
 pub use models::Role;
 pub use ops::dequantize::Dequantization;
@@ -110,6 +111,20 @@ pub fn plan_dequantize(source: impl AsRef<Path>, max_shard_size: u64, options: O
     ops::dequantize::plan(source.as_ref(), max_shard_size, options)
 }
 
+/// Opens a base and an adapter and plans merging them; reads headers and configs only, and writes nothing. What is written are floats
+/// ([`Recipe::floats`]), or what converting these by another recipe gives.
+///
+/// # Errors
+/// When the base is no checkpoint, the adapter can't be merged or doesn't fit it, or the recipe doesn't fit what is merged.
+pub fn plan_merge(
+    base: impl AsRef<Path>,
+    adapter: impl AsRef<Path>,
+    recipe: Recipe,
+    options: Options,
+) -> Result<Conversion> {
+    ops::merge::plan(base.as_ref(), adapter.as_ref(), recipe, options)
+}
+
 /// Checks the converted checkpoint in `folder` against its manifest.
 ///
 /// # Errors
@@ -129,6 +144,20 @@ pub fn verify_against(
     options: VerifyOptions<'_>,
 ) -> Result<Report> {
     ops::verify::against(folder.as_ref(), source.as_ref(), conversion, options)
+}
+
+/// As [`verify_against`], of a checkpoint that an adapter was merged into: merges again without writing.
+///
+/// # Errors
+/// The same, and those of [`plan_merge`].
+pub fn verify_against_merge(
+    folder: impl AsRef<Path>,
+    base: impl AsRef<Path>,
+    adapter: impl AsRef<Path>,
+    conversion: Options,
+    options: VerifyOptions<'_>,
+) -> Result<Report> {
+    ops::verify::against_merge(folder.as_ref(), base.as_ref(), adapter.as_ref(), conversion, options)
 }
 
 /// The recipe of the converted checkpoint at `path`, if that is what it is, and its experts can be rewritten.

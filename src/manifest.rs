@@ -86,6 +86,22 @@ pub struct SourceRecord {
     pub config_sha256: Option<Sha256Hash>,
     /// Its files of weights, by name.
     pub files: Vec<SourceFileRecord>,
+    /// The adapter that was merged into it, if one was.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub adapter: Option<AdapterRecord>,
+}
+
+/// An adapter that was merged into the source.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct AdapterRecord {
+    /// SHA-256 of its adapter_config.json.
+    pub config_sha256: Sha256Hash,
+    /// Its file of tensors.
+    pub file: SourceFileRecord,
+    /// The formats that weights of the source were in, if any was quantized: they were decoded, and what the adapter changes is what
+    /// they decode to, not the weights that they were quantized from.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub decoded_from: Vec<String>,
 }
 
 /// A file of the source.
@@ -149,6 +165,9 @@ pub struct Summary {
 pub struct TensorRecord {
     /// The tensors of the source that it is made of: scales of coded ones too.
     pub sources: Vec<SourceTensorRecord>,
+    /// The tensors of the adapter that were merged into it; absent if none was.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub adapter: Vec<SourceTensorRecord>,
     /// What the tensor is.
     pub role: Role,
     /// Kept or quantized.
@@ -211,6 +230,13 @@ pub struct OutputRecord {
     pub shape: Vec<u64>,
     /// SHA-256 of its bytes.
     pub sha256: Sha256Hash,
+}
+
+impl SourceRecord {
+    /// Its files of weights, and the adapter's.
+    pub(crate) fn all_files(&self) -> impl Iterator<Item = &SourceFileRecord> {
+        self.files.iter().chain(self.adapter.iter().map(|adapter| &adapter.file))
+    }
 }
 
 impl TensorRecord {

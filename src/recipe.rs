@@ -58,6 +58,8 @@ pub enum Weights {
         /// The tensors they are put in.
         layout: Layout,
     },
+    /// As floats: nothing is quantized.
+    Floats,
 }
 
 /// How experts are laid out in the output.
@@ -96,14 +98,25 @@ pub enum Guard {
 }
 
 impl Recipe {
-    /// The format.
-    pub fn format(&self) -> &'static FormatSpec {
+    /// Of a checkpoint whose weights stay floats.
+    pub fn floats(max_shard_size: u64) -> Recipe {
+        Recipe { weights: Weights::Floats, max_shard_size, ..Recipe::default() }
+    }
+
+    /// Whether something is quantized.
+    pub fn quantizes(&self) -> bool {
+        self.weights != Weights::Floats
+    }
+
+    /// The format, if something is quantized.
+    pub fn format(&self) -> Option<&'static FormatSpec> {
         match self.weights {
-            Weights::Blocks { format, .. } | Weights::Groups { format, .. } => format,
+            Weights::Blocks { format, .. } | Weights::Groups { format, .. } => Some(format),
+            Weights::Floats => None,
         }
     }
 
-    /// The part that decides a quantized tensor's bytes.
+    /// The part that decides a quantized tensor's bytes; where there is none, any.
     #[doc(hidden)]
     pub fn codec(&self) -> Codec {
         match self.weights {
@@ -113,6 +126,7 @@ impl Recipe {
             Weights::Groups { format, group_size, layout } => {
                 format.codec(CodecOptions { group_size, layout, ..CodecOptions::default() })
             }
+            Weights::Floats => NF4.codec(CodecOptions::default()),
         }
     }
 

@@ -7,14 +7,17 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Sources, convert, hub_snapshot, in_repository
+import torch
+from conftest import PREQUANT, Sources, convert, hub_snapshot, in_repository
 from mutations import apply
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import prequant_loader
@@ -38,6 +41,26 @@ def test_what_prequant_writes_is_verified(sources: Sources, layout: str) -> None
     files = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("prequant.json", "SHA256SUMS")]
     assert (verified.files, verified.size) == (len(files), sum(path.stat().st_size for path in files))
     assert prequant_loader.verify(str(folder)) == verified
+
+
+@pytest.mark.parametrize("flags", [[], ["--format", "nf4"]])
+def test_what_an_adapter_was_merged_into_is_verified(sources: Sources, tmp_path: Path, flags: list[str]) -> None:
+    base, adapter, folder = sources.source("qwen3_moe"), tmp_path / "adapter", tmp_path / "merged"
+    module = "model.layers.0.self_attn.q_proj"
+    weights = AutoModelForCausalLM.from_pretrained(base).get_parameter(f"{module}.weight")
+    rows, columns = weights.shape
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+    prefix = f"base_model.model.{module}"
+    factors = {f"{prefix}.lora_A.weight": torch.ones(2, columns), f"{prefix}.lora_B.weight": torch.ones(rows, 2)}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    subprocess.run([PREQUANT, "merge", base, adapter, folder, "--quiet", *flags], check=True)
+    assert prequant_loader.verify(folder).files > 1
+    config = json.loads((folder / "config.json").read_text())
+    if not flags:
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}}))
+        with pytest.raises(PrequantError, match="nothing is quantized"):
+            prequant_loader.verify(folder)
 
 
 def flip_last_byte(path: Path) -> None:

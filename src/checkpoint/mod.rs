@@ -38,7 +38,7 @@ pub(crate) use output::OutputFile;
 pub(crate) use parts::is_whole_model;
 pub(crate) use place::Place;
 pub(crate) use side_files::{SideFile, needs_an_index};
-pub(crate) use source::LeftOut;
+pub(crate) use source::{AdapterPart, LeftOut};
 pub use source::{Source, SourceFile};
 pub(crate) use staging::{DONE_NAME, STAGING_NAME, Staging, free_space, resolve};
 pub(crate) use weight_files::DIFFUSERS;

@@ -39,6 +39,19 @@ pub struct Source {
     pub(crate) notes: Vec<Warning>,
     /// What tensors' names have of a wrapper that the model was saved in.
     pub(crate) wrapper: Wrapper,
+    /// The adapter whose file stands behind the source's own, if one does.
+    pub(crate) adapter: Option<AdapterPart>,
+}
+
+/// An adapter that is merged into a source: the last of the source's files is its.
+#[derive(Clone, Debug)]
+pub(crate) struct AdapterPart {
+    /// Its adapter_config.json.
+    pub config: Location,
+    /// Of that file.
+    pub config_sha256: Sha256Hash,
+    /// The formats that the source's own weights are decoded from.
+    pub decoded_from: Vec<String>,
 }
 
 /// A file of the source that isn't copied, or a tensor of one.
@@ -73,7 +86,12 @@ impl Source {
     /// Files of weights without anything beside them.
     pub fn of_files(location: Location, files: Vec<SourceFile>, config: Option<Config>) -> Source {
         let (side_files, left_out, metadata, notes, wrapper) = Default::default();
-        Source { location, files, config, side_files, left_out, metadata, notes, wrapper }
+        Source { location, files, config, side_files, left_out, metadata, notes, wrapper, adapter: None }
+    }
+
+    /// Its own files of weights: not an adapter's.
+    pub(crate) fn own_files(&self) -> &[SourceFile] {
+        &self.files[..self.files.len() - usize::from(self.adapter.is_some())]
     }
 
     /// The dtype that quantized weights are decoded to where they don't say: the model's, or bf16, as transformers does.

@@ -3,7 +3,7 @@
 
 use super::{CONFIG_NAME, Source, SourceFile};
 use crate::error::{Error, IoContext, Result};
-use crate::store::{Identity, Location, hash_range};
+use crate::store::{Identity, Location, Sha256Hash, hash_range};
 
 /// What the files beside the weights are known by, at one time.
 pub(crate) struct Marks(Vec<(Location, Identity)>);
@@ -31,14 +31,22 @@ impl Source {
         for (place, then) in &marks.0 {
             check(place, then, &identity(place)?)?;
         }
-        let Some(config) = &self.config else { return Ok(()) };
-        let is_file = self.files.iter().any(|file| file.location.path() == self.location.path());
-        let place = if is_file { self.location.with_file_name(CONFIG_NAME) } else { self.location.join(CONFIG_NAME) };
-        match place.sha256().at(place.path(), "read it") {
-            Ok(now) if now == config.sha256() => Ok(()),
-            Err(error @ Error::Io { .. }) => Err(error),
-            _ => Err(changed(&place, "its content is another")),
+        if let Some(adapter) = &self.adapter {
+            check_text(&adapter.config, adapter.config_sha256)?;
         }
+        let Some(config) = &self.config else { return Ok(()) };
+        let is_file = self.own_files().iter().any(|file| file.location.path() == self.location.path());
+        let place = if is_file { self.location.with_file_name(CONFIG_NAME) } else { self.location.join(CONFIG_NAME) };
+        check_text(&place, config.sha256())
+    }
+}
+
+/// A small file must have the content that it had.
+fn check_text(place: &Location, then: Sha256Hash) -> Result<()> {
+    match place.sha256().at(place.path(), "read it") {
+        Ok(now) if now == then => Ok(()),
+        Err(error @ Error::Io { .. }) => Err(error),
+        _ => Err(changed(place, "its content is another")),
     }
 }
 

@@ -39,10 +39,11 @@ fn decisions(plan: &Plan) -> String {
     let mut text = String::new();
     let width = |of: fn(&PlannedTensor) -> usize| plan.tensors.iter().map(of).max().unwrap_or(0);
     let name_width = width(|tensor| tensor.name.len()).min(72);
-    let decision_width = plan.recipe.format().name.len().max("keep".len());
+    let format = plan.recipe.format().map_or("keep", |format| format.name);
+    let decision_width = format.len().max("keep".len());
     let shape_width = width(|tensor| format!("{:?}", tensor.shape).len());
     for tensor in &plan.tensors {
-        let decision = if tensor.is_quantized() { plan.recipe.format().name } else { "keep" };
+        let decision = if tensor.is_quantized() { format } else { "keep" };
         let (shape, dtype) = (format!("{:?}", tensor.shape), tensor.dtype.to_string());
         let decoded = if tensor.is_decoded() { " (decoded)" } else { "" };
         let _ = writeln!(

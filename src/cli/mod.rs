@@ -10,8 +10,10 @@ mod inspect;
 mod interrupt;
 mod left_out;
 mod limits;
+mod merge;
 mod output;
 mod progress;
+mod quantize;
 mod streams;
 mod summary;
 mod trace;
@@ -38,6 +40,7 @@ struct Arguments {
 enum Command {
     Convert(convert::Arguments),
     Dequantize(dequantize::Arguments),
+    Merge(merge::Arguments),
     Verify(verify::Arguments),
     Inspect(inspect::Arguments),
 }
@@ -62,6 +65,7 @@ pub fn run() -> ExitCode {
     let ran = panic::catch_unwind(|| match &arguments.command {
         Command::Convert(arguments) => convert::run(arguments),
         Command::Dequantize(arguments) => dequantize::run(arguments),
+        Command::Merge(arguments) => merge::run(arguments),
         Command::Verify(arguments) => verify::run(arguments),
         Command::Inspect(arguments) => inspect::run(arguments),
     });

@@ -138,6 +138,7 @@ fn exit_code(kind: ErrorKind) -> u8 {
         | ErrorKind::QuantStorage
         | ErrorKind::AlreadyQuantized
         | ErrorKind::Relayout
+        | ErrorKind::Adapter
         | ErrorKind::NonFinite
         | ErrorKind::Experts
         | ErrorKind::NothingToQuantize

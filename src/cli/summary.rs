@@ -53,29 +53,33 @@ impl Done<'_> {
         let read = conversion.plan.source_len();
         let carried = conversion.decisions().tensors.iter().filter(|tensor| tensor.is_carried()).count();
         let carried = if carried == 0 { String::new() } else { format!(" ({carried} carried over from the source)") };
-        let lines = [
-            format!(
-                "{}: {} in {}{carried}, {} kept; {} in {}",
-                destination.display(),
-                count(summary.quantized_tensors, "tensor"),
-                format_name(&manifest.recipe),
-                summary.kept_tensors,
-                Bytes(self.written()),
-                count(manifest.files.len() + 2, "file"),
-            ),
-            format!(
-                "{:.2} bits per quantized weight, {:.2} per weight overall; {}",
-                summary.bits_per_quantized_weight,
-                summary.bits_per_weight,
-                errors(&summary.statistics)
-            ),
-            format!(
-                "{} in {:.2} s, hashes included{}",
-                Bytes(read),
-                elapsed.as_secs_f64(),
-                rate(read, elapsed.as_secs_f64())
-            ),
-        ];
+        let written = format!("{} in {}", Bytes(self.written()), count(manifest.files.len() + 2, "file"));
+        let merged = conversion.plan.tensors.iter().filter(|tensor| tensor.is_adapted()).count();
+        let merged = if merged == 0 { String::new() } else { format!(", {merged} merged") };
+        let kept = summary.kept_tensors;
+        let mut lines = match manifest.recipe.quantizes() {
+            false => vec![format!("{}: {}{merged}; {written}", destination.display(), count(kept, "tensor"))],
+            true => vec![
+                format!(
+                    "{}: {} in {}{carried}, {kept} kept{merged}; {written}",
+                    destination.display(),
+                    count(summary.quantized_tensors, "tensor"),
+                    format_name(&manifest.recipe),
+                ),
+                format!(
+                    "{:.2} bits per quantized weight, {:.2} per weight overall; {}",
+                    summary.bits_per_quantized_weight,
+                    summary.bits_per_weight,
+                    errors(&summary.statistics)
+                ),
+            ],
+        };
+        lines.push(format!(
+            "{} in {:.2} s, hashes included{}",
+            Bytes(read),
+            elapsed.as_secs_f64(),
+            rate(read, elapsed.as_secs_f64())
+        ));
         let left_out = left_out::lines(&manifest.left_out, LEFT_OUT_SHOWN);
         [&lines[..], &left_out].concat().join("\n") + "\n"
     }
@@ -127,7 +131,7 @@ impl Done<'_> {
 
 /// The format and its options, in a few words.
 pub fn format_name(recipe: &Recipe) -> String {
-    let mut name = recipe.format().name.to_owned();
+    let mut name = recipe.format().map_or("floats", |format| format.name).to_owned();
     match recipe.weights {
         Weights::Blocks { block_size, double_quant, .. } => {
             name += &format!(" (block {block_size}");
@@ -142,6 +146,7 @@ pub fn format_name(recipe: &Recipe) -> String {
                 name += &format!(", {}'s layout", layout.name());
             }
         }
+        Weights::Floats => return name,
     }
     name + ")"
 }

@@ -1,13 +1,16 @@
 //! `prequant verify`.
 
 use std::io::{self, IsTerminal};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use prequant::{Bytes, DeviceChoice, DifferenceClass, Error, Options, Report, VerifyOptions, verify, verify_against};
+use prequant::{
+    Bytes, DeviceChoice, DifferenceClass, Error, Options, Report, VerifyOptions, verify, verify_against,
+    verify_against_merge,
+};
 use serde_json::json;
 
 use super::output::{self, Outcome};
@@ -28,7 +31,11 @@ pub struct Arguments {
     #[arg(value_name = "DST")]
     folder: PathBuf,
 
-    /// Convert this source again and compare every byte
+    /// With --against, folder of the adapter that was merged into SRC
+    #[arg(value_name = "ADAPTER", requires = "against")]
+    adapter: Option<PathBuf>,
+
+    /// Convert this source again and compare every byte; if an adapter was merged, give it too: --against BASE ADAPTER
     #[arg(long, value_name = "SRC", conflicts_with = "quick")]
     against: Option<PathBuf>,
 
@@ -92,14 +99,16 @@ fn check(arguments: &Arguments) -> Result<Report, Error> {
         interrupt: interrupt::flag(),
         hashed: &|bytes| progress.inc(bytes),
         planned: &|conversion| {
-            if !arguments.quiet && !arguments.json {
+            if !arguments.quiet && !arguments.json && conversion.plan.recipe.quantizes() {
                 progress.suspend(|| tell(device::line(&conversion.device)));
             }
         },
     };
     let report = match &arguments.against {
         Some(source) => {
-            let tracing = Tracing::start(arguments.trace.as_deref(), &[source, &arguments.folder])?;
+            let apart: Vec<&Path> =
+                [source, &arguments.folder].into_iter().chain(&arguments.adapter).map(|path| &**path).collect();
+            let tracing = Tracing::start(arguments.trace.as_deref(), &apart)?;
             let convert = Options {
                 threads,
                 device: arguments.device.clone().into(),
@@ -107,7 +116,10 @@ fn check(arguments: &Arguments) -> Result<Report, Error> {
                 trace: tracing.trace(),
                 ..convert
             };
-            verify_against(&arguments.folder, source, convert, options)
+            match &arguments.adapter {
+                Some(adapter) => verify_against_merge(&arguments.folder, source, adapter, convert, options),
+                None => verify_against(&arguments.folder, source, convert, options),
+            }
         }
         None => verify(&arguments.folder, options),
     };

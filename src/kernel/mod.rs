@@ -12,6 +12,7 @@ mod figures;
 pub(crate) mod float8;
 pub(crate) mod group;
 mod lanes;
+pub(crate) mod low_rank;
 mod rates;
 pub(crate) mod sha256;
 

@@ -40,6 +40,7 @@ impl FlatRecipe {
         let is_blocks = self.format.sharing == Sharing::Blocks;
         RecipeOptions {
             format: Some(self.format),
+            unquantized: None,
             block_size: is_blocks.then_some(self.block_size),
             double_quant: is_blocks.then_some(self.double_quant),
             quant_storage: None,

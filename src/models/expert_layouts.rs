@@ -36,6 +36,12 @@ pub(crate) fn splits(model_types: &[&str]) -> Vec<Split> {
     matrices.chain(biases).map(alternating).collect()
 }
 
+/// Whether a model of these types has its experts' parameters as `[experts, in, out]`, as far as their classes say so.
+pub(crate) fn is_transposed(model_types: &[&str]) -> bool {
+    let layout = model_types.iter().find_map(|model_type| layout_of(model_type));
+    layout.is_some_and(|layout| layout.starts_with("transposed"))
+}
+
 fn layout_of(model_type: &str) -> Option<&'static str> {
     let lines = LAYOUTS.lines().filter_map(|line| line.split_once(": ")).filter(|(layout, _)| !layout.starts_with('#'));
     let mut lines = lines.filter(|(_, types)| types.split(' ').any(|found| found == model_type));

@@ -49,44 +49,67 @@ pub struct Dequantization {
 /// When nothing in it is quantized, or not in a way that decodes; or it isn't what its manifest says.
 pub fn plan(converted: impl Into<Location>, max_shard_size: u64, mut options: Options) -> Result<Dequantization> {
     let mut source = Source::open_with(converted, options.follow_links)?;
-    let manifest = relayout::manifest_of(&source.location)?;
-    if manifest.is_none() {
-        leftover::take_out(&mut source)?;
+    let Floats { inputs, warnings, config, manifest } = Floats::of(&mut source)?;
+    if !inputs.iter().any(|input| input.read.is_decoded()) {
+        return Err(nothing_decodes(&source));
     }
-    let (inputs, warnings, recipe) = match &manifest {
-        Some(manifest) => {
-            let (inputs, left_apart) = inputs(&source, manifest)?;
-            let warning = || {
-                "experts that the source had fused, with rows and columns exchanged, stay one by one: its model takes them only \
-                 fused"
-            };
-            (inputs, left_apart.then(|| warning().into()).into_iter().collect(), manifest.recipe.clone())
-        }
-        None => {
-            let (inputs, warnings) = other_inputs(&source)?;
-            (inputs, warnings, Recipe::default())
-        }
-    };
-    let edited = match &manifest {
-        Some(manifest) => recorded_source::check(&source, manifest)?,
-        None => Vec::new(),
-    };
-    let config = source.config.as_ref().map(|config| {
-        let mut gone = recognize::places_in_config(config);
-        gone.extend(CONFIG_KEYS.map(|key| vec![key]));
-        config.edited(&[], &gone.iter().map(Vec::as_slice).collect::<Vec<_>>())
-    });
-    let config = config.transpose();
-    let config =
-        config.map_err(|error| Error::malformed(source.location.join(CONFIG_NAME).path(), error.to_string()))?;
+    let recipe = manifest.as_ref().map_or_else(Recipe::default, |manifest| manifest.recipe.clone());
     let recipe = Recipe { max_shard_size, ..recipe };
     let mut plan = Plan::decoded(&source, recipe, inputs, config)?;
     plan.warnings.extend(warnings);
-    plan.warnings.extend(edited);
     options.hash_source = manifest.is_some(); // what is read must be what its manifest says
     let limits = options.limits(&source, manifest.as_ref().map_or(0, Manifest::held_len));
     let budget = Budget::new(&plan, limits, &Cpu::detect())?;
     Ok(Dequantization { source, plan, budget, options, manifest })
+}
+
+/// A checkpoint's tensors as floats, whatever they are stored as.
+pub(crate) struct Floats {
+    /// Every tensor; coded ones decoded.
+    pub inputs: Vec<Input>,
+    /// What should be known of them.
+    pub warnings: Vec<Warning>,
+    /// config.json without what says how weights are stored.
+    pub config: Option<String>,
+    /// The checkpoint's manifest, if prequant quantized it: what is read must be what that says.
+    pub manifest: Option<Manifest>,
+}
+
+impl Floats {
+    /// Those of an opened checkpoint.
+    ///
+    /// # Errors
+    /// When it is quantized in a way that doesn't decode, or it isn't what its manifest says.
+    pub(crate) fn of(source: &mut Source) -> Result<Floats> {
+        let manifest = relayout::manifest_of(&source.location)?.filter(|manifest| manifest.recipe.quantizes());
+        let (inputs, mut warnings) = match &manifest {
+            Some(manifest) => {
+                let (inputs, left_apart) = inputs(source, manifest)?;
+                let warning = || {
+                    "experts that the source had fused, with rows and columns exchanged, stay one by one: its model takes them \
+                     only fused"
+                };
+                (inputs, left_apart.then(|| warning().into()).into_iter().collect())
+            }
+            None => {
+                leftover::take_out(source)?;
+                source_quantization::check_decodes(source)?;
+                source_quantization::inputs(source)?
+            }
+        };
+        if let Some(manifest) = &manifest {
+            warnings.extend(recorded_source::check(source, manifest)?);
+        }
+        let config = source.config.as_ref().map(|config| {
+            let mut gone = recognize::places_in_config(config);
+            gone.extend(CONFIG_KEYS.map(|key| vec![key]));
+            config.edited(&[], &gone.iter().map(Vec::as_slice).collect::<Vec<_>>())
+        });
+        let config = config
+            .transpose()
+            .map_err(|error| Error::malformed(source.location.join(CONFIG_NAME).path(), error.to_string()))?;
+        Ok(Floats { inputs, warnings, config, manifest })
+    }
 }
 
 impl Dequantization {
@@ -140,15 +163,7 @@ impl Dequantization {
         progress: &dyn Progress,
     ) -> Result<Vec<FileRecord>> {
         let Dequantization { source, plan, budget, options, manifest } = self;
-        let job = Job {
-            source,
-            plan,
-            budget: *budget,
-            device: &Cpu::detect(),
-            options,
-            manifest: manifest.as_ref(),
-            decodes: true,
-        };
+        let job = Job { source, plan, budget: *budget, device: &Cpu::detect(), options, manifest: manifest.as_ref() };
         job.run(interrupt, destination, progress, |staging, files, _| {
             write_sums(staging, files.iter())?;
             let names = files.iter().map(|file| file.name.clone()).chain([SUMS_NAME.to_owned()]).collect();
@@ -157,17 +172,12 @@ impl Dequantization {
     }
 }
 
-/// Every tensor of what another program quantized, decoded.
-fn other_inputs(source: &Source) -> Result<(Vec<Input>, Vec<Warning>)> {
-    source_quantization::check_decodes(source)?;
-    let inputs = source_quantization::decoded(source)?;
-    inputs.ok_or_else(|| {
-        let why = format!(
-            "it has no {MANIFEST_NAME}, and none of its weights is quantized: give a checkpoint that prequant converted, or one \
-             that is quantized in a format it reads"
-        );
-        Error::NotACheckpoint { path: source.location.path().to_owned(), why }
-    })
+fn nothing_decodes(source: &Source) -> Error {
+    let why = format!(
+        "none of its weights is quantized: give a checkpoint that prequant converted, with its {MANIFEST_NAME}, or one that is \
+         quantized in a format it reads"
+    );
+    Error::NotACheckpoint { path: source.location.path().to_owned(), why }
 }
 
 /// Every tensor of the manifest, decoded; experts that were fused are so again. Also whether some can't be.

@@ -131,7 +131,7 @@ fn model_type(source: &Source) -> Option<&str> {
 /// How the weights are quantized, if they are.
 fn method(source: &Source, manifest: Option<&Manifest>) -> Option<String> {
     match manifest {
-        Some(manifest) => Some(manifest.recipe.format().name.to_owned()),
+        Some(manifest) => manifest.recipe.format().map(|format| format.name.to_owned()),
         None => recognize::of(source).map(|(_, found)| found.method),
     }
 }
@@ -140,6 +140,7 @@ fn method(source: &Source, manifest: Option<&Manifest>) -> Option<String> {
 fn layout(source: &Source, manifest: Option<&Manifest>) -> Option<String> {
     if let Some(manifest) = manifest {
         let layout = manifest.recipe.codec().layout();
+        manifest.recipe.format()?;
         return Some(layout.map_or("bitsandbytes", |layout| layout.name()).to_owned());
     }
     let (_, config) = recognize::quantization_config(source.config.as_ref()?)?;

@@ -6,6 +6,7 @@ mod hub_count;
 pub(crate) mod inspect;
 pub(crate) mod job;
 mod kept_modules;
+pub(crate) mod merge;
 mod model_card;
 pub(crate) mod options;
 pub(crate) mod quantize;

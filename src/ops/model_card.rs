@@ -52,14 +52,18 @@ experts with random numbers, without an error.
 ///
 /// # Errors
 /// When the source's own can't be read.
-pub(crate) fn changed(source: &Source, plan: &Plan, is_decoded: bool) -> Result<Option<Vec<u8>>> {
+pub(crate) fn changed(source: &Source, plan: &Plan) -> Result<Option<Vec<u8>>> {
     let adds = plan.needs_loader() && source.config.is_some();
-    if !adds && !is_decoded {
+    if !adds && !plan.from_floats {
         return Ok(None);
     }
     let own = source.side_files.iter().find(|file| file.name == NAME);
     let own = own.map(|file| file.location.read(MAX_LEN).at(file.location.path(), "read it")).transpose()?;
-    Ok(match (adds, own) {
+    let own = own.map(|own| match without_addition(&own).filter(|_| plan.from_floats && adds) {
+        Some(plain) => plain.to_vec(),
+        None => own,
+    });
+    Ok(match (adds, own.filter(|own| !(plan.from_floats && adds && own.is_empty()))) {
         (true, Some(own)) => Some([&own, EXPERTS.as_bytes()].concat()),
         (true, None) => Some(EXPERTS.trim_start().as_bytes().to_vec()),
         (false, own) => own.and_then(|own| without_addition(&own).map(<[u8]>::to_vec)),

@@ -22,6 +22,9 @@ use crate::plan::{Plan, PlannedTensor, source_quantization};
 use crate::recipe::{ExpertLayout, Recipe};
 use crate::store::Location;
 
+/// Bytes for each tensor that planning a merge takes beside the plan, by estimate.
+const MERGING_PER_TENSOR: u64 = 1536;
+
 /// The length of rows, before it is known.
 const LIKELY_COLUMNS: u64 = 4096;
 
@@ -38,8 +41,19 @@ pub struct Conversion {
     pub device: ChosenDevice,
     /// How it is done.
     pub options: Options,
-    /// The relayout, if the source is a converted checkpoint whose experts are rewritten.
-    relayout: Option<Relayout>,
+    /// What the source is.
+    origin: Origin,
+}
+
+/// What a conversion begins with.
+#[derive(Debug)]
+pub(crate) enum Origin {
+    /// A checkpoint that is quantized.
+    Plain,
+    /// A converted checkpoint whose experts are rewritten.
+    Relaid(Box<Relayout>),
+    /// A checkpoint into which an adapter is merged, with its manifest if prequant quantized it.
+    Merged { base: Option<Box<Manifest>> },
 }
 
 /// Opens `source` and plans its conversion; reads headers only, and writes nothing.
@@ -51,38 +65,45 @@ pub struct Conversion {
 /// When the source is no checkpoint or damaged, or the recipe doesn't fit it; or a device has too little memory free.
 pub fn plan(source: impl Into<Location>, recipe: Recipe, mut options: Options) -> Result<Conversion> {
     let source = source.into();
-    let codec = recipe.codec();
-    let opening = options.device.begin(options.device_memory, || {
-        let source_len = Source::len_of_weights(&source)?;
-        // As if all of it were 16-bit weights.
-        let (weights, threads) = (source_len / 2, options.threads);
-        Ok(Work { source_len, weights, codec: &codec, columns: LIKELY_COLUMNS, threads }.too_little().is_none())
-    })?;
+    if !recipe.quantizes() {
+        let (path, why) = (source.path().to_owned(), "the recipe leaves all weights as floats".to_owned());
+        return Err(Error::NothingToQuantize { path, why, hint: None });
+    }
+    let opening = open_device(&source, &recipe, &options)?;
     let mut source = Source::open_with(source, options.follow_links)?;
     leftover::take_out(&mut source)?;
     let manifest = match recognize::of(&source) {
         Some(_) => relayout::manifest_of(&source.location)?,
         None => None,
     };
-    let (plan, relayout) = match manifest.filter(|manifest| manifest.recipe.codec().is_blocks()) {
+    let (plan, origin) = match manifest.filter(|manifest| manifest.recipe.codec().is_blocks()) {
         None => {
             source_quantization::check(&source, &recipe)?;
-            (Plan::new(&source, recipe)?, None)
+            (Plan::new(&source, recipe)?, Origin::Plain)
+        }
+        Some(manifest) if manifest.source.adapter.is_some() => {
+            let why = "an adapter was merged into it, and its experts can't be rewritten; merge base and adapter again, with the other \
+                       layout of experts";
+            return Err(Error::Relayout { path: source.location.path().to_owned(), why: why.to_owned(), hint: None });
         }
         Some(manifest) => {
             let (mut plan, relayout) = Relayout::new(&source, manifest, recipe)?;
             plan.warnings.extend(recorded_source::check(&source, &relayout.manifest)?);
             options.hash_source = true; // what is read must be what its manifest says
-            (plan, Some(relayout))
+            (plan, Origin::Relaid(Box::new(relayout)))
         }
     };
-    let device = choose(opening, &plan, options.threads)?;
-    let beside = relayout.as_ref().map_or(0, Relayout::held_len);
-    let budget = Budget::new(&plan, options.limits(&source, beside), &*device.backend)?;
-    if budget.lanes.is_some() {
-        device.backend.prepare(&plan.recipe.codec(), budget.device_peak())?;
-    }
-    Ok(Conversion { source, plan, budget, device, options, relayout })
+    Conversion::new(source, plan, opening, options, origin)
+}
+/// Begins to open what quantizes the checkpoint at `source`.
+pub(crate) fn open_device(source: &Location, recipe: &Recipe, options: &Options) -> Result<Opening> {
+    let codec = recipe.codec();
+    options.device.begin(options.device_memory, || {
+        let source_len = Source::len_of_weights(source)?;
+        // As if all of it were 16-bit weights.
+        let (weights, threads) = (source_len / 2, options.threads);
+        Ok(Work { source_len, weights, codec: &codec, columns: LIKELY_COLUMNS, threads }.too_little().is_none())
+    })
 }
 
 /// What quantizes this plan.
@@ -95,20 +116,55 @@ fn choose(opening: Opening, plan: &Plan, threads: usize) -> Result<ChosenDevice>
 }
 
 impl Conversion {
+    /// A plan with what it is executed with.
+    ///
+    /// # Errors
+    /// When the device can't be used, or there is too little memory.
+    pub(crate) fn new(
+        source: Source,
+        plan: Plan,
+        opening: Opening,
+        options: Options,
+        origin: Origin,
+    ) -> Result<Conversion> {
+        let device = choose(opening, &plan, options.threads)?;
+        let beside = match &origin {
+            Origin::Relaid(relayout) => relayout.held_len(),
+            Origin::Merged { base } => {
+                // Names that adapters have for tensors, and the plan of the floats that are quantized.
+                let planning = MERGING_PER_TENSOR * source.tensors().count() as u64;
+                planning + base.as_ref().map_or(0, |manifest| manifest.held_len())
+            }
+            Origin::Plain => 0,
+        };
+        let budget = Budget::new(&plan, options.limits(&source, beside), &*device.backend)?;
+        if budget.lanes.is_some() {
+            device.backend.prepare(&plan.recipe.codec(), budget.device_peak())?;
+        }
+        Ok(Conversion { source, plan, budget, device, options, origin })
+    }
+
+    fn relayout(&self) -> Option<&Relayout> {
+        match &self.origin {
+            Origin::Relaid(relayout) => Some(relayout),
+            Origin::Plain | Origin::Merged { .. } => None,
+        }
+    }
+
     /// The tensors of the source and the decision for each. It is `plan`, unless that only copies a converted checkpoint's
     /// parts to their new places.
     pub fn decisions(&self) -> &Plan {
-        self.relayout.as_ref().map_or(&self.plan, |relayout| &relayout.plan)
+        self.relayout().map_or(&self.plan, |relayout| &relayout.plan)
     }
 
     /// The layout that a converted checkpoint's experts have, if they are rewritten.
     pub fn relaid_from(&self) -> Option<ExpertLayout> {
-        self.relayout.as_ref().map(|relayout| relayout.from)
+        self.relayout().map(|relayout| relayout.from)
     }
 
     /// How many files of weights the source has, and how many others.
     pub fn source_files(&self) -> (usize, usize) {
-        (self.source.files.len(), self.source.side_files.len())
+        (self.source.own_files().len(), self.source.side_files.len())
     }
 
     /// What lies beside the source's weights and is copied: paths below the source, and sizes.
@@ -125,7 +181,7 @@ impl Conversion {
 
     /// Bytes of the source's tensors as they are stored.
     pub fn stored_len(&self) -> u64 {
-        self.source.tensors().map(|(_, info)| info.len).sum()
+        self.source.own_files().iter().flat_map(|file| &file.tensors).map(|info| info.len).sum()
     }
 
     /// Bytes that are free at `destination`; `None` if the file system keeps no count.
@@ -147,9 +203,13 @@ impl Conversion {
     }
 
     pub(crate) fn job(&self) -> Job<'_> {
-        let Conversion { source, plan, budget, device, options, relayout } = self;
-        let manifest = relayout.as_ref().map(|relayout| &relayout.manifest);
-        Job { source, plan, budget: *budget, device: &*device.backend, options, manifest, decodes: false }
+        let Conversion { source, plan, budget, device, options, origin } = self;
+        let manifest = match origin {
+            Origin::Relaid(relayout) => Some(&relayout.manifest),
+            Origin::Merged { base } => base.as_deref(),
+            Origin::Plain => None,
+        };
+        Job { source, plan, budget: *budget, device: &*device.backend, options, manifest }
     }
 
     /// What `destination` holds, if that is this very conversion, finished: same tool and recipe, same source by the sizes and
@@ -179,7 +239,7 @@ impl Conversion {
         let (source, plan, threads) = (&self.source, &self.plan, self.options.threads);
         let comparison = Comparison { manifest: &manifest, destination, source, plan, record, threads };
         comparison.check()?;
-        let weights_compared = self.relayout.is_none() && comparison.check_weights(self.options.hash_source)?;
+        let weights_compared = self.relayout().is_none() && comparison.check_weights(self.options.hash_source)?;
         Staging::tidy(destination)?;
         Ok(Some(Finished { manifest, weights_compared }))
     }
@@ -190,7 +250,7 @@ impl Conversion {
         manifest.other_version().is_none()
             && manifest.recipe == self.plan.recipe
             && manifest.relaid_from == self.relaid_from()
-            && (self.relayout.is_some() || hashed || !self.options.hash_source)
+            && (self.relayout().is_some() || hashed || !self.options.hash_source)
     }
 
     /// Writes the checkpoint to `destination` and returns its manifest, without the tensors' records; resumes where an earlier run was
@@ -238,7 +298,7 @@ impl Conversion {
 
     /// The source, as a manifest has it unless its files are hashed.
     fn source_record(&self) -> SourceRecord {
-        match &self.relayout {
+        match self.relayout() {
             Some(relayout) => relayout.manifest.source.clone(),
             None => records::source(&self.source, &self.plan),
         }
@@ -246,7 +306,7 @@ impl Conversion {
 
     /// What came of executing the plan, as the manifest has it.
     pub(crate) fn relaid(&self, outcome: Outcome) -> Outcome {
-        match &self.relayout {
+        match self.relayout() {
             None => outcome,
             Some(relayout) => relayout.outcome(outcome),
         }
@@ -255,7 +315,7 @@ impl Conversion {
     /// The manifest of a conversion that came out so.
     pub(crate) fn manifest<'a>(&'a self, files: Vec<FileRecord>, outcome: &'a Outcome) -> Manifest<Records<'a>> {
         let record = self.source_record();
-        let Some(relayout) = &self.relayout else {
+        let Some(relayout) = self.relayout() else {
             return records::manifest(&self.source, &self.plan, record, files, outcome);
         };
         let manifest = records::manifest(&relayout.origin, &relayout.plan, record, files, outcome);

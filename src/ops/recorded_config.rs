@@ -11,7 +11,12 @@ use crate::ops::kept_modules::KeptModules;
 
 /// What config.json says otherwise than the manifest, and what it lists as left unquantized: that is to be compared with the tensors.
 pub(crate) fn differences<Tensors>(config: &Config, manifest: &Manifest<Tensors>) -> (Vec<String>, KeptModules) {
-    let Some(found) = config.values().get("quantization_config") else {
+    let found = config.values().get("quantization_config");
+    if !manifest.recipe.quantizes() {
+        let what = || "has a quantization_config, and nothing is quantized".to_owned();
+        return (found.map(|_| what()).into_iter().collect(), KeptModules::default());
+    }
+    let Some(found) = found else {
         return (vec!["has no quantization_config".to_owned()], KeptModules::default());
     };
     let codec = manifest.recipe.codec();

@@ -89,7 +89,7 @@ fn difference(location: &Location, record: &FileRecord) -> Result<Option<String>
 pub(crate) fn check_read(source: &Source, manifest: &Manifest, outcome: &Outcome, copied: &[FileRecord]) -> Result<()> {
     let records = by_name(manifest);
     let expected = |name: &str| records.get(name).map(|record| record.sha256);
-    for (file, sha256) in source.files.iter().zip(outcome.source_files.iter().flatten()) {
+    for (file, sha256) in source.own_files().iter().zip(outcome.source_files.iter().flatten()) {
         if expected(&file.name) != Some(*sha256) {
             let why = format!("{}; {WAY_OUT}", other_hash(*sha256));
             let path = file.location.path().to_owned();

@@ -4,29 +4,36 @@ use std::collections::HashSet;
 
 use serde::{Serialize, Serializer};
 
-use crate::checkpoint::{Config, LeftOut, Source};
+use crate::checkpoint::{Config, LeftOut, Source, SourceFile};
 use crate::manifest::{
-    DecisionRecord, FileRecord, LeftOutRecord, Manifest, OutputRecord, SCHEMA_VERSION, SourceFileRecord, SourceRecord,
-    SourceTensorRecord, Summary, TensorRecord, Tool,
+    AdapterRecord, DecisionRecord, FileRecord, LeftOutRecord, Manifest, OutputRecord, SCHEMA_VERSION, SourceFileRecord,
+    SourceRecord, SourceTensorRecord, Summary, TensorRecord, Tool,
 };
 use crate::pipeline::{Outcome, TensorOutcome};
 use crate::plan::{Decision, Plan, PlannedTensor};
+use crate::read::Span;
 
 /// The source of a plan, unless its files are hashed.
 pub(crate) fn source(source: &Source, plan: &Plan) -> SourceRecord {
     let config = source.config.as_ref();
-    let files = source.files.iter().map(|file| SourceFileRecord {
+    let record = |file: &SourceFile| SourceFileRecord {
         name: file.name.clone(),
         size: file.identity.len,
         header_sha256: file.header_sha256,
         sha256: None,
+    };
+    let adapter = source.adapter.as_ref().zip(source.files.last()).map(|(adapter, file)| AdapterRecord {
+        config_sha256: adapter.config_sha256,
+        file: record(file),
+        decoded_from: adapter.decoded_from.clone(),
     });
     SourceRecord {
         model_type: config.and_then(|config| config.model_types().first().map(|&name| name.to_owned())),
         config_sha256: config
             .filter(|_| plan.tensors.iter().any(|tensor| tensor.is_decoded() || tensor.is_carried()))
             .map(Config::sha256),
-        files: files.collect(),
+        files: source.own_files().iter().map(record).collect(),
+        adapter,
     }
 }
 
@@ -71,7 +78,8 @@ pub(crate) fn manifest<'a>(
     outcome: &'a Outcome,
 ) -> Manifest<Records<'a>> {
     let Outcome { tensors, source_files, total, .. } = outcome;
-    for (file, sha256) in record.files.iter_mut().zip(source_files.iter().flatten()) {
+    let own = record.files.iter_mut().chain(record.adapter.as_mut().map(|adapter| &mut adapter.file));
+    for (file, sha256) in own.zip(source_files.iter().flatten()) {
         file.sha256 = Some(*sha256);
     }
     let elements = |quantized: bool| {
@@ -117,7 +125,8 @@ pub(crate) fn left_out<'a>(source: &Source, files: impl Iterator<Item = &'a str>
 fn tensor_record(source: &Source, tensor: &PlannedTensor, file: &str, outcome: &TensorOutcome) -> TensorRecord {
     let outputs = tensor.outputs.alike().iter().zip(tensor.output_names()).zip(&outcome.sha256);
     TensorRecord {
-        sources: source_tensors(source, tensor),
+        sources: source_tensors(source, tensor.read.spans()),
+        adapter: source_tensors(source, tensor.read.adapters().map(|tensor| tensor.place)),
         role: tensor.role,
         decision: if tensor.is_quantized() { DecisionRecord::Quantize } else { DecisionRecord::Keep },
         reason: tensor.reason.clone().into_owned(),
@@ -135,10 +144,10 @@ fn tensor_record(source: &Source, tensor: &PlannedTensor, file: &str, outcome: &
     }
 }
 
-/// The tensors that it is made of, each once.
-fn source_tensors(source: &Source, tensor: &PlannedTensor) -> Vec<SourceTensorRecord> {
+/// The tensors that these bytes are of, each once.
+fn source_tensors(source: &Source, spans: impl Iterator<Item = Span>) -> Vec<SourceTensorRecord> {
     let mut places: Vec<(usize, usize)> = Vec::new();
-    for place in tensor.read.spans().map(|span| (span.file, span.tensor)) {
+    for place in spans.map(|span| (span.file, span.tensor)) {
         if !places.contains(&place) {
             places.push(place);
         }

@@ -104,7 +104,8 @@ impl Relayout {
         }
         let (config, warnings) = (plan.config.clone(), plan.warnings.clone());
         let (scale_sets, side_files) = Default::default();
-        let copying = Plan { recipe: plan.recipe.clone(), tensors, files, scale_sets, config, side_files, warnings };
+        let recipe = plan.recipe.clone();
+        let copying = Plan { recipe, tensors, files, scale_sets, config, side_files, warnings, from_floats: false };
         let planning = planning_len(&old, source);
         Ok((copying, Relayout { manifest, from, origin, plan, unchanged, planning }))
     }

@@ -10,7 +10,7 @@ use crate::checkpoint::TensorInfo;
 use crate::error::{Error, Hint, Result};
 use crate::format::{BlockSize, NESTED_BLOCK_SIZE, Scales};
 use crate::plan::{Plan, PlannedTensor};
-use crate::read::Decode;
+use crate::read::{Adapted, Decode, HELD};
 use crate::stats::{GROUP, Statistics};
 use crate::store::Sha256Hash;
 
@@ -233,7 +233,8 @@ impl Needs<'_> {
         let decodes = self.plan.tensors.iter().any(PlannedTensor::is_decoded);
         // Codes and scales take less than a byte and a quarter for each element.
         let coded = if decodes { chunk.saturating_add(chunk / 4) } else { 0 };
-        lane.saturating_add(coded as u64)
+        let adapts = self.plan.tensors.iter().any(PlannedTensor::is_adapted);
+        lane.saturating_add(coded as u64).saturating_add(if adapts { HELD as u64 } else { 0 })
     }
 }
 
@@ -309,13 +310,14 @@ fn plan_len(plan: &Plan) -> u64 {
         let part = size_of::<TensorInfo>() + 2 * ALLOCATION + tensor.name.len();
         let reads = if parts.len() > 1 { size_of_val(parts) + ALLOCATION + tensor.name.len() } else { 0 };
         let decodes = if tensor.is_decoded() { parts.len() * (size_of::<Decode>() + part) } else { 0 };
+        let adapts = if tensor.is_adapted() { parts.len() * (size_of::<Adapted>() + ALLOCATION) } else { 0 };
         let reason = if let Cow::Owned(reason) = &tensor.reason { reason.len() + ALLOCATION } else { 0 };
         let planned = size_of::<PlannedTensor>() + outputs * size_of::<u64>() + ALLOCATION + reason;
         let statistics = tensor.quantized_from().map_or(0, |_| size_of::<Statistics>() + ALLOCATION);
         let outcome = size_of::<TensorOutcome>() + outputs * size_of::<Sha256Hash>() + ALLOCATION + statistics;
         // While it is written; the order of names, at the end; and what lies between allocations.
         let in_progress = 160 + outputs * 16;
-        (parts.len() * part + reads + decodes + planned + outcome + in_progress) as u64
+        (parts.len() * part + reads + decodes + adapts + planned + outcome + in_progress) as u64
     };
     let of_sets: usize = plan.scale_sets.iter().map(|set| (set.len() + 3) * size_of::<usize>() + ALLOCATION).sum();
     let of_files = plan.files.len() * OF_FILE;

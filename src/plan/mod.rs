@@ -66,6 +66,8 @@ pub struct Plan {
     pub(crate) side_files: Vec<(String, String)>,
     /// What the user should know before using the output.
     pub warnings: Vec<Warning>,
+    /// Whether it begins with floats, whatever the source has: what says how that is quantized isn't kept.
+    pub(crate) from_floats: bool,
 }
 
 /// A tensor and how it is converted.
@@ -125,6 +127,11 @@ impl PlannedTensor {
     /// Whether it is quantized in the source, and decoded as it is read.
     pub fn is_decoded(&self) -> bool {
         self.read.is_decoded()
+    }
+
+    /// Whether an adapter is merged into it.
+    pub fn is_adapted(&self) -> bool {
+        self.read.adapters().next().is_some()
     }
 
     /// Bytes that it is made of, decoded.
@@ -203,7 +210,7 @@ impl Plan {
         let files = layout::lay_out(&mut tensors, recipe.max_shard_size, source);
         let scale_sets = if codec.has_tensor_scale() { scale_sets::scale_sets(&tensors) } else { Vec::new() };
         let side_files = codec.side_file(&kept_modules).into_iter().collect();
-        Ok(Plan { recipe, tensors, files, scale_sets, config, side_files, warnings })
+        Ok(Plan { recipe, tensors, files, scale_sets, config, side_files, warnings, from_floats: false })
     }
 
     /// Plans the writing of `inputs` as they are, decoded; `recipe` tells how large files may be.
@@ -214,7 +221,12 @@ impl Plan {
         let codec = recipe.codec();
         let mut alike = Alike::new(&codec);
         let keep = |input: Input| {
-            let reason = if input.read.is_decoded() { "decoded" } else { "copied" };
+            let reason = match (input.read.adapters().next().is_some(), input.read.is_decoded()) {
+                (true, false) => "merged",
+                (true, true) => "decoded and merged",
+                (false, true) => "decoded",
+                (false, false) => "copied",
+            };
             let verdict = Verdict {
                 role: Role::Unknown,
                 quantize: false,
@@ -225,12 +237,22 @@ impl Plan {
             };
             PlannedTensor::new((input, verdict, Decision::Keep), &mut alike)
         };
-        let mut tensors: Vec<PlannedTensor> = unwrapped(source, inputs).into_iter().map(keep).collect();
+        let mut tensors: Vec<PlannedTensor> = Plan::unwrapped(source, inputs).into_iter().map(keep).collect();
         names::check_differ(source, &tensors, None)?;
         let files = layout::lay_out(&mut tensors, recipe.max_shard_size, source);
         let (scale_sets, side_files) = Default::default();
         let warnings = source.notes.clone();
-        Ok(Plan { recipe, tensors, files, scale_sets, config, side_files, warnings })
+        Ok(Plan { recipe, tensors, files, scale_sets, config, side_files, warnings, from_floats: true })
+    }
+
+    /// The tensors under their model's own names.
+    pub(crate) fn unwrapped(source: &Source, mut inputs: Vec<Input>) -> Vec<Input> {
+        for input in &mut inputs {
+            if let Cow::Owned(name) = source.wrapper.unwrap(&input.name) {
+                input.name = name.into();
+            }
+        }
+        inputs
     }
 
     /// The dtype in which the scale of a set is computed: its tensors' own, or f32 where they differ.
@@ -257,7 +279,7 @@ impl Plan {
 
     /// That more than a tenth of the source's bytes stays unquantized, if it does, and the largest tensor of it.
     pub fn left_in_16_bits(&self) -> Option<Warning> {
-        warnings::left_in_16_bits(&self.tensors)
+        if self.recipe.quantizes() { warnings::left_in_16_bits(&self.tensors) } else { None }
     }
 
     /// What is kept in doubt: patterns that match the names of such tensors and of none that is decided otherwise but by a number
@@ -303,7 +325,7 @@ fn decide(
     let mut selection = Selection::new(recipe)?;
     let mut decided = Vec::new();
     let (inputs, mut warnings) = input::inputs(source, recipe.dequantize_source || !codec.is_blocks())?;
-    for input in unwrapped(source, inputs) {
+    for input in Plan::unwrapped(source, inputs) {
         let mut verdict = selection.decide(rules, &input.name, &input.shape);
         clients::keep(&codec, model_types, rules, &input.name, &mut verdict);
         if !codec.is_blocks() {
@@ -353,16 +375,6 @@ fn check_storage(source: &Source, tensors: &[PlannedTensor], codec: &Codec) -> R
         let path = source.files[tensor.read.first_file()].location.path().to_owned();
         Err(Error::QuantStorage { path, tensor: tensor.name.to_string(), len: len(tensor), storage: storage.name() })
     })
-}
-
-/// The tensors under their model's own names.
-fn unwrapped(source: &Source, mut inputs: Vec<Input>) -> Vec<Input> {
-    for input in &mut inputs {
-        if let Cow::Owned(name) = source.wrapper.unwrap(&input.name) {
-            input.name = name.into();
-        }
-    }
-    inputs
 }
 
 /// A regular expression for a name and those that differ from it in numbers only.

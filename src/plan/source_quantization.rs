@@ -41,13 +41,12 @@ pub(crate) fn check_decodes(source: &Source) -> Result<()> {
     }
 }
 
-/// The tensors of a source that no manifest is of, decoded, and what to know of them; none if none is coded.
+/// The tensors of a source that no manifest is of, decoded where they are coded, and what to know of them.
 ///
 /// # Errors
 /// When what a coded tensor decodes by is missing, or doesn't fit.
-pub(crate) fn decoded(source: &Source) -> Result<Option<(Vec<Input>, Vec<Warning>)>> {
-    let (inputs, warnings) = input::inputs(source, true)?;
-    Ok(inputs.iter().any(|input| input.read.is_decoded()).then_some((inputs, warnings)))
+pub(crate) fn inputs(source: &Source) -> Result<(Vec<Input>, Vec<Warning>)> {
+    input::inputs(source, true)
 }
 
 /// The formats that weights are coded in, each once, by name.

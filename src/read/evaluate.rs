@@ -1,5 +1,6 @@
 //! Filling a buffer with a range of what an expression gives.
 
+use super::adapted::Factors;
 use super::decode::{Codes, Decoding};
 use super::words::{Nibbles, Words};
 use super::{Columns, Decode, Read, Rows, Span};
@@ -14,18 +15,19 @@ pub(crate) type Fetch<'f> = dyn FnMut(Span, &mut [u8]) -> Result<()> + 'f;
 
 /// What evaluates expressions; keeps its buffers from one to the next.
 ///
-/// It holds a tile of [`TILE`] bytes for each transpose within another, and codes and scales of at most the run that is
-/// asked for.
+/// It holds a tile of [`TILE`] bytes for each transpose within another, codes and scales of at most the run that is
+/// asked for, and [`super::HELD`] bytes of an adapter's factors.
 pub(crate) struct Evaluator {
-    kernel: Kernel,
+    pub(super) kernel: Kernel,
     tiles: Vec<Vec<u8>>,
     codes: Codes,
+    pub(super) factors: Factors,
 }
 
 impl Evaluator {
     /// Decodes with this kernel.
     pub(crate) fn new(kernel: Kernel) -> Evaluator {
-        Evaluator { kernel, tiles: Vec::new(), codes: Codes::default() }
+        Evaluator { kernel, tiles: Vec::new(), codes: Codes::default(), factors: Factors::default() }
     }
 
     /// Fills `into` with what `read` gives from byte `offset` on.
@@ -62,6 +64,7 @@ impl Evaluator {
                 into.copy_from_slice(&bytes[offset as usize..][..into.len()]);
                 Ok(())
             }
+            Read::Adapted(adapted) => self.adapted(adapted, offset, into, fetch),
         }
     }
 

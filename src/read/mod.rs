@@ -3,6 +3,7 @@
 //! The plan builds one [`Read`] a tensor; the executor fills its buffers from any range of it with an [`Evaluator`]. Neither
 //! knows how the source's bytes are fetched: that is a closure's.
 
+mod adapted;
 mod decode;
 mod evaluate;
 mod input;
@@ -14,6 +15,7 @@ mod words;
 
 use std::sync::Arc;
 
+pub(crate) use adapted::{Adapted, AdapterTensor, Factor, HELD, MAX_RANK, Product};
 pub(crate) use decode::{Decode, Nested};
 pub(crate) use evaluate::Evaluator;
 pub(crate) use input::{Input, MAX_EXPERTS};
@@ -21,6 +23,8 @@ pub(crate) use small::SmallTensors;
 pub(crate) use tensors::Tensors;
 pub(crate) use words::Change;
 use words::{Mapped, Nibbles, Words};
+
+use crate::error::{Error, Result};
 
 /// Consecutive bytes of a source tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +71,8 @@ pub enum Read {
     Concat(Vec<Read>),
     /// These bytes themselves.
     Literal(Arc<[u8]>),
+    /// A matrix, with what an adapter makes of it.
+    Adapted(Box<Adapted>),
 }
 
 /// See [`Read::Rows`]; all in bytes.
@@ -125,6 +131,7 @@ impl Read {
             Read::Columns(columns) => columns.column_len() * columns.count,
             Read::Concat(parts) => parts.iter().map(Read::len).sum(),
             Read::Literal(bytes) => bytes.len() as u64,
+            Read::Adapted(adapted) => adapted.of.len(),
         }
     }
 
@@ -151,8 +158,16 @@ impl Read {
         match self {
             Read::Columns(columns) if columns.column_len() == len => columns.choose(first, step, count),
             Read::Decode(matrix) if matrix.has_rows(len) => Read::Decode(Box::new(matrix.rows(first, step, count))),
-            of => Read::Rows(Rows { of: Box::new(of.clone()), first: first * len, len, step: step * len, count }),
+            Read::Adapted(matrix) => {
+                matrix.rows(len, first, step, count).unwrap_or_else(|| self.every(len, first, step, count))
+            }
+            _ => self.every(len, first, step, count),
         }
+    }
+
+    /// A choice of rows that no shorter expression gives.
+    fn every(&self, len: u64, first: u64, step: u64, count: u64) -> Read {
+        Read::Rows(Rows { of: Box::new(self.clone()), first: first * len, len, step: step * len, count })
     }
 
     /// The transpose of what gives a matrix of `[rows, columns]` elements of `size` bytes.
@@ -166,6 +181,7 @@ impl Read {
             Read::Columns(inner) if inner.is_transpose() && (inner.shape, inner.size) == ([columns, rows], size) => {
                 (*inner.of).clone()
             }
+            Read::Adapted(matrix) if let Some(transposed) = matrix.transposed(shape, size) => transposed,
             of => Read::Columns(Columns { of: Box::new(of.clone()), shape, size, first: 0, step: 1, count: columns }),
         }
     }
@@ -192,8 +208,48 @@ impl Read {
                     false => self.run(start, len),
                 }
             }
-            Read::Rows(_) | Read::Mapped(_) | Read::Words(_) | Read::Nibbles(_) => self.run(start, len),
+            Read::Rows(_) | Read::Mapped(_) | Read::Words(_) | Read::Nibbles(_) | Read::Adapted(_) => {
+                self.run(start, len)
+            }
         }
+    }
+
+    /// `len` of its bytes, from byte `start` on.
+    ///
+    /// # Panics
+    /// When there are fewer; that is a defect.
+    pub(crate) fn part(&self, start: u64, len: u64) -> Read {
+        self.range(start, len)
+    }
+
+    /// The same expression over what `read` has for its bytes, of bytes that aren't decoded.
+    ///
+    /// # Errors
+    /// When any of it is decoded or changed, which a checkpoint of floats has no use for.
+    pub(crate) fn over(&self, read: &impl Fn(Span) -> Read) -> Result<Read> {
+        Ok(match self {
+            Read::Bytes(span) => read(*span),
+            Read::Literal(_) => self.clone(),
+            Read::Concat(parts) => Read::concat(parts.iter().map(|part| part.over(read)).collect::<Result<Vec<_>>>()?),
+            Read::Rows(rows) => {
+                let Rows { first, len, step, count, .. } = *rows;
+                let of = rows.of.over(read)?;
+                match first.checked_div(len).filter(|row| row * len == first && step.is_multiple_of(len)) {
+                    Some(row) => of.rows(len, row, step / len, count),
+                    None => Read::Rows(Rows { of: Box::new(of), first, len, step, count }),
+                }
+            }
+            Read::Columns(columns) => {
+                let Columns { shape, size, first, step, count, .. } = *columns;
+                match columns.of.over(read)?.transposed(shape, size) {
+                    all if columns.is_transpose() => all,
+                    all => all.rows(columns.column_len(), first, step, count),
+                }
+            }
+            Read::Decode(_) | Read::Mapped(_) | Read::Words(_) | Read::Nibbles(_) | Read::Adapted(_) => {
+                return Err(Error::internal("a checkpoint of floats is read decoded or changed"));
+            }
+        })
     }
 
     /// A range that no shorter expression gives.
@@ -209,7 +265,8 @@ impl Read {
         }
     }
 
-    /// All bytes of the source that it is made of, in its order; codes before their scales.
+    /// All bytes of the source that it is made of, in its order; codes before their scales. Not those of an adapter:
+    /// [`Read::adapters`] has them.
     pub fn spans(&self) -> Box<dyn Iterator<Item = Span> + '_> {
         match self {
             Read::Bytes(span) => Box::new(std::iter::once(*span)),
@@ -221,6 +278,7 @@ impl Read {
             Read::Columns(columns) => columns.of.spans(),
             Read::Concat(parts) => Box::new(parts.iter().flat_map(Read::spans)),
             Read::Literal(_) => Box::new(std::iter::empty()),
+            Read::Adapted(adapted) => adapted.of.spans(),
         }
     }
 
@@ -240,6 +298,7 @@ impl Read {
             Read::Rows(rows) => rows.of.is_decoded(),
             Read::Columns(columns) => columns.of.is_decoded(),
             Read::Concat(parts) => parts.iter().any(Read::is_decoded),
+            Read::Adapted(adapted) => adapted.of.is_decoded(),
         }
     }
 }

@@ -18,6 +18,10 @@ pub struct RecipeOptions {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "FormatSpec")]
     pub format: Option<&'static FormatSpec>,
+    /// Present if nothing is quantized: weights stay floats.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "bool", extend("const" = true))]
+    pub unquantized: Option<bool>,
     /// Consecutive elements that share one absmax, in formats with blocks.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "BlockSize")]
@@ -83,6 +87,7 @@ impl RecipeOptions {
         }
         RecipeOptions {
             format: self.format.or(base.format),
+            unquantized: self.unquantized,
             block_size: self.block_size.or(base.block_size),
             double_quant: self.double_quant.or(base.double_quant),
             quant_storage: self.quant_storage.or(base.quant_storage),
@@ -104,6 +109,9 @@ impl RecipeOptions {
     /// # Errors
     /// When one doesn't apply to the format, or two don't go together.
     pub fn build(self) -> Result<Recipe> {
+        if self.unquantized == Some(true) {
+            return Ok(Recipe::floats(self.max_shard_size.unwrap_or(Recipe::default().max_shard_size)));
+        }
         let format = self.format.unwrap_or(&NF4);
         let weights = match format.sharing {
             Sharing::Blocks => self.blocks(format)?,
@@ -210,9 +218,13 @@ impl From<Recipe> for RecipeOptions {
                 let group_size = has_group_size(format).then_some(group_size);
                 RecipeOptions { group_size, layout: Some(layout), ..RecipeOptions::default() }
             }
+            Weights::Floats => {
+                let max_shard_size = Some(recipe.max_shard_size);
+                return RecipeOptions { unquantized: Some(true), max_shard_size, ..RecipeOptions::default() };
+            }
         };
         RecipeOptions {
-            format: Some(recipe.format()),
+            format: recipe.format(),
             only_experts: Some(recipe.only_experts),
             include: Some(recipe.include),
             exclude: Some(recipe.exclude),
@@ -238,7 +250,7 @@ impl TryFrom<RecipeOptions> for Recipe {
             let object = json!(options);
             object.as_object().into_iter().flatten().map(|(key, _)| key.clone()).collect()
         };
-        let format = recipe.format().name;
+        let format = recipe.format().map_or("unquantized weights", |format| format.name);
         Err(format!("a recipe of {format} with {:?}, expected {:?}", keys(&given), keys(&expected)))
     }
 }
@@ -259,9 +271,18 @@ impl JsonSchema for Recipe {
             .flatten()
             .map(|(key, _)| key.clone())
             .collect();
-        schema.insert("oneOf".to_owned(), FORMATS.iter().map(|format| case(format, &known)).collect());
+        let of_formats = FORMATS.iter().map(|format| case(format, &known));
+        schema.insert("oneOf".to_owned(), of_formats.chain([case_of_floats(&known)]).collect());
         schema
     }
+}
+
+/// What a recipe must have by which nothing is quantized, and must not.
+fn case_of_floats(known: &[String]) -> Value {
+    let written = json!(Recipe::floats(0));
+    let (required, others): (Vec<&String>, Vec<&String>) = known.iter().partition(|key| written.get(key).is_some());
+    let properties: serde_json::Map<_, _> = others.into_iter().map(|key| (key.clone(), false.into())).collect();
+    json!({"properties": properties, "required": required})
 }
 
 /// What a recipe of a format must have, and must not.
@@ -313,6 +334,11 @@ mod tests {
             assert_eq!(found, expected);
             assert_eq!(json!(serde_json::from_value::<Recipe>(found).unwrap()), expected);
         }
+        let floats = json!({"unquantized": true, "max_shard_size": 1000});
+        assert_eq!(json!(serde_json::from_value::<Recipe>(floats.clone()).unwrap()), floats);
+        let mut too_much = floats;
+        too_much["format"] = json!("nf4");
+        assert!(serde_json::from_value::<Recipe>(too_much).is_err());
         assert_eq!(written(json!({"dequantize_source": true}))["dequantize_source"], true);
         assert_eq!(written(json!({"quant_storage": "bfloat16"}))["quant_storage"], "bfloat16");
         assert!(written(json!({"quant_storage": "uint8"})).get("quant_storage").is_none());
@@ -367,6 +393,6 @@ mod tests {
         assert!(on_top.fuses_experts() && on_top.only_experts);
         assert_eq!(json!(on_top)["block_size"], 32);
         let other = RecipeOptions { format: Some(FORMATS[2]), ..Default::default() };
-        assert_eq!(other.or(&base).build().unwrap().format(), FORMATS[2]);
+        assert_eq!(other.or(&base).build().unwrap().format(), Some(FORMATS[2]));
     }
 }

@@ -177,6 +177,10 @@ class Differences:
             found = config.get("quantization_config")
         except (ValueError, AttributeError):
             return self._differ(CONFIG, "not a model's config")
+        if manifest.format is None:
+            if found is not None:
+                self._differ(CONFIG, "has a quantization_config, and nothing is quantized")
+            return None
         if not isinstance(found, dict):
             return self._differ(CONFIG, "has no quantization_config")
         try:

@@ -65,7 +65,8 @@ class Manifest:
             _sha256(file.get("sha256") or file["header_sha256"])
         for tensor in self.tensors:
             _check_tensor(tensor)
-        self.format = _text(self.recipe["format"])
+        # None of a merged checkpoint whose weights are floats.
+        self.format = None if self.recipe.get("unquantized") is True else _text(self.recipe["format"])
         if self.format in BLOCK_FORMATS:
             self.block_size, self.double_quant = _size(self.recipe["block_size"]), self.recipe["double_quant"]
             if self.block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096) or not isinstance(self.double_quant, bool):

@@ -22,7 +22,7 @@ mod e4m3;
 mod int;
 mod nibbles;
 mod ordered;
-mod round;
+pub(super) mod round;
 mod scale;
 
 pub use absmax::restore_absmax;

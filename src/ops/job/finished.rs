@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::adapter::ADAPTER_CONFIG_NAME;
 use crate::checkpoint::{CONFIG_NAME, MANIFEST_NAME, Source, SourceFile};
 use crate::error::{Error, IoContext, Result};
 use crate::manifest::{FileRecord, ManifestHead, SourceRecord};
@@ -55,7 +56,7 @@ impl Comparison<'_> {
     /// # Errors
     /// When a file has another content.
     pub(crate) fn check_weights(&self, hash: bool) -> Result<bool> {
-        let noted = self.manifest.source.files.iter().map(|file| file.sha256).collect::<Option<Vec<_>>>();
+        let noted = self.manifest.source.all_files().map(|file| file.sha256).collect::<Option<Vec<_>>>();
         let Some(noted) = noted else { return Ok(false) };
         let known: Vec<_> = self.source.files.iter().map(|file| file.identity.sha256).collect();
         if !hash && known.contains(&None) {
@@ -78,7 +79,7 @@ impl Comparison<'_> {
 
     fn check_weights_by_header(&self) -> Result<()> {
         let (then, now) = (&self.manifest.source, self.record);
-        for (then, now) in then.files.iter().zip(&now.files) {
+        for (then, now) in then.all_files().zip(now.all_files()) {
             if then.name != now.name {
                 return Err(self.changed(&now.name, &format!("{} was in its place", then.name)));
             }
@@ -92,6 +93,10 @@ impl Comparison<'_> {
         if then.files.len() != now.files.len() {
             let why = format!("the source has {} files of weights, and had {}", now.files.len(), then.files.len());
             return Err(self.changed("", &why));
+        }
+        let of_adapter = |record: &SourceRecord| record.adapter.as_ref().map(|adapter| adapter.config_sha256);
+        if of_adapter(then) != of_adapter(now) {
+            return Err(self.changed(ADAPTER_CONFIG_NAME, "its content has changed since"));
         }
         if then.config_sha256 != now.config_sha256 || then.model_type != now.model_type {
             return Err(self.changed(CONFIG_NAME, "its content has changed since"));
@@ -138,8 +143,13 @@ impl Comparison<'_> {
 
     fn changed(&self, name: &str, why: &str) -> Error {
         let location = &self.source.location;
-        let is_folder = self.source.files.iter().all(|file| file.location.path() != location.path());
-        let place = if is_folder && !name.is_empty() { location.join(name) } else { location.clone() };
+        let is_folder = self.source.own_files().iter().all(|file| file.location.path() != location.path());
+        let of_adapter = self.source.adapter.as_ref().filter(|_| name.starts_with("adapter_"));
+        let place = match of_adapter {
+            Some(adapter) => adapter.config.with_file_name(name),
+            None if is_folder && !name.is_empty() => location.join(name),
+            None => location.clone(),
+        };
         let destination = self.destination.path().display();
         Error::Outdated {
             path: place.path().to_owned(),

@@ -11,6 +11,7 @@ use crate::checkpoint::{Source, SourceFile, Staging};
 use crate::error::{Error, IoContext, Result};
 use crate::manifest::Tool;
 use crate::pipeline::FileOutcome;
+use crate::plan::Plan;
 use crate::recipe::Recipe;
 use crate::store::{Identity, Sha256Hash};
 
@@ -24,6 +25,9 @@ pub(crate) struct JobFingerprint {
     dequantize: bool,
     config_sha256: Option<Sha256Hash>,
     source_files: Vec<SourceMark>,
+    /// Of the config of the adapter that is merged, if one is: its file is the last of the source's.
+    #[serde(default)]
+    adapter_config_sha256: Option<Sha256Hash>,
 }
 
 /// What every version has noted.
@@ -41,8 +45,8 @@ struct SourceMark {
 }
 
 impl JobFingerprint {
-    /// The conversion of `source` by `recipe`, or its decoding.
-    pub(crate) fn new(source: &Source, recipe: &Recipe, dequantize: bool) -> JobFingerprint {
+    /// The execution of `plan`, which is of `source`.
+    pub(crate) fn new(source: &Source, plan: &Plan) -> JobFingerprint {
         let mark = |file: &SourceFile| SourceMark {
             name: file.name.clone(),
             identity: file.identity.clone(),
@@ -50,10 +54,11 @@ impl JobFingerprint {
         };
         JobFingerprint {
             tool: Tool::this(),
-            recipe: recipe.clone(),
-            dequantize,
+            recipe: plan.recipe.clone(),
+            dequantize: plan.from_floats,
             config_sha256: source.config.as_ref().map(|config| config.sha256()),
             source_files: source.files.iter().map(mark).collect(),
+            adapter_config_sha256: source.adapter.as_ref().map(|adapter| adapter.config_sha256),
         }
     }
 
@@ -93,6 +98,12 @@ impl JobFingerprint {
         }
         if let Some(what) = recipe_difference(&self.recipe, &now.recipe) {
             return Some(what);
+        }
+        if self.adapter_config_sha256 != now.adapter_config_sha256 {
+            return Some(match (self.adapter_config_sha256, now.adapter_config_sha256) {
+                (Some(_), Some(_)) => "the adapter's config has changed".to_owned(),
+                _ => "one merges an adapter, and the other doesn't".to_owned(),
+            });
         }
         if self.config_sha256 != now.config_sha256 {
             return Some("the source's config.json has changed".to_owned());

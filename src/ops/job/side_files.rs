@@ -11,9 +11,9 @@ use crate::plan::Plan;
 use crate::store::{HashingReader, Location, Reader, Sha256Hash, hash_range};
 
 /// Copies what lies beside the weights, as it is; the model card may be another. Also writes what the plan has beside them.
-pub(crate) fn copy(source: &Source, plan: &Plan, decodes: bool, staging: &Staging) -> Result<Vec<FileRecord>> {
+pub(crate) fn copy(source: &Source, plan: &Plan, staging: &Staging) -> Result<Vec<FileRecord>> {
     let mut buffer = vec![0; 1 << 16];
-    let card = model_card::changed(source, plan, decodes)?;
+    let card = model_card::changed(source, plan)?;
     let files = source.side_files.iter();
     let files = files.filter(|side| card.is_none() || side.name != model_card::NAME);
     let mut records: Vec<FileRecord> = files
@@ -34,7 +34,7 @@ pub(crate) fn copy(source: &Source, plan: &Plan, decodes: bool, staging: &Stagin
 /// The hashes of the files that [`copy`] would write, by name.
 pub(crate) fn hashes(source: &Source, plan: &Plan) -> Result<Vec<(String, Sha256Hash)>> {
     let mut buffer = vec![0; 1 << 16];
-    let card = model_card::changed(source, plan, false)?;
+    let card = model_card::changed(source, plan)?;
     let mut hashes = Vec::new();
     for side in source.side_files.iter().filter(|side| card.is_none() || side.name != model_card::NAME) {
         let path = side.location.path();

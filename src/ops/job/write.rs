@@ -38,8 +38,6 @@ pub(crate) struct Job<'a> {
     pub options: &'a Options,
     /// The source's manifest, if it has one that it must agree with.
     pub manifest: Option<&'a Manifest>,
-    /// Whether the source is decoded rather than quantized.
-    pub decodes: bool,
 }
 
 impl Job<'_> {
@@ -147,7 +145,7 @@ impl Job<'_> {
         let sealed = self.take_up(staging, context)?;
         self.check_space(staging.destination(), &sealed)?;
         let (side_files, outcome) = threads::beside(
-            || side_files::copy(source, plan, self.decodes, staging),
+            || side_files::copy(source, plan, staging),
             || pipeline::run(source, plan, &Staged { staging }, sealed, context),
         );
         let outcome = outcome?;
@@ -174,7 +172,7 @@ impl Job<'_> {
     /// Takes up what an earlier run left in the staging folder, or begins; returns which of the plan's files are finished.
     fn take_up(&self, staging: &Staging, context: ExecutionContext<'_>) -> Result<Vec<Option<FileOutcome>>> {
         let (source, plan) = (self.source, self.plan);
-        let job = JobFingerprint::new(source, &plan.recipe, self.decodes);
+        let job = JobFingerprint::new(source, plan);
         let resumed = job.take_up(staging, self.options.restart)?;
         staging.remove_partial();
         staging.unpublish()?;

@@ -48,7 +48,7 @@ pub(crate) fn compare(
 
 /// What lies beside the weights must be the same: the model card by what it says, other files byte by byte.
 fn compare_files(conversion: &Conversion, checkpoint: &Checkpoint, report: &mut Report) -> Result<()> {
-    let card = model_card::changed(&conversion.source, &conversion.plan, false)?;
+    let card = model_card::changed(&conversion.source, &conversion.plan)?;
     let found = checkpoint.read(model_card::NAME)?.unwrap_or_default();
     let card = card.filter(|card| model_card::says_the_same(&found, card)).map(|_| model_card::NAME);
     // By their content, elsewhere.

@@ -30,7 +30,7 @@ pub(crate) fn execute(
 /// The records of what lies beside the source's weights and is copied as it is: all but the model card, if that changes.
 pub(crate) fn side_file_records(conversion: &Conversion) -> Result<Vec<FileRecord>> {
     let mut buffer = vec![0; 1 << 16];
-    let card = model_card::changed(&conversion.source, &conversion.plan, false)?;
+    let card = model_card::changed(&conversion.source, &conversion.plan)?;
     let sides = conversion.source.side_files.iter().filter(|side| card.is_none() || side.name != model_card::NAME);
     sides
         .map(|side| {

@@ -29,7 +29,7 @@ pub(super) fn other_files(conversion: &Conversion) -> Result<Vec<FileRecord>> {
     let mut files = side_file_records(conversion)?;
     files.extend(plan.config.iter().map(|text| of_text(CONFIG_NAME, text.as_bytes())));
     files.extend(plan.side_files.iter().map(|(name, text)| of_text(name, text.as_bytes())));
-    let card = model_card::changed(&conversion.source, plan, false)?.filter(|card| !card.is_empty());
+    let card = model_card::changed(&conversion.source, plan)?.filter(|card| !card.is_empty());
     files.extend(card.map(|card| of_text(model_card::NAME, &card)));
     Ok(files)
 }

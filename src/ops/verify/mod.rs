@@ -19,6 +19,7 @@ use std::sync::atomic::AtomicBool;
 use std::thread;
 
 pub use reconvert::against;
+pub(crate) use reconvert::against_merge;
 pub use report::{Difference, DifferenceClass, Report};
 
 use crate::checkpoint::{CONFIG_NAME, Config, MANIFEST_NAME, MAX_JSON_LEN, STAGING_NAME};

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::checkpoint::{MANIFEST_NAME, SourceFile};
 use crate::error::{Error, IoContext, Result};
+use crate::ops::merge;
 use crate::ops::options;
 use crate::ops::quantize;
 use crate::ops::quantize::Conversion;
@@ -28,13 +29,42 @@ pub fn against(
     convert: options::Options,
     options: Options<'_>,
 ) -> Result<Report> {
-    let folder = folder.into();
+    compare_again(folder.into(), source.into(), None, convert, options)
+}
+
+/// As [`against`], of a checkpoint that `adapter` was merged into.
+///
+/// # Errors
+/// The same.
+pub(crate) fn against_merge(
+    folder: impl Into<Location>,
+    base: impl Into<Location>,
+    adapter: impl Into<Location>,
+    convert: options::Options,
+    options: Options<'_>,
+) -> Result<Report> {
+    compare_again(folder.into(), base.into(), Some(adapter.into()), convert, options)
+}
+
+fn compare_again(
+    folder: Location,
+    source: Location,
+    adapter: Option<Location>,
+    convert: options::Options,
+    options: Options<'_>,
+) -> Result<Report> {
     let mut report = verify(&folder, Options { quick: true, ..options })?;
     let Some(checkpoint) = open(&folder, &mut Report::default())? else { return Ok(report) };
     let manifest = &checkpoint.manifest;
     let hash_source = manifest.source.files.iter().any(|file| file.sha256.is_some());
     let convert = options::Options { hash_source, ..convert };
-    let conversion = quantize::plan(source, manifest.recipe.clone(), convert)?;
+    let recipe = manifest.recipe.clone();
+    let conversion = match (adapter, &manifest.source.adapter) {
+        (Some(adapter), Some(_)) => merge::plan(source, adapter, recipe, convert)?,
+        (None, None) => quantize::plan(source, recipe, convert)?,
+        (Some(_), None) => return Err(other_origin(&folder, "no adapter was merged into it: give the source alone")),
+        (None, Some(_)) => return Err(other_origin(&folder, "an adapter was merged into it: give base and adapter")),
+    };
     (options.planned)(&conversion);
     if let Some(version) = manifest.other_version() {
         by_tensor::compare(&conversion, &checkpoint, options, &mut report)?;
@@ -45,6 +75,10 @@ pub fn against(
     report.bytes = conversion.plan.output_len();
     report.sort();
     Ok(report)
+}
+
+fn other_origin(folder: &Location, why: &str) -> Error {
+    Error::Adapter { path: folder.join(MANIFEST_NAME).path().to_owned(), why: why.to_owned() }
 }
 
 /// Compares what this version wrote: every byte.

@@ -116,7 +116,7 @@ fn plan(lens: &[Vec<u64>]) -> Plan {
     assert_eq!(place_from(header_len, &mut tensors), header_len);
     let recipe = RecipeOptions::default().build().unwrap();
     let (scale_sets, side_files, warnings) = Default::default();
-    Plan { recipe, tensors, files: vec![file], scale_sets, config: None, side_files, warnings }
+    Plan { recipe, tensors, files: vec![file], scale_sets, config: None, side_files, warnings, from_floats: false }
 }
 
 /// A file's first bytes.
