@@ -221,7 +221,7 @@ impl Source {
     /// Finds what a wrapper left in names.
     pub(crate) fn read_names(&mut self) {
         self.wrapper = Wrapper::of(self.names());
-        if let Some(found) = self.wrapper.found(self.names()) {
+        if let Some(found) = self.wrapper.found() {
             let note = format!(
                 "tensors' names have {found:?} of a wrapper that the model was saved in: it is taken out of them"
             );

@@ -7,6 +7,12 @@ use std::borrow::Cow;
 /// Parts of names that only wrappers write, wherever they stand.
 const PARTS: [&str; 4] = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"];
 
+/// What PEFT puts around a Linear that has adapters; no wrapper where these are there too.
+const OF_PEFT: &str = "base_layer";
+
+/// In the names of all kinds of adapters' matrices.
+const ADAPTERS: [&str; 6] = ["lora", "hada_", "lokr_", "ia3_", "oft_", "vera_"];
+
 /// Prefixes that wrappers write before every name, and a model may have of its own before some.
 const PREFIXES: [&str; 2] = ["base_model.model.", "module."];
 
@@ -25,8 +31,8 @@ const OF_ADAPTERS: [&str; 8] = [
 /// The names that a wrapper left something in.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Wrapper {
-    /// Whether a part of [`PARTS`] stands in some name.
-    in_parts: bool,
+    /// Parts that stand in some name.
+    parts: Vec<&'static str>,
     /// The prefixes that all names begin with, outermost first.
     prefixes: Vec<&'static str>,
 }
@@ -34,14 +40,14 @@ pub(crate) struct Wrapper {
 impl Wrapper {
     /// What is left in these names.
     pub(crate) fn of<'a>(names: impl Iterator<Item = &'a str> + Clone) -> Wrapper {
-        let mut found = Wrapper { in_parts: names.clone().any(has_part), prefixes: Vec::new() };
+        let mut found = Wrapper { parts: parts(names.clone()), prefixes: Vec::new() };
         if names.clone().next().is_none() {
             return found;
         }
         loop {
             let is_before_all = |prefix: &&&str| {
                 let all = [&found.prefixes.concat(), **prefix].concat();
-                names.clone().all(|name| without_parts(name).starts_with(&all))
+                names.clone().all(|name| without(&found.parts, name).starts_with(&all))
             };
             match PREFIXES.iter().find(is_before_all) {
                 Some(prefix) => found.prefixes.push(prefix),
@@ -52,7 +58,7 @@ impl Wrapper {
 
     /// A name without what the wrapper left in it.
     pub(crate) fn unwrap<'a>(&self, name: &'a str) -> Cow<'a, str> {
-        let plain = if self.in_parts { without_parts(name) } else { name.into() };
+        let plain = without(&self.parts, name);
         let prefix = self.prefixes.concat();
         match plain.strip_prefix(&prefix) {
             Some(rest) if !prefix.is_empty() => rest.to_owned().into(),
@@ -61,26 +67,30 @@ impl Wrapper {
     }
 
     /// What is left, in words; none if nothing is.
-    pub(crate) fn found<'a>(&self, mut names: impl Iterator<Item = &'a str>) -> Option<String> {
-        let part = names.find_map(|name| PARTS.into_iter().find(|part| name.split('.').any(|each| each == *part)));
-        let all: Vec<String> = part
-            .map(|part| format!("{part}."))
-            .into_iter()
-            .chain(self.prefixes.iter().map(|&text| text.to_owned()))
-            .collect();
+    pub(crate) fn found(&self) -> Option<String> {
+        let parts = self.parts.iter().map(|part| format!("{part}."));
+        let all: Vec<String> = parts.chain(self.prefixes.iter().map(|&text| text.to_owned())).collect();
         (!all.is_empty()).then(|| all.join(" and "))
     }
 }
 
-fn has_part(name: &str) -> bool {
-    PARTS.iter().any(|part| name.contains(part)) && name.split('.').any(|part| PARTS.contains(&part))
+/// The parts of wrappers that stand in some of these names.
+fn parts<'a>(names: impl Iterator<Item = &'a str> + Clone) -> Vec<&'static str> {
+    let stands =
+        |part: &&str| names.clone().any(|name| name.contains(part) && name.split('.').any(|each| each == *part));
+    let mut found: Vec<&'static str> = PARTS.into_iter().filter(stands).collect();
+    let is_adapters = |name: &str| ADAPTERS.iter().any(|adapter| name.contains(adapter));
+    if stands(&OF_PEFT) && !names.clone().any(is_adapters) {
+        found.push(OF_PEFT);
+    }
+    found
 }
 
-fn without_parts(name: &str) -> Cow<'_, str> {
-    if !has_part(name) {
+fn without<'a>(parts: &[&str], name: &'a str) -> Cow<'a, str> {
+    if !parts.iter().any(|part| name.contains(part)) {
         return name.into();
     }
-    name.split('.').filter(|part| !PARTS.contains(part)).collect::<Vec<_>>().join(".").into()
+    name.split('.').filter(|part| !parts.contains(part)).collect::<Vec<_>>().join(".").into()
 }
 
 /// The first of these names that an adapter wrote which isn't merged into the model.
@@ -105,7 +115,7 @@ mod tests {
         let wrapper = Wrapper::of(names.iter().copied());
         let found: Vec<Cow<'_, str>> = names.iter().map(|name| wrapper.unwrap(name)).collect();
         assert_eq!(found, expected);
-        assert_eq!(wrapper.found(names.iter().copied()).is_some(), names != expected);
+        assert_eq!(wrapper.found().is_some(), names != expected);
     }
 
     #[test]
@@ -120,14 +130,21 @@ mod tests {
         assert_unwrapped(&["_forward_module.module.a", "_forward_module.module.b"], &["a", "b"]);
         assert_unwrapped(&["_orig_mod.module.a", "_orig_mod.module.b"], &["a", "b"]);
         assert_unwrapped(&["base_model.model.model.a", "base_model.model.b"], &["model.a", "b"]);
+        assert_unwrapped(&["a.q.base_layer.weight", "a.norm.weight"], &["a.q.weight", "a.norm.weight"]);
         assert_unwrapped(&["layers.0._fsdp_wrapped_module._checkpoint_wrapped_module.q"], &["layers.0.q"]);
     }
 
     #[test]
     fn a_models_own_names_stay() {
-        for names in
-            [&["module.a", "b"][..], &["my_orig_mod.a", "x_orig_mod"], &["model.a"], &["base_model.model_x"], &[]]
-        {
+        let with_lora = &["q.base_layer.weight", "q.lora_A.speech.weight"][..];
+        for names in [
+            with_lora,
+            &["module.a", "b"],
+            &["my_orig_mod.a", "x_orig_mod"],
+            &["model.a"],
+            &["base_model.model_x"],
+            &[],
+        ] {
             assert_unwrapped(names, names);
         }
     }

@@ -19,6 +19,11 @@ const OF_PREDICTION: &[&str] = &["eh_proj", "mtp_linear_proj"];
 /// Fewer rows make a gate, a score or a label, not a projection.
 const FEWEST_ROWS: u64 = 8;
 
+/// That a parameter beside experts, or as large as all of a layer's, may be theirs.
+pub(super) fn unknown_experts() -> Doubt {
+    Doubt::new(Role::FusedExperts, "it may be all of a layer's experts in one, under a name that isn't known")
+}
+
 /// Why a matrix may be no Linear's.
 #[derive(Debug, PartialEq)]
 pub(super) struct Doubt {

@@ -1,9 +1,10 @@
-//! How a layer's experts lie in transformers' own parameters, for families without a row: by what its classes say of themselves.
+//! How a layer's experts lie in transformers' own parameters, for families without a row: by what its classes say of themselves, or do.
 //!
 //! Such checkpoints can be split as those of the families that have one. What one expert's matrices are called then, no client
 //! says: they get the names that llm-compressor gives them.
 
-use super::experts::{ExpertParameter, Orientation, Split, fused};
+use super::experts::{ExpertParameter, Hub, Orientation, Split, fused};
+use super::families::families;
 
 /// A line for each layout, with the model types that have it; from `scripts/make expert-layouts`.
 const LAYOUTS: &str = include_str!("data/expert_layouts.txt");
@@ -33,7 +34,19 @@ pub(crate) fn splits(model_types: &[&str]) -> Vec<Split> {
     let biases = biases.map(|split| Split { orientation: Orientation::Transposed, ..split });
     // One matrix alone alternates with none.
     let alternating = |split: Split| Split { interleaved: interleaved && split.targets.len() > 1, ..split };
-    matrices.chain(biases).map(alternating).collect()
+    let mut all: Vec<Split> = matrices.chain(biases).map(alternating).collect();
+    let hub =
+        families(model_types).flat_map(|family| family.experts).filter(|parameter| parameter.per_expert.is_empty());
+    all.extend(hub.filter_map(|parameter| on_the_hub(parameter, &all)).collect::<Vec<_>>());
+    all
+}
+
+/// The same of a parameter that the hub has under another name.
+fn on_the_hub(parameter: &ExpertParameter, own: &[Split]) -> Option<Split> {
+    let Hub::Stacked([name]) = parameter.hub else { return None };
+    let split = own.iter().find(|split| parameter.parameter.ends_with(split.fused))?;
+    let around = parameter.parameter.strip_suffix(split.fused)?;
+    Some(Split { fused: name.strip_prefix(around)?, ..*split })
 }
 
 /// Whether a model of these types has its experts' parameters as `[experts, in, out]`, as far as their classes say so.
@@ -51,7 +64,6 @@ fn layout_of(model_type: &str) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::models::experts::Hub;
     use crate::models::families::FAMILIES;
 
     #[test]

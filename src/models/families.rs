@@ -190,6 +190,18 @@ pub(crate) const FAMILIES: &[Family] = &[
         ..PLAIN
     },
     Family {
+        // The hub has the last three, which transformers' class for the type doesn't load; one expert's are as vLLM has them.
+        model_types: &["step3p5"],
+        experts: &[
+            fused("mlp.experts.gate_up_proj", &["moe.experts.*.gate_proj.weight", "moe.experts.*.up_proj.weight"]),
+            fused("mlp.experts.down_proj", &["moe.experts.*.down_proj.weight"]),
+            fused("moe.gate_proj.weight", &["moe.experts.*.gate_proj.weight"]),
+            fused("moe.up_proj.weight", &["moe.experts.*.up_proj.weight"]),
+            fused("moe.down_proj.weight", &["moe.experts.*.down_proj.weight"]),
+        ],
+        ..PLAIN
+    },
+    Family {
         model_types: &["step3p7"],
         experts: &[
             // One expert's, as vLLM's Step3p5 has them.
@@ -199,6 +211,15 @@ pub(crate) const FAMILIES: &[Family] = &[
                 &["moe.experts.*.gate_proj.weight", "moe.experts.*.up_proj.weight"],
             ),
             stacked(&["moe.down_proj.weight"], "mlp.experts.down_proj", &["moe.experts.*.down_proj.weight"]),
+        ],
+        ..PLAIN
+    },
+    Family {
+        // No client has one expert's.
+        model_types: &["aria_text"],
+        experts: &[
+            stacked(&["mlp.experts.fc1.weight"], "mlp.experts.gate_up_proj", &[]).lying(Orientation::Transposed),
+            stacked(&["mlp.experts.fc2.weight"], "mlp.experts.down_proj", &[]).lying(Orientation::Transposed),
         ],
         ..PLAIN
     },

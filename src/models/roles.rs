@@ -143,5 +143,6 @@ impl<'a> ModuleName<'a> {
 
 /// Whether a bare parameter of this name, inside `experts`, has the matrices of all of them.
 pub(super) fn is_fused_projection(leaf: &str) -> bool {
-    matches!(leaf, "gate_up_proj" | "gate_proj" | "up_proj" | "down_proj" | "w1" | "w2" | "w3")
+    let leaf = leaf.strip_suffix("_weight").unwrap_or(leaf);
+    matches!(leaf, "gate_up_proj" | "gate_proj" | "up_proj" | "down_proj" | "w1" | "w2" | "w3" | "w13")
 }

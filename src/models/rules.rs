@@ -109,16 +109,18 @@ impl<'s> Rules<'s> {
 
     /// Decides about the tensor called `name`, with the shape that the source's header gives.
     pub(crate) fn classify(&self, name: &str, shape: &[u64]) -> Verdict {
+        let known = self.facts.as_ref().and_then(|facts| known(facts, name, shape));
         if shape.contains(&0) {
-            return Verdict::keep(Role::Unknown, false, "has no elements: nothing to quantize");
+            let linear = known.is_some_and(|known| known.linear);
+            return Verdict::keep(Role::Unknown, linear, "has no elements: nothing to quantize");
         }
-        if let Some(known) = self.facts.as_ref().and_then(|facts| known(facts, name, shape)) {
+        if let Some(known) = known {
             let Known { role, quantize, linear, reason } = known;
             return Verdict { role, quantize, linear, included: false, in_doubt: false, reason: Cow::Borrowed(reason) };
         }
         match name.strip_suffix(".weight") {
             Some(module) => self.weight(module, shape),
-            None => bare_tensor(name, shape.len()),
+            None => bare_tensor(name, shape, &self.evidence.experts()),
         }
     }
 
@@ -258,16 +260,21 @@ fn fused_experts() -> Verdict {
     Verdict::quantize(Role::FusedExperts, false, "3-D weight of all experts in the layer")
 }
 
-/// A tensor that isn't a module's `weight`: a bias, a bare parameter, a buffer.
-fn bare_tensor(name: &str, rank: usize) -> Verdict {
+/// A tensor that isn't a module's `weight`: a bias, a bare parameter, a buffer. `experts`: how many a layer may have.
+fn bare_tensor(name: &str, shape: &[u64], experts: &[u64]) -> Verdict {
     let (module, leaf) = name.rsplit_once('.').unwrap_or(("", name));
-    let name = ModuleName::new(module);
+    let (name, rank) = (ModuleName::new(module), shape.len());
     let is_bias = leaf.ends_with("bias");
     match (name.has("experts"), is_bias) {
         (true, true) => Verdict::keep(Role::ExpertBias, false, "expert bias: kept in its dtype"),
         (true, false) if rank == 3 && is_fused_projection(leaf) => fused_experts(),
         (_, true) => Verdict::keep(Role::Bias, false, "bias: kept in its dtype"),
         _ if rank <= 1 => Verdict::keep(Role::OneDimensional, false, "has one dimension: kept in its dtype"),
+        _ if rank == 3 && (name.has("experts") || experts.contains(&shape[0])) => Verdict {
+            // No module of its own.
+            linear: false,
+            ..Verdict::doubt(caution::unknown_experts())
+        },
         _ => Verdict::keep(Role::Buffer, false, "parameter or buffer, not the weight of a Linear: kept in its dtype"),
     }
 }

@@ -42,19 +42,24 @@ pub(in crate::plan) fn keep(
         }
         // It holds experts only.
         Some(Layout::GptOss) => None,
-        Some(Layout::CompressedTensors | Layout::Modelopt) => not_served(model_types, module),
+        Some(layout @ (Layout::CompressedTensors | Layout::Modelopt)) => {
+            not_served(layout, model_types, rules.is_compared(), module)
+        }
     };
     if let Some(why) = why {
         (verdict.quantize, verdict.reason) = (false, format!("{why}; kept in its dtype").into());
     }
 }
 
-/// Why servers have no 4-bit parameter for it.
-fn not_served(model_types: &[&str], module: &str) -> Option<String> {
-    if let Some(tower) = towers::tower_of(model_types, module) {
+/// Why servers have no 4-bit parameter for it; `known`: transformers has the model's type.
+fn not_served(layout: Layout, model_types: &[&str], known: bool, module: &str) -> Option<String> {
+    if let Some(tower) = towers::tower_of(model_types, known, module) {
         return Some(format!("{tower}: vision, audio and what joins them to the language model is served in 16 bits"));
     }
-    is_plain_in_vllm(module).then(|| "joins a multi-token prediction layer's inputs, a plain Linear in vLLM".to_owned())
+    // vLLM takes it for 16 bits in ModelOpt's layout, as ModelOpt has it.
+    let of_modelopt = layout == Layout::Modelopt && (module == "mtp.fc" || module.ends_with(".mtp.fc"));
+    (of_modelopt || is_plain_in_vllm(module))
+        .then(|| "joins a multi-token prediction layer's inputs, a plain Linear in vLLM".to_owned())
 }
 
 /// What vLLM's multi-token prediction models make an `nn.Linear` of, whatever the checkpoint's format.

@@ -9,6 +9,9 @@ use crate::format::{Codec, Layout};
 use crate::models::{Role, Verdict};
 use crate::read::{Input, MAX_EXPERTS};
 
+/// Why a weight can't be cut into groups, after the number of its columns and before that of a group's.
+pub(super) const NO_GROUPS: &str = "aren't a multiple of group size";
+
 /// Keeps a weight that the format can't hold: its columns aren't a multiple of the group size, or its layout is for others.
 ///
 /// # Errors
@@ -60,7 +63,7 @@ pub(crate) fn check(
     if columns.is_multiple_of(group) {
         return Ok(());
     }
-    keep(verdict, format!("{columns} columns aren't a multiple of group size {group}: kept in its dtype").into())
+    keep(verdict, format!("{columns} columns {NO_GROUPS} {group}: kept in its dtype").into())
 }
 
 /// Whether experts that every token goes through: a few, beside many that are chosen from.

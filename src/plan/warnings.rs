@@ -1,5 +1,6 @@
 //! What the user should know before using the output.
 
+use super::groups::NO_GROUPS;
 use super::{Decision, PlannedTensor, clients, gaps, has_4_bit_experts, scale_sets};
 use crate::checkpoint::{Config, Source};
 use crate::dtype::Dtype;
@@ -135,5 +136,8 @@ pub(super) fn left_in_16_bits(tensors: &[PlannedTensor]) -> Option<Warning> {
         largest.name,
         largest.why()
     );
-    Some(message.into())
+    // Its columns decided, and fewer to a group divide them.
+    let by_columns = largest.reason.contains(NO_GROUPS) && largest.shape.len() == 2;
+    let smaller = [64, 32].into_iter().find(|size| by_columns && largest.columns().is_multiple_of(*size));
+    Some(Warning { message, hint: smaller.map(Hint::GroupSize) })
 }

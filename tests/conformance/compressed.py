@@ -176,6 +176,8 @@ def main(prequant: str, *labels: str) -> None:
     logger.remove()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    faults = list(vllm_check.matching_faults())
+    assert not faults, "\n".join(faults)
     work = ROOT / "target" / "compressed-clients"
     shutil.rmtree(work, ignore_errors=True)
     for name, (values, dtype) in models().items():

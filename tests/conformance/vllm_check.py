@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from dimensions import dimension
@@ -117,6 +118,9 @@ def main() -> int:
     parser.add_argument("checkpoints", nargs="+", type=Path)
     arguments = parser.parse_args()
     failed = 0
+    for fault in matching_faults() if arguments.self_test else []:
+        failed += 1
+        print(f"FAILED {fault}")
     for folder in arguments.checkpoints:
         found = problems(folder)
         if arguments.self_test and not found:
@@ -302,14 +306,19 @@ def patterns_of(checkpoint: Checkpoint) -> list[str]:
     """config.json's list in vLLM's names. Patterns are not renamed."""
     given = excluded(checkpoint, checkpoint.config["quantization_config"])
     if checkpoint.modelopt:
-        split = [
-            each
-            for name in given
-            for each in ((name[:-1], f"{name[:-1]}.*") if name.endswith("*") and name[-2:-1] not in ("", ".") else (name,))
-        ]
+        split = as_two(given)
         return [new for name in split if (new := renamed(checkpoint, name, drop=False))]
     keep = [name for name in given if name.startswith("re:") or "." not in name]
     return keep + [new for name in given if name not in keep and (new := renamed(checkpoint, name, drop=False))]
+
+
+def as_two(entries: list[str]) -> list[str]:
+    """The entries with two for each that ends in a wildcard: the module itself, and what is in it."""
+    return [
+        each
+        for name in entries
+        for each in ((name[:-1], f"{name[:-1]}.*") if name.endswith("*") and name[-2:-1] not in ("", ".") else (name,))
+    ]
 
 
 # Layers
@@ -514,6 +523,22 @@ def check_gpt_oss(checkpoint: Checkpoint) -> None:
 
 
 # Damaged copies
+
+
+def matching_faults() -> Iterator[str]:
+    """Where a list means other layers than to vLLM's own functions, as `scripts/make vllm-matching` has asked them."""
+    answers = json.loads((ROOT / "src/plan/kept_modules/data/vllm.json").read_text())
+    packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    asked = [([entry], True, layer, layer in found) for entry, found in answers["exclude"].items() for layer in answers["layers"]]
+    asked = [each for each in asked if not each[2].endswith(".experts")]
+    asked += [(entries, False, layer, said) for entries, found in answers["lists"] for layer, said in found.items()]
+    for entries, modelopt, layer, said in asked:
+        checkpoint: Any = SimpleNamespace(modelopt=modelopt, problems=[], packed_modules=lambda: packed)
+        is_listed = listed(checkpoint, layer, as_two(entries) if modelopt else entries)
+        found = "Found different quantization schemes" if checkpoint.problems else is_listed
+        # One of a layer's Linears alone stops vLLM in either layout.
+        if found != said and not (modelopt and checkpoint.problems):
+            yield f"{entries} of {layer}: {found}, and vLLM says {said}"
 
 
 def self_test(folder: Path) -> list[str]:

@@ -38,6 +38,27 @@ fn tables_in_lists_and_under_other_names_are_embeddings() {
 }
 
 #[test]
+fn parameters_that_may_be_a_layers_experts_are_kept_in_doubt_unless_they_are_called_so() {
+    let mut all = dense("model.", 128);
+    all.extend(tensors([
+        ("model.layers.0.mlp.experts.w13", &[8, 256, 128][..]),
+        ("model.layers.0.mlp.experts.w2_weight", &[8, 128, 128]),
+        ("model.layers.0.mlp.experts.both", &[8, 256, 128]),
+        ("model.layers.0.ffn.moe_w1", &[8, 256, 128]),
+        ("model.layers.0.conv_state", &[3, 128, 128]),
+    ]));
+    let folder = folder(&unknown(json!({"num_experts": 8})), &all);
+    let kept = [
+        ("model.layers.0.mlp.experts.both", "in doubt: it may be all of a layer's experts"),
+        ("model.layers.0.ffn.moe_w1", "in doubt: it may be all of a layer's experts"),
+        ("model.layers.0.conv_state", "parameter or buffer"),
+    ];
+    let experts = ["model.layers.0.mlp.experts.w13", "model.layers.0.mlp.experts.w2_weight"];
+    assert_decided(&decisions(&folder, &[]), &kept, &experts);
+    assert_decided(&decisions(&folder, &["--include", "moe_w1"]), &[], &["model.layers.0.ffn.moe_w1"]);
+}
+
+#[test]
 fn rows_that_config_json_counts_are_heads_and_routers() {
     let config = unknown(json!({
         "padded_vocab_size": 384, "id2label": {"0": "a"}, "ffn": {"moe_num_experts": 48, "hidden": 256}, "num_classes": 40,

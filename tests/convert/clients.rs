@@ -3,6 +3,7 @@
 use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
 
+use crate::coded_sources::command;
 use crate::support::decisions::{assert_decided, decisions, dense, dry_run, folder, tensors};
 use crate::support::{Folder, Tensor};
 
@@ -100,6 +101,53 @@ fn towers_and_projectors_are_kept_in_formats_that_are_served() {
         let kept: Vec<(&str, &str)> = kept.map(|name| (name, "served in 16 bits")).collect();
         assert_decided(&decided, &kept, &["language_model.model.layers.0.mlp.up_proj.weight"]);
     }
+}
+
+#[test]
+fn words_tell_towers_where_nothing_is_known_of_the_model() {
+    let mut all = dense("model.", 128);
+    all.extend(tensors([
+        ("image_encoder.layers.0.attn.q_proj.weight", &[128, 128][..]),
+        ("model.speech_encoder.blocks.0.mlp.fc1.weight", &[256, 128]),
+        ("img_projector.linear_1.weight", &[128, 128]),
+        ("model.layers.0.mlp.vision_mlp.up_proj.weight", &[256, 128]),
+    ]));
+    let folder = folder(&json!({"model_type": "never_heard_of", "vision_config": {}}), &all);
+    let kept = [
+        ("image_encoder.layers.0.attn.q_proj.weight", "image_encoder: vision, audio"),
+        ("model.speech_encoder.blocks.0.mlp.fc1.weight", "speech_encoder: vision, audio"),
+        ("img_projector.linear_1.weight", "img_projector: vision, audio"),
+    ];
+    let linears = ["model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.vision_mlp.up_proj.weight"];
+    assert_decided(&decisions(&folder, &["--format", "int4"]), &kept, &linears);
+    assert_decided(&decisions(&folder, &["--format", "nf4"]), &[], &["image_encoder.layers.0.attn.q_proj.weight"]);
+}
+
+/// vLLM's Qwen3-Next makes it a plain Linear if the format is ModelOpt's NVFP4.
+#[test]
+fn modelopts_layout_keeps_what_joins_the_inputs_of_qwens_multi_token_prediction() {
+    let mut all = dense("model.", 128);
+    all.extend(tensors([("mtp.fc.weight", &[128, 256][..]), ("mtp.layers.0.self_attn.o_proj.weight", &[128, 128])]));
+    let folder = folder(&json!({"model_type": "qwen3_next"}), &all);
+    let decided = decisions(&folder, &["--format", "nvfp4", "--layout", "modelopt"]);
+    assert_decided(&decided, &[("mtp.fc.weight", "vLLM")], &["mtp.layers.0.self_attn.o_proj.weight"]);
+    assert_decided(&decisions(&folder, &["--format", "nvfp4"]), &[], &["mtp.fc.weight"]);
+}
+
+#[test]
+fn a_name_in_modelopts_list_means_no_quantized_module_whose_name_goes_on() {
+    let mut all = dense("model.", 128);
+    let extended = "model.embed_tokens_extend.audio_embed.down_proj_for_speech.weight";
+    all.extend(tensors([(extended, &[128, 128][..]), ("model.embed_tokens.weight", &[320, 128])]));
+    let folder = folder(&json!({"model_type": "phi4_multimodal"}), &all);
+    let flags = ["--format", "nvfp4", "--layout", "modelopt", "--include", "down_proj_for_speech"];
+    assert_decided(&decisions(&folder, &flags), &[], &[extended]);
+    folder.convert(&flags).ok();
+    let entries = skipped(&folder, "ignore");
+    assert!(entries.contains(&"model.embed_token[s]".to_owned()), "{entries:?}");
+    // To vLLM a name means every module that it is part of.
+    assert!(entries.iter().all(|entry| !extended.contains(entry.trim_end_matches('*'))), "{entries:?}");
+    command(&["verify".as_ref(), folder.destination().as_ref()]).ok();
 }
 
 #[test]

@@ -66,6 +66,46 @@ const LAYOUTS: &[Layout] = &[
         )],
     },
     Layout {
+        model_type: "aria_text",
+        config: "",
+        tensors: &[
+            (
+                "model.layers.0.mlp.experts.fc1.weight",
+                [EXPERTS, 128, 64],
+                &["model.layers.0.mlp.experts.*.gate_proj", "model.layers.0.mlp.experts.*.up_proj"],
+                true,
+                false,
+            ),
+            (
+                "model.layers.0.mlp.experts.fc2.weight",
+                [EXPERTS, 32, 128],
+                &["model.layers.0.mlp.experts.*.down_proj"],
+                true,
+                false,
+            ),
+        ],
+    },
+    Layout {
+        model_type: "step3p5",
+        config: "",
+        tensors: &[
+            (
+                "model.layers.0.moe.up_proj.weight",
+                [EXPERTS, 32, 128],
+                &["model.layers.0.moe.experts.*.up_proj"],
+                false,
+                false,
+            ),
+            (
+                "layers.0.mlp.experts.gate_up_proj",
+                [EXPERTS, 64, 128],
+                &["layers.0.moe.experts.*.gate_proj", "layers.0.moe.experts.*.up_proj"],
+                false,
+                false,
+            ),
+        ],
+    },
+    Layout {
         model_type: "llama4",
         config: "",
         tensors: &[
@@ -276,7 +316,7 @@ fn every_expert_has_its_own_rows_under_its_own_name() {
 #[test]
 fn names_that_no_client_is_known_to_have_are_warned_of() {
     let name = "model.layers.1.mlp.experts.down_proj";
-    for (model_type, is_known) in [("hy_v4", false), ("qwen3_moe", true)] {
+    for (model_type, is_known) in [("hy_v4", false), ("aria_text", false), ("qwen3_moe", true)] {
         let folder = Folder::new(model_type);
         folder.write("model.safetensors", serialize(&[Tensor::random(name, Dtype::BF16, &[2, 64, 32])]));
         let warned = |flags: &[&str]| folder.convert(flags).ok().stderr.contains("no client's names");

@@ -70,6 +70,13 @@ fn the_largest_of_what_stays_in_16_bits_is_named_if_that_is_more_than_a_tenth() 
 }
 
 #[test]
+fn a_group_size_that_takes_what_stays_in_16_bits_is_offered() {
+    let odd = folder(&json!({"model_type": "llama"}), &dense("model.", 320));
+    assert_warned(&odd, &["--format", "int4"], &["% of the source's bytes", "320 columns", "use --group-size 64"]);
+    assert_not_warned(&odd, &["--format", "int4", "--group-size", "64"], "--group-size");
+}
+
+#[test]
 fn matrices_of_zeros_are_named() {
     let mut all = dense("model.", 128);
     let zeros = all.iter_mut().filter(|tensor| tensor.name.contains("mlp"));

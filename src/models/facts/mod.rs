@@ -81,6 +81,14 @@ impl Facts {
         self
     }
 
+    /// The first class alone.
+    #[cfg(test)]
+    pub(crate) fn of_first(mut self) -> Facts {
+        self.classes.truncate(1);
+        self.own = 1;
+        self
+    }
+
     /// What a tensor of this name and number of dimensions is: more than one kind if layers differ. Empty if no class
     /// has it.
     pub(crate) fn kinds(&self, tensor: &str, rank: usize) -> Vec<Kind> {

@@ -2,9 +2,11 @@
 //!
 //! A line of `[modules]` is a module's content: `q_proj=L` is a module with a `weight` of that kind, `.bias_table=P` a
 //! parameter, `mlp/7` a module whose content is line 7; a digit after the kind is the number of dimensions, if it isn't 2. A
-//! line of `[names]` says which modules the tensors with other names belong to, or names tied modules. A line of `[classes]` has the model's type, the class, and the lines of its content, other names and tied
-//! modules. `*` is a number. Equal lines are there once.
+//! line of `[names]` says which modules the tensors with other names belong to, or names tied modules. A line of `[classes]` has the
+//! model's type, the class, and the lines of its content, other names and tied modules. `*` is any number, in a module's name that
+//! at the `*` of the same place; a number that decides what a tensor becomes is itself. Equal lines are there once.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, OnceLock};
 
@@ -15,9 +17,16 @@ use super::Kind;
 pub(super) struct Class {
     pub(super) name: &'static str,
     root: Arc<Module>,
-    /// By the tensor's module on disk.
-    other_names: HashMap<&'static str, Vec<&'static str>>,
+    /// By the tensor's module on disk, with `*` for all numbers.
+    other_names: HashMap<Cow<'static, str>, Vec<Other>>,
     off_disk: &'static str,
+}
+
+/// What the tensors of a module's name, with `*` for a number, belong to.
+#[derive(Clone, Debug)]
+struct Other {
+    on_disk: &'static str,
+    modules: Vec<&'static str>,
 }
 
 /// A module's content, which is looked up for every tensor of a checkpoint: most have a few names only.
@@ -76,9 +85,15 @@ fn class(line: &'static str, read: &mut HashMap<usize, Arc<Module>>) -> Option<C
     let mut place = || fields.next()?.parse::<usize>().ok();
     let root = module(place()?, read)?;
     let mut names = || table().names.get(place()?).copied();
-    let pairs = |line: &'static str| line.split(' ').filter_map(|entry| entry.split_once('>'));
-    let other_names = pairs(names()?).map(|(tensor, modules)| (tensor, modules.split(',').collect())).collect();
-    Some(Class { name, root, other_names, off_disk: names()? })
+    Some(Class { name, root, other_names: other_names(names()?), off_disk: names()? })
+}
+
+fn other_names(line: &'static str) -> HashMap<Cow<'static, str>, Vec<Other>> {
+    let mut all: HashMap<_, Vec<Other>> = HashMap::new();
+    for (on_disk, modules) in line.split(' ').filter_map(|entry| entry.split_once('>')) {
+        all.entry(pattern(on_disk)).or_default().push(Other { on_disk, modules: modules.split(',').collect() });
+    }
+    all
 }
 
 /// The content that a line describes, read once.
@@ -144,16 +159,33 @@ pub(super) fn is_number(part: &str) -> bool {
 }
 
 /// A name with `*` for its numbers.
-fn pattern(name: &str) -> String {
+fn pattern(name: &str) -> Cow<'_, str> {
+    if !name.split('.').any(is_number) {
+        return Cow::Borrowed(name);
+    }
     let parts: Vec<&str> = name.split('.').map(|part| if is_number(part) { "*" } else { part }).collect();
-    parts.join(".")
+    Cow::Owned(parts.join("."))
 }
 
-/// A pattern with a name's numbers, in their order.
-fn filled(pattern: &str, name: &str) -> String {
-    let mut numbers = name.split('.').filter(|part| is_number(part));
-    let parts = pattern.split('.').map(|part| if part == "*" { numbers.next().unwrap_or(part) } else { part });
-    parts.collect::<Vec<_>>().join(".")
+impl Other {
+    /// The modules of a name, if it is one of these: `*` are the numbers that the name has in their places.
+    fn modules(&self, name: &str) -> Option<Vec<String>> {
+        let mut numbers = Vec::new();
+        for (part, number) in self.on_disk.split('.').zip(name.split('.')) {
+            match part {
+                "*" => numbers.push(number),
+                _ if part != number => return None,
+                _ => {}
+            }
+        }
+        let filled = |module: &&str| {
+            let mut numbers = numbers.iter();
+            let parts =
+                module.split('.').map(|part| if part == "*" { numbers.next().copied().unwrap_or(part) } else { part });
+            parts.collect::<Vec<_>>().join(".")
+        };
+        Some(self.modules.iter().map(filled).collect())
+    }
 }
 
 fn module_of(tensor: &str) -> &str {
@@ -187,8 +219,9 @@ pub(super) fn modules(classes: &[Class], tensor: &str) -> Vec<String> {
             continue;
         }
         let pattern = pattern_of_module.get_or_insert_with(|| pattern(module));
-        match class.other_names.get(pattern.as_str()) {
-            Some(names) => names.iter().for_each(|name| add(filled(name, module))),
+        let others = class.other_names.get(pattern.as_ref()).map(Vec::as_slice).unwrap_or_default();
+        match others.iter().find_map(|other| other.modules(module)) {
+            Some(modules) => modules.into_iter().for_each(&mut add),
             None => add(module.to_owned()),
         }
     }
@@ -201,32 +234,38 @@ impl<'t> Name<'t> {
         let (path, own) = module.unwrap_or(tensor).rsplit_once('.').unwrap_or(("", module.unwrap_or(tensor)));
         Name { path, own, is_weight: module.is_some() }
     }
+
+    /// The path's first part, and those after it.
+    fn first(self) -> (&'t str, &'t str) {
+        let path = self.path.trim_start_matches('.');
+        path.split_once('.').unwrap_or((path, ""))
+    }
 }
 
 impl Module {
-    fn inner(&self, part: &str) -> Option<&Arc<Module>> {
-        self.inner.get(part).or_else(|| self.inner.get("*").filter(|_| is_number(part)))
-    }
-
-    /// What the first part of a name's path is, and the rest of the name.
+    /// What the first part of a name's path is, and the rest of the name; a number may be one of several.
     fn first_part<'t>(&self, name: Name<'t>) -> Option<(&Module, Name<'t>)> {
-        let path = name.path.trim_start_matches('.');
-        if path.is_empty() {
-            return Some((self, Name { path, ..name }));
+        let (part, path) = name.first();
+        if part.is_empty() || is_number(part) {
+            return Some((self, name));
         }
-        let (part, path) = path.split_once('.').unwrap_or((path, ""));
-        Some((self.inner(part)?, Name { path, ..name }))
+        Some((self.inner.get(part)?, Name { path, ..name }))
     }
 
     /// All that is known of a name.
     fn find(&self, name: Name<'_>) -> Option<&[(Kind, usize)]> {
-        let mut module = self;
-        for part in name.path.split('.').filter(|part| !part.is_empty()) {
-            module = module.inner(part)?;
+        let (part, path) = name.first();
+        if part.is_empty() {
+            let tensors = if name.is_weight { &self.weights } else { &self.parameters };
+            return spellings(name.own).find_map(|own| tensors.get(own)).map(Vec::as_slice);
         }
-        let tensors = if name.is_weight { &module.weights } else { &module.parameters };
-        tensors.get(name.own).or_else(|| tensors.get("*").filter(|_| is_number(name.own))).map(Vec::as_slice)
+        spellings(part).find_map(|part| self.inner.get(part)?.find(Name { path, ..name }))
     }
+}
+
+/// A part of a name as the table may have it: a number as itself, or as any.
+fn spellings(part: &str) -> impl Iterator<Item = &str> {
+    [part].into_iter().chain(is_number(part).then_some("*"))
 }
 
 impl Class {

@@ -108,6 +108,37 @@ fn experts_are_named_as_one_of_their_familys_forms_and_become_its_parameters() {
 }
 
 #[test]
+fn a_number_that_decides_what_a_tensor_becomes_is_told_from_those_of_layers() {
+    let modules = |model_type: &str, tensor: &str| Rules::new(&[model_type]).module_names(tensor)[0].clone();
+    let transcribe = |number| format!("perception.encoder.asr_encoder.layers.17.ffn.net.{number}.weight");
+    let become_of = |number| modules("nemo_speechlm", &transcribe(number));
+    assert_eq!(become_of(0), "model.audio_tower.asr_encoder.layers.17.mlp.fc1");
+    assert_eq!(become_of(3), "model.audio_tower.asr_encoder.layers.17.mlp.fc2");
+    // A number that stays is a module's own name, and that of a layer isn't bound to the default config's.
+    assert_eq!(modules("d_fine", "model.decoder.layers.11.fc2.weight"), "model.decoder.layers.11.mlp.layers.1");
+    let backbone = modules("rf_detr", "backbone.0.encoder.encoder.encoder.layer.23.mlp.fc1.weight");
+    assert!(backbone.ends_with("backbone.backbone.encoder.layer.23.mlp.fc1"), "{backbone}");
+}
+
+#[test]
+fn a_tensor_belongs_to_several_modules_only_where_its_rows_are_cut() {
+    let mut wrong = BTreeSet::new();
+    for known in facts::all() {
+        let facts = facts::Facts::new(&[known.model_type]).unwrap().of_classes(&[known.class]).of_first();
+        for (name, rank, kinds) in tensors(&known) {
+            let modules = facts.modules(&name);
+            if modules.len() > 1 && !kinds.contains(&Kind::Cut) {
+                wrong.insert(format!(
+                    "{} {} {name} of {rank} dimensions, {kinds:?}: {modules:?}",
+                    known.model_type, known.class
+                ));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
 fn types_with_rows_are_transformers() {
     let known: BTreeSet<&str> = facts::all().map(|known| known.model_type).collect();
     let not_built = include_str!("../data/not-built.txt");

@@ -38,9 +38,14 @@ pub(crate) fn list(rules: &Rules, weights: &[Weight], layout: Layout) -> Vec<Str
     };
     let entry = |(role, module): &(Role, String)| match (folded.get(module), container(module), layout) {
         (Some(pattern), ..) => pattern.clone(),
-        (_, Some(experts), _) if !role.is_expert() || quantized.inside(experts).is_some() => module.clone(),
+        (_, Some(experts), Layout::CompressedTensors) if !role.is_expert() || quantized.inside(experts).is_some() => {
+            module.clone()
+        }
         (_, Some(experts), Layout::CompressedTensors) => format!("re:{}", inside_alone(experts, &quantized)),
-        (_, Some(experts), Layout::Modelopt) => format!("{experts}*"),
+        (_, Some(experts), Layout::Modelopt) if role.is_expert() && quantized.excluded_by(experts).is_none() => {
+            format!("{experts}*")
+        }
+        (.., Layout::Modelopt) if quantized.excluded_by(module).is_some() => whole(module),
         _ => module.clone(),
     };
     let off_disk = rules.off_disk_modules().into_iter().filter_map(|module| spelled(module, layout));
@@ -61,6 +66,15 @@ fn spelled(module: String, layout: Layout) -> Option<String> {
         (true, Layout::CompressedTensors) => Some(format!("re:{module}$")),
         (true, _) => None,
     }
+}
+
+/// A wildcard for a module of this name only: as a plain name, vLLM takes it to mean every module whose name it is part of.
+fn whole(module: &str) -> String {
+    let mut wildcard = module.to_owned();
+    if let Some(last) = wildcard.pop() {
+        wildcard += &format!("[{last}]");
+    }
+    wildcard
 }
 
 /// A module as transformers calls it, and as the checkpoint does: vLLM maps that to its own names.
@@ -139,9 +153,7 @@ pub(crate) fn clash(rules: &Rules, layout: Layout, entries: &[&str], quantized: 
 fn matched(entry: &str, layout: Layout, modules: &Modules) -> Option<String> {
     let found = match (entry.strip_prefix("re:"), layout) {
         (Some(pattern), Layout::CompressedTensors) => modules.matched_by(pattern),
-        (_, Layout::Modelopt) if entry.contains('*') => {
-            modules.matched_by(&format!("{}$", regex::escape(entry).replace("\\*", ".*")))
-        }
+        (_, Layout::Modelopt) => modules.excluded_by(entry),
         _ => return modules.has(entry).then(|| entry.to_owned()),
     };
     found.map(std::borrow::Cow::into_owned)

@@ -1,7 +1,9 @@
-//! How clients match an entry of a list with a module's name; `data/matching.json` and `diffusers.json` have what they themselves
-//! say.
+//! How clients match an entry of a list with a module's name; `data/matching.json`, `vllm.json` and `diffusers.json` have what
+//! they themselves say.
 
 use std::borrow::Cow;
+use std::cell::OnceCell;
+use std::collections::HashMap;
 
 use regex::Regex;
 
@@ -11,6 +13,8 @@ use crate::models::diffusers;
 pub(super) struct Modules {
     names: Vec<String>,
     reversed: Vec<String>,
+    /// Places in `names` by the name with `0` for each of its numbers, for rules that look everywhere in a name.
+    alike: OnceCell<HashMap<String, Vec<usize>>>,
 }
 
 impl Modules {
@@ -19,7 +23,7 @@ impl Modules {
         names.sort_unstable();
         names.dedup();
         reversed.sort_unstable();
-        Modules { names, reversed }
+        Modules { names, reversed, alike: OnceCell::new() }
     }
 
     /// A module that some release of transformers takes `entry` of `llm_int8_skip_modules` to mean: one that the entry, a
@@ -48,6 +52,32 @@ impl Modules {
         self.names.iter().find(|name| regex.is_match(name)).map(|name| Cow::Borrowed(&**name))
     }
 
+    /// A module that vLLM takes an entry of `exclude_modules` to mean: one that it is part of, or that it matches as file names are;
+    /// or ModelOpt, which goes by the latter.
+    pub(super) fn excluded_by(&self, entry: &str) -> Option<Cow<'_, str>> {
+        // vLLM makes two entries of such a one: the module itself, and what is in it.
+        let part = entry.strip_suffix('*').filter(|part| !part.is_empty() && !part.ends_with('.')).unwrap_or(entry);
+        let wildcards = [entry.to_owned(), part.to_owned(), format!("{part}.*")];
+        let mut wildcards = wildcards.iter().filter(|_| entry.contains(['*', '?', '[']));
+        let containing = self.containing(part).map(Cow::Borrowed);
+        containing.or_else(|| wildcards.find_map(|entry| self.matched_by(&format!("{}$", from_wildcards(entry)))))
+    }
+
+    /// A module that `part` is anywhere in the name of.
+    fn containing(&self, part: &str) -> Option<&str> {
+        let alike = self.alike.get_or_init(|| {
+            let mut alike: HashMap<String, Vec<usize>> = HashMap::new();
+            for (place, name) in self.names.iter().enumerate() {
+                alike.entry(without_numbers(name)).or_default().push(place);
+            }
+            alike
+        });
+        let any = without_numbers(part);
+        let places = alike.iter().filter(|(name, _)| name.contains(&any)).flat_map(|(_, places)| places);
+        // The first, whatever the map's order.
+        places.copied().filter(|place| self.names[*place].contains(part)).min().map(|place| &*self.names[place])
+    }
+
     /// Whether a module is called so.
     pub(super) fn has(&self, name: &str) -> bool {
         self.names.binary_search_by(|other| (**other).cmp(name)).is_ok()
@@ -59,6 +89,50 @@ impl Modules {
         let place = self.names.partition_point(|name| *name < start);
         self.names.get(place).filter(|name| name.starts_with(&start)).map(String::as_str)
     }
+}
+
+/// A name with `0` for each run of digits.
+fn without_numbers(name: &str) -> String {
+    let mut short = String::with_capacity(name.len());
+    for c in name.chars() {
+        match (c.is_ascii_digit(), short.ends_with('0')) {
+            (true, true) => {}
+            (true, false) => short.push('0'),
+            (false, _) => short.push(c),
+        }
+    }
+    short
+}
+
+/// The regular expression that Python's fnmatch makes of a pattern.
+fn from_wildcards(pattern: &str) -> String {
+    let mut expression = String::new();
+    let mut rest = pattern;
+    while let Some(first) = rest.chars().next() {
+        let class = rest.strip_prefix('[').and_then(|rest| rest.split_once(']')).filter(|(class, _)| !class.is_empty());
+        rest = match (first, class) {
+            ('*', _) => {
+                expression += ".*";
+                &rest[1..]
+            }
+            ('?', _) => {
+                expression += ".";
+                &rest[1..]
+            }
+            ('[', Some((class, after))) => {
+                let (not, class) = class.strip_prefix('!').map_or(("", class), |class| ("^", class));
+                let escaped = |c: char| if c == '-' { c.to_string() } else { regex::escape(&c.to_string()) };
+                expression += &format!("[{not}{}]", class.chars().map(escaped).collect::<String>());
+                after
+            }
+            _ => {
+                let (literal, after) = rest.split_at(first.len_utf8());
+                expression += &regex::escape(literal);
+                after
+            }
+        };
+    }
+    expression
 }
 
 /// Whether an entry has nothing that means more in a regular expression than itself, but dots.
@@ -133,6 +207,54 @@ mod tests {
                 entry.strip_prefix("re:").map_or(module.has(entry), |pattern| module.matched_by(pattern).is_some())
             };
             assert_eq!(modules.iter().filter(is_meant).cloned().collect::<BTreeSet<_>>(), *theirs, "{entry}");
+        }
+    }
+
+    #[derive(Deserialize)]
+    struct OfVllm {
+        layers: Vec<String>,
+        ignore: BTreeMap<String, BTreeSet<String>>,
+        exclude: BTreeMap<String, BTreeSet<String>>,
+        wildcards: BTreeMap<String, BTreeSet<String>>,
+    }
+
+    fn of_vllm() -> OfVllm {
+        serde_json::from_str(include_str!("data/vllm.json")).unwrap()
+    }
+
+    #[test]
+    fn patterns_and_names_mean_what_vllm_takes_them_to_mean() {
+        let OfVllm { layers, ignore, .. } = of_vllm();
+        assert!(ignore.values().any(|theirs| theirs.len() > 1));
+        for (entry, theirs) in ignore {
+            let is_meant = |module: &&String| {
+                let module = Modules::new(vec![(*module).clone()]);
+                entry.strip_prefix("re:").map_or(module.has(&entry), |pattern| module.matched_by(pattern).is_some())
+            };
+            // What several Linears make is asked for by whole lists.
+            let alone = |layer: &&String| !layer.ends_with("qkv_proj") && !layer.ends_with("gate_up_proj");
+            assert_eq!(
+                layers.iter().filter(alone).filter(is_meant).cloned().collect::<BTreeSet<_>>(),
+                theirs,
+                "{entry}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_excluded_name_means_what_vllm_or_modelopt_takes_it_to_mean() {
+        let OfVllm { layers, exclude, wildcards, .. } = of_vllm();
+        assert!(exclude.values().any(|theirs| theirs.len() > 1));
+        for (entry, theirs) in exclude {
+            let is_meant = |module: &&String| Modules::new(vec![(*module).clone()]).excluded_by(&entry).is_some();
+            let ours = layers.iter().filter(|layer| !layer.ends_with(".experts")).filter(is_meant).cloned();
+            assert_eq!(ours.collect::<BTreeSet<_>>(), &theirs | &wildcards[&entry], "{entry}");
+            let all = Modules::new(layers.clone());
+            assert_eq!(
+                all.excluded_by(&entry).is_some(),
+                !theirs.is_empty() || !wildcards[&entry].is_empty(),
+                "{entry}"
+            );
         }
     }
 

@@ -1,8 +1,8 @@
 """Writes src/models/data/facts.txt: what transformers makes of every tensor of every model type that it has.
 
 Each class of each type is built from its default config on the meta device (no weight exists). Its parameters are renamed
-to the names that save_pretrained writes, and those that from_pretrained takes besides; layer and expert numbers become `*`;
-and each row says what module owns the tensor: an exact nn.Linear that `load_in_4bit` quantizes, a head, a router, an
+to the names that save_pretrained writes, and those that from_pretrained takes besides; numbers become `*`, but those that
+decide which module a tensor belongs to; and each row says what module owns the tensor: an exact nn.Linear that `load_in_4bit` quantizes, a head, a router, an
 embedding. Types and classes that can't be built are listed in not-built.txt, with why. src/models/facts reads the file, and
 the rules go by it.
 
@@ -40,7 +40,7 @@ def main():
     import encode
     import models
 
-    scripts = b"".join(path.read_bytes() for name in ("models", "names", "collect") for path in [HERE / f"{name}.py"])
+    scripts = b"".join(path.read_bytes() for name in ("models", "names", "collect", "patterns") for path in [HERE / f"{name}.py"])
     cache = args.cache / f"{transformers.__version__}-{hashlib.sha256(scripts).hexdigest()[:12]}"
     cache.mkdir(parents=True, exist_ok=True)
     types = args.only or models.model_types()

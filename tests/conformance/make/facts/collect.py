@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 
 import torch
 import transformers
@@ -12,9 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 import models
 import names
+import patterns
 from settings import SETTINGS
-
-NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
 
 def start():
@@ -57,7 +55,7 @@ def why(error):
 
 
 def describe_class(model_type, cls):
-    rows, off_disk, first, errors = {}, set(), None, []
+    tensors, off_disk, first, errors = {}, set(), None, []
     for labels in (models.LABELS, None):
         # Where a class has no other number of labels than its own.
         if first is not None:
@@ -69,13 +67,14 @@ def describe_class(model_type, cls):
                 errors.append(error)
                 continue
             first = first or model
-            add(model, rows, off_disk)
+            add(model, tensors, off_disk)
     if first is None:
         raise errors[0]
-    return {"base": first.base_model_prefix or "", "rows": sorted(rows.values()), "off_disk": sorted(off_disk)}
+    return {"base": first.base_model_prefix or "", "rows": sorted(rows(tensors)), "off_disk": sorted(off_disk)}
 
 
-def add(model, rows, off_disk):
+def add(model, tensors, off_disk):
+    """Adds to `tensors` what a model says of each: its kinds, with its number of dimensions, and its modules."""
     loaded = names.Loaded(model)
     stored = set()
     for name, shape, keys, moved in names.on_disk(loaded):
@@ -83,29 +82,23 @@ def add(model, rows, off_disk):
         if len(shape) < 2:
             continue
         kind = names.kind_of(loaded, keys[0])
-        is_module = kind in names.LINEARS or kind in ("conv1d", "experts")
-        if moved and kind in names.LINEARS:
+        # Matrices of single experts belong to no module of the loaded model.
+        is_module = kind in names.LINEARS or kind == "conv1d" or (kind == "experts" and len(shape) > 2)
+        if moved and (kind in names.LINEARS or (kind == "experts" and len(keys) > 1 and len(shape) > 2)):
             kind = "cut"
         if kind == "linear" and not loaded.takes_statistics(name):
             kind = "cut"
-        targets = sorted({names.module_of(key) for key in keys}) if is_module else []
-        pattern = NUMBER.sub("*", name)
-        row = [pattern, len(shape), kind, patterns(name, targets)]
-        rows.setdefault(repr(row), row)
+        kinds, modules = tensors.setdefault(name, (set(), set()))
+        kinds.add((len(shape), kind))
+        modules.update(names.module_of(key) for key in (keys if is_module else [name]))
     for module, owner in model.named_modules():
         if (type(owner) is nn.Linear or isinstance(owner, Conv1D)) and f"{module}.weight" not in stored:
-            off_disk.add(NUMBER.sub("*", module))
+            off_disk.add(patterns.opened(module))
 
 
-def patterns(name, targets):
-    """The modules that `name` belongs to, with its numbers as `*`; empty if it is called as the module is."""
-    if targets == [names.module_of(name)]:
-        return []
-    numbers = NUMBER.findall(name)
-    found = set()
-    for target in targets:
-        pattern = NUMBER.sub("*", target)
-        filled, rest = pattern, iter(numbers)
-        filled = re.sub(r"\*", lambda _: next(rest, "?"), pattern)
-        found.add(pattern if filled == target else target)
-    return sorted(found)
+def rows(tensors):
+    """Lists (pattern, number of dimensions, kind, patterns of its modules if they are called otherwise) of all tensors."""
+    for pattern, members, modules in patterns.rows({name: modules for name, (_, modules) in tensors.items()}):
+        others = [] if modules == [names.module_of(pattern)] else modules
+        for rank, kind in sorted(set().union(*(tensors[name][0] for name in members))):
+            yield [pattern, rank, kind, others]

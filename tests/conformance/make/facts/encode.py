@@ -71,7 +71,6 @@ def other_names(rows):
     """Tensors whose modules are called otherwise, and how."""
     found = {}
     for row in rows:
-        # Matrices of single experts belong to no module of the loaded model.
-        if row[3] and (row[2], row[1]) != ("experts", 2):
+        if row[3]:
             found.setdefault(row[0].removesuffix(".weight"), set()).update(row[3])
     return sorted((name, sorted(to)) for name, to in found.items())

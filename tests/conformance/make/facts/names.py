@@ -137,7 +137,7 @@ def linear(loaded, path, owner):
     parent, _, _ = path.rpartition(".")
     if not should_convert_module(path, loaded.fp32):
         return "fp32"
-    if path in loaded.heads:
+    if any(path == head or path.startswith(f"{head}.") for head in loaded.heads):
         return "head"
     if path in loaded.tied_modules or not should_convert_module(path, [m for m in loaded.skips if m in loaded.tied_modules]):
         return "tied"
