@@ -52,7 +52,9 @@ fn of_kind(kind: Kind, name: &ModuleName, shape: &[u64]) -> Option<Known> {
         Kind::Linear => Some(linear(name)),
         Kind::Cut => keep(Role::Linear, SPLIT),
         Kind::Fp32 => keep(Role::Linear, FP32),
-        Kind::Tied if name.is_output_head() || name.has("lm_head") => keep(Role::OutputHead, "output head: kept in its dtype"),
+        Kind::Tied if name.is_output_head() || name.has("lm_head") => {
+            keep(Role::OutputHead, "output head: kept in its dtype")
+        }
         Kind::Head | Kind::Labels => keep(Role::OutputHead, "output head: kept in its dtype"),
         Kind::Last => keep(Role::OutputHead, LAST),
         Kind::Tied => keep(Role::Linear, TIED),

@@ -74,11 +74,14 @@ fn they_are_converted_if_that_is_asked_for() {
     assert!(read_tensors(&out) == read_tensors(&expected));
 }
 
+/// Something done to a checkpoint's tensors.
+type Change<'c> = &'c dyn Fn(&mut Vec<Tensor>);
+
 /// Tables, sizes of blocks and numbers of bytes that aren't the format's.
 #[test]
 fn what_is_otherwise_than_its_quant_state_is_refused() {
     let module = "model.layers.0.self_attn.q_proj.weight";
-    let changes: [(&str, &dyn Fn(&mut Vec<Tensor>), &str); 4] = [
+    let changes: [(&str, Change, &str); 4] = [
         (
             "another table",
             &|tensors| of(tensors, &format!("{module}.quant_map")).data[5] ^= 1,
