@@ -23,7 +23,7 @@ use crate::plan::{Decision, Outputs, PlacedOutput, Plan, PlannedFile, PlannedOut
 use crate::read::{Read, Span};
 use crate::recipe::{ExpertLayout, Recipe, RecipeOptions};
 use crate::shape::Shapes;
-use crate::store::{Identity, Location, Sha256Hash, is_no_file};
+use crate::store::{Identity, Kind, Location, Sha256Hash, is_no_file};
 
 /// A converted checkpoint and what it becomes.
 #[derive(Debug)]
@@ -62,11 +62,17 @@ pub(crate) fn recipe_of(place: impl Into<Location>) -> Result<Option<Recipe>> {
     Ok(recipe.filter(|recipe| recipe.codec().is_blocks()))
 }
 
-/// The manifest of the converted checkpoint at `place`; none if there is no such file.
+/// The manifest of the converted checkpoint at `place`; none if there is nothing of its name.
 pub(crate) fn manifest_of(place: &Location) -> Result<Option<Manifest>> {
     let location = place.join(MANIFEST_NAME);
-    let is_there = location.is_file().at(location.path(), "look at it")?;
-    is_there.then(|| Manifest::read(&location)).transpose()
+    match location.kind().at(location.path(), "look at it")? {
+        None | Some(Kind::BrokenLink) => Ok(None),
+        Some(Kind::File) => Manifest::read(&location).map(Some),
+        Some(Kind::Folder | Kind::Other) => {
+            let why = "not a regular file, and a manifest is one; take it away if it isn't prequant's";
+            Err(Error::malformed(location.path(), why.to_owned()))
+        }
+    }
 }
 
 impl Relayout {

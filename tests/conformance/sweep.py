@@ -7,7 +7,8 @@ their dimensions divided. For each:
   kept by intent (routers, heads, patch embeddings, what training kernels read raw), whose reasons are listed in `INTENT`;
 - `llm_int8_skip_modules`, matched by transformers' own should_convert_module over every module of the loaded model, skips
   no quantized module and misses no kept Linear;
-- INT4 converts, and `prequant verify` accepts both.
+- INT4 converts, and `prequant verify` accepts both;
+- transformers finds a parameter for each quantized weight of INT4, or config.json has what stops it, and only then.
 
     scripts/conformance sweep [--part N/M] [--few] [--classes N] [MODEL_TYPE]...
 
@@ -35,6 +36,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 sys.path.insert(0, str(Path(__file__).parent / "make" / "facts"))
 import models  # noqa: E402
 import names  # noqa: E402
+from found import lost as lost_weights  # noqa: E402
 
 # Why a Linear may be kept that load_in_4bit quantizes: parts of our reasons.
 INTENT = re.compile(
@@ -169,11 +171,23 @@ def check(prequant, model, folder):
             found += differences(loaded, made, decisions(out), skipped)
             if len(skipped) > 1000:
                 found.append(f"{len(skipped)} entries in the skip list")
+        else:
+            found += guarded(model, out)
         try:
             run(prequant, "verify", out, "--quiet")
         except RuntimeError as error:
             found.append(f"{format}: {error}")
     return found
+
+
+def guarded(model, out):
+    """What config.json stops transformers at must be what it would leave out."""
+    stops = json.loads((out / "config.json").read_text())["quantization_config"]["global_compression_ratio"]
+    lost = lost_weights(model, out)
+    if lost and not stops:
+        yield f"transformers finds no parameter for it, and nothing in config.json stops it: {lost[0]}"
+    if stops and not lost:
+        yield f"config.json stops transformers ({stops}), which has a parameter for every weight"
 
 
 def classes(model_type, most):
@@ -195,6 +209,7 @@ def classes(model_type, most):
 # What is known to differ, and why: parts of the lines that are printed. None of it is silent: the command refuses, or says that a
 # tensor is kept. A type that no longer differs fails, so that it is taken out here.
 KNOWN = {
+    "inkling2": ("layout of the fused experts", "as inkling_mm_model"),
     "inkling_mm_model": (
         "layout of the fused experts", "group formats refuse its fused experts: gate and up alternate on the hub, and no client has one"
     ),
