@@ -24,8 +24,8 @@ def headers(folder: Path) -> list[str]:
     return [name for name in names if name != "__metadata__"]
 
 
-def lost(model: PreTrainedModel, folder: Path) -> list[str]:
-    """The quantized weights of a converted checkpoint that the model takes nothing of."""
+def lost(model: PreTrainedModel, folder: Path, source: Path) -> list[str]:
+    """The quantized weights of a converted checkpoint that the source has under other names, and of which the model takes nothing."""
     state = model.state_dict()
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -37,5 +37,6 @@ def lost(model: PreTrainedModel, folder: Path) -> list[str]:
         target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         return target in state or name in state or any(target.startswith(f"{module}.") for module in patched)
 
+    before = set(headers(source))
     weights = [name.removesuffix(PACKED) for name in headers(folder) if name.endswith(PACKED)]
-    return [name for name in weights if not is_found(name)]
+    return [name for name in weights if name not in before and not is_found(name)]

@@ -172,7 +172,7 @@ def check(prequant, model, folder):
             if len(skipped) > 1000:
                 found.append(f"{len(skipped)} entries in the skip list")
         else:
-            found += guarded(model, out)
+            found += guarded(model, out, source)
         try:
             run(prequant, "verify", out, "--quiet")
         except RuntimeError as error:
@@ -180,10 +180,10 @@ def check(prequant, model, folder):
     return found
 
 
-def guarded(model, out):
+def guarded(model, out, source):
     """What config.json stops transformers at must be what it would leave out."""
     stops = json.loads((out / "config.json").read_text())["quantization_config"]["global_compression_ratio"]
-    lost = lost_weights(model, out)
+    lost = lost_weights(model, out, source)
     if lost and not stops:
         yield f"transformers finds no parameter for it, and nothing in config.json stops it: {lost[0]}"
     if stops and not lost:
@@ -210,6 +210,7 @@ def classes(model_type, most):
 # tensor is kept. A type that no longer differs fails, so that it is taken out here.
 KNOWN = {
     "inkling2": ("layout of the fused experts", "as inkling_mm_model"),
+    "inkling2_text": ("layout of the fused experts", "as inkling_mm_model"),
     "inkling_mm_model": (
         "layout of the fused experts", "group formats refuse its fused experts: gate and up alternate on the hub, and no client has one"
     ),
