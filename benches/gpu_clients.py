@@ -209,7 +209,7 @@ def compare_models(work: Path, device: str) -> int:
         peak = f", peak {found[way]['peak'] / 2**20:,.0f} MiB" if found[way]["peak"] else ""
         losses = " ".join(map(repr, found[way]["losses"]))
         print(f"       {way:8} loaded in {found[way]['seconds']:.2f} s{peak}{', losses ' + losses if losses else ''}", flush=True)
-    logits = {way: torch.load(work / f"{way}.pt") for way in WAYS}
+    logits = {way: torch.load(work / f"{way}.pt", weights_only=True) for way in WAYS}
     wrong = 0
     for way in ("keep", "fuse"):
         is_same = torch.equal(logits[way], logits["on load"]) and found[way]["losses"] == found["on load"]["losses"]

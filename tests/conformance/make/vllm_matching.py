@@ -11,14 +11,12 @@ Needs vLLM 0.33.0's source, and the package regex.
 import argparse
 import ast
 import fnmatch
+import importlib.util
 import json
 import sys
-from collections.abc import Iterable, Mapping
+import tempfile
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
-from typing import Literal
-
-import regex
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -54,12 +52,21 @@ LISTS = [
 ]
 
 
+HEADER = """from __future__ import annotations  # types in quotes are of what isn't taken
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
+from types import MappingProxyType
+from typing import Literal
+
+import regex as re
+
+"""
+
+
 def taken(folder):
-    """vLLM's functions, in a namespace of their own."""
-    names = {
-        "re": regex, "fnmatch": fnmatch.fnmatch, "Iterable": Iterable, "Mapping": Mapping, "Literal": Literal,
-        "MappingProxyType": MappingProxyType,
-    }
+    """vLLM's functions, as a module of their own."""
+    text = HEADER
     for path, functions in FUNCTIONS.items():
         tree = ast.parse((folder / QUANTIZATION / path).read_text())
         for function in functions:
@@ -69,10 +76,14 @@ def taken(folder):
                 if not inside:
                     raise SystemExit(f"{QUANTIZATION / path} has no {function}")
                 found = inside[-1]
-            # Types in quotes are of what isn't taken.
-            module = ast.Module(body=[ast.ImportFrom("__future__", [ast.alias("annotations")], 0), found], type_ignores=[])
-            exec(compile(ast.fix_missing_locations(module), path, "exec"), names)
-    return SimpleNamespace(**names)
+            text += f"{ast.unparse(found)}\n\n"
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place, "vllm_functions.py")
+        file.write_text(text)
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
 
 
 def main() -> int:
