@@ -36,6 +36,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, logging
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests" / "conformance" / "make"))
+
+from merge_goldens import rounded
+
 FIXTURE = ROOT / "fixtures" / "tiny-qwen3-moe"
 EXAMPLE = ROOT / "python" / "examples" / "qwen3-30b-a3b-qlora.yaml"
 STEPS = 4
@@ -206,6 +210,21 @@ def check_merged(prequant: Path, run: Run) -> None:
         assert not far.any(), f"{name}: {int(far.sum())} of {far.numel()} elements aren't the expected bf16 or a neighbor of it"
 
 
+def check_our_merge(prequant: Path, run: Run) -> None:
+    """`prequant merge` puts the adapter into the bf16 original: every element is PEFT's in f64, rounded once."""
+    merged = run.folder / "merged-by-prequant"
+    for command in (["merge", FIXTURE, run.folder / "out", merged], ["verify", merged, "--against", FIXTURE, run.folder / "out"]):
+        subprocess.run([prequant, *command, "--quiet"], check=True)
+    base = AutoModelForCausalLM.from_pretrained(FIXTURE, dtype=torch.float64)
+    exact = PeftModel.from_pretrained(base, run.folder / "out", autocast_adapter_dtype=False).merge_and_unload()
+    found = load(merged).state_dict()
+    untouched = load(FIXTURE).state_dict()
+    assert len([name for name in found if not torch.equal(found[name], untouched[name])]) == TARGETS
+    for name, value in exact.state_dict().items():
+        differ = int((found[name] != rounded(value, torch.bfloat16)).sum())
+        assert not differ, f"{name}: {differ} of {value.numel()} elements aren't PEFT's in f64, rounded once"
+
+
 def rank(tensor: torch.Tensor) -> torch.Tensor:
     """The place of each bf16 among all of them, zero being 0."""
     bits = tensor.contiguous().view(torch.int16).int()
@@ -231,6 +250,8 @@ def main() -> None:
         for name, run in trained.items():
             check_plain_peft(run)
             print(f"{name}: plain PEFT loads the adapter on the bf16 original")
+            check_our_merge(prequant, run)
+            print(f"{name}: prequant merges it, to the last bit")
         for name in ("keep", "fuse", "fuse, two processes"):
             check_merged(prequant, trained[name])
             print(f"{name}: plain transformers loads what axolotl merged")
