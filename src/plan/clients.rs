@@ -56,16 +56,26 @@ fn not_served(layout: Layout, model_types: &[&str], known: bool, module: &str) -
     if let Some(tower) = towers::tower_of(model_types, known, module) {
         return Some(format!("{tower}: vision, audio and what joins them to the language model is served in 16 bits"));
     }
+    if let Some(draft) = model_types.iter().find(|name| PLAIN_DRAFTS.contains(name)) {
+        return Some(format!("vLLM makes plain Linears of a {draft} draft model's"));
+    }
     // vLLM takes it for 16 bits in ModelOpt's layout, as ModelOpt has it.
     let of_modelopt = layout == Layout::Modelopt && (module == "mtp.fc" || module.ends_with(".mtp.fc"));
     (of_modelopt || is_plain_in_vllm(module))
         .then(|| "joins a multi-token prediction layer's inputs, a plain Linear in vLLM".to_owned())
 }
 
+/// The `model_type`s of draft models whose Linears vLLM makes plain ones (its models/medusa.py and mlp_speculator.py).
+const PLAIN_DRAFTS: [&str; 2] = ["medusa", "mlp_speculator"];
+
 /// What vLLM's multi-token prediction models make an `nn.Linear` of, whatever the checkpoint's format.
 fn is_plain_in_vllm(module: &str) -> bool {
     let has = |part: &str| module.split('.').any(|found| found == part);
-    has("eh_proj") || has("mtp_linear_proj") || (has("mtp_layers") && module.ends_with(".input_proj"))
+    // `centroids` is Gemma 4's.
+    has("eh_proj")
+        || has("centroids")
+        || has("mtp_linear_proj")
+        || (has("mtp_layers") && module.ends_with(".input_proj"))
 }
 
 /// Linears that become one when they are loaded: those beside each other that vLLM merges, or one alone.

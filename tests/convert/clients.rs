@@ -163,6 +163,19 @@ fn what_joins_multi_token_predictions_inputs_is_kept_in_formats_that_are_served(
     assert_decided(&decisions(&folder, &[]), &[], &["model.layers.1.eh_proj.weight"]);
 }
 
+/// vLLM's draft models of plain Linears have no 4-bit ones.
+#[test]
+fn draft_models_of_plain_linears_are_kept_in_formats_that_are_served() {
+    let linears = ["0.0.linear.weight", "1.0.linear.weight"];
+    let all = tensors(linears.map(|name| (name, &[128, 128][..])));
+    for model_type in ["medusa", "mlp_speculator"] {
+        let folder = folder(&json!({"model_type": model_type}), &all);
+        folder.convert(&["--format", "int4"]).fails(3, &["nothing to quantize", model_type]);
+        let flags = ["--format", "int4", "--include", r"^1\."];
+        assert_decided(&decisions(&folder, &flags), &[(linears[0], "plain Linears")], &linears[1..]);
+    }
+}
+
 /// A layer of linear attention with `heads` value heads.
 fn linear_attention(heads: usize) -> Folder {
     let mut all = dense("model.language_model.", 256);
