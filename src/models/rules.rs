@@ -12,7 +12,7 @@ use crate::models::caution::{self, Doubt};
 use crate::models::diffusers;
 use crate::models::evidence::Evidence;
 use crate::models::experts::Hub;
-use crate::models::facts::Facts;
+use crate::models::facts::{Facts, Kind};
 use crate::models::families::FAMILIES;
 use crate::models::known::{Known, known};
 use crate::models::names::match_end;
@@ -100,6 +100,11 @@ impl<'s> Rules<'s> {
     /// Whether some class of the type, or of one nested in it, has a tensor of this name.
     pub(crate) fn knows(&self, tensor: &str, shape: &[u64]) -> bool {
         self.facts.as_ref().is_some_and(|facts| !facts.kinds(tensor, shape.len()).is_empty())
+    }
+
+    /// Whether some class has tensors of this name as one expert's part of a parameter of all.
+    pub(crate) fn is_part_of_fused(&self, tensor: &str, shape: &[u64]) -> bool {
+        self.facts.as_ref().is_some_and(|facts| facts.kinds(tensor, shape.len()).contains(&Kind::Experts))
     }
 
     /// How many experts a layer has, by every config that says so.

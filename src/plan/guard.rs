@@ -38,6 +38,7 @@ pub(super) fn danger(
     let is_4_bit = |tensor: &&PlannedTensor| tensor.role.is_expert() && tensor.decision != Decision::Keep;
     let mut experts = tensors.iter().filter(is_4_bit).peekable();
     experts.peek()?;
+    let mut experts = experts.map(|tensor| (&*tensor.name, &*tensor.shape));
     let codec = recipe.codec();
     match codec.layout() {
         None => Some(Danger::NeedsLoader),
@@ -47,12 +48,16 @@ pub(super) fn danger(
         Some(Layout::CompressedTensors) if !rules.is_compared() => None,
         Some(Layout::CompressedTensors) if families(model_types).any(|family| family.single_when_quantized) => None,
         Some(Layout::CompressedTensors) => {
-            let is_found = |tensor: &PlannedTensor| {
-                rules.knows(&tensor.name, &tensor.shape) || is_put_together(model_types, &tensor.name)
+            let mut is_fused = false;
+            let is_found = |(name, shape)| {
+                let is_part = is_put_together(model_types, name) || rules.is_part_of_fused(name, shape);
+                is_fused |= is_part;
+                is_part || rules.knows(name, shape)
             };
             match experts.all(is_found) {
                 false => Some(Danger::RandomExperts),
-                true => codec.has_tensor_scale().then_some(Danger::Misread),
+                // Linears that each expert has for itself are read as all others.
+                true => (is_fused && codec.has_tensor_scale()).then_some(Danger::Misread),
             }
         }
     }

@@ -18,6 +18,12 @@ fn moe(model_type: &str) -> Folder {
             random("feed_forward.experts.gate_up_proj", &[2, 128, 256]),
             random("feed_forward.experts.down_proj", &[2, 128, 128]),
         ]),
+        "switch_transformers" => {
+            for projection in ["wi", "wo"] {
+                let name = format!("encoder.block.1.layer.1.mlp.experts.expert_0.{projection}.weight");
+                tensors.push(Tensor::random(&name, Dtype::BF16, &[128, 128]));
+            }
+        }
         _ => {
             for expert in 0..2 {
                 for projection in ["gate_proj", "up_proj", "down_proj"] {
@@ -61,6 +67,8 @@ fn an_entry_of_quantization_config_stops_transformers_where_it_would_say_nothing
         // A module for each expert.
         ("llama4", "int4", Value::Null),
         ("llama4", "nvfp4", Value::Null),
+        // Linears that each expert has for itself.
+        ("switch_transformers", "nvfp4", Value::Null),
         // By its own code.
         ("model_of_tomorrow", "nvfp4", Value::Null),
     ] {
