@@ -95,6 +95,7 @@ pub fn plan(source: impl Into<Location>, recipe: Recipe, mut options: Options) -
     };
     Conversion::new(source, plan, opening, options, origin)
 }
+
 /// Begins to open what quantizes the checkpoint at `source`.
 pub(crate) fn open_device(source: &Location, recipe: &Recipe, options: &Options) -> Result<Opening> {
     let codec = recipe.codec();
