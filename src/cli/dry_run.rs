@@ -74,12 +74,24 @@ fn totals(conversion: &Conversion, destination: &Path, free: Option<u64>) -> Vec
     let decisions = conversion.decisions();
     let quantized = decisions.quantized().count();
     let free = free.map_or("an unknown amount".to_owned(), |free| Bytes(free).to_string());
-    let mut lines = vec![format!(
-        "{} in {}, {} kept",
-        count(quantized, "tensor"),
-        format_name(&plan.recipe),
-        decisions.tensors.len() - quantized
-    )];
+    let (all, merged) =
+        (decisions.tensors.len(), decisions.tensors.iter().filter(|tensor| tensor.is_adapted()).count());
+    let merged = if merged == 0 { String::new() } else { format!(", {merged} merged") };
+    let mut lines = vec![match plan.recipe.quantizes() {
+        true => {
+            let format = format_name(&plan.recipe);
+            format!("{} in {format}, {} kept{merged}", count(quantized, "tensor"), all - quantized)
+        }
+        false => format!("{}{merged}", count(all, "tensor")),
+    }];
+    let bits = match plan.recipe.quantizes() {
+        true => format!(
+            "; {:.2} bits per quantized weight, {:.2}",
+            decisions.bits_per_quantized_weight(),
+            decisions.bits_per_weight()
+        ),
+        false => format!("; {:.2} bits", decisions.bits_per_weight()),
+    };
     lines.extend(
         conversion
             .relaid_from()
@@ -97,12 +109,10 @@ fn totals(conversion: &Conversion, destination: &Path, free: Option<u64>) -> Vec
     lines.extend([
         format!("source:  {} of tensors in {}", Bytes(conversion.stored_len()), count(weight_files, "file")),
         format!(
-            "output:  {} in {} and {}; {:.2} bits per quantized weight, {:.2} per weight overall",
+            "output:  {} in {} and {}{bits} per weight overall",
             Bytes(plan.output_len()),
             count(plan.files.len(), "weight file"),
             count(side_files, "side file"),
-            decisions.bits_per_quantized_weight(),
-            decisions.bits_per_weight(),
         ),
         format!("disk:    {} needed, {free} free at {}", Bytes(conversion.disk_needed()), destination.display()),
         format!("memory:  at most {}, {}", Bytes(budget.peak), count(budget.threads, "thread")),

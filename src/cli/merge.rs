@@ -14,7 +14,7 @@ use super::progress::{Reporter, Style};
 use super::streams::tell;
 use super::trace::Tracing;
 use super::words::Limit;
-use super::{device, hints, interrupt, quantize, summary};
+use super::{device, dry_run, hints, interrupt, quantize, summary};
 
 /// Merge a LoRA adapter into a checkpoint.
 ///
@@ -71,8 +71,12 @@ pub struct Arguments {
     follow_links: bool,
 
     /// Write a timeline of what each thread does to FILE, for ui.perfetto.dev
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "dry_run")]
     trace: Option<PathBuf>,
+
+    /// Print what becomes of every tensor, and why; write nothing
+    #[arg(long)]
+    dry_run: bool,
 
     /// Print a single JSON object on standard output
     #[arg(long)]
@@ -145,6 +149,9 @@ fn merge(arguments: &Arguments) -> Result<Outcome, Error> {
     let start = Instant::now();
     let Arguments { base, adapter, destination, .. } = arguments;
     let mut conversion = plan_merge(base, adapter, arguments.recipe()?, arguments.options())?;
+    if arguments.dry_run {
+        return Ok(dry_run::report(&conversion, destination, arguments.audience()));
+    }
     let tracing = Tracing::start(arguments.trace.as_deref(), &[base, adapter, destination])?;
     conversion.options.trace = tracing.trace();
     arguments.announce(&conversion);

@@ -97,6 +97,24 @@ fn a_merge_of_another_adapter_is_not_resumed() {
 }
 
 #[test]
+fn a_dry_run_tells_what_is_merged_and_writes_nothing() {
+    let case = Case::new("linears");
+    let run = case.merge(&["--dry-run"]).ok();
+    for words in
+        ["21 tensors, 12 merged", "16.00 bits per weight overall", "nothing was written", "BF16 [48, 32]  copied"]
+    {
+        assert!(run.stdout.contains(words), "{words:?} in {}", run.stdout);
+    }
+    let run = case.merge(&["--dry-run", "--format", "nf4"]).ok();
+    assert!(
+        run.stdout.contains(" kept, 12 merged") && run.stdout.contains("bits per quantized weight"),
+        "{}",
+        run.stdout
+    );
+    assert!(!case.path("merged").exists());
+}
+
+#[test]
 fn a_finished_merge_is_not_done_again_unless_something_changed() {
     let case = Case::new("linears");
     case.merge(&[]).ok();
