@@ -100,6 +100,11 @@ pub(crate) fn codec_of(codec: &Codec, weight: &mut dyn StoredWeight) -> Result<C
     let size =
         u32::try_from(state.blocksize).map_err(|_| "expected 4096 at most".to_owned()).and_then(BlockSize::try_from);
     let size = size.map_err(|error| weight.malformed(format!("its quant_state: {error}")))?;
+    if let Some(nested) = state.nested_blocksize.filter(|nested| *nested != NESTED_BLOCK_SIZE as u64) {
+        return Err(
+            weight.malformed(format!("its quant_state: nested_blocksize {nested}, expected {NESTED_BLOCK_SIZE}"))
+        );
+    }
     if !has_table(weight, OutputKind::QuantMap, &codebook.values())? {
         let name = weight.info(OutputKind::QuantMap)?.name.to_string();
         let why = "has other values than bitsandbytes gives codes of this format, which aren't decoded";
@@ -165,6 +170,8 @@ pub struct ParsedQuantState {
     pub shape: Vec<u64>,
     /// The mean that was taken off absmax, with double quantization.
     pub nested_offset: Option<f64>,
+    /// Entries of absmax that share one nested absmax, with double quantization.
+    pub nested_blocksize: Option<u64>,
 }
 
 impl ParsedQuantState {

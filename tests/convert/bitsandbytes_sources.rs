@@ -81,7 +81,7 @@ type Change<'c> = &'c dyn Fn(&mut Vec<Tensor>);
 #[test]
 fn what_is_otherwise_than_its_quant_state_is_refused() {
     let module = "model.layers.0.self_attn.q_proj.weight";
-    let changes: [(&str, Change, &str); 4] = [
+    let changes: [(&str, Change, &str); 5] = [
         (
             "another table",
             &|tensors| of(tensors, &format!("{module}.quant_map")).data[5] ^= 1,
@@ -96,6 +96,11 @@ fn what_is_otherwise_than_its_quant_state_is_refused() {
             "half as many columns",
             &|tensors| replace(tensors, module, "[96, 128]", "[96, 64]"),
             "its codes have 6144 bytes, expected 3072",
+        ),
+        (
+            "another size of nested blocks",
+            &|tensors| replace(tensors, module, "\"nested_blocksize\": 256", "\"nested_blocksize\": 128"),
+            "nested_blocksize 128, expected 256",
         ),
         ("no JSON", &|tensors| replace(tensors, module, "{\"quant_type\"", "[\"quant_type\""), "its quant_state"),
     ];
