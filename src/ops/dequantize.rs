@@ -86,8 +86,8 @@ impl Floats {
             Some(manifest) => {
                 let (inputs, left_apart) = inputs(source, manifest)?;
                 let warning = || {
-                    "experts that the source had fused, with rows and columns exchanged, stay one by one: its model takes them \
-                     only fused"
+                    "experts that the source had fused stay one by one: they aren't what this version would take them apart into, \
+                     and its model may take them only fused"
                 };
                 (inputs, left_apart.then(|| warning().into()).into_iter().collect())
             }

@@ -96,9 +96,10 @@ pub(crate) fn join(
     let layout = split.layout(source, &one_by_one).ok()?;
     let expected = (0..layout.experts).flat_map(|expert| split.targets.iter().map(move |target| (expert, target)));
     let names = expected.map(|(expert, target)| split.name(prefix, expert, target));
-    let is_whole = names.eq(matrices.iter().map(|matrix| &*matrix.name))
-        && matrices.iter().all(|matrix| matrix.dtype == dtype)
-        && byte_len(dtype, shape) == Some(one_by_one.read.len());
+    // First that the shape is of so many bytes: its numbers may be anything.
+    let is_whole = byte_len(dtype, shape) == Some(one_by_one.read.len())
+        && names.eq(matrices.iter().map(|matrix| &*matrix.name))
+        && matrices.iter().all(|matrix| matrix.dtype == dtype && split.is_one(matrix, &layout));
     let experts = matrices.chunks(split.targets.len());
     let joined = || Read::concat(experts.map(|matrices| split.whole(matrices, &layout)));
     is_whole.then(|| Input { read: joined(), ..one_by_one.clone() })
@@ -228,6 +229,12 @@ impl Split {
     fn name(&self, prefix: &str, expert: u64, target: &str) -> String {
         let end = target.replace('*', &expert.to_string());
         if prefix.is_empty() { end } else { format!("{prefix}.{end}") }
+    }
+
+    /// Whether a tensor has as many bytes as one of an expert's matrices.
+    fn is_one(&self, matrix: &Input, layout: &Matrices) -> bool {
+        let elements = layout.rows / self.targets.len() as u64 * layout.columns;
+        byte_len(matrix.dtype, &[elements]) == Some(matrix.read.len())
     }
 
     /// An expert as the fused tensor has it, from its matrices: what [`Split::apply`] takes apart.

@@ -151,6 +151,36 @@ fn fused_experts_are_put_together_again() {
     }
 }
 
+/// A manifest may claim that matrices of other sizes were one tensor: together they have its bytes, and each is another.
+#[test]
+fn matrices_that_no_fused_experts_were_taken_apart_into_stay_one_by_one() {
+    let folder = Folder::new("gpt_oss");
+    let name = |end: &str| format!("model.layers.0.mlp.experts.{end}");
+    let tensors = [
+        Tensor::random("model.layers.0.self_attn.q_proj.weight", Dtype::BF16, &[64, 64]),
+        Tensor::random(&name("0.gate_proj.weight"), Dtype::BF16, &[48, 32]),
+        Tensor::random(&name("0.up_proj.weight"), Dtype::BF16, &[16, 32]),
+    ];
+    folder.write("model.safetensors", serialize(&tensors));
+    folder.convert(&["--format", "int4", "--group-size", "32", "--exclude", "experts"]).ok();
+    let mut manifest = folder.read_json("prequant.json");
+    let fused = json!({"name": name("gate_up_proj"), "shape": [1, 32, 64]});
+    for record in manifest["tensors"].as_array_mut().unwrap() {
+        let source = &mut record["sources"][0];
+        if source["name"].as_str().unwrap().contains("experts") {
+            source["name"] = fused["name"].clone();
+            source["shape"] = fused["shape"].clone();
+        }
+    }
+    std::fs::write(folder.destination().join("prequant.json"), manifest.to_string()).unwrap();
+    std::fs::remove_file(folder.destination().join("SHA256SUMS")).unwrap();
+    let run = dequantize(&folder, &[]);
+    assert!(!run.stderr.contains("panicked") && [0, 3].contains(&run.code), "{}", run.stderr);
+    if run.code == 0 {
+        assert!(run.stderr.contains("stay one by one"), "{}", run.stderr);
+    }
+}
+
 /// The bf16 that an f32 product rounds to.
 fn bytes(values: impl Iterator<Item = f32>) -> Vec<u8> {
     values.flat_map(|value| bf16::from_f32(value).to_le_bytes()).collect()
